@@ -1,0 +1,44 @@
+"""VQ-VAE tokenizers for images and text, and a diffusion transformer over their codes, for Hugging Face diffusers.
+
+Importing this package makes its classes known to diffusers, so that ``DiffusionPipeline.from_pretrained`` finds them.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+import diffusers
+from diffusers.utils.import_utils import _LazyModule
+
+from .version import __version__
+
+
+_import_structure = {
+    "models.image_vq": ["ImageVQModel"],
+    "models.text_vq": ["TextVQModel"],
+    "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
+    "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
+    "schedulers.scheduling_masked_diffusion": ["MaskedDiffusionScheduler"],
+    "tasks": ["Task", "parse_tasks"],
+}
+
+if TYPE_CHECKING:
+    from .models.image_vq import ImageVQModel
+    from .models.text_vq import TextVQModel
+    from .models.transformer_vqdit import VQDiTTransformer2DModel
+    from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput
+    from .schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
+    from .tasks import Task, parse_tasks
+else:
+    sys.modules[__name__] = _LazyModule(
+        __name__, __file__, _import_structure, module_spec=__spec__, extra_objects={"__version__": __version__}
+    )
+
+# DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so the
+# names are entered in its table and nothing is imported until one is asked for.
+_components = [name for module, names in _import_structure.items() if module != "tasks" for name in names]
+if isinstance(diffusers, _LazyModule):
+    sys.modules["diffusers.vqdit"] = sys.modules[__name__]
+    diffusers._class_to_module.update({name: "vqdit" for name in _components})
+else:  # DIFFUSERS_SLOW_IMPORT=1
+    for _name in _components:
+        setattr(diffusers, _name, getattr(sys.modules[__name__], _name))
