@@ -33,8 +33,8 @@ else:
         __name__, __file__, _import_structure, module_spec=__spec__, extra_objects={"__version__": __version__}
     )
 
-# DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so the
-# names are entered in its table and nothing is imported until one is asked for.
+# DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so
+# the names are entered in its table and nothing is imported until one is asked for.
 _components = [name for module, names in _import_structure.items() if module != "tasks" for name in names]
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]

@@ -42,8 +42,8 @@ def load_training_dataset(
         dataset_name: a Hub dataset, a folder that `datasets` can load, or the path of a ``.parquet`` file.
         dataset_config_name: the dataset's configuration, if it has several.
         train_data_dir: an image folder, with ``metadata.jsonl`` for captions and labels.
-        split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a source
-            without the split asked for is refused.
+        split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
+            source without the split asked for is refused.
         columns: the columns that must be there.
         image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_image`], which
             skips broken files.
@@ -156,7 +156,7 @@ def check_captions(captions: list[str | None], column: str) -> None:
 def shuffled_batches(
     size: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[torch.Tensor]:
-    """Endless index batches of a dataset held in memory: each epoch in its own order, a function of (seed, epoch) only.
+    """Endless index batches of a dataset held in memory: each epoch in an order of its own, drawn from (seed, epoch).
 
     The batch at a given step is the same in a run that was never stopped and in one resumed at `start`. The batches of
     the ranks are disjoint parts of one global batch. An epoch's remainder is carried into the next epoch, so that
@@ -282,8 +282,8 @@ def psnr(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def ssim(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each picture, for pictures (B, C, H, W) in [-1, 1].
 
-    An 11 x 11 Gaussian window with a deviation of 1.5 pixels, K1 = 0.01, K2 = 0.03 (Wang et al. 2004, eq. 13), averaged over
-    channels and over the positions where the window fits.
+    An 11 x 11 Gaussian window with a deviation of 1.5 pixels, K1 = 0.01, K2 = 0.03 (Wang et al. 2004, eq. 13),
+    averaged over channels and over the positions where the window fits.
     """
     window_size, deviation, peak = 11, 1.5, 2.0
     if min(prediction.shape[-2:]) < window_size:

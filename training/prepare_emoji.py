@@ -10,17 +10,20 @@ Sources, fetched with ``npm pack``:
 * ``emoji-datasource-google`` 16.0.0: Noto Emoji pictures, 64 px (Apache-2.0; the packaging is MIT).
 * ``emojibase-data`` 17.0.0: CLDR names, keywords and groups in English and Chinese (MIT; CLDR data: Unicode licence).
 
-Columns: ``image`` (64 x 64 RGB, transparent pixels on white), ``text`` (English name), ``text_zh`` (Chinese name), ``phrase`` (the
-English name as one would say it, "an astronaut with dark skin tone"), ``keywords`` (the first four English keywords and the skin
-tone, comma-separated),
-``label`` (one of ten categories), ``skin_tone`` ("" or one or two tones), ``emoji`` (the base emoji, without its skin tone: the *role*),
-``split`` and ``held_out``.
+Columns: ``image`` (64 x 64 RGB, transparent pixels on white), ``text`` (English name), ``text_zh`` (Chinese name),
+``phrase`` (the English name as one would say it, "an astronaut with dark skin tone"), ``keywords`` (the first four
+English keywords and the skin tone, comma-separated), ``label`` (one of ten categories), ``skin_tone`` ("" or one or two
+tones), ``emoji`` (the base emoji, without its skin tone: the *role*), ``split`` and ``held_out``.
 
-The split is by composition and depends on the emoji's code points alone. A picture with a skin tone goes to ``test`` with probability
-1/8 (``held_out = "composition"``): its role and its tone occur in ``train``, never together, so neither the English, the Chinese nor the
-keyword caption has been seen. At most one tone of a role with five is held out, so that every role stays well covered. Of the other
-pictures, which no one could guess, 1 in 25 goes to ``test`` as well (``held_out = "picture"``): these measure tokenizers and
-classification, not generation.
+The split is by composition and depends on the emoji's code points alone. A picture with a skin tone goes to ``test``
+with probability 1/8 (``held_out = "composition"``): its role and its tone occur in ``train``, never together, so
+neither the English, the Chinese nor the keyword caption has been seen. At most one tone of a role with five is held
+out, so that every role stays well covered. Of the other pictures, which no one could guess, 1 in 25 goes to ``test`` as
+well (``held_out = "picture"``): these measure tokenizers and classification, not generation.
+
+    train                         3,479 pictures
+    test, held-out composition      236
+    test, held-out picture           71
 """
 
 import argparse
@@ -45,9 +48,7 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the emoji starter dataset from two npm packages.")
     parser.add_argument("--output_file", type=Path, default=Path("training/data/emoji.parquet"))
-    parser.add_argument(
-        "--download_dir", type=Path, default=None, help="Folder with the packages, if already fetched."
-    )
+    parser.add_argument("--download_dir", type=Path, default=None, help="Folder with the packages already fetched.")
     return parser.parse_args()
 
 
@@ -81,11 +82,9 @@ def skin_tone(skin: dict) -> str:
 
 def caption(label: str, comma: str) -> str:
     """CLDR writes "astronaut: dark skin tone"; a colon stays only where it names a kind ("flag: France")."""
-    return (
-        label.replace(": ", comma)
-        if "肤色" in label or "skin tone" in label
-        else label.replace(": ", "：" if comma == "，" else ": ")
-    )
+    if "肤色" in label or "skin tone" in label:
+        return label.replace(": ", comma)
+    return label.replace(": ", "：") if comma == "，" else label
 
 
 def phrase(name: str, tone: str) -> str:
