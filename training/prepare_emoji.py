@@ -12,14 +12,14 @@ Sources, fetched with ``npm pack``:
 
 Columns: ``image`` (64 x 64 RGB, transparent pixels on white), ``text`` (English name), ``text_zh`` (Chinese name),
 ``phrase`` (the English name as one would say it, "an astronaut with dark skin tone"), ``keywords`` (the first four
-English keywords and the skin tone, comma-separated), ``label`` (one of ten categories), ``skin_tone`` ("" or one or two
-tones), ``emoji`` (the base emoji, without its skin tone: the *role*), ``split`` and ``held_out``.
+English keywords and the skin tone, comma-separated), ``label`` (one of ten categories), ``skin_tone`` ("" or one or
+two tones), ``emoji`` (the base emoji, without its skin tone: the *role*), ``split`` and ``held_out``.
 
 The split is by composition and depends on the emoji's code points alone. A picture with a skin tone goes to ``test``
 with probability 1/8 (``held_out = "composition"``): its role and its tone occur in ``train``, never together, so
 neither the English, the Chinese nor the keyword caption has been seen. At most one tone of a role with five is held
-out, so that every role stays well covered. Of the other pictures, which no one could guess, 1 in 25 goes to ``test`` as
-well (``held_out = "picture"``): these measure tokenizers and classification, not generation.
+out, so that every role stays well covered. Of the other pictures, which no one could guess, 1 in 25 goes to ``test``
+as well (``held_out = "picture"``): these measure tokenizers and classification, not generation.
 
     train                         3,479 pictures
     test, held-out composition      236

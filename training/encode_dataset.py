@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Encode a dataset into codes once, so that transformer training never runs a tokenizer.
+
+    python training/encode_dataset.py --dataset_name training/data/emoji.parquet \
+        --image_vq outputs/image_vq --text_vq outputs/text_vq \
+        --prompt_columns text_zh phrase keywords --label_column label --output_dir outputs/codes
+
+The emoji take about half a minute on two CPU cores.
+"""
+
+import argparse
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from diffusers_vqdit import ImageVQModel, TextVQModel
+from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.training_utils import load_training_dataset
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Encode a dataset into a folder of codes.")
+    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image_vq", help="ImageVQModel: a folder or a Hub id. Without one, no pictures are encoded.")
+    parser.add_argument("--text_vq", help="TextVQModel with its tokenizer. Without one, no captions are encoded.")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
+    parser.add_argument("--label_column")
+    parser.add_argument("--resolution", type=int, help="In pixels; by default the ImageVQModel's sample size.")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--shard_size", type=int, default=100_000, help="Rows per parquet file.")
+    parser.add_argument("--max_samples", type=int)
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", required=True)
+    args = parser.parse_args(input_args)
+    if args.image_vq is None and args.text_vq is None:
+        parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    image_column = args.image_column if args.image_vq else None
+    caption_column = args.caption_column if args.text_vq else None
+    prompt_columns = args.prompt_columns if args.text_vq else []
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        split=args.split,
+        columns=[column for column in (caption_column, args.label_column, *prompt_columns) if column],
+        image_column=image_column,
+        max_samples=args.max_samples,
+        cache_dir=args.cache_dir,
+    )
+    image_vq = ImageVQModel.from_pretrained(args.image_vq).to(args.device).eval() if args.image_vq else None
+    text_vq = TextVQModel.from_pretrained(args.text_vq).to(args.device).eval() if args.text_vq else None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer") if args.text_vq else None
+    encode_dataset(
+        dataset,
+        args.output_dir,
+        resolution=args.resolution or (image_vq.config.sample_size if image_vq else 0),
+        image_vq=image_vq,
+        text_vq=text_vq,
+        tokenizer=tokenizer,
+        image_column=image_column,
+        caption_column=caption_column,
+        prompt_columns=prompt_columns,
+        label_column=args.label_column,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+    )
+    codes = CodeDataset(args.output_dir)
+    print(f"{args.output_dir}: {len(codes)} rows, segments {codes.segments}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,390 @@
+#!/usr/bin/env python
+"""Train or finetune a VQ diffusion transformer on codes, one task drawn for each micro-batch.
+
+From scratch, on codes that ``encode_dataset.py`` wrote:
+
+    accelerate launch training/train_vqdit.py \
+        --codes_dir outputs/codes --image_vq outputs/image_vq --text_vq outputs/text_vq \
+        --tasks "text->image:4,image->text:2,label->image:1,->image:1" --output_dir outputs/vqdit
+
+Finetuning a pipeline on your own captioned pictures, which are encoded at the start:
+
+    accelerate launch training/train_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji \
+        --train_data_dir my_pictures --caption_column text --tasks "text->image:4,->image:1" --output_dir outputs/mine
+
+The output folder is a complete pipeline, for ``VQDiTPipeline.from_pretrained``. The starter checkpoint's command,
+running time and figures stand in its model card.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training_utils import (
+    checkpoint_step,
+    draw_task,
+    find_checkpoint,
+    load_training_dataset,
+    masked_diffusion_loss,
+    parameter_groups,
+    save_checkpoint,
+    save_pretrained_atomically,
+    shuffled_batches,
+    step_generator,
+    unwrap,
+)
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a VQ diffusion transformer.")
+
+    models = parser.add_argument_group("models")
+    models.add_argument("--pretrained_model_name_or_path", help="Pipeline to finetune: a folder or a Hub id.")
+    models.add_argument("--revision", help="Revision of the pretrained pipeline.")
+    models.add_argument("--variant", help="Variant of the pretrained pipeline's files, such as fp16.")
+    models.add_argument("--image_vq", help="ImageVQModel for training from scratch: a folder or a Hub id.")
+    models.add_argument("--text_vq", help="TextVQModel with its tokenizer beside it: a folder or a Hub id.")
+    models.add_argument("--num_layers", type=int, default=8)
+    models.add_argument("--num_attention_heads", type=int, default=4)
+    models.add_argument("--attention_head_dim", type=int, default=64)
+    models.add_argument("--dropout", type=float, default=0.0)
+    models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
+    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file, to encode at the start.")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl, to encode at the start.")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--caption_column", default="text")
+    data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
+    data.add_argument("--label_column")
+    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--cache_dir")
+    data.add_argument(
+        "--tasks",
+        default="text->image:4,image->text:2,->image:1",
+        help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image.",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=Path, default=Path("outputs/vqdit"))
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--train_batch_size", type=int, default=64, help="Samples per device and micro-batch.")
+    training.add_argument("--num_train_epochs", type=int, default=100)
+    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    training.add_argument("--gradient_checkpointing", action="store_true")
+    training.add_argument("--learning_rate", type=float, default=1e-3)
+    training.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
+    training.add_argument("--lr_scheduler", default="cosine")
+    training.add_argument("--lr_warmup_steps", type=int, default=200)
+    training.add_argument("--adam_beta1", type=float, default=0.9)
+    training.add_argument("--adam_beta2", type=float, default=0.98)
+    training.add_argument("--adam_weight_decay", type=float, default=0.01)
+    training.add_argument("--adam_epsilon", type=float, default=1e-8)
+    training.add_argument("--max_grad_norm", type=float, default=1.0)
+    training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
+    training.add_argument("--use_ema", action="store_true")
+    training.add_argument("--ema_decay", type=float, default=0.999)
+    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    training.add_argument("--allow_tf32", action="store_true")
+
+    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
+    keeping.add_argument("--checkpointing_steps", type=int, default=500)
+    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
+    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
+    keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    keeping.add_argument("--validation_steps", type=int, default=500)
+    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
+    keeping.add_argument("--logging_dir", default="logs")
+    keeping.add_argument("--push_to_hub", action="store_true")
+    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
+    keeping.add_argument("--hub_token")
+
+    args = parser.parse_args(input_args)
+    sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
+    if sum(source is not None for source in sources) != 1:
+        parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
+    if args.pretrained_model_name_or_path is None and args.image_vq is None and args.text_vq is None:
+        parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
+    return args
+
+
+def load_components(args: argparse.Namespace) -> dict:
+    """The pipeline's parts that are there before training: all of them when finetuning, else the tokenizers."""
+    if args.pretrained_model_name_or_path is not None:
+        pipeline = VQDiTPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
+        )
+        return {**pipeline.components, "labels": list(pipeline.config.labels)}
+    text_vq, tokenizer = None, None
+    if args.text_vq is not None:
+        text_vq = TextVQModel.from_pretrained(args.text_vq)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer")
+    image_vq = ImageVQModel.from_pretrained(args.image_vq) if args.image_vq is not None else None
+    return {
+        "image_vq": image_vq,
+        "text_vq": text_vq,
+        "tokenizer": tokenizer,
+        "transformer": None,
+        "scheduler": MaskedDiffusionScheduler(masking=args.masking),
+        "labels": [],
+    }
+
+
+def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accelerator: Accelerator) -> CodeDataset:
+    """Read the folder of codes, after writing it from pictures and captions where that is what was given."""
+    if args.codes_dir is not None:
+        return CodeDataset(args.codes_dir)
+    image_column = args.image_column if "image" in segments else None
+    caption_column = args.caption_column if "text" in segments else None
+    label_column = args.label_column if "label" in segments else None
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        columns=[c for c in (caption_column, label_column, *args.prompt_columns) if c is not None],
+        image_column=image_column,
+        max_samples=args.max_train_samples,
+        cache_dir=args.cache_dir,
+    )
+    folder = args.output_dir / "codes"
+    if accelerator.is_main_process:
+        shape = parts["transformer"].config.segments["image"]["shape"] if parts["transformer"] is not None else None
+        resolution = shape[0] * parts["image_vq"].downsample_factor if shape else parts["image_vq"].config.sample_size
+        for name in ("image_vq", "text_vq"):
+            if parts[name] is not None:
+                parts[name].to(accelerator.device)
+        encode_dataset(
+            dataset,
+            folder,
+            resolution=resolution,
+            image_vq=parts["image_vq"],
+            text_vq=parts["text_vq"],
+            tokenizer=parts["tokenizer"],
+            image_column=image_column,
+            caption_column=caption_column,
+            prompt_columns=args.prompt_columns,
+            label_column=label_column,
+            labels=parts["labels"] or None,
+        )
+    accelerator.wait_for_everyone()
+    return CodeDataset(folder)
+
+
+def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Accelerator, step: int) -> None:
+    """Draw the validation prompts with a fixed seed; keep them as a PNG and send them to the trackers."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(args.validation_prompts))]
+    images = pipeline(args.validation_prompts, generator=generators).images
+    folder = args.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = min(8, len(images))
+    blank = [images[0].copy() for _ in range(-len(images) % columns)]
+    make_image_grid([*images, *blank], rows=math.ceil(len(images) / columns), cols=columns).save(
+        folder / f"step-{step:06d}.png"
+    )
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images(
+                {"validation": [torch.tensor(list(i.getdata())).view(*i.size, 3).byte().numpy() for i in images]}
+                if tracker.name == "tensorboard"
+                else {"validation": images},
+                step=step,
+            )
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        # A step trains the embeddings and heads of its task's segments only.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        step_scheduler_with_optimizer=False,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # 1. Tasks, tokenizers, codes
+    tasks = parse_tasks(args.tasks)
+    names = {name for task, _ in tasks for name in task.segments}
+    parts = load_components(args)
+    codes = load_codes(args, parts, names, accelerator)
+    missing = names - set(codes.segments)
+    if missing:
+        raise ValueError(
+            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
+        )
+    labels = parts.pop("labels") or codes.labels
+
+    # 2. Transformer
+    transformer = parts["transformer"]
+    if transformer is None:
+        transformer = VQDiTTransformer2DModel(
+            num_attention_heads=args.num_attention_heads,
+            attention_head_dim=args.attention_head_dim,
+            num_layers=args.num_layers,
+            dropout=args.dropout,
+            segments={name: segment for name, segment in codes.segments.items() if name in names},
+            tasks=[str(task) for task, _ in tasks],
+        )
+    else:
+        for name in sorted(names):
+            if transformer.config.segments.get(name) != codes.segments[name]:
+                raise ValueError(
+                    f"segment {name!r} is {codes.segments[name]} in the data but "
+                    f"{transformer.config.segments.get(name)} in the pretrained transformer"
+                )
+        known = list(transformer.config.tasks or [])
+        transformer.register_to_config(tasks=known + [str(t) for t, _ in tasks if str(t) not in known])
+        transformer.to(torch.float32)
+    transformer.train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    scheduler = parts["scheduler"]
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+
+    # 3. Optimizer and learning rate
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * accelerator.num_processes
+    optimizer = torch.optim.AdamW(
+        parameter_groups(transformer, args.adam_weight_decay),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    max_steps = args.max_train_steps or math.ceil(len(codes) / global_batch) * args.num_train_epochs
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
+    if ema is not None:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+
+    def build_pipeline() -> VQDiTPipeline:
+        return VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "labels": labels})
+
+    # 4. Resume
+    step = 0
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        step = checkpoint_step(checkpoint)
+        logger.info(f"resumed from {checkpoint}")
+    if accelerator.is_main_process and accelerator.log_with:
+        accelerator.init_trackers("vqdit", config=json.loads(json.dumps(vars(args), default=str)))
+
+    parameters = sum(p.numel() for p in unwrap(transformer).parameters())
+    logger.info(
+        f"{len(codes)} samples, {parameters / 1e6:.1f} M parameters, {max_steps} steps of batch {global_batch}"
+    )
+
+    # 5. Train
+    micro_step = step * args.gradient_accumulation_steps
+    batches = shuffled_batches(
+        len(codes),
+        args.train_batch_size,
+        seed=args.seed,
+        start=micro_step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    task_losses: dict[str, float] = {}
+    started, seen = time.time(), 0
+    while step < max_steps:
+        rows = next(batches)
+        # One task for all ranks, so that they train the same parameters; each rank its own wordings, times and masks.
+        task = draw_task(tasks, step_generator(args.seed, micro_step))
+        generator = step_generator(args.seed + 1, micro_step, accelerator.process_index)
+        given, generated = codes.batch(rows, task, generator=generator)
+        given = {name: value.to(accelerator.device) for name, value in given.items()}
+        generated = {name: value.to(accelerator.device) for name, value in generated.items()}
+        with accelerator.accumulate(transformer):
+            loss = masked_diffusion_loss(
+                transformer, scheduler, given, generated, weighting=args.loss_weighting, generator=generator
+            )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                lr_scheduler.step()
+            optimizer.zero_grad()
+        micro_step += 1
+        seen += len(rows) * accelerator.num_processes
+        average = accelerator.reduce(loss.detach(), "mean").item()
+        if not math.isfinite(average):
+            raise RuntimeError(f"the loss is {average} at step {step}: lower --learning_rate or check the data")
+        task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        if ema is not None:
+            ema.step(transformer.parameters())
+        progress.update(1)
+        rate = lr_scheduler.get_last_lr()[0]
+        speed = seen / (time.time() - started)
+        progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
+        accelerator.log(
+            {f"loss/{task}": average, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step
+        )
+        if step % args.checkpointing_steps == 0 or step == max_steps:
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
+        if args.validation_prompts and accelerator.is_main_process and step % args.validation_steps == 0:
+            if ema is not None:
+                ema.store(transformer.parameters())
+                ema.copy_to(transformer.parameters())
+            unwrap(transformer).eval()
+            validate(args, build_pipeline(), accelerator, step)
+            unwrap(transformer).train()
+            if ema is not None:
+                ema.restore(transformer.parameters())
+    progress.close()
+
+    # 6. Save the pipeline
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(transformer.parameters())
+        unwrap(transformer).eval()
+        pipeline = build_pipeline()
+        save_pretrained_atomically(pipeline, args.output_dir)
+        if args.push_to_hub:
+            pipeline.push_to_hub(args.hub_model_id or args.output_dir.name, token=args.hub_token)
+        logger.info(f"saved the pipeline to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
