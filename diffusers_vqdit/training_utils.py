@@ -324,7 +324,7 @@ def code_usage(codes: torch.Tensor, num_codes: int) -> tuple[float, float]:
 
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, step, rank) alone, so that a resumed run draws what it would have drawn."""
+    """A CPU generator that depends on (seed, step, rank) alone, so that a resumed run draws as an unbroken one."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
@@ -357,7 +357,8 @@ def masked_diffusion_loss(
         scheduler: the `MaskedDiffusionScheduler` that masks.
         given, generated: name -> (B, *shape) int64 codes.
         weighting: ``"nelbo"`` weighs each row by -alpha'(t) / (1 - alpha(t)), so that the mean is the exact bound in
-            nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over the masked codes (MaskGIT).
+            nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
+            the masked codes (MaskGIT).
         generator: draws times and masks, on the CPU.
 
     Returns:

@@ -1,0 +1,279 @@
+"""The image tokenizer: pictures to a grid of codes and back."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import VQModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .quantizers import QuantizerOutput, VectorQuantizer
+
+
+@dataclass
+class ImageVQOutput(BaseOutput):
+    """Output of [`ImageVQModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`): the reconstruction.
+        commit_loss (`torch.Tensor`): codebook and commitment loss, a scalar.
+        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, num_codes).
+        usage, perplexity (`torch.Tensor`): of the batch's codes, see [`~models.quantizers.QuantizerOutput`].
+    """
+
+    sample: torch.Tensor
+    commit_loss: torch.Tensor
+    codes: torch.LongTensor
+    usage: torch.Tensor
+    perplexity: torch.Tensor
+
+
+class ImageVQModel(VQModel):
+    """A diffusers `VQModel` with codes: ``encode_codes`` and ``decode_codes``, and a quantizer made for training.
+
+    Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean what they
+    mean there; those added are saved in the config as well.
+
+    Args:
+        quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]).
+        beta: weight of the commitment term.
+        codebook_norm: ``"none"`` (Euclidean) or ``"l2"``.
+        codebook_update: ``"gradient"`` or ``"ema"``.
+        codebook_init: ``"uniform"``, ``"data"`` or ``"kmeans"``.
+        ema_decay: decay of the codebook's moving averages.
+        restart_threshold: share of uniform use below which a code is restarted; 0 for never.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+        quantizer_type: str = "vq",
+        beta: float = 0.25,
+        codebook_norm: str = "none",
+        codebook_update: str = "gradient",
+        codebook_init: str = "uniform",
+        ema_decay: float = 0.99,
+        restart_threshold: float = 0.0,
+    ) -> None:
+        if quantizer_type != "vq":
+            raise ValueError(f"quantizer_type={quantizer_type!r} must be 'vq'")
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=num_vq_embeddings,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            norm_type=norm_type,
+            mid_block_add_attention=mid_block_add_attention,
+            lookup_from_codebook=lookup_from_codebook,
+            force_upcast=force_upcast,
+        )
+        self.quantize = VectorQuantizer(
+            num_vq_embeddings,
+            vq_embed_dim if vq_embed_dim is not None else latent_channels,
+            beta=beta,
+            codebook_norm=codebook_norm,
+            codebook_update=codebook_update,
+            codebook_init=codebook_init,
+            ema_decay=ema_decay,
+            restart_threshold=restart_threshold,
+        )
+        self.use_slicing = False
+        self.use_tiling = False
+        # The overlap of neighbouring tiles, as a share of a tile; they are blended across it.
+        self.tile_overlap_factor = 0.25
+
+    @property
+    def num_codes(self) -> int:
+        """Size K of the codebook."""
+        return self.config.num_vq_embeddings
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels of a picture's side for each code."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pictures to codes
+
+    def _check_sample(self, sample: torch.Tensor) -> None:
+        channels, factor = self.config.in_channels, self.downsample_factor
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"sample must have shape (B, {channels}, H, W), got {tuple(sample.shape)}")
+        if not sample.is_floating_point():
+            raise ValueError(f"sample must be a float tensor in [-1, 1], got {sample.dtype}")
+        if sample.shape[2] % factor or sample.shape[3] % factor:
+            raise ValueError(f"sample's height and width must be multiples of {factor}, got {tuple(sample.shape[2:])}")
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
+        """Latents (B, D, h, w) of pictures (B, C, H, W), before quantization."""
+        self._check_sample(x)
+        parts = x.split(1) if self.use_slicing else [x]
+        latents = torch.cat([self._encode(part) for part in parts])
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        tile = self.config.sample_size
+        if self.use_tiling and max(x.shape[2:]) > tile:
+            return self._tiled(x, self._encode_tile, tile, tile // self.downsample_factor)
+        return self._encode_tile(x)
+
+    def _encode_tile(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    @torch.no_grad()
+    def encode_codes(self, sample: torch.Tensor) -> torch.LongTensor:
+        """Codes (B, h, w) int64 in [0, num_codes) of pictures (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: if the shape, dtype or value range is not that.
+        """
+        self._check_sample(sample)
+        if sample.numel() and not (sample.min() >= -1.01 and sample.max() <= 1.01):
+            raise ValueError(
+                f"sample must be in [-1, 1], got values from {sample.min().item():.3g} to {sample.max().item():.3g}"
+            )
+        latents = self.encode(sample.to(self.dtype)).latents
+        return self.quantize.encode(latents.permute(0, 2, 3, 1))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Codes to pictures
+
+    def decode_codes(self, codes: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Pictures (B, C, H, W), about [-1, 1], of codes (B, h, w).
+
+        Raises:
+            ValueError: if the codes have another shape or dtype, or are out of range.
+        """
+        if codes.ndim != 3:
+            raise ValueError(f"codes must have shape (B, h, w), got {tuple(codes.shape)}")
+        quantized = self.quantize.lookup(codes).permute(0, 3, 1, 2).contiguous()  # (B, D, h, w)
+        return self.decode(quantized, force_not_quantize=True, return_dict=return_dict)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: torch.Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, ...] | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Pictures of latents (B, D, h, w), which are quantized first unless `force_not_quantize`.
+
+        As in `VQModel`, with ``lookup_from_codebook`` in the config and `force_not_quantize` `h` holds codes, and `shape`
+        is (B, h, w, D).
+        """
+        if not force_not_quantize:
+            output = self._quantize(h)
+            quantized, loss = output.quantized.permute(0, 3, 1, 2).contiguous(), output.loss
+        else:
+            if self.config.lookup_from_codebook and not h.is_floating_point():
+                h = self.quantize.lookup(h)
+                h = (h if shape is None else h.view(shape)).permute(0, 3, 1, 2).contiguous()
+            quantized, loss = h, torch.zeros((h.shape[0],), device=h.device, dtype=h.dtype)
+        parts = quantized.split(1) if self.use_slicing else [quantized]
+        sample = torch.cat([self._decode(part) for part in parts])
+        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+
+    def _quantize(self, latents: torch.Tensor) -> QuantizerOutput:
+        return self.quantize(latents.permute(0, 2, 3, 1))
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        tile = self.config.sample_size // self.downsample_factor
+        if self.use_tiling and max(quantized.shape[2:]) > tile:
+            return self._tiled(quantized, self._decode_tile, tile, self.config.sample_size)
+        return self._decode_tile(quantized)
+
+    def _decode_tile(self, quantized: torch.Tensor) -> torch.Tensor:
+        hidden = self.post_quant_conv(quantized)
+        return self.decoder(hidden, quantized if self.config.norm_type == "spatial" else None)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> ImageVQOutput | tuple[torch.Tensor, ...]:
+        """Encode, quantize and decode pictures (B, C, H, W) in [-1, 1]."""
+        latents = self.encode(sample).latents
+        output = self._quantize(latents)
+        decoded = self.decode(output.quantized.permute(0, 3, 1, 2).contiguous(), force_not_quantize=True).sample
+        if not return_dict:
+            return decoded, output.loss
+        return ImageVQOutput(
+            sample=decoded,
+            commit_loss=output.loss,
+            codes=output.codes,
+            usage=output.usage,
+            perplexity=output.perplexity,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tiling
+
+    def _tiled(self, x: torch.Tensor, function, tile: int, tile_out: int) -> torch.Tensor:
+        """Apply `function` to overlapping tiles of side `tile` and blend the results, of side `tile_out` each.
+
+        Every output pixel is a mean of the tiles that cover it, weighted by a ramp that falls to the tiles' borders.
+        """
+        overlap = max(1, round(tile * self.tile_overlap_factor * tile_out / tile)) if tile_out < tile else None
+        # Tiles start at multiples of one code, in pixels and in codes alike.
+        if overlap is None:
+            step = tile - max(1, round(tile * self.tile_overlap_factor))
+        else:
+            step = (tile_out - overlap) * (tile // tile_out)
+
+        def starts(size: int) -> list[int]:
+            last = max(size - tile, 0)
+            return sorted({min(start, last) for start in range(0, last + step, step)})
+
+        height, width = x.shape[2:]
+
+        def scale(n: int) -> int:
+            return n * tile_out // tile
+
+        result, weight = None, None
+        for top in starts(height):
+            for left in starts(width):
+                part = function(x[:, :, top : top + tile, left : left + tile])
+                ramp = _ramp(part.shape[2], part).view(-1, 1) * _ramp(part.shape[3], part).view(1, -1)
+                if result is None:
+                    result = part.new_zeros(*part.shape[:2], scale(height), scale(width))
+                    weight = part.new_zeros(scale(height), scale(width))
+                rows = slice(scale(top), scale(top) + part.shape[2])
+                columns = slice(scale(left), scale(left) + part.shape[3])
+                result[:, :, rows, columns] += part * ramp
+                weight[rows, columns] += ramp
+        return result / weight
+
+
+def _ramp(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Weights (size,) that rise from the borders to the middle."""
+    position = torch.arange(size, device=like.device, dtype=like.dtype)
+    return torch.minimum(position + 1, size - position)
