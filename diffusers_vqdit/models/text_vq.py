@@ -1,0 +1,249 @@
+"""The text tokenizer: the tokens of a caption to a fixed grid of codes and back."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .quantizers import VectorQuantizer
+
+
+@dataclass
+class TextVQOutput(BaseOutput):
+    """Output of [`TextVQModel`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)`): scores of the tokens.
+        commit_loss (`torch.Tensor`): codebook and commitment loss, a scalar.
+        codes (`torch.LongTensor` of shape `(B, L)`): in [0, num_codes).
+        usage, perplexity (`torch.Tensor`): of the batch's codes, means over the codebooks.
+    """
+
+    logits: torch.Tensor
+    commit_loss: torch.Tensor
+    codes: torch.LongTensor
+    usage: torch.Tensor
+    perplexity: torch.Tensor
+
+
+class ConvBlock(nn.Module):
+    """Pre-norm residual block over a window of `kernel_size` positions."""
+
+    def __init__(self, hidden_size: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.conv = nn.Conv1d(hidden_size, 2 * hidden_size, kernel_size, padding=kernel_size // 2)
+        self.proj = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, H) to (B, N, H)."""
+        inner = self.conv(self.norm(hidden_states).transpose(1, 2)).transpose(1, 2)  # (B, N, 2H)
+        return hidden_states + self.proj(F.gelu(inner))
+
+
+class TextVQModel(ModelMixin, ConfigMixin):
+    """A VQ-VAE over token ids.
+
+    `downsample_factor` tokens share a position, and each position has `num_codebooks` residual codes (Zeghidour et al.
+    2021, SoundStream, section III.C), so a caption of up to `max_length` tokens becomes L = max_length / downsample_factor *
+    num_codebooks codes, the codes of a position side by side.
+
+    Encoder and decoder see a window of some tokens only. What a code means then hardly depends on the rest of the
+    caption, so captions that were never seen come back as well.
+
+    Args:
+        vocab_size: number V of tokens.
+        max_length: number T of token positions; shorter captions are padded.
+        pad_token_id: the token of padding.
+        downsample_factor: tokens a position.
+        num_codebooks: residual codes a position.
+        num_codes: size K of the codebook; residual codebooks are told apart by their place.
+        code_dim: length of a code vector.
+        hidden_size, num_layers, kernel_size: width, depth and window (odd) of the encoder and the decoder.
+        beta, codebook_norm, codebook_update, codebook_init, ema_decay, restart_threshold: see
+            [`~models.quantizers.VectorQuantizer`].
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 2048,
+        max_length: int = 24,
+        pad_token_id: int = 0,
+        downsample_factor: int = 1,
+        num_codebooks: int = 1,
+        num_codes: int = 2048,
+        code_dim: int = 16,
+        hidden_size: int = 128,
+        num_layers: int = 1,
+        kernel_size: int = 1,
+        beta: float = 0.25,
+        codebook_norm: str = "l2",
+        codebook_update: str = "ema",
+        codebook_init: str = "data",
+        ema_decay: float = 0.99,
+        restart_threshold: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if max_length % downsample_factor:
+            raise ValueError(f"max_length={max_length} must be a multiple of downsample_factor={downsample_factor}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} must be odd")
+        if not 0 <= pad_token_id < vocab_size:
+            raise ValueError(f"pad_token_id={pad_token_id} must be in [0, {vocab_size})")
+        if num_codebooks > 1 and codebook_norm == "l2":
+            raise ValueError("num_codebooks > 1 needs codebook_norm='none': residuals have no unit length")
+        patch = downsample_factor * hidden_size
+        self.token_embedding = nn.Embedding(vocab_size, hidden_size)
+        self.encoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
+        self.to_code = nn.Sequential(nn.LayerNorm(patch), nn.Linear(patch, code_dim))
+        # Residual codes are Euclidean: a norm keeps the latents' scale from drifting away from the codebook's.
+        self.code_norm = nn.Identity() if codebook_norm == "l2" else nn.LayerNorm(code_dim, elementwise_affine=False)
+        self.quantizers = nn.ModuleList(
+            VectorQuantizer(
+                num_codes,
+                code_dim,
+                beta=beta,
+                codebook_norm=codebook_norm,
+                codebook_update=codebook_update,
+                codebook_init=codebook_init,
+                ema_decay=ema_decay,
+                restart_threshold=restart_threshold,
+            )
+            for _ in range(num_codebooks)
+        )
+        self.from_code = nn.Linear(code_dim, patch)
+        self.decoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
+        self.norm_out = nn.LayerNorm(hidden_size)
+        self.to_logits = nn.Linear(hidden_size, vocab_size)
+        self.gradient_checkpointing = False
+
+    @property
+    def num_codes(self) -> int:
+        """Size K of the codebook."""
+        return self.config.num_codes
+
+    @property
+    def num_code_positions(self) -> int:
+        """Number L of codes of a caption."""
+        return self.config.max_length // self.config.downsample_factor * self.config.num_codebooks
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tokens to codes
+
+    def _check_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Token ids with padding where the mask is zero."""
+        length, size = self.config.max_length, self.config.vocab_size
+        if input_ids.ndim != 2 or input_ids.shape[1] != length:
+            raise ValueError(
+                f"input_ids must have shape (B, {length}), got {tuple(input_ids.shape)}; tokenize with "
+                f"padding='max_length', truncation=True, max_length={length}"
+            )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+        if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= size):
+            raise ValueError(
+                f"input_ids must be in [0, {size}), got values from {input_ids.min()} to {input_ids.max()}"
+            )
+        if attention_mask is None:
+            return input_ids
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        return input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
+
+    def _run(self, blocks: nn.ModuleList, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return hidden_states
+
+    def _encode(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden_states = self._run(self.encoder, self.token_embedding(input_ids))  # (B, T, H)
+        patches = hidden_states.unflatten(1, (-1, self.config.downsample_factor)).flatten(2)  # (B, T/r, rH)
+        return self.code_norm(self.to_code(patches))  # (B, T/r, D)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode_codes(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.LongTensor:
+        """Codes (B, L) int64 in [0, num_codes) of token ids (B, T). Tokens where the mask is zero count as padding.
+
+        Raises:
+            ValueError: if the shape or dtype is another, or an id is out of range.
+        """
+        residual = self._encode(self._check_tokens(input_ids, attention_mask))
+        codes = []
+        for quantizer in self.quantizers:
+            codes.append(quantizer.encode(residual))
+            residual = residual - quantizer.lookup(codes[-1])
+        return torch.stack(codes, -1).flatten(1)  # (B, T/r, q) -> (B, L)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Codes to tokens
+
+    def _lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Sum (B, T/r, D) of the residual codes' vectors."""
+        if codes.ndim != 2 or codes.shape[1] != self.num_code_positions:
+            raise ValueError(f"codes must have shape (B, {self.num_code_positions}), got {tuple(codes.shape)}")
+        each = codes.unflatten(1, (-1, self.config.num_codebooks)).unbind(-1)
+        return sum(quantizer.lookup(part) for quantizer, part in zip(self.quantizers, each, strict=True))
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        patches = self.from_code(quantized)  # (B, T/r, rH)
+        hidden_states = patches.unflatten(2, (self.config.downsample_factor, -1)).flatten(1, 2)  # (B, T, H)
+        return self.to_logits(self.norm_out(self._run(self.decoder, hidden_states)))  # (B, T, V)
+
+    @apply_forward_hook
+    def decode_codes(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Logits (B, T, V) over the tokens, of codes (B, L).
+
+        Raises:
+            ValueError: if the shape or dtype is another, or a code is out of range.
+        """
+        return self._decode(self._lookup(codes))
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """One unit vector (B, D) a caption: the mean of its codes' vectors, padding left out."""
+        tokens = self._check_tokens(input_ids, attention_mask)
+        quantized = self._lookup(self.encode_codes(tokens))  # (B, T/r, D)
+        real = (tokens != self.config.pad_token_id).unflatten(1, (-1, self.config.downsample_factor)).any(-1)
+        return F.normalize((quantized * real[..., None]).sum(1).float(), dim=-1)
+
+    def forward(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, return_dict: bool = True
+    ) -> TextVQOutput | tuple[torch.Tensor, ...]:
+        """Encode, quantize and decode token ids (B, T)."""
+        latents = self._encode(self._check_tokens(input_ids, attention_mask))
+        residual, outputs = latents, []
+        for quantizer in self.quantizers:
+            outputs.append(quantizer(residual))
+            residual = residual - outputs[-1].quantized.detach()
+        quantized = sum(output.quantized for output in outputs)
+        # Straight through the sum, once: each residual code would else pass the gradient on again.
+        logits = self._decode(latents + (quantized - latents).detach())
+        loss = sum(output.loss for output in outputs)
+        codes = torch.stack([output.codes for output in outputs], -1).flatten(1)
+        if not return_dict:
+            return logits, loss, codes
+        return TextVQOutput(
+            logits=logits,
+            commit_loss=loss,
+            codes=codes,
+            usage=torch.stack([output.usage for output in outputs]).mean(),
+            perplexity=torch.stack([output.perplexity for output in outputs]).mean(),
+        )

@@ -1,0 +1,334 @@
+#!/usr/bin/env python
+"""Train a text VQ-VAE, and the byte-level BPE tokenizer beside it: captions to a grid of codes and back.
+
+    accelerate launch training/train_text_vq.py --dataset_name training/data/emoji.parquet \
+        --caption_columns text text_zh phrase keywords --use_ema --output_dir outputs/text_vq
+
+trains the starter's text tokenizer: every caption of the test split comes back exactly, after some minutes on two CPU
+cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from diffusers_vqdit import TextVQModel
+from diffusers_vqdit.training_utils import (
+    check_captions,
+    checkpoint_step,
+    find_checkpoint,
+    load_training_dataset,
+    parameter_groups,
+    save_checkpoint,
+    save_pretrained_atomically,
+    shuffled_batches,
+    unwrap,
+)
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a text VQ-VAE and its tokenizer.")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", help="TextVQModel with its tokenizer, to finetune.")
+    model.add_argument("--tokenizer_vocab_size", type=int, default=2048)
+    model.add_argument("--max_length", type=int, default=24, help="Tokens of a caption; longer ones are cut.")
+    model.add_argument("--downsample_factor", type=int, default=1, help="Tokens a code position.")
+    model.add_argument("--num_codebooks", type=int, default=1, help="Residual codes a position.")
+    model.add_argument("--num_codes", type=int, default=4096)
+    model.add_argument("--code_dim", type=int, default=16)
+    model.add_argument("--hidden_size", type=int, default=128)
+    model.add_argument("--num_layers", type=int, default=1)
+    model.add_argument("--kernel_size", type=int, default=1, help="Window of the convolutions, in positions.")
+    model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2")
+    model.add_argument("--restart_threshold", type=float, default=0.05)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
+    data.add_argument("--caption_columns", nargs="+", default=["text"])
+    data.add_argument(
+        "--validation_split", default="test", help="Split for round trips; 'none' takes training captions."
+    )
+    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--cache_dir")
+    data.add_argument(
+        "--random_token_probability",
+        type=float,
+        default=0.25,
+        help="Share of tokens that are replaced by random ones, so that rare tokens and new neighbours are learned too.",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=Path, default=Path("outputs/text_vq"))
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--train_batch_size", type=int, default=256)
+    training.add_argument("--num_train_epochs", type=int, default=30)
+    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    training.add_argument("--gradient_checkpointing", action="store_true")
+    training.add_argument("--learning_rate", type=float, default=2e-3)
+    training.add_argument("--lr_scheduler", default="cosine")
+    training.add_argument("--lr_warmup_steps", type=int, default=50)
+    training.add_argument("--adam_beta1", type=float, default=0.9)
+    training.add_argument("--adam_beta2", type=float, default=0.99)
+    training.add_argument("--adam_weight_decay", type=float, default=0.0)
+    training.add_argument("--adam_epsilon", type=float, default=1e-8)
+    training.add_argument("--max_grad_norm", type=float, default=1.0)
+    training.add_argument("--use_ema", action="store_true")
+    training.add_argument("--ema_decay", type=float, default=0.99)
+    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+
+    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
+    keeping.add_argument("--checkpointing_steps", type=int, default=500)
+    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
+    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
+    keeping.add_argument("--validation_steps", type=int, default=250)
+    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
+    keeping.add_argument("--logging_dir", default="logs")
+    keeping.add_argument("--push_to_hub", action="store_true")
+    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
+    keeping.add_argument("--hub_token")
+    return parser.parse_args(input_args)
+
+
+def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (lossless on any text) with a token for padding and one for a blank to fill in."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        mask_token="<mask>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str], max_length: int) -> torch.Tensor:
+    """Token ids (N, max_length) int64; says how many captions had to be cut."""
+    cut = sum(len(ids) > max_length for ids in tokenizer(captions).input_ids)
+    if cut:
+        logger.warning(f"{cut} of {len(captions)} captions have more than max_length={max_length} tokens and are cut")
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
+    """Share of captions that come back exactly as text."""
+    model.eval()
+    tokens = tokenize(tokenizer, captions, model.config.max_length)
+    decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
+    texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
+    model.train()
+    return {"validation/exact": sum(a == b for a, b in zip(texts, captions, strict=True)) / len(captions)}
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        step_scheduler_with_optimizer=False,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    set_seed(args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # 1. Captions and tokenizer
+    def read(split: str) -> list[str]:
+        dataset = load_training_dataset(
+            dataset_name=args.dataset_name,
+            dataset_config_name=args.dataset_config_name,
+            train_data_dir=args.train_data_dir,
+            split=split,
+            columns=args.caption_columns,
+            max_samples=args.max_train_samples,
+            cache_dir=args.cache_dir,
+        )
+        for column in args.caption_columns:
+            check_captions(dataset[column], column)
+        return [text for column in args.caption_columns for text in dataset[column]]
+
+    captions = read("train")
+    held_out = captions if args.validation_split == "none" else read(args.validation_split)
+    if args.pretrained_model_name_or_path is not None:
+        model = TextVQModel.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.pretrained_model_name_or_path, subfolder="tokenizer")
+    else:
+        tokenizer = train_tokenizer(captions, args.tokenizer_vocab_size, args.max_length)
+        model = TextVQModel(
+            vocab_size=len(tokenizer),
+            max_length=args.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            downsample_factor=args.downsample_factor,
+            num_codebooks=args.num_codebooks,
+            num_codes=args.num_codes,
+            code_dim=args.code_dim,
+            hidden_size=args.hidden_size,
+            num_layers=args.num_layers,
+            kernel_size=args.kernel_size,
+            codebook_norm=args.codebook_norm,
+            restart_threshold=args.restart_threshold,
+        )
+    tokens = tokenize(tokenizer, captions, model.config.max_length)
+
+    # 2. Model
+    model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+
+    # 3. Optimizer and learning rate
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.adam_weight_decay),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    max_steps = args.max_train_steps or math.ceil(len(tokens) / global_batch) * args.num_train_epochs
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    if ema is not None:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+
+    # 4. Resume
+    step = 0
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        step = checkpoint_step(checkpoint)
+        logger.info(f"resumed from {checkpoint}")
+    if accelerator.is_main_process and accelerator.log_with:
+        accelerator.init_trackers("text_vq", config=json.loads(json.dumps(vars(args), default=str)))
+    parameters = sum(p.numel() for p in unwrap(model).parameters())
+    logger.info(f"{len(tokens)} captions, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
+
+    # 5. Train
+    batches = shuffled_batches(
+        len(tokens),
+        args.train_batch_size,
+        seed=args.seed,
+        start=step * args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    started, seen, measured = time.time(), 0, {}
+    while step < max_steps:
+        batch = tokens[next(batches)].to(accelerator.device)
+        replaced = (batch != tokenizer.pad_token_id) & (
+            torch.rand(batch.shape, device=batch.device) < args.random_token_probability
+        )
+        batch = torch.where(replaced, torch.randint_like(batch, len(tokenizer)), batch)
+        with accelerator.accumulate(model):
+            output = model(batch)
+            cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
+            loss = cross_entropy + output.commit_loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                lr_scheduler.step()
+            optimizer.zero_grad()
+        seen += len(batch) * accelerator.num_processes
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        if ema is not None:
+            ema.step(model.parameters())
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower --learning_rate or check the data")
+        logs = {
+            "cross_entropy": cross_entropy.item(),
+            "commitment": output.commit_loss.item(),
+            "usage": output.usage.item(),
+            "perplexity": output.perplexity.item(),
+            "captions_per_second": seen / (time.time() - started),
+        }
+        progress.update(1)
+        progress.set_postfix(
+            {
+                "ce": f"{logs['cross_entropy']:.4f}",
+                "vq": f"{logs['commitment']:.4f}",
+                "usage": f"{logs['usage']:.2f}",
+                "captions/s": f"{logs['captions_per_second']:.0f}",
+                **{name.removeprefix("validation/"): f"{value:.3f}" for name, value in measured.items()},
+            }
+        )
+        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "gradient_norm": float(norm)}, step=step)
+        if step % args.checkpointing_steps == 0 or step == max_steps:
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
+        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
+            if ema is not None:
+                ema.store(model.parameters())
+                ema.copy_to(model.parameters())
+            measured = validate(unwrap(model), tokenizer, held_out)
+            if ema is not None:
+                ema.restore(model.parameters())
+            accelerator.log(measured, step=step)
+            logger.info(f"step {step}: {measured}")
+    progress.close()
+
+    # 6. Save
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(model.parameters())
+        model = unwrap(model).eval()
+        save_pretrained_atomically(model, args.output_dir)
+        tokenizer.save_pretrained(args.output_dir / "tokenizer")
+        if args.push_to_hub:
+            repository = args.hub_model_id or args.output_dir.name
+            create_repo(repository, exist_ok=True, token=args.hub_token)
+            upload_folder(
+                repo_id=repository,
+                folder_path=args.output_dir,
+                allow_patterns=["config.json", "*.safetensors", "tokenizer/*"],
+                ignore_patterns=["checkpoint-*/*"],
+                token=args.hub_token,
+            )
+        logger.info(f"saved the model to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
