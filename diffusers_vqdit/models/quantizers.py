@@ -79,7 +79,8 @@ class VectorQuantizer(nn.Module):
             or their k-means centres.
         ema_decay: decay of the moving averages, of assignments too.
         restart_threshold: a code whose moving average of assignments, as a multiple of the uniform share, falls
-            below this is put onto a random vector of the batch (Dhariwal et al. 2020, Jukebox). 0 never restarts.
+            below this is put onto a vector of the batch, drawn by its squared error as k-means++ does (Arthur &
+            Vassilvitskii 2007): drawn uniformly, most would land where the data is dense and well served. 0 never restarts.
 
     All statistics are taken over the processes together, and restarts are the same on all of them.
     """
@@ -173,7 +174,7 @@ class VectorQuantizer(nn.Module):
         share = counts / counts.sum()
         perplexity = torch.exp(-(share * share.clamp_min(1e-10).log()).sum())
         if self.training:
-            self._update(flat.detach(), codes, share)
+            self._update(flat.detach(), codes, share, (flat - quantized.view_as(flat)).detach().square().sum(1))
 
         return QuantizerOutput(
             quantized=(z + (quantized - z).detach()).to(vectors.dtype),
@@ -184,7 +185,7 @@ class VectorQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def _update(self, flat: torch.Tensor, codes: torch.LongTensor, share: torch.Tensor) -> None:
+    def _update(self, flat: torch.Tensor, codes: torch.LongTensor, share: torch.Tensor, errors: torch.Tensor) -> None:
         """Moving averages, the EMA codebook, and the restart of dead codes."""
         if hasattr(self, "cluster_size"):
             self.cluster_size.lerp_(share, 1 - self.ema_decay)
@@ -201,16 +202,19 @@ class VectorQuantizer(nn.Module):
         if self.restart_threshold > 0:
             dead = (self.cluster_size < self.restart_threshold / self.num_codes).nonzero()[:, 0]
             if len(dead):
-                everywhere = gather_rows(flat)
-                self._place(dead, everywhere[self._draw(len(everywhere), len(dead))])
+                flat, errors = gather_rows(flat), gather_rows(errors)
+                drawn = self._draw(errors.cpu().double() + 1e-12, min(len(dead), len(flat)))
+                self._place(dead[: len(drawn)], flat[drawn])
         if hasattr(self, "updates"):
             self.updates += 1
 
-    def _draw(self, size: int, count: int) -> torch.Tensor:
-        """`count` indices below `size`, different ones where there are enough, the same on all processes."""
+    def _draw(self, weights: torch.Tensor, count: int) -> torch.Tensor:
+        """`count` different indices, drawn by weight, the same on all processes."""
         generator = torch.Generator().manual_seed(int(self.updates))
-        order = torch.randperm(size, generator=generator)
-        return order.repeat(-(-count // size))[:count].to(self.embedding.weight.device)
+        # The largest of log w + Gumbel noise: weighted sampling without replacement (Efraimidis & Spirakis 2006).
+        noise = torch.rand(len(weights), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        keys = weights.log() - (-noise.log()).log()
+        return keys.topk(count).indices.to(self.embedding.weight.device)
 
     def _place(self, codes: torch.LongTensor, vectors: torch.Tensor) -> None:
         """Put codes onto vectors, with the uniform share of assignments."""
@@ -223,12 +227,14 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _initialize(self, flat: torch.Tensor, iterations: int = 10) -> None:
         """Put the codebook onto vectors of the first batch, or their k-means centres (Lloyd's algorithm)."""
-        centres = flat[self._draw(len(flat), self.num_codes)].clone()
+        distinct = torch.unique(flat, dim=0)  # many positions may hold the very same vector, as padding does
+        drawn = self._draw(torch.ones(len(distinct), dtype=torch.float64), min(self.num_codes, len(distinct)))
+        centres = distinct[drawn]
         if self.codebook_init == "kmeans":
             for _ in range(iterations):
                 codes = nearest_codes(flat, centres)
-                counts = torch.bincount(codes, minlength=self.num_codes)
+                counts = torch.bincount(codes, minlength=len(centres))
                 sums = torch.zeros_like(centres).index_add_(0, codes, flat)
                 filled = counts > 0
                 centres[filled] = sums[filled] / counts[filled, None]
-        self._place(torch.arange(self.num_codes, device=flat.device), centres)
+        self._place(torch.arange(len(centres), device=flat.device), centres)
