@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image, ImageOps
 
+from .image_utils import on_white
 from .tasks import Task
 
 
@@ -110,10 +111,7 @@ def decode_image(value: dict, resolution: int) -> torch.Tensor:
     source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
     with Image.open(source) as picture:
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = ImageOps.fit(picture.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+        picture = ImageOps.fit(on_white(picture), (resolution, resolution), Image.Resampling.LANCZOS)
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
 

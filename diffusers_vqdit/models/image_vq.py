@@ -152,6 +152,7 @@ class ImageVQModel(VQModel):
     def _encode_tile(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_conv(self.encoder(x))
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode_codes(self, sample: torch.Tensor) -> torch.LongTensor:
         """Codes (B, h, w) int64 in [0, num_codes) of pictures (B, C, H, W) in [-1, 1].
@@ -170,6 +171,7 @@ class ImageVQModel(VQModel):
     # -----------------------------------------------------------------------------------------------------------------
     # Codes to pictures
 
+    @apply_forward_hook
     def decode_codes(self, codes: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Pictures (B, C, H, W), about [-1, 1], of codes (B, h, w).
 

@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
 @dataclass
@@ -348,6 +349,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
+    @apply_forward_hook
     def encode_prefix(self, given: dict[str, torch.LongTensor]) -> VQDiTPrefix:
         """Keys and values of the given segments at every layer.
 

@@ -1,0 +1,359 @@
+"""One pipeline for every task: what you pass is given, what you ask for is generated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizerBase
+
+from ..image_utils import on_white
+from ..models.image_vq import ImageVQModel
+from ..models.text_vq import TextVQModel
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
+from ..tasks import Task, check_task
+
+
+Codes = torch.LongTensor | dict[str, torch.LongTensor]
+
+
+@dataclass
+class VQDiTPipelineOutput(BaseOutput):
+    """Output of [`VQDiTPipeline`]; None for what was not generated.
+
+    Args:
+        images: list of PIL pictures, array (B, H, W, C) or tensor (B, C, H, W) in [0, 1], or codes (B, h, w).
+        texts: list of strings, or codes (B, L).
+        labels: list of label names, or codes (B, 1).
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
+    texts: list[str] | torch.Tensor | None = None
+    labels: list[str] | torch.Tensor | None = None
+
+
+class VQDiTPipeline(DiffusionPipeline):
+    """Generate pictures, captions or labels from one another by masked diffusion over their codes.
+
+    Args:
+        transformer: the denoiser, with the segments ``image``, ``text`` and ``label`` or some of them.
+        scheduler: masks and samples.
+        image_vq: tokenizer of pictures; None for a checkpoint without them.
+        text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
+        labels: the names of the label codes.
+    """
+
+    model_cpu_offload_seq = "text_vq->transformer->image_vq"
+    _optional_components = ["image_vq", "text_vq", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: VQDiTTransformer2DModel,
+        scheduler: MaskedDiffusionScheduler,
+        image_vq: ImageVQModel | None = None,
+        text_vq: TextVQModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
+        )
+        self.register_to_config(labels=list(labels or []))
+        factor = image_vq.downsample_factor if image_vq is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """Record our classes as diffusers', where importing this package puts them.
+
+        `DiffusionPipeline.from_pretrained` refuses repositories with components of a library that it doesn't know.
+        """
+        super().register_modules(**kwargs)
+        ours = {
+            name: ("diffusers", value[1])
+            for name, value in self.config.items()
+            if isinstance(value, tuple | list)
+            and len(value) == 2
+            and str(value[0]).split(".")[0] == __package__.split(".")[0]
+        }
+        self.register_to_config(**ours)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is given
+
+    def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
+        """Codes (B, L) of texts."""
+        for text in prompt:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_vq.config.max_length,
+            return_tensors="pt",
+        ).to(self._execution_device)
+        return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
+
+    def encode_image(self, image: PipelineImageInput) -> torch.LongTensor:
+        """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
+        images = image if isinstance(image, list) else [image]
+        if all(isinstance(one, PIL.Image.Image) for one in images):
+            image = [on_white(one) for one in images]
+        else:
+            for one in images:
+                if not isinstance(one, np.ndarray | torch.Tensor):
+                    raise ValueError(
+                        f"image must be PIL pictures, an array (B, H, W, C) or a tensor (B, C, H, W), got "
+                        f"{type(one).__name__}"
+                    )
+                if one.dtype in (np.uint8, torch.uint8) or one.min() < 0 or one.max() > 1:
+                    raise ValueError(
+                        f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} "
+                        f"to {one.max()}"
+                    )
+        factor = self.image_vq.downsample_factor
+        height, width = (size * factor for size in self.transformer.config.segments["image"]["shape"])
+        pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
+        return self.image_vq.encode_codes(pixels.to(self._execution_device))
+
+    def encode_label(self, class_label: list[int | str]) -> torch.LongTensor:
+        """Codes (B, 1) of labels, given by number or by name."""
+        size = self.transformer.config.segments["label"]["vocab_size"]
+        names = list(self.config.labels)
+        codes = []
+        for label in class_label:
+            if isinstance(label, str) and label in names:
+                codes.append(names.index(label))
+            elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < size:
+                codes.append(label)
+            else:
+                raise ValueError(f"class_label={label!r} must be a number in [0, {size}) or one of {names}")
+        return torch.tensor(codes, device=self._execution_device)[:, None]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Checks
+
+    def _task(self, prompt: Any, image: Any, class_label: Any, output: str | None) -> Task:
+        """The task that the arguments mean, checked against those the checkpoint knows."""
+        given = [
+            name for name, value in (("text", prompt), ("image", image), ("label", class_label)) if value is not None
+        ]
+        if output is None:
+            output = "text" if image is not None else "image"
+        generated = [name.strip() for name in output.split("+")]
+        both = sorted(set(given) & set(generated))
+        if both:
+            raise ValueError(f"output={output!r} asks for {both}, which you passed: a segment is given or generated")
+        task = Task(tuple(given), tuple(generated))
+        check_task(task, self.transformer.config.tasks or [])
+        for name, needed in (("text", ("text_vq", "tokenizer")), ("image", ("image_vq",))):
+            for component in needed:
+                if name in task.segments and getattr(self, component) is None:
+                    raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
+        return task
+
+    def _start(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
+        """The codes to start from: all masked, or the caller's."""
+        segments = self.transformer.config.segments
+        codes = {}
+        if latents is not None and not isinstance(latents, dict):
+            if len(task.generated) > 1:
+                raise ValueError(f"latents must be a dict with the segments {list(task.generated)}")
+            latents = {task.generated[0]: latents}
+        for name in latents or {}:
+            if name not in task.generated:
+                raise ValueError(f"latents has the segment {name!r}, but the task {str(task)!r} doesn't generate it")
+        for name in task.generated:
+            size, shape = segments[name]["vocab_size"], tuple(segments[name]["shape"])
+            if latents is None or name not in latents:
+                codes[name] = torch.full((batch_size, *shape), size, device=self._execution_device)
+                continue
+            value = latents[name]
+            if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:
+                raise ValueError(
+                    f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
+                )
+            codes[name] = value.to(self._execution_device)
+        return codes
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        class_label: int | str | list[int | str] | None = None,
+        *,
+        output: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 16,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Codes | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["VQDiTPipeline", int, float, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> VQDiTPipelineOutput | tuple:
+        """Generate.
+
+        Args:
+            prompt: given text or texts.
+            image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1].
+            class_label: given label or labels, by number or name.
+            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``; by default ``"text"`` when a
+                picture is given, else ``"image"``.
+            guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is none.
+                By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
+            num_inference_steps: steps of the sampler.
+            num_images_per_prompt: samples for each given one, next to one another.
+            generator: one for the batch, or one a sample, which then comes out as it would alone.
+            latents: codes to start from, int64, the segment's ``vocab_size`` where unknown. Known codes stay. A tensor, or
+                a dict of them where several segments are generated.
+            output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
+            return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each step; may
+                return other codes. Setting ``pipeline._interrupt`` ends the sampling.
+            callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
+
+        Raises:
+            ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+
+        # 1. Check the arguments
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={unknown} must be among {self._callback_tensor_inputs}"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
+        task = self._task(prompt, image, class_label, output)
+        unconditional = str(Task((), task.generated))
+        can_guide = bool(task.given) and unconditional in (self.transformer.config.tasks or [])
+        if guidance_scale is None:
+            guidance_scale = 3.0 if can_guide and "image" in task.generated else 1.0
+        elif guidance_scale != 1.0 and not can_guide:
+            reason = (
+                f"the task {unconditional!r}, which this checkpoint doesn't know" if task.given else "a given segment"
+            )
+            raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 2. Encode what is given
+        given = {}
+        if prompt is not None:
+            given["text"] = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
+        if image is not None:
+            given["image"] = self.encode_image(image)
+        if class_label is not None:
+            given["label"] = self.encode_label(list(class_label) if isinstance(class_label, list) else [class_label])
+        sizes = {name: len(codes) for name, codes in given.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"what is given must have one batch size, got {sizes}")
+        batch_size = next(iter(sizes.values()), 1) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator is a list of {len(generator)}, but {batch_size} samples are generated")
+        prefix = None
+        if given:
+            prefix = self.transformer.encode_prefix(given)
+            if num_images_per_prompt > 1:
+                prefix = prefix.repeat_interleave(num_images_per_prompt)
+
+        # 3. Start from masks
+        codes = self._start(task, batch_size, latents)
+
+        # 4. Set the times
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self._num_timesteps = num_inference_steps
+
+        # 5. Denoise
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                times = timestep.expand(batch_size)
+                logits = self.transformer(codes, timestep=times, prefix=prefix).sample
+                if guidance_scale != 1.0:
+                    free = self.transformer(codes, timestep=times).sample
+                    logits = {name: free[name] + guidance_scale * (logits[name] - free[name]) for name in logits}
+                codes = {
+                    name: self.scheduler.step(
+                        logits[name], timestep, value.flatten(1), generator=generator
+                    ).prev_sample.view_as(value)
+                    for name, value in codes.items()
+                }
+                if callback_on_step_end is not None:
+                    several = len(task.generated) > 1
+                    current = codes if several else codes[task.generated[0]]
+                    inputs = {"latents": current} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    outputs = callback_on_step_end(self, index, timestep, inputs) or {}
+                    current = outputs.pop("latents", current)
+                    codes = current if several else {task.generated[0]: current}
+                progress_bar.update()
+
+        # 6. Decode
+        images = self.decode_image(codes["image"], output_type) if "image" in codes else None
+        texts, labels = codes.get("text"), codes.get("label")
+        if output_type != "latent":
+            texts = self.decode_text(texts) if texts is not None else None
+            labels = self.decode_label(labels) if labels is not None else None
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, texts, labels
+        return VQDiTPipelineOutput(images=images, texts=texts, labels=labels)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is generated
+
+    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
+        """Pictures of codes (B, h, w)."""
+        if output_type == "latent":
+            return codes
+        if codes.max() >= self.image_vq.num_codes:  # sampling was interrupted: show a code where a mask is left
+            codes = codes.clamp_max(self.image_vq.num_codes - 1)
+        return self.image_processor.postprocess(self.image_vq.decode_codes(codes).sample, output_type=output_type)
+
+    def decode_text(self, codes: torch.LongTensor) -> list[str]:
+        """Strings of codes (B, L)."""
+        codes = codes.clamp_max(self.text_vq.num_codes - 1)
+        tokens = self.text_vq.decode_codes(codes).argmax(-1)
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def decode_label(self, codes: torch.LongTensor) -> list[str]:
+        """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
+        names = list(self.config.labels)
+        return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]
