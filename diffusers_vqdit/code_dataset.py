@@ -1,8 +1,9 @@
 """A dataset of codes on disk: written once by the tokenizers, read by transformer training, which then never runs one.
 
-A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet column is
-one segment's codes in row-major order; ``{segment}_prompts`` holds several wordings of a text, for use where the text is
-given. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and the names of the labels.
+A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet
+column is one segment's codes in row-major order; ``{segment}_prompts`` holds several wordings of a text, for use
+where the text is given. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and the names of the
+labels.
 """
 
 import json
@@ -37,7 +38,8 @@ def encode_dataset(
     batch_size: int = 64,
     shard_size: int = 100_000,
 ) -> Path:
-    """Encode a `datasets.Dataset` into a folder of codes; rows whose picture can't be read are left out with a warning.
+    """Encode a `datasets.Dataset` into a folder of codes; rows whose picture can't be read are left out with a
+    warning.
 
     Args:
         dataset: rows with an undecoded image column, as [`~training_utils.load_training_dataset`] gives them.

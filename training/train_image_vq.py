@@ -4,8 +4,8 @@
     accelerate launch training/train_image_vq.py \
         --dataset_name training/data/emoji.parquet --use_ema --output_dir outputs/image_vq
 
-trains a tokenizer for 32 px pictures and 8 x 8 codes. The starter's exact command, running time and figures stand in the
-model card of ``model_cards/vqdit-emoji``.
+trains a tokenizer for 32 px pictures and 8 x 8 codes. The starter's exact command, running time and figures stand in
+the model card of ``model_cards/vqdit-emoji``.
 
 The loss is the squared error of the pixels, which is what PSNR measures, and the quantizer's own loss.
 """

@@ -66,9 +66,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset_config_name")
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     data.add_argument("--caption_columns", nargs="+", default=["text"])
-    data.add_argument(
-        "--validation_split", default="test", help="Split for round trips; 'none' takes training captions."
-    )
+    data.add_argument("--validation_split", default="test", help="Split for round trips; 'none': training captions.")
     data.add_argument("--max_train_samples", type=int)
     data.add_argument("--cache_dir")
     data.add_argument(

@@ -34,8 +34,8 @@ class ImageVQOutput(BaseOutput):
 class ImageVQModel(VQModel):
     """A diffusers `VQModel` with codes: ``encode_codes`` and ``decode_codes``, and a quantizer made for training.
 
-    Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean what they
-    mean there; those added are saved in the config as well.
+    Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean
+    what they mean there; those added are saved in the config as well.
 
     Args:
         quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]).
@@ -193,8 +193,8 @@ class ImageVQModel(VQModel):
     ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """Pictures of latents (B, D, h, w), which are quantized first unless `force_not_quantize`.
 
-        As in `VQModel`, with ``lookup_from_codebook`` in the config and `force_not_quantize` `h` holds codes, and `shape`
-        is (B, h, w, D).
+        As in `VQModel`, with ``lookup_from_codebook`` in the config and `force_not_quantize` `h` holds codes, and
+        `shape` is (B, h, w, D).
         """
         if not force_not_quantize:
             output = self._quantize(h)

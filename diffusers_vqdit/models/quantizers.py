@@ -34,8 +34,8 @@ class QuantizerOutput(BaseOutput):
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:
     """Index of the codebook row nearest to each vector; ties go to the lowest index.
 
-    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), so the nearest code has the largest z.c - |c|^2 / 2. The search runs in float32
-    whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time.
+    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), so the nearest code has the largest z.c - |c|^2 / 2. The search runs in
+    float32 whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time.
 
     Args:
         vectors: (N, D).
@@ -80,7 +80,8 @@ class VectorQuantizer(nn.Module):
         ema_decay: decay of the moving averages, of assignments too.
         restart_threshold: a code whose moving average of assignments, as a multiple of the uniform share, falls
             below this is put onto a vector of the batch, drawn by its squared error as k-means++ does (Arthur &
-            Vassilvitskii 2007): drawn uniformly, most would land where the data is dense and well served. 0 never restarts.
+            Vassilvitskii 2007): drawn uniformly, most would land where the data is dense and well served. 0 never
+            restarts.
 
     All statistics are taken over the processes together, and restarts are the same on all of them.
     """

@@ -50,8 +50,8 @@ class TextVQModel(ModelMixin, ConfigMixin):
     """A VQ-VAE over token ids.
 
     `downsample_factor` tokens share a position, and each position has `num_codebooks` residual codes (Zeghidour et al.
-    2021, SoundStream, section III.C), so a caption of up to `max_length` tokens becomes L = max_length / downsample_factor *
-    num_codebooks codes, the codes of a position side by side.
+    2021, SoundStream, section III.C), so a caption of up to `max_length` tokens becomes L = max_length /
+    downsample_factor * num_codebooks codes, the codes of a position side by side.
 
     Encoder and decoder see a window of some tokens only. What a code means then hardly depends on the rest of the
     caption, so captions that were never seen come back as well.

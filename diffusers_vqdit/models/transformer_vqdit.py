@@ -88,7 +88,7 @@ class VQDiTAttnProcessor:
 
 
 class VQDiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with RMS-normalised queries and keys, which allow high learning rates (Dehghani et al. 2023).
+    """Multi-head attention with RMS-normalised queries and keys, for high learning rates (Dehghani et al. 2023).
 
     The projections carry diffusers' usual names, so that peft's and diffusers' LoRA targets fit.
     """
@@ -173,8 +173,8 @@ def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Ten
 def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
-    Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023; Vaswani
-    et al. 2017, section 3.5).
+    Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
+    Vaswani et al. 2017, section 3.5).
     """
     part = dim // (2 * len(shape)) * 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
@@ -189,7 +189,8 @@ def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim
 class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
-    With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike. With segments,
+    With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike.
+    With segments,
     the positions of the given ones attend to one another and never to generated ones; those attend to
     everything. So what a given segment contributes is the same at every sampling step: [`encode_prefix`] computes it
     once. No attention mask is needed.
@@ -281,7 +282,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         self._initialize_weights()
 
     def _initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier matrices, zero modulation and heads, so that the first loss is exactly log K."""
+        """DiT's initialisation: Xavier matrices, zero modulation and heads; the first loss is log K exactly."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -407,7 +408,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
         if not isinstance(hidden_states, dict) or not hidden_states:
             raise ValueError(
-                f"hidden_states must be a dict of segments to codes with at least one of {list(self.config.segments)}, "
+                f"hidden_states must be a dict of segment names to codes, from {list(self.config.segments)}, "
                 f"got {type(hidden_states).__name__}"
             )
         if given and prefix is not None:

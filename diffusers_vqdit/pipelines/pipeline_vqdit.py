@@ -192,8 +192,8 @@ class VQDiTPipeline(DiffusionPipeline):
             value = latents[name]
             if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:
                 raise ValueError(
-                    f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; got "
-                    f"{value.dtype} of shape {tuple(value.shape)}"
+                    f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "
+                    f"got {value.dtype} of shape {tuple(value.shape)}"
                 )
             codes[name] = value.to(self._execution_device)
         return codes
@@ -227,19 +227,19 @@ class VQDiTPipeline(DiffusionPipeline):
             prompt: given text or texts.
             image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1].
             class_label: given label or labels, by number or name.
-            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``; by default ``"text"`` when a
-                picture is given, else ``"image"``.
-            guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is none.
-                By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
+            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``; by default
+                ``"text"`` when a picture is given, else ``"image"``.
+            guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
+                none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
             num_inference_steps: steps of the sampler.
             num_images_per_prompt: samples for each given one, next to one another.
             generator: one for the batch, or one a sample, which then comes out as it would alone.
-            latents: codes to start from, int64, the segment's ``vocab_size`` where unknown. Known codes stay. A tensor, or
-                a dict of them where several segments are generated.
+            latents: codes to start from, int64, the segment's ``vocab_size`` where unknown. Known codes stay. A
+                tensor, or a dict of them where several segments are generated.
             output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
             return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
-            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each step; may
-                return other codes. Setting ``pipeline._interrupt`` ends the sampling.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
+                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
 
         Raises:
@@ -276,11 +276,11 @@ class VQDiTPipeline(DiffusionPipeline):
         # 2. Encode what is given
         given = {}
         if prompt is not None:
-            given["text"] = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
+            given["text"] = self.encode_prompt(prompt if isinstance(prompt, list) else [prompt])
         if image is not None:
             given["image"] = self.encode_image(image)
         if class_label is not None:
-            given["label"] = self.encode_label(list(class_label) if isinstance(class_label, list) else [class_label])
+            given["label"] = self.encode_label(class_label if isinstance(class_label, list) else [class_label])
         sizes = {name: len(codes) for name, codes in given.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"what is given must have one batch size, got {sizes}")

@@ -28,13 +28,15 @@ class MaskedDiffusionSchedulerOutput(BaseOutput):
 class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
     """Masked diffusion over codes in [0, K), K being the mask (Austin et al. 2021; Sahoo et al. 2024, MDLM).
 
-    At time t in [0, 1] a code is still visible with probability alpha(t): all are at 0, none at 1. Each row of a batch is
-    on its own: it draws from its own generator where a list is given, and what else is in the batch changes nothing.
+    At time t in [0, 1] a code is still visible with probability alpha(t): all are at 0, none at 1. Each row of a
+    batch is on its own: it draws from its own generator where a list is given, and what else is in the batch changes
+    nothing.
 
     Args:
         masking: ``"cosine"``, share of masks sin(pi t / 2) (Chang et al. 2022, MaskGIT), or ``"linear"``, share t.
-        sampler: ``"ancestral"`` reveals each masked code on its own, with the probability of the exact reverse process;
-            ``"confidence"`` reveals the codes drawn with the largest probability, as many as the schedule says (MaskGIT).
+        sampler: ``"ancestral"`` reveals each masked code on its own, with the probability of the exact reverse
+            process; ``"confidence"`` reveals the codes drawn with the largest probability, as many as the schedule
+            says (MaskGIT).
         temperature: divides the logits; 0 takes the likeliest code.
         choice_temperature: weight of the Gumbel noise on the log-probabilities that ``"confidence"`` ranks; it falls
             with the share of masks.
@@ -79,7 +81,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
         return -torch.ones_like(t)
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight -alpha'(t) / (1 - alpha(t)) of a masked code's cross-entropy in the NELBO (Sahoo et al. 2024, eq. 10)."""
+        """Weight -alpha'(t) / (1 - alpha(t)) of a masked code's cross-entropy in the NELBO (Sahoo et al. 2024, eq.
+        10)."""
         return -self.d_alpha(t) / self.mask_ratio(t)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -203,7 +206,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     """Uniform float64 numbers; row i from generator i where there is a list.
 
-    In float32 the smallest numbers are too coarse: Gumbel noise made of them lowers the temperature (Zheng et al. 2024).
+    In float32 the smallest numbers are too coarse: Gumbel noise made of them lowers the temperature (Zheng et al.
+    2024).
     """
     if isinstance(generator, list):
         if len(generator) != shape[0]:
@@ -214,7 +218,8 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
 
 
 def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, and their log-probabilities.
+    """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, and their
+    log-probabilities.
 
     Args:
         logits: (M, K).

@@ -1,0 +1,117 @@
+"""The demo, ``python -m diffusers_vqdit``: pictures from English and Chinese prompts, and captions of pictures.
+
+It uses the starter checkpoint of the checkout, unless another pipeline is named.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from . import VQDiTPipeline
+
+
+STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
+
+# Prompt, and its meaning where it isn't English, for a label that any font can show.
+PROMPTS = [
+    ("a red apple", None),
+    ("an astronaut with dark skin tone", None),
+    ("smiling face with sunglasses", None),
+    ("sailboat", None),
+    ("man golfing, medium skin tone", None),
+    ("sunflower", None),
+    ("红苹果", "red apple"),
+    ("宇航员，中等肤色", "astronaut, medium skin tone"),
+    ("狗脸", "dog face"),
+    ("红心", "red heart"),
+    ("雪人", "snowman"),
+    ("自行车", "bicycle"),
+]
+
+CELL, LABEL = 128, 40  # pixels: side of a picture, height of its label
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_vqdit", description="Draw prompts and caption pictures with a VQDiT pipeline."
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", default=str(STARTER), help="Pipeline: a folder or a Hub id."
+    )
+    parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
+    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--guidance_scale", type=float, help="By default the pipeline's own.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_file", type=Path, default=Path("vqdit_demo.png"))
+    return parser.parse_args(input_args)
+
+
+def wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
+    """The text in lines that fit the width, two at the most."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines[:2])
+
+
+def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int = 6) -> Image.Image:
+    """Pictures in rows, each with its label below."""
+    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(pictures))
+    grid = Image.new("RGB", (columns * CELL, rows * (CELL + LABEL)), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=12)
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = index % columns * CELL, index // columns * (CELL + LABEL)
+        grid.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
+        draw.multiline_text((left + 4, top + CELL + 2), wrapped(label, draw, font, CELL - 8), fill="black", font=font)
+    return grid
+
+
+def main(args: argparse.Namespace) -> None:
+    started = time.time()
+    path = args.pretrained_model_name_or_path
+    if path == str(STARTER) and not STARTER.is_dir():
+        raise SystemExit(
+            f"The starter checkpoint is not at {STARTER}: it comes with the source tree, not with the wheel. Run from "
+            "a clone, or give --pretrained_model_name_or_path."
+        )
+    pipeline = VQDiTPipeline.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = [(prompt, None) for prompt in args.prompt] if args.prompt else PROMPTS
+    prompts = [prompt for prompt, _ in pairs]
+    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(prompts))]
+    images = pipeline(
+        prompts,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=generators,
+    ).images
+    labels = [prompt if meaning is None else f"zh: {meaning}" for prompt, meaning in pairs]
+
+    examples = Path(path) / "examples" / "captions.json"
+    if not args.prompt and examples.is_file():
+        captions = json.loads(examples.read_text(encoding="utf-8"))
+        pictures = [Image.open(examples.parent / name) for name in captions]
+        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(pictures))]
+        texts = pipeline(image=pictures, num_inference_steps=args.num_inference_steps, generator=generators).texts
+        print("Captions of pictures that training never saw (in brackets: the true one):")
+        for text, truth in zip(texts, captions.values(), strict=True):
+            print(f"  {text}  ({truth})")
+        images += pictures
+        labels += [f"-> {text}" for text in texts]
+
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(images, labels).save(args.output_file)
+    print("Drew: " + "; ".join(prompts))
+    print(f"{args.output_file.resolve()}: {len(images)} pictures, {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_args())
