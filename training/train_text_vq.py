@@ -73,7 +73,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--random_token_probability",
         type=float,
         default=0.25,
-        help="Share of tokens that are replaced by random ones, so that rare tokens and new neighbours are learned too.",
+        help="Share of tokens replaced by random ones, so that rare tokens and new neighbours are learned too.",
     )
 
     training = parser.add_argument_group("training")

@@ -244,12 +244,9 @@ class ImageVQModel(VQModel):
 
         Every output pixel is a mean of the tiles that cover it, weighted by a ramp that falls to the tiles' borders.
         """
-        overlap = max(1, round(tile * self.tile_overlap_factor * tile_out / tile)) if tile_out < tile else None
         # Tiles start at multiples of one code, in pixels and in codes alike.
-        if overlap is None:
-            step = tile - max(1, round(tile * self.tile_overlap_factor))
-        else:
-            step = (tile_out - overlap) * (tile // tile_out)
+        codes = min(tile, tile_out)
+        step = (codes - max(1, round(codes * self.tile_overlap_factor))) * (tile // codes)
 
         def starts(size: int) -> list[int]:
             last = max(size - tile, 0)

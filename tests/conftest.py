@@ -1,0 +1,117 @@
+"""Tiny real components, a tiny dataset, and the training scripts as modules."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from diffusers_vqdit import (
+    ImageVQModel,
+    MaskedDiffusionScheduler,
+    TextVQModel,
+    VQDiTPipeline,
+    VQDiTTransformer2DModel,
+)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPTIONS = [
+    *("a red apple", "a blue box", "红苹果", "green", "a yellow dot"),
+    *("蓝色", "pink box", "a dot", "white", "grey"),
+]
+TASKS = ["text->image", "image->text", "label->image", "->image", "image->label", "->image+text"]
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Load a script of ``training/`` as a module."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(script):
+    return script("train_text_vq").train_tokenizer(CAPTIONS * 3, vocab_size=300, max_length=12)
+
+
+@pytest.fixture
+def image_vq():
+    return ImageVQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=32,
+        sample_size=16,
+    ).eval()
+
+
+@pytest.fixture
+def text_vq(tokenizer):
+    return TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=64, hidden_size=16, code_dim=4).eval()
+
+
+@pytest.fixture
+def transformer():
+    model = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        segments={
+            "text": {"vocab_size": 64, "shape": [12]},
+            "image": {"vocab_size": 32, "shape": [4, 4]},
+            "label": {"vocab_size": 3, "shape": [1]},
+        },
+        tasks=TASKS,
+    )
+    for parameter in model.parameters():  # zero modulation and heads would hide every mistake
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def pipeline(transformer, image_vq, text_vq, tokenizer):
+    pipe = VQDiTPipeline(
+        transformer, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer, labels=["fruit", "box", "dot"]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Ten captioned pictures, all different, with metadata.jsonl."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for index, caption in enumerate(CAPTIONS):
+        picture = Image.new("RGB", (32, 32), "white")
+        draw = ImageDraw.Draw(picture)
+        color = tuple(int(c) for c in torch.randint(256, (3,), generator=torch.Generator().manual_seed(index)))
+        shape = draw.ellipse if index % 2 else draw.rectangle
+        shape((2 + index, 4, 20 + index, 16 + index), fill=color)
+        picture.save(folder / f"{index}.png")
+        label = ["round", "square"][index % 2]
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption, "label": label}, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from diffusers import VQModel
+
+from diffusers_vqdit import ImageVQModel
+
+
+CONFIG = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "num_vq_embeddings": 64,
+    "sample_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_type": "spatial", "block_out_channels": (32, 32)}, {"vq_embed_dim": 3}]
+)
+def test_a_stock_checkpoint_gives_the_same_latents_codes_and_pictures(tmp_path, options):
+    stock = VQModel(**{**CONFIG, **options}).eval()
+    stock.quantize.embedding.weight.data.normal_()
+    stock.save_pretrained(tmp_path)
+    ours = ImageVQModel.from_pretrained(tmp_path).eval()
+    assert sorted(ours.state_dict()) == sorted(stock.state_dict())
+    sample = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = stock.encode(sample).latents
+        codes = stock.quantize(latents)[2][2].view(2, 8, 8)
+        assert torch.equal(ours.encode(sample).latents, latents)
+        assert torch.equal(ours.encode_codes(sample), codes)
+        expected = stock(sample).sample
+        torch.testing.assert_close(ours(sample).sample, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.decode_codes(codes).sample, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.decode(latents).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_lookup_from_codebook_as_in_the_stock_model(tmp_path):
+    stock = VQModel(**CONFIG, lookup_from_codebook=True).eval()
+    stock.save_pretrained(tmp_path)
+    ours = ImageVQModel.from_pretrained(tmp_path).eval()
+    codes = torch.randint(64, (2, 8, 8))
+    with torch.no_grad():
+        expected = stock.decode(codes, force_not_quantize=True, shape=(2, 8, 8, 4)).sample
+        actual = ours.decode(codes, force_not_quantize=True, shape=(2, 8, 8, 4)).sample
+    torch.testing.assert_close(actual, expected)
+
+
+def test_save_and_load_keep_everything(tmp_path):
+    model = ImageVQModel(**CONFIG, codebook_norm="l2", codebook_update="ema", codebook_init="kmeans").train()
+    model(torch.rand(4, 3, 16, 16) * 2 - 1)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ImageVQModel.from_pretrained(tmp_path)
+    assert {k: v for k, v in loaded.config.items() if k.startswith("codebook")} == {
+        "codebook_norm": "l2",
+        "codebook_update": "ema",
+        "codebook_init": "kmeans",
+    }
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_codes_are_those_of_the_forward_pass():
+    model = ImageVQModel(**CONFIG).eval()
+    model.quantize.embedding.weight.data.normal_()
+    sample = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = model(sample)
+    assert output.codes.dtype == torch.int64
+    assert torch.equal(output.codes, model.encode_codes(sample))
+    torch.testing.assert_close(output.sample, model.decode_codes(output.codes).sample, atol=1e-5, rtol=0)
+    assert model.downsample_factor == 2
+    assert model.num_codes == 64
+
+
+def test_slicing_equals_the_whole_batch():
+    model = ImageVQModel(**CONFIG).eval()
+    sample = torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        whole = model(sample).sample
+        model.enable_slicing()
+        torch.testing.assert_close(model(sample).sample, whole, atol=1e-5, rtol=0)
+        model.disable_slicing()
+
+
+def test_one_tile_equals_the_whole_and_large_pictures_keep_their_size():
+    model = ImageVQModel(**CONFIG).eval()
+    model.quantize.embedding.weight.data.normal_()
+    small, large = torch.rand(1, 3, 16, 16) * 2 - 1, torch.rand(1, 3, 40, 56) * 2 - 1
+    with torch.no_grad():
+        whole = model(small).sample
+        model.enable_tiling()
+        assert torch.equal(model(small).sample, whole)
+        assert model.encode_codes(large).shape == (1, 20, 28)
+        assert model(large).sample.shape == large.shape
+        assert torch.isfinite(model(large).sample).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (17, 16), (64, 33)])
+def test_tiles_of_a_local_function_add_up_to_the_whole(shape):
+    model = ImageVQModel(**CONFIG)
+    pixels, codes = torch.rand(2, 3, 2 * shape[0], 2 * shape[1]), torch.rand(2, 4, *shape)
+    pool, grow = torch.nn.AvgPool2d(2), torch.nn.Upsample(scale_factor=2)
+    torch.testing.assert_close(model._tiled(pixels, pool, tile=16, tile_out=8), pool(pixels))
+    torch.testing.assert_close(model._tiled(codes, grow, tile=8, tile_out=16), grow(codes))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    sample = torch.rand(2, 3, 16, 16) * 2 - 1
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ImageVQModel(**CONFIG).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        output = model(sample)
+        (output.sample.square().mean() + output.commit_loss).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_bfloat16_model_runs():
+    model = ImageVQModel(**CONFIG).eval().to(torch.bfloat16)
+    codes = model.encode_codes(torch.rand(1, 3, 16, 16) * 2 - 1)
+    assert model.decode_codes(codes).sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.zeros(3, 16, 16), "shape"),
+        (torch.zeros(1, 1, 16, 16), "shape"),
+        (torch.zeros(1, 3, 15, 16), "multiples of 2"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "torch.uint8"),
+        (torch.full((1, 3, 16, 16), 255.0), "255"),
+        (torch.full((1, 3, 16, 16), float("nan")), "nan"),
+    ],
+)
+def test_bad_pictures_are_named(sample, message):
+    with pytest.raises(ValueError, match=message):
+        ImageVQModel(**CONFIG).encode_codes(sample)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(1, 64, dtype=torch.int64), "shape"),
+        (torch.zeros(1, 8, 8), "float32"),
+        (torch.full((1, 8, 8), 64), "got values from 64 to 64"),
+    ],
+)
+def test_bad_codes_are_named(codes, message):
+    with pytest.raises(ValueError, match=message):
+        ImageVQModel(**CONFIG).decode_codes(codes)

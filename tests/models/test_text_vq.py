@@ -1,0 +1,148 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_vqdit import TextVQModel
+
+
+def tokens(tokenizer, texts):
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "text", ["a red apple", "一个红苹果，中等肤色", "naïve façade 🙂", "tab\tand \x07 bell", " two  spaces "]
+)
+def test_the_tokenizer_is_lossless_on_any_text(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_padding_changes_nothing(text_vq, tokenizer):
+    batch = tokens(tokenizer, ["a red apple", "green"])
+    noise = torch.where(batch.attention_mask == 0, torch.randint_like(batch.input_ids, 250), batch.input_ids)
+    expected = text_vq.encode_codes(batch.input_ids, batch.attention_mask)
+    assert torch.equal(text_vq.encode_codes(noise, batch.attention_mask), expected)
+    torch.testing.assert_close(
+        text_vq.embed(noise, batch.attention_mask), text_vq.embed(batch.input_ids, batch.attention_mask)
+    )
+
+
+def test_embeddings_are_unit_vectors(text_vq, tokenizer):
+    batch = tokens(tokenizer, ["a red apple", "green", "a red apple"])
+    vectors = text_vq.embed(batch.input_ids, batch.attention_mask)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+    assert torch.equal(vectors[0], vectors[2])
+    assert vectors[0] @ vectors[1] < 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "positions"),
+    [
+        ({}, 12),
+        ({"downsample_factor": 2, "num_codebooks": 2, "codebook_norm": "none", "kernel_size": 3}, 12),
+        ({"downsample_factor": 3, "num_codebooks": 1, "num_layers": 2}, 4),
+    ],
+)
+def test_shapes_and_forward_agree_with_the_code_api(tokenizer, options, positions):
+    model = TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=64, hidden_size=16, code_dim=4, **options)
+    model.eval()
+    batch = tokens(tokenizer, ["a red apple", "红苹果"])
+    codes = model.encode_codes(batch.input_ids, batch.attention_mask)
+    assert codes.shape == (2, positions) == (2, model.num_code_positions)
+    assert codes.dtype == torch.int64 and 0 <= codes.min() and codes.max() < 64
+    output = model(batch.input_ids, batch.attention_mask)
+    assert torch.equal(output.codes, codes)
+    torch.testing.assert_close(output.logits, model.decode_codes(codes), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"downsample_factor": 2, "num_codebooks": 2, "codebook_norm": "none", "kernel_size": 3}]
+)
+def test_it_learns_to_give_captions_back(tokenizer, options):
+    model = TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=256, hidden_size=32, code_dim=8, **options)
+    texts = ["a red apple", "green box", "红苹果", "a yellow dot"]
+    batch = tokens(tokenizer, texts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    model.train()
+    for _ in range(150):
+        output = model(batch.input_ids, batch.attention_mask)
+        loss = F.cross_entropy(output.logits.flatten(0, 1), batch.input_ids.flatten()) + output.commit_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    codes = model.encode_codes(batch.input_ids, batch.attention_mask)
+    decoded = tokenizer.batch_decode(model.decode_codes(codes).argmax(-1), skip_special_tokens=True)
+    assert decoded == texts
+
+
+def test_residual_codes_halve_the_error():
+    torch.manual_seed(0)
+    errors = []
+    for number in (1, 2, 4):
+        model = TextVQModel(
+            vocab_size=500, max_length=8, num_codes=16, code_dim=4, num_codebooks=number, codebook_norm="none"
+        ).train()
+        ids = torch.randint(500, (64, 8))
+        for _ in range(20):
+            model(ids)
+        model.eval()
+        with torch.no_grad():
+            errors.append(F.mse_loss(model._lookup(model.encode_codes(ids)), model._encode(ids)).item())
+    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.5 * errors[1]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = TextVQModel(vocab_size=50, max_length=8, num_codes=16, hidden_size=16, num_layers=2, kernel_size=3)
+        model.train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        output = model(torch.randint(50, (4, 8)))
+        (output.logits.square().mean() + output.commit_loss).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_save_and_load(text_vq, tokenizer, tmp_path):
+    text_vq.save_pretrained(tmp_path)
+    loaded = TextVQModel.from_pretrained(tmp_path)
+    batch = tokens(tokenizer, ["a red apple"])
+    assert torch.equal(loaded.encode_codes(batch.input_ids), text_vq.encode_codes(batch.input_ids))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 11, dtype=torch.int64), r"shape \(B, 12\)"),
+        (torch.zeros(1, 12), "float32"),
+        (torch.full((1, 12), 100_000), "100000"),
+    ],
+)
+def test_bad_tokens_are_named(text_vq, ids, message):
+    with pytest.raises(ValueError, match=message):
+        text_vq.encode_codes(ids)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(1, 5, dtype=torch.int64), r"shape \(B, 12\)"),
+        (torch.full((1, 12), 64), r"\[0, 64\)"),
+    ],
+)
+def test_bad_codes_are_named(text_vq, codes, message):
+    with pytest.raises(ValueError, match=message):
+        text_vq.decode_codes(codes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_length": 7, "downsample_factor": 2}, {"kernel_size": 2}, {"pad_token_id": -1}, {"num_codebooks": 2}],
+)
+def test_bad_configs_are_named(options):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        TextVQModel(**options)

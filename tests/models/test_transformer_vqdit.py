@@ -1,0 +1,251 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+
+from diffusers_vqdit import VQDiTTransformer2DModel
+from diffusers_vqdit.models import transformer_vqdit
+
+
+SEGMENTS = {
+    "text": {"vocab_size": 20, "shape": [6]},
+    "image": {"vocab_size": 30, "shape": [4, 4]},
+    "label": {"vocab_size": 5, "shape": [1]},
+}
+CONFIG = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "segments": SEGMENTS}
+
+
+def make(**options):
+    model = VQDiTTransformer2DModel(**{**CONFIG, **options})
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def codes():
+    return {
+        "text": torch.randint(20, (3, 6)),
+        "image": torch.randint(31, (3, 4, 4)),
+        "label": torch.randint(5, (3, 1)),
+    }
+
+
+def test_the_loss_of_a_new_model_is_log_k(codes):
+    model = VQDiTTransformer2DModel(**CONFIG)
+    sample = model(codes).sample
+    for name, segment in SEGMENTS.items():
+        target = torch.randint(segment["vocab_size"], sample[name].shape[:2])
+        loss = F.cross_entropy(sample[name].flatten(0, 1), target.flatten())
+        assert loss.item() == pytest.approx(math.log(segment["vocab_size"]), rel=1e-6)
+
+
+def test_the_mask_is_never_predicted(codes):
+    assert make()(codes).sample["image"].shape == (3, 16, 30)
+
+
+def test_a_prefix_equals_the_given_segments_bit_for_bit(codes):
+    model = make()
+    image, given = {"image": codes["image"]}, {"text": codes["text"], "label": codes["label"]}
+    whole = model(image, given=given).sample["image"]
+    prefix = model.encode_prefix(given)
+    assert torch.equal(model(image, prefix=prefix).sample["image"], whole)
+    assert not torch.allclose(model(image).sample["image"], whole, atol=1e-3)
+    picked = model({"image": codes["image"][[2, 0]]}, prefix=prefix.select(torch.tensor([2, 0]))).sample["image"]
+    torch.testing.assert_close(picked, whole[[2, 0]])
+    twice = model({"image": codes["image"].repeat_interleave(2, 0)}, prefix=prefix.repeat_interleave(2))
+    torch.testing.assert_close(twice.sample["image"], whole.repeat_interleave(2, 0))
+
+
+def test_given_segments_see_only_one_another(codes):
+    # The same computation in one sequence, with a mask that keeps given positions from the generated ones.
+    model = make()
+    calls = []
+    original = transformer_vqdit.dispatch_attention_fn
+
+    def record(query, key, value, **options):
+        calls.append((query.shape[1], key.shape[1]))
+        return original(query, key, value, **options)
+
+    transformer_vqdit.dispatch_attention_fn = record
+    try:
+        model({"image": codes["image"]}, given={"text": codes["text"]})
+    finally:
+        transformer_vqdit.dispatch_attention_fn = original
+    # 6 text positions among themselves, but in the last layer, whose output nobody reads; 16 image positions to all.
+    assert calls == [(6, 6)] * 2 + [(16, 22)] * 3
+
+
+def test_generated_codes_see_what_is_given(codes):
+    model = make()
+    before = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+    codes["text"][0] = (codes["text"][0] + 1) % 20
+    after = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+    assert (before[0] - after[0]).abs().max() > 1e-3
+    torch.testing.assert_close(before[1:], after[1:])
+
+
+def test_the_order_of_a_dict_has_no_meaning(codes):
+    model = make()
+    one = model({"image": codes["image"], "label": codes["label"]}, given={"text": codes["text"]}).sample
+    other = model({"label": codes["label"], "image": codes["image"]}, given={"text": codes["text"]}).sample
+    assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+
+
+def test_logits_at_masked_positions_equal_all_logits_picked(codes):
+    for options in ({}, {"time_conditioned": True}):
+        model = make(**options)
+        masked = {"image": torch.rand(3, 16) < 0.5, "text": torch.rand(3, 6) < 0.5}
+        generated = {name: codes[name] for name in masked}
+        time = torch.rand(3)
+        whole = model(generated, time, given={"label": codes["label"]}).sample
+        picked = model(generated, time, given={"label": codes["label"]}, masked=masked).sample
+        for name, where in masked.items():
+            torch.testing.assert_close(picked[name], whole[name][where])
+
+
+def test_another_grid_size_runs_and_covers_the_same_range():
+    model = make()
+    assert model({"image": torch.randint(31, (1, 6, 5))}).sample["image"].shape == (1, 30, 30)
+    small = transformer_vqdit.sincos_positions((4, 4), (4, 4), 32)
+    large = transformer_vqdit.sincos_positions((8, 8), (4, 4), 32).view(8, 8, 32)
+    torch.testing.assert_close(large[::2, ::2].reshape(16, 32), small)
+    assert torch.cdist(small, small).fill_diagonal_(1).min() > 0.1  # all positions differ
+
+
+def test_time_conditioning_is_used_and_asked_for(codes):
+    model = make(time_conditioned=True)
+    image = {"image": codes["image"]}
+    early, late = (model(image, torch.full((3,), t)).sample["image"] for t in (0.1, 0.9))
+    assert (early - late).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="timestep is None"):
+        model(image)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(codes):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_save_and_load_give_the_same_outputs(codes, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = VQDiTTransformer2DModel.from_pretrained(tmp_path)
+    arguments = {"hidden_states": {"image": codes["image"], "label": codes["label"]}, "given": {"text": codes["text"]}}
+    torch.testing.assert_close(loaded(**arguments).sample["image"], model(**arguments).sample["image"])
+
+
+def test_state_dict_keys_are_frozen():
+    keys = {key.replace("transformer_blocks.0.", "block.") for key in make(num_layers=1).state_dict()}
+    linears = [
+        *("block.adaln", "block.attn1.to_q", "block.attn1.to_k", "block.attn1.to_v", "block.attn1.to_out.0"),
+        *("block.ff.net.0.proj", "block.ff.net.2", "adaln_out", "heads.text", "heads.image", "heads.label"),
+    ]
+    others = [f"code_embeddings.{name}.weight" for name in SEGMENTS] + [
+        *("segment_embedding.weight", "block.attn1.norm_q.weight", "block.attn1.norm_k.weight"),
+    ]
+    assert keys == {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")} | set(others)
+
+
+def test_attention_backends_really_switch(codes, monkeypatch):
+    model = make()
+    image = {"image": codes["image"]}
+    expected = model(image).sample["image"]
+    math_calls = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args, **options):
+        math_calls.append(torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled())
+        return original(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(model(image).sample["image"], expected)
+    assert math_calls and all(math_calls)
+    with pytest.raises(ValueError, match="must be one of"):
+        model.set_attention_backend("no_such_backend")
+
+
+def test_fused_projections_change_nothing(codes):
+    model = make()
+    expected = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+    model.fuse_qkv_projections()
+    assert model.transformer_blocks[0].attn1.fused_projections
+    actual = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_lora_changes_outputs_saves_loads_and_unloads(codes, tmp_path):
+    from peft import LoraConfig
+
+    model = make()
+    image = {"image": codes["image"]}
+    base = model(image).sample["image"]
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    changed = model(image).sample["image"]
+    assert (changed - base).abs().max() > 1e-3
+    model.save_lora_adapter(tmp_path)
+    model.unload_lora()
+    assert torch.equal(model(image).sample["image"], base)
+    model.load_lora_adapter(str(tmp_path), prefix=None, use_safetensors=True)
+    torch.testing.assert_close(model(image).sample["image"], changed)
+
+
+def test_without_segments_it_is_the_stock_dit(tmp_path):
+    stock = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
+    ).eval()
+    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([5, 2]), torch.tensor([3, 4]))
+    stock.save_pretrained(tmp_path / "stock")
+    ours = VQDiTTransformer2DModel.from_pretrained(tmp_path / "stock").eval()
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(ours(*arguments).sample, stock(*arguments).sample)
+        ours.save_pretrained(tmp_path / "ours")
+        back = DiTTransformer2DModel.from_pretrained(tmp_path / "ours").eval()
+        assert torch.equal(back(*arguments).sample, stock(*arguments).sample)
+    with pytest.raises(ValueError, match="segments=None"):
+        ours(*arguments, given={"text": torch.zeros(2, 6)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(codes, dtype):
+    sample = make().to(dtype)({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+    assert sample.dtype == dtype and torch.isfinite(sample).all()
+
+
+@pytest.mark.parametrize(
+    ("generated", "given", "message"),
+    [
+        ({}, {}, "dict of segment names"),
+        ({"sound": torch.zeros(1, 6, dtype=torch.int64)}, {}, "'sound'; this model has"),
+        ({"image": torch.zeros(1, 16, dtype=torch.int64)}, {}, "must have 3 dimensions"),
+        ({"image": torch.zeros(1, 4, 4)}, {}, "float32"),
+        ({"image": torch.full((1, 4, 4), 31)}, {}, r"\[0, 30\]"),
+        ({"image": torch.ones(1, 4, 4).long()}, {"image": torch.ones(1, 4, 4).long()}, "at once"),
+        ({"image": torch.ones(1, 4, 4).long()}, {"text": torch.ones(2, 6).long()}, "2 samples"),
+    ],
+)
+def test_bad_input_is_named(generated, given, message):
+    with pytest.raises(ValueError, match=message):
+        make()(generated, given=given)
+
+
+@pytest.mark.parametrize(
+    "segment", [{"shape": [4]}, {"vocab_size": 0, "shape": [4]}, {"vocab_size": 4, "shape": [1, 2, 3]}]
+)
+def test_bad_segments_are_named(segment):
+    with pytest.raises(ValueError, match=r"segments\['image'\]"):
+        VQDiTTransformer2DModel(**{**CONFIG, "segments": {"image": segment}})
