@@ -4,6 +4,7 @@ The Accelerate loops themselves stand in full in ``training/``.
 """
 
 import io
+import logging
 import math
 import re
 import shutil
@@ -13,14 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from PIL import Image, ImageOps
 
 from .image_utils import on_white
 from .tasks import Task
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from diffusers_vqdit import Task
+from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.training_utils import decode_image, load_training_dataset
+
+
+@pytest.fixture
+def encoded(picture_folder, image_vq, text_vq, tokenizer, tmp_path):
+    def encode(folder="codes", **options):
+        dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+        arguments = {
+            "resolution": 16,
+            "image_vq": image_vq,
+            "text_vq": text_vq,
+            "tokenizer": tokenizer,
+            "image_column": "image",
+            "caption_column": "text",
+            "label_column": "label",
+            "batch_size": 3,
+        }
+        return dataset, encode_dataset(dataset, tmp_path / folder, **{**arguments, **options})
+
+    return encode
+
+
+def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, tokenizer):
+    dataset, folder = encoded(shard_size=4, prompt_columns=["label"])
+    assert len(list(folder.glob("codes-*.parquet"))) == 3
+    codes = CodeDataset(folder)
+    assert len(codes) == 10 and codes.labels == ["round", "square"]
+    assert codes.segments == {
+        "image": {"vocab_size": 32, "shape": [4, 4]},
+        "text": {"vocab_size": 64, "shape": [12]},
+        "label": {"vocab_size": 2, "shape": [1]},
+    }
+    rows = torch.tensor([7, 2])
+    given, generated = codes.batch(rows, Task.parse("label->image+text"))
+    for index, row in enumerate(rows.tolist()):
+        picture = decode_image(dataset[row]["image"], 16)
+        picture = ((picture + 1) * 127.5).round() / 127.5 - 1
+        assert torch.equal(generated["image"][index], image_vq.encode_codes(picture[None])[0])
+        tokens = tokenizer(dataset[row]["text"], padding="max_length", max_length=12, return_tensors="pt")
+        assert torch.equal(generated["text"][index], text_vq.encode_codes(tokens.input_ids)[0])
+        assert codes.labels[given["label"][index, 0]] == dataset[row]["label"]
+    # Given, the text is either wording; generated, always the caption.
+    seen = {tuple(codes.batch(torch.tensor([0]), Task.parse("text->image"))[0]["text"][0].tolist()) for _ in range(40)}
+    assert len(seen) == 2
+
+
+def test_a_corrupt_picture_is_left_out_with_its_caption(encoded, picture_folder):
+    (picture_folder / "4.png").write_bytes(b"")
+    dataset, folder = encoded()
+    broken = dataset["text"].index("a yellow dot") if isinstance(dataset["text"], list) else 4
+    codes = CodeDataset(folder)
+    assert len(codes) == 9
+    whole = CodeDataset(encoded("texts", image_column=None, image_vq=None)[1])
+    kept = [row for row in range(10) if row != broken]
+    assert torch.equal(codes.codes["text"], whole.codes["text"][kept])
+    assert torch.equal(codes.codes["label"], whole.codes["label"][kept])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": None, "caption_column": None}, "nothing to encode"),
+        ({"image_vq": None}, "needs image_vq"),
+        ({"tokenizer": None}, "needs text_vq and tokenizer"),
+        ({"labels": ["round"]}, r"the labels \['square'\] are not among \['round'\]"),
+    ],
+)
+def test_bad_arguments_are_named(encoded, options, message):
+    with pytest.raises(ValueError, match=message):
+        encoded(**options)
+
+
+def test_an_unfinished_folder_is_refused(encoded):
+    _, folder = encoded()
+    (folder / "segments.json").unlink()
+    with pytest.raises(ValueError, match=r"no segments\.json"):
+        CodeDataset(folder)
+
+
+def test_codes_out_of_range_and_unknown_segments_are_named(encoded):
+    _, folder = encoded()
+    with pytest.raises(ValueError, match="no segment 'sound'"):
+        CodeDataset(folder).batch(torch.tensor([0]), Task.parse("sound->image"))
+    index = folder / "segments.json"
+    index.write_text(index.read_text().replace('"vocab_size": 64', '"vocab_size": 2'))
+    with pytest.raises(ValueError, match=r"segment 'text' has codes .* must be in \[0, 2\)"):
+        CodeDataset(folder)

@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from diffusers_vqdit import MaskedDiffusionScheduler, Task
+from diffusers_vqdit.training_utils import (
+    check_captions,
+    checkpoints,
+    code_usage,
+    decode_image,
+    decode_images,
+    draw_task,
+    find_checkpoint,
+    load_training_dataset,
+    masked_diffusion_loss,
+    parameter_groups,
+    psnr,
+    save_checkpoint,
+    shuffled_batches,
+    ssim,
+    step_generator,
+    stratified_timesteps,
+)
+
+
+def test_an_image_folder_loads_with_captions_and_labels(picture_folder):
+    dataset = load_training_dataset(
+        train_data_dir=str(picture_folder), columns=["text", "label"], image_column="image"
+    )
+    assert len(dataset) == 10 and "a red apple" in dataset["text"]
+    pictures, rows = decode_images(dataset, "image", 16)
+    assert pictures.shape == (10, 3, 16, 16) and pictures.dtype == torch.uint8 and rows == list(range(10))
+
+
+def test_a_corrupt_file_is_skipped_with_its_name(picture_folder, caplog):
+    (picture_folder / "3.png").write_bytes(b"no picture at all")
+    (picture_folder / "5.png").write_bytes((picture_folder / "5.png").read_bytes()[:60])
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    pictures, rows = decode_images(dataset, "image", 16)
+    assert len(pictures) == len(rows) == 8
+    assert "3.png" in caplog.text and "5.png" in caplog.text and "skipped 2 of 10" in caplog.text
+
+
+def test_the_split_column_selects_rows(root):
+    path = str(root / "training/data/emoji.parquet")
+    train = load_training_dataset(dataset_name=path, columns=["text"])
+    test = load_training_dataset(dataset_name=path, split="test", max_samples=7)
+    assert len(train) == 3479 and len(test) == 7 and set(test["split"]) == {"test"}
+    with pytest.raises(ValueError, match=r"split='dev' is not .*\['test', 'train'\]"):
+        load_training_dataset(dataset_name=path, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either dataset_name or train_data_dir"),
+        ({"train_data_dir": "no/such/folder"}, "'no/such/folder' is not a folder"),
+        ({"dataset_name": "none.parquet"}, "'none.parquet': there is no such file"),
+    ],
+)
+def test_bad_sources_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_training_dataset(**options)
+
+
+def test_a_missing_column_is_named_with_those_there(picture_folder):
+    with pytest.raises(ValueError, match="column 'caption' is not in the data: it has .*'text'"):
+        load_training_dataset(train_data_dir=str(picture_folder), columns=["caption"])
+
+
+def test_missing_captions_are_counted_and_placed():
+    with pytest.raises(ValueError, match=r"'text': 2 rows have no caption, the first are rows \[1, 3\]"):
+        check_captions(["a", None, "b", "  "], "text")
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    picture = decode_image({"bytes": None, "path": str(tmp_path / "clear.png")}, 4)
+    assert torch.equal(picture, torch.ones(3, 4, 4))
+
+
+def test_batches_cover_each_epoch_and_resume_where_they_were():
+    batches = shuffled_batches(10, 4, seed=1)
+    seen = torch.cat([next(batches) for _ in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    resumed = shuffled_batches(10, 4, seed=1, start=3)
+    assert torch.equal(next(resumed), seen[12:16])
+    ranks = [next(shuffled_batches(10, 2, seed=1, rank=rank, world_size=2)) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), seen[:4])
+
+
+def test_times_are_uniform_and_one_in_each_interval():
+    times = stratified_timesteps(1000, torch.Generator().manual_seed(0))
+    assert times.min() > 0 and times.max() <= 1
+    assert torch.equal(torch.ceil(times.sort().values * 1000).long(), torch.arange(1, 1001))
+
+
+def test_tasks_are_drawn_by_weight_and_repeatably():
+    tasks = [(Task.parse("text->image"), 3.0), (Task.parse("->image"), 1.0)]
+    drawn = [draw_task(tasks, step_generator(0, step)) for step in range(4000)]
+    share = sum(task == tasks[0][0] for task in drawn) / len(drawn)
+    assert share == pytest.approx(0.75, abs=0.035)  # five standard deviations
+    assert drawn[7] == draw_task(tasks, step_generator(0, 7))
+
+
+def test_the_loss_of_a_uniform_model_is_log_k_in_both_weightings(transformer):
+    for layer in transformer.heads.values():
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    generated = {"image": torch.randint(32, (256, 4, 4))}
+    for masking in ("linear", "cosine"):
+        scheduler = MaskedDiffusionScheduler(masking=masking)
+        options = {"generator": torch.Generator().manual_seed(0)}
+        flat = masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="flat", **options)
+        assert flat.item() == pytest.approx(math.log(32), rel=1e-5)
+        # E[weight x masked] = 1: the bound of a uniform model is log K nats a code.
+        nelbo = [
+            masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="nelbo", **options).item()
+            for _ in range(10)
+        ]
+        assert sum(nelbo) / 10 == pytest.approx(math.log(32), rel=0.05)
+    with pytest.raises(ValueError, match="weighting='other'"):
+        masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="other")
+
+
+def test_decay_is_for_matrices_only(transformer):
+    decayed, plain = parameter_groups(transformer, 0.1)
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    names = {id(p): name for name, p in transformer.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and "embedding" not in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_checkpoints_are_renamed_when_complete_and_limited(tmp_path):
+    accelerator = Accelerator()
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    (tmp_path / "tmp-checkpoint-5").mkdir()  # what a killed run leaves
+    for step in (5, 10, 15):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
+    assert not list(tmp_path.glob("tmp-*"))
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-15"
+    assert find_checkpoint(tmp_path, "checkpoint-10").name == "checkpoint-10"
+    assert find_checkpoint(tmp_path / "empty", "latest") is None
+    with pytest.raises(ValueError, match="'checkpoint-7' is not in .*'checkpoint-10', 'checkpoint-15'"):
+        find_checkpoint(tmp_path, "checkpoint-7")
+
+
+def test_psnr_and_ssim():
+    picture = torch.rand(2, 3, 32, 32) * 2 - 1
+    shifted = picture.clone() * 0.9
+    error = (shifted - picture).square().mean((1, 2, 3))
+    torch.testing.assert_close(psnr(shifted, picture), 10 * torch.log10(4 / error))
+    torch.testing.assert_close(ssim(picture, picture), torch.ones(2))
+    noise = (picture + 0.5 * torch.randn_like(picture)).clamp(-1, 1)
+    assert (ssim(noise, picture) < ssim(shifted, picture)).all() and (ssim(noise, picture) < 0.95).all()
+    # Two constant pictures: only the first factor of the formula is left.
+    one, other = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.1)
+    c1 = (0.01 * 2) ** 2
+    assert ssim(one, other).item() == pytest.approx((2 * 0.5 * 0.1 + c1) / (0.5**2 + 0.1**2 + c1), rel=1e-4)
+
+
+def test_code_usage():
+    usage, perplexity = code_usage(torch.tensor([0, 0, 1, 1]), 4)
+    assert usage == 0.5 and perplexity == pytest.approx(2.0)
+
+
+def test_the_emoji_dataset_is_what_its_readme_says(root):
+    from datasets import load_dataset
+
+    data = load_dataset("parquet", data_files=str(root / "training/data/emoji.parquet"), split="train")
+    rows = data.remove_columns("image").to_pandas()
+    assert rows.held_out.value_counts().to_dict() == {"": 3479, "composition": 236, "picture": 71}
+    assert len(set(rows.label)) == 10
+    train, held = rows[rows.split == "train"], rows[rows.held_out == "composition"]
+    assert set(held.emoji) <= set(train.emoji)  # every role is known,
+    assert set(held.skin_tone.str.split("+").explode()) <= set(train.skin_tone.str.split("+").explode())  # every tone,
+    for column in ("text", "text_zh", "phrase"):  # and never the two together
+        assert not set(held[column]) & set(train[column])

@@ -1,0 +1,162 @@
+"""The training scripts as a user runs them: from pictures to a pipeline, killed and resumed, finetuned."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTPipeline
+from diffusers_vqdit.code_dataset import CodeDataset
+from diffusers_vqdit.training_utils import decode_images, load_training_dataset, psnr, to_pixels
+
+
+@pytest.fixture(scope="session")
+def run(script):
+    """Run a script's main with arguments given as a string."""
+
+    def run(name, arguments):
+        module = script(name)
+        module.main(module.parse_args(arguments.split()))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizers(run, root, tmp_path_factory):
+    """Both tokenizers, trained to give ten pictures and their captions back, and the codes."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    data = f"--dataset_name {root / 'training/data/emoji.parquet'}"
+    common = f"{data} --max_train_samples 10 --validation_split none --report_to none --use_ema"
+    run(
+        "train_image_vq",
+        f"{common} --output_dir {folder / 'image_vq'} --resolution 16 --block_out_channels 32 64 --latent_channels 16 "
+        "--num_vq_embeddings 512 --train_batch_size 10 --max_train_steps 600 --ema_decay 0.98 --validation_steps 600",
+    )
+    run(
+        "train_text_vq",
+        f"{common} --output_dir {folder / 'text_vq'} --caption_columns text text_zh --tokenizer_vocab_size 400 "
+        "--num_codes 512 --max_length 16 --train_batch_size 20 --max_train_steps 200 --ema_decay 0.9",
+    )
+    run(
+        "encode_dataset",
+        f"{data} --max_samples 10 --image_vq {folder / 'image_vq'} --text_vq {folder / 'text_vq'} "
+        f"--prompt_columns text_zh --label_column label --output_dir {folder / 'codes'}",
+    )
+    return folder
+
+
+TINY = "--num_layers 3 --num_attention_heads 4 --attention_head_dim 32 --lr_warmup_steps 20 --report_to none"
+
+
+@pytest.mark.slow
+def test_ten_pictures_are_reproduced_exactly(run, tokenizers, root, tmp_path):
+    dataset = load_training_dataset(
+        dataset_name=str(root / "training/data/emoji.parquet"), image_column="image", max_samples=10
+    )
+    pictures = to_pixels(decode_images(dataset, "image", 16)[0])
+    image_vq = ImageVQModel.from_pretrained(tokenizers / "image_vq")
+    codes = image_vq.encode_codes(pictures)
+    with torch.no_grad():
+        assert psnr(image_vq.decode_codes(codes).sample, pictures).min() > 30
+
+    run(
+        "train_vqdit",
+        f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --text_vq {tokenizers / 'text_vq'} "
+        f"--output_dir {tmp_path} {TINY} --tasks text->image:2,image->text:1,->image:1 --train_batch_size 20 "
+        "--max_train_steps 500 --use_ema --ema_decay 0.98 --checkpointing_steps 1000",
+    )
+    pipe = VQDiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(10)]
+    for column in ("text", "text_zh"):
+        drawn = pipe(list(dataset[column]), generator=generators, guidance_scale=1.0, output_type="latent").images
+        assert torch.equal(drawn, codes), column
+    assert pipe(image=pictures / 2 + 0.5, generator=generators).texts == list(dataset["text"])
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(run, tokenizers, tmp_path):
+    arguments = (
+        f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} {TINY} --tasks label->image,->image "
+        "--train_batch_size 4 --max_train_steps 12 --checkpointing_steps 5 --gradient_accumulation_steps 2 --use_ema"
+    )
+    run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'whole'}")
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / "broken" / "checkpoint-10")
+    run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'broken'} --resume_from_checkpoint latest")
+    whole, resumed = (VQDiTPipeline.from_pretrained(tmp_path / name).transformer for name in ("whole", "broken"))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["image_vq", "text_vq"])
+def test_tokenizer_training_resumes_to_the_same_weights(run, root, tmp_path, name):
+    small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8" if name == "image_vq" else ""
+    arguments = (
+        f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none {small} "
+        "--report_to none --train_batch_size 4 --max_train_steps 6 --checkpointing_steps 4 --use_ema"
+    )
+    script_name = f"train_{name}"
+    run(script_name, f"{arguments} --output_dir {tmp_path / 'whole'}")
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
+    run(script_name, f"{arguments} --output_dir {tmp_path / 'broken'} --resume_from_checkpoint latest")
+    model = ImageVQModel if name == "image_vq" else TextVQModel
+    whole, resumed = (model.from_pretrained(tmp_path / folder) for folder in ("whole", "broken"))
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[key], value, msg=key)
+
+
+@pytest.mark.slow
+def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_folder, tmp_path, caplog):
+    codes = (
+        f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --text_vq {tokenizers / 'text_vq'}"
+    )
+    run("train_vqdit", f"{codes} --output_dir {tmp_path / 'base'} {TINY} --max_train_steps 2 --train_batch_size 4")
+    (picture_folder / "6.png").write_bytes(b"broken")
+    run(
+        "train_vqdit",
+        f"--pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} {TINY} "
+        f"--output_dir {tmp_path / 'mine'} --tasks text->image,->image --max_train_steps 3 --train_batch_size 4 "
+        "--validation_prompts apple --validation_steps 2 --gradient_checkpointing",
+    )
+    assert "6.png" in caplog.text and "skipped 1 of 10" in caplog.text
+    assert len(CodeDataset(tmp_path / "mine" / "codes")) == 9
+    assert (tmp_path / "mine" / "samples" / "step-000002.png").is_file()
+    index = json.loads((tmp_path / "mine" / "transformer" / "config.json").read_text())
+    assert set(index["tasks"]) == {"text->image", "image->text", "->image"}
+    assert len(VQDiTPipeline.from_pretrained(tmp_path / "mine")("apple", num_inference_steps=2).images) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--caption_column title", "column 'title' is not in the data"),
+        ("--tasks text-image", "must have one '->'"),
+        ("--tasks label->image --label_column kind", "column 'kind' is not in the data"),
+        ("--tasks label->image", r"need the segments \['label'\]"),
+        ("--resume_from_checkpoint checkpoint-9", "'checkpoint-9' is not in"),
+    ],
+)
+def test_bad_arguments_are_named(run, tokenizers, picture_folder, tmp_path, change, message):
+    models = f"--image_vq {tokenizers / 'image_vq'} --text_vq {tokenizers / 'text_vq'}"
+    with pytest.raises(ValueError, match=message):
+        run("train_vqdit", f"{models} --train_data_dir {picture_folder} --output_dir {tmp_path} {TINY} {change}")
+
+
+def test_flags_are_frozen(script):
+    expected = json.loads((script("train_vqdit").Path(__file__).parent / "flags.json").read_text())
+    for name, flags in expected.items():
+        module = script(name)
+        required = {"encode_dataset": "--image_vq x --output_dir x", "train_vqdit": "--codes_dir x --image_vq x"}
+        args = module.parse_args(required.get(name, "").split())
+        assert sorted(vars(args)) == flags, name
+
+
+def test_the_starter_dataset_can_be_loaded_as_a_user_would(root):
+    data = load_dataset("parquet", data_files=str(root / "training/data/emoji.parquet"), split="train")
+    assert data[0]["image"].size == (64, 64) and data[0]["text"] == "grinning face" and data[0]["text_zh"] == "嘿嘿"
