@@ -153,9 +153,19 @@ class VectorQuantizer(nn.Module):
         return F.embedding(codes, self.codebook)
 
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
-        """Quantize vectors (..., D)."""
+        """Quantize vectors (..., D).
+
+        Raises:
+            ValueError: if the vectors do not end in D channels, or in training if the moving averages are not float32.
+        """
         if vectors.shape[-1] != self.code_dim:
             raise ValueError(f"vectors must end in {self.code_dim} channels, got shape {tuple(vectors.shape)}")
+        if self.training and hasattr(self, "cluster_size") and self.cluster_size.dtype != torch.float32:
+            # An update is some hundredth of the average: below the resolution of half precision for a steady code.
+            raise ValueError(
+                f"the codebook's moving averages are {self.cluster_size.dtype}, training needs torch.float32: keep "
+                "the model in float32 and use autocast (mixed precision)"
+            )
         z = vectors.float()
         if self.codebook_norm == "l2":
             z = F.normalize(z, dim=-1)

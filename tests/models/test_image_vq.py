@@ -16,6 +16,13 @@ CONFIG = {
 }
 
 
+def _input_shapes(module, shapes):
+    """Append the shape of each input that `module` gets to `shapes`."""
+    # Before the call: a checkpointed block's second forward ends as soon as the backward pass has what it needs.
+    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"norm_type": "spatial", "block_out_channels": (32, 32)}, {"vq_embed_dim": 3}]
 )
@@ -79,9 +86,14 @@ def test_slicing_equals_the_whole_batch():
     sample = torch.rand(3, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         whole = model(sample).sample
+        encoded, decoded = _input_shapes(model.encoder, []), _input_shapes(model.decoder, [])
         model.enable_slicing()
         torch.testing.assert_close(model(sample).sample, whole, atol=1e-5, rtol=0)
+        assert encoded == [(1, 3, 16, 16)] * 3
+        assert decoded == [(1, 4, 8, 8)] * 3
         model.disable_slicing()
+        model(sample)
+        assert encoded[3:] == [(3, 3, 16, 16)]
 
 
 def test_one_tile_equals_the_whole_and_large_pictures_keep_their_size():
@@ -94,7 +106,14 @@ def test_one_tile_equals_the_whole_and_large_pictures_keep_their_size():
         assert torch.equal(model(small).sample, whole)
         assert model.encode_codes(large).shape == (1, 20, 28)
         assert model(large).sample.shape == large.shape
+        encoded, decoded = _input_shapes(model.encoder, []), _input_shapes(model.decoder, [])
         assert torch.isfinite(model(large).sample).all()
+        # Tiles start every 12 pixels, the last at the border: 3 rows of 5.
+        assert encoded == [(1, 3, 16, 16)] * 15
+        assert decoded == [(1, 4, 8, 8)] * 15
+        model.disable_tiling()
+        model(large)
+        assert encoded[15:] == [(1, 3, 40, 56)]
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (17, 16), (64, 33)])
@@ -108,15 +127,18 @@ def test_tiles_of_a_local_function_add_up_to_the_whole(shape):
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     sample = torch.rand(2, 3, 16, 16) * 2 - 1
-    gradients = []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = ImageVQModel(**CONFIG).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
+        shapes = [_input_shapes(block, []) for block in (model.encoder.down_blocks[0], model.decoder.up_blocks[0])]
         output = model(sample)
         (output.sample.square().mean() + output.commit_loss).backward()
+        calls.append([len(s) for s in shapes])
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert calls == [[1, 1], [2, 2]]  # computed a second time in the backward pass
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)

@@ -148,6 +148,18 @@ def test_two_processes_train_the_same_codebook_as_one(tmp_path):
             torch.testing.assert_close(torch.from_numpy(states[rank][name]), value, msg=f"{name} on rank {rank}")
 
 
+@pytest.mark.parametrize("options", [{"codebook_update": "ema"}, {"restart_threshold": 0.1}])
+def test_moving_averages_of_half_precision_are_refused_in_training_only(options):
+    quantizer = VectorQuantizer(16, 4, **options).bfloat16()
+    z = torch.randn(8, 4).bfloat16()
+    with pytest.raises(ValueError, match="torch.bfloat16, training needs torch.float32"):
+        quantizer.train()(z)
+    assert quantizer.eval()(z).quantized.dtype == torch.bfloat16
+    quantizer.float().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(quantizer(z).loss)
+
+
 @pytest.mark.parametrize("codes", [torch.tensor([16]), torch.tensor([-1])])
 def test_codes_out_of_range_are_named(codes):
     with pytest.raises(ValueError, match=r"must be in \[0, 16\)"):
