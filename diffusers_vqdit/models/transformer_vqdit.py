@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .attention_processor import DiTAttnProcessor, VQDiTAttention
 
 
 @dataclass
@@ -54,76 +55,6 @@ class VQDiTPrefix:
 
     def _map(self, function) -> "VQDiTPrefix":
         return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values])
-
-
-class VQDiTAttnProcessor:
-    """Attention of a side's positions to the prefix and to themselves, through diffusers' choice of backends."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "VQDiTAttention",
-        hidden_states: torch.Tensor,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the new hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))  # (B, N, heads, head_dim)
-        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
-        value = value.unflatten(-1, (-1, attn.head_dim))
-        all_keys, all_values = key, value
-        if prefix is not None:
-            all_keys = torch.cat([prefix[0], key], dim=1)  # (B, S + N, heads, head_dim)
-            all_values = torch.cat([prefix[1], value], dim=1)
-        hidden_states = dispatch_attention_fn(
-            query, all_keys, all_values, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
-
-
-class VQDiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with RMS-normalised queries and keys, for high learning rates (Dehghani et al. 2023).
-
-    The projections carry diffusers' usual names, so that peft's and diffusers' LoRA targets fit.
-    """
-
-    _default_processor_cls = VQDiTAttnProcessor
-    _available_processors = [VQDiTAttnProcessor]
-
-    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.head_dim = head_dim
-        self.inner_dim = heads * head_dim
-        self.use_bias = bias
-        self.is_cross_attention = False
-        self.added_kv_proj_dim = None
-        self.to_q = nn.Linear(dim, self.inner_dim, bias=bias)
-        self.to_k = nn.Linear(dim, self.inner_dim, bias=bias)
-        self.to_v = nn.Linear(dim, self.inner_dim, bias=bias)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(dropout)])
-        self.set_processor(self._default_processor_cls())
-
-    def forward(
-        self, hidden_states: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.processor(self, hidden_states, prefix)
-
-    def keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values alone: all that the last layer's prefix is for."""
-        if self.fused_projections:
-            _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            key, value = self.to_k(hidden_states), self.to_v(hidden_states)
-        return self.norm_k(key.unflatten(-1, (-1, self.head_dim))), value.unflatten(-1, (-1, self.head_dim))
 
 
 class VQDiTBlock(nn.Module):
@@ -190,8 +121,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike.
-    With segments,
-    the positions of the given ones attend to one another and never to generated ones; those attend to
+    With segments, the positions of the given ones attend to one another and never to generated ones; those attend to
     everything. So what a given segment contributes is the same at every sampling step: [`encode_prefix`] computes it
     once. No attention mask is needed.
 
@@ -200,12 +130,13 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
     Args:
         num_attention_heads, attention_head_dim, num_layers, dropout, attention_bias, activation_fn, norm_eps: as in
             `DiTTransformer2DModel`, whose other arguments hold for ``segments=None`` only.
-        segments: name -> ``{"vocab_size": K, "shape": [n] or [h, w]}``.
+        segments: name -> ``{"vocab_size": K, "shape": [n] or [h, w]}``; names as in tasks: letters, digits and
+            underscores.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
         time_conditioned: whether adaLN sees the time too. The share of masked codes already tells it.
 
     Raises:
-        ValueError: if a segment lacks its size or shape.
+        ValueError: if a segment lacks its size or shape, or has a name that no module can have.
     """
 
     _supports_gradient_checkpointing = True
@@ -255,6 +186,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
                 norm_elementwise_affine=norm_elementwise_affine,
                 norm_eps=norm_eps,
             )
+            self.set_attn_processor(DiTAttnProcessor())
             return
         super(DiTTransformer2DModel, self).__init__()
         check_segments(segments)
@@ -301,6 +233,9 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
     def _ordered(self, codes: dict[str, torch.Tensor], argument: str) -> dict[str, torch.Tensor]:
         """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
         segments = self.config.segments
+        if not isinstance(codes, dict) or not codes:
+            found = "an empty dict" if isinstance(codes, dict) else f"a {type(codes).__name__}"
+            raise ValueError(f"{argument} must be a dict of codes of one or more of {list(segments)}, got {found}")
         for name, value in codes.items():
             if name not in segments:
                 raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
@@ -312,11 +247,16 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
                 )
             if value.dtype not in (torch.int64, torch.int32):
                 raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
-            if value.numel() and (value.min() < 0 or value.max() > size):
-                raise ValueError(
-                    f"{argument}[{name!r}] must be in [0, {size}], {size} being the mask; got values from "
-                    f"{value.min()} to {value.max()}"
-                )
+            if not value.numel():
+                raise ValueError(f"{argument}[{name!r}] must not be empty, got shape {tuple(value.shape)}")
+            if torch.compiler.is_compiling():
+                continue  # values are unknown while a graph is traced
+            # Checked here, as a wrong index on a GPU kills the process's whole context.
+            low, high = torch.stack(value.aminmax()).tolist()
+            limit = size - 1 if argument == "given" else size
+            if low < 0 or high > limit:
+                note = f"; {size} is the mask, and a segment with masked codes is generated" if limit < size else ""
+                raise ValueError(f"{argument}[{name!r}] must be in [0, {limit}], got {low} to {high}{note}")
         sizes = {name: len(value) for name, value in codes.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"{argument} must have one batch size, got {sizes}")
@@ -329,19 +269,23 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             embedding = self.code_embeddings[name]
             trained = tuple(self.config.segments[name]["shape"])
             positions = sincos_positions(tuple(value.shape[1:]), trained, self.inner_dim)
-            parts.append(embedding(value.flatten(1)) + positions.to(embedding.weight.device, embedding.weight.dtype))
+            embedded = embedding(value.flatten(1))  # (B, n, D)
+            parts.append(embedded + positions.to(embedded))
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
 
-    def _conditioning(self, names: list[str], generated: bool, timestep: torch.Tensor | None = None) -> torch.Tensor:
+    def _conditioning(
+        self, codes: dict[str, torch.Tensor], generated: bool, timestep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """SiLU of the conditioning (1 or B, segments, D), as adaLN takes it."""
         order = sorted(self.config.segments)
-        rows = [order.index(name) + len(order) * generated for name in names]
-        weight = self.segment_embedding.weight
-        conditioning = self.segment_embedding(torch.tensor(rows, device=weight.device))[None]  # (1, segments, D)
+        rows = [order.index(name) + len(order) * generated for name in codes]
+        # The codes' device, as offloaded weights are elsewhere until the layer is called.
+        rows = torch.tensor(rows, device=next(iter(codes.values())).device)
+        conditioning = self.segment_embedding(rows)[None]  # (1, segments, D)
         if self.config.time_conditioned and generated:
             if timestep is None:
                 raise ValueError("timestep is None, but this model is time_conditioned: give times (B,) in [0, 1]")
-            frequencies = self.time_proj(1000.0 * timestep.reshape(-1).float()).to(weight.dtype)
+            frequencies = self.time_proj(1000.0 * timestep.reshape(-1).float()).to(conditioning)
             conditioning = conditioning + self.time_embedding(frequencies)[:, None]  # (B, segments, D)
         return F.silu(conditioning)
 
@@ -358,13 +302,11 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             given: name -> codes (B, *shape), at least one segment.
 
         Raises:
-            ValueError: for an unknown segment, a wrong shape or dtype, or a code out of range.
+            ValueError: for no segment or an unknown one, a wrong shape or dtype, or a code out of range.
         """
-        if not given:
-            raise ValueError("given is empty: without given segments there is no prefix")
         given = self._ordered(given, "given")
         hidden_states, lengths = self._embed(given)  # (B, S, D)
-        conditioning = self._conditioning(list(given), generated=False)
+        conditioning = self._conditioning(given, generated=False)
         keys, values = [], []
         for block in self.transformer_blocks:
             last = block is self.transformer_blocks[-1]
@@ -381,17 +323,19 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         timestep: torch.Tensor | None = None,
         class_labels: torch.LongTensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        *,
         given: dict[str, torch.LongTensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
-        return_dict: bool = True,
     ) -> VQDiTOutput | Transformer2DModelOutput | tuple:
         """Predict the codes of the generated segments.
 
         Args:
             hidden_states: name -> codes (B, *shape) of the generated segments, K where masked. Without segments,
                 latents (B, C, H, W), and the arguments are those of `DiTTransformer2DModel`.
-            timestep: times (B,) in [0, 1], for a time-conditioned model.
+            timestep: times (B,) in [0, 1]; read by a time-conditioned model only.
+            class_labels, cross_attention_kwargs: for ``segments=None`` only; a label is a given segment here.
             given: name -> codes (B, *shape) of the given segments.
             prefix: what [`encode_prefix`] made of them, in place of `given`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
@@ -406,28 +350,26 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             if given is not None or prefix is not None or masked is not None:
                 raise ValueError("given, prefix and masked need a model with segments; this one has segments=None")
             return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
-        if not isinstance(hidden_states, dict) or not hidden_states:
-            raise ValueError(
-                f"hidden_states must be a dict of segment names to codes, from {list(self.config.segments)}, "
-                f"got {type(hidden_states).__name__}"
-            )
-        if given and prefix is not None:
+        if class_labels is not None or cross_attention_kwargs is not None:
+            raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
+        has_given = given is not None and len(given) > 0
+        if has_given and prefix is not None:
             raise ValueError("give given or prefix, not both")
+        codes = self._ordered(hidden_states, "hidden_states")
+        if masked is not None:
+            check_masked(masked, codes)
 
         # 1. Given segments
-        if given:
+        if has_given:
             prefix = self.encode_prefix(given)
-        both = set(hidden_states) & set(prefix.names if prefix is not None else ())
-        if both:
+        if prefix is not None and (both := set(codes) & set(prefix.names)):
             raise ValueError(f"the segments {sorted(both)} are given and generated at once")
 
         # 2. Generated segments
-        codes = self._ordered(hidden_states, "hidden_states")
-        names = list(codes)
         hidden, lengths = self._embed(codes)  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
-            raise ValueError(f"the prefix has {len(prefix.keys[0])} samples, hidden_states {len(hidden)}")
-        conditioning = self._conditioning(names, generated=True, timestep=timestep)
+            raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
+        conditioning = self._conditioning(codes, generated=True, timestep=timestep)
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
             hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory)
@@ -435,7 +377,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         # 3. Heads
         modulation = self.adaln_out(conditioning)  # (1 or B, segments, 2D)
         sample = {}
-        for index, (name, part) in enumerate(zip(names, hidden.split(lengths, dim=1), strict=True)):
+        for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
             shift, scale = modulation[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
             if masked is not None:
                 where = masked[name]
@@ -449,12 +391,33 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
 
 
 def check_segments(segments: dict[str, dict[str, Any]]) -> None:
-    """Raise a ValueError that names the segment whose vocabulary size or shape is missing or no positive number."""
+    """Raise a ValueError that names the segment whose name, vocabulary size or shape can't be used."""
     if not segments:
         raise ValueError("segments={} has no segment; use segments=None for continuous latents")
     for name, segment in segments.items():
+        # Segments name modules, so that a module's own attributes (`type`, `keys`) are taken.
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"segments: {name!r} can't be a segment's name; use letters, digits and underscores")
+        if unknown := set(segment) - {"vocab_size", "shape"}:
+            raise ValueError(f"segments[{name!r}]: unknown {sorted(unknown)}; it takes vocab_size and shape")
         size, shape = segment.get("vocab_size"), segment.get("shape")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"segments[{name!r}]: vocab_size={size!r} must be a positive integer")
-        if not isinstance(shape, list | tuple) or len(shape) not in (1, 2) or any(n < 1 for n in shape):
-            raise ValueError(f"segments[{name!r}]: shape={shape!r} must be [n] or [h, w] with positive numbers")
+        if (
+            not isinstance(shape, list | tuple)
+            or len(shape) not in (1, 2)
+            or any(not isinstance(n, int) or n < 1 for n in shape)
+        ):
+            raise ValueError(f"segments[{name!r}]: shape={shape!r} must be [n] or [h, w] with positive integers")
+
+
+def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
+    if masked.keys() != codes.keys():
+        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
+    for name, value in masked.items():
+        expected = tuple(codes[name].flatten(1).shape)
+        if value.dtype != torch.bool or tuple(value.shape) != expected:
+            raise ValueError(
+                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
+            )

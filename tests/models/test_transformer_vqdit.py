@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
 from diffusers_vqdit import VQDiTTransformer2DModel
-from diffusers_vqdit.models import transformer_vqdit
+from diffusers_vqdit.models import attention_processor, transformer_vqdit
 
 
 SEGMENTS = {
@@ -59,21 +60,54 @@ def test_a_prefix_equals_the_given_segments_bit_for_bit(codes):
     torch.testing.assert_close(twice.sample["image"], whole.repeat_interleave(2, 0))
 
 
-def test_given_segments_see_only_one_another(codes):
-    # The same computation in one sequence, with a mask that keeps given positions from the generated ones.
+class MaskedSequenceProcessor:
+    """The same attention in one sequence, its first positions kept from seeing the others by a mask."""
+
+    def __init__(self, given_length):
+        self.given_length = given_length
+
+    def __call__(self, attn, hidden_states, prefix=None):
+        assert prefix is None
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        visible = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool)
+        visible[: self.given_length, self.given_length :] = False
+        weights = (query @ key.mT / math.sqrt(attn.head_dim)).masked_fill(~visible, -math.inf).softmax(-1)
+        return attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2)), key, value
+
+
+def test_prefix_and_targets_equal_one_masked_sequence(codes):
+    model = make()
+    given, generated = {"text": codes["text"], "label": codes["label"]}, {"image": codes["image"]}
+    expected = model(generated, given=given).sample["image"]
+    model.set_attn_processor(MaskedSequenceProcessor(7))
+    order = {"label": codes["label"], "text": codes["text"], "image": codes["image"]}
+    hidden, lengths = model._embed(order)
+    conditioning = torch.cat(
+        [model._conditioning({"label": codes["label"], "text": codes["text"]}, False)]
+        + [model._conditioning(generated, True)],
+        dim=1,
+    )
+    for block in model.transformer_blocks:
+        hidden, _, _ = block(hidden, conditioning, lengths)
+    shift, scale = model.adaln_out(conditioning[:, -1:]).chunk(2, dim=-1)
+    actual = model.heads["image"](model.norm_out(hidden[:, 7:]) * (1 + scale) + shift)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_given_segments_see_only_one_another(codes, monkeypatch):
     model = make()
     calls = []
-    original = transformer_vqdit.dispatch_attention_fn
 
     def record(query, key, value, **options):
         calls.append((query.shape[1], key.shape[1]))
-        return original(query, key, value, **options)
+        return dispatch_attention_fn(query, key, value, **options)
 
-    transformer_vqdit.dispatch_attention_fn = record
-    try:
-        model({"image": codes["image"]}, given={"text": codes["text"]})
-    finally:
-        transformer_vqdit.dispatch_attention_fn = original
+    monkeypatch.setattr(attention_processor, "dispatch_attention_fn", record)
+    model({"image": codes["image"]}, given={"text": codes["text"]})
     # 6 text positions among themselves, but in the last layer, whose output nobody reads; 16 image positions to all.
     assert calls == [(6, 6)] * 2 + [(16, 22)] * 3
 
@@ -92,6 +126,9 @@ def test_the_order_of_a_dict_has_no_meaning(codes):
     one = model({"image": codes["image"], "label": codes["label"]}, given={"text": codes["text"]}).sample
     other = model({"label": codes["label"], "image": codes["image"]}, given={"text": codes["text"]}).sample
     assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+    sides = [{"text": codes["text"], "label": codes["label"]}, {"label": codes["label"], "text": codes["text"]}]
+    first, second = (model({"image": codes["image"]}, given=given).sample["image"] for given in sides)
+    assert torch.equal(first, second)
 
 
 def test_logits_at_masked_positions_equal_all_logits_picked(codes):
@@ -158,22 +195,36 @@ def test_state_dict_keys_are_frozen():
     assert keys == {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")} | set(others)
 
 
-def test_attention_backends_really_switch(codes, monkeypatch):
-    model = make()
-    image = {"image": codes["image"]}
-    expected = model(image).sample["image"]
-    math_calls = []
-    original = F.scaled_dot_product_attention
+@pytest.mark.parametrize("with_segments", [True, False])
+def test_attention_backends_really_switch(codes, monkeypatch, with_segments):
+    if with_segments:
+        model, arguments = make(), ({"image": codes["image"]},)
+    else:
+        model = make(segments=None, sample_size=8, num_embeds_ada_norm=10)
+        arguments = (torch.randn(2, 4, 8, 8), torch.tensor([5, 2]), torch.tensor([3, 4]))
 
-    def spy(*args, **options):
-        math_calls.append(torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled())
-        return original(*args, **options)
+    def run():
+        sample = model(*arguments).sample
+        return sample["image"] if with_segments else sample
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    def spy(name):
+        original = _AttentionBackendRegistry._backends[name]
+
+        def backend(**options):
+            calls.append(name)
+            return original(**options)
+
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, name, backend)
+
+    calls = []
+    # set_attention_backend also sets the process's default, which other tests must not see.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
+    spy(AttentionBackendName.NATIVE)
+    spy(AttentionBackendName._NATIVE_MATH)
+    expected = run()
     model.set_attention_backend("_native_math")
-    torch.testing.assert_close(model(image).sample["image"], expected)
-    assert math_calls and all(math_calls)
+    torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
+    assert calls == [AttentionBackendName.NATIVE] * 3 + [AttentionBackendName._NATIVE_MATH] * 3
     with pytest.raises(ValueError, match="must be one of"):
         model.set_attention_backend("no_such_backend")
 
@@ -216,6 +267,8 @@ def test_without_segments_it_is_the_stock_dit(tmp_path):
         ours.save_pretrained(tmp_path / "ours")
         back = DiTTransformer2DModel.from_pretrained(tmp_path / "ours").eval()
         assert torch.equal(back(*arguments).sample, stock(*arguments).sample)
+        positional = ours(*arguments, None, False)  # the fifth argument is return_dict, as in the parent
+    assert isinstance(positional, tuple)
     with pytest.raises(ValueError, match="segments=None"):
         ours(*arguments, given={"text": torch.zeros(2, 6)})
 
@@ -226,16 +279,79 @@ def test_half_precision_runs(codes, dtype):
     assert sample.dtype == dtype and torch.isfinite(sample).all()
 
 
+def test_layerwise_casting_stores_less_and_computes_the_same_types(codes):
+    model = make(time_conditioned=True)
+    arguments = {
+        "hidden_states": {"image": codes["image"]},
+        "timestep": torch.rand(3),
+        "given": {"text": codes["text"]},
+    }
+    expected = model(**arguments).sample["image"]
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert model.transformer_blocks[0].attn1.to_q.weight.dtype == torch.float16
+    torch.testing.assert_close(model(**arguments).sample["image"], expected, atol=2e-2, rtol=2e-2)
+
+
+def test_ten_samples_are_learned_by_heart():
+    text, image = torch.randint(20, (10, 6)), torch.randint(30, (10, 4, 4))
+    model = VQDiTTransformer2DModel(**{**CONFIG, "num_attention_heads": 4})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    everything = torch.full_like(image, 30)
+    for _ in range(150):
+        masked = torch.rand(10, 16) < torch.rand(10, 1)
+        noised = torch.where(masked.view_as(image), everything, image)
+        logits = model({"image": noised}, given={"text": text}, masked={"image": masked}).sample["image"]
+        F.cross_entropy(logits, image.flatten(1)[masked]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits = model({"image": everything}, given={"text": text}).sample["image"]
+    assert F.cross_entropy(logits.flatten(0, 1), image.flatten()) < 0.05
+    assert torch.equal(logits.argmax(-1), image.flatten(1))
+
+
+ONES = {"image": torch.ones(1, 4, 4, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masked": {}}, r"generated segments \['image'\]"),
+        ({"masked": {"image": torch.ones(1, 4, 4, dtype=torch.bool)}}, r"bool of shape \(1, 16\)"),
+        ({"masked": {"image": torch.ones(1, 16)}}, "float32"),
+        ({"class_labels": torch.zeros(1, dtype=torch.int64)}, "labels in given"),
+        ({"given": {"text": torch.full((1, 6), 20)}}, r"\[0, 19\], got 20 to 20; 20 is the mask"),
+        ({"given": torch.zeros(1, 6)}, "given must be a dict .* got a Tensor"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make()(ONES, **options)
+
+
+def test_a_prefix_is_not_given_twice(codes):
+    model = make()
+    prefix = model.encode_prefix({"text": codes["text"]})
+    with pytest.raises(ValueError, match="not both"):
+        model({"image": codes["image"]}, given={"text": codes["text"]}, prefix=prefix)
+    with pytest.raises(ValueError, match="given must be a dict .* empty dict"):
+        model.encode_prefix({})
+
+
 @pytest.mark.parametrize(
     ("generated", "given", "message"),
     [
-        ({}, {}, "dict of segment names"),
+        ({}, {}, "an empty dict"),
         ({"sound": torch.zeros(1, 6, dtype=torch.int64)}, {}, "'sound'; this model has"),
         ({"image": torch.zeros(1, 16, dtype=torch.int64)}, {}, "must have 3 dimensions"),
         ({"image": torch.zeros(1, 4, 4)}, {}, "float32"),
         ({"image": torch.full((1, 4, 4), 31)}, {}, r"\[0, 30\]"),
         ({"image": torch.ones(1, 4, 4).long()}, {"image": torch.ones(1, 4, 4).long()}, "at once"),
-        ({"image": torch.ones(1, 4, 4).long()}, {"text": torch.ones(2, 6).long()}, "2 samples"),
+        (
+            {"image": torch.ones(1, 4, 4).long()},
+            {"text": torch.ones(2, 6).long()},
+            "has 2 samples, but hidden_states 1",
+        ),
     ],
 )
 def test_bad_input_is_named(generated, given, message):
@@ -244,8 +360,21 @@ def test_bad_input_is_named(generated, given, message):
 
 
 @pytest.mark.parametrize(
-    "segment", [{"shape": [4]}, {"vocab_size": 0, "shape": [4]}, {"vocab_size": 4, "shape": [1, 2, 3]}]
+    "segment",
+    [
+        {"shape": [4]},
+        {"vocab_size": 0, "shape": [4]},
+        {"vocab_size": 4, "shape": [1, 2, 3]},
+        {"vocab_size": 4, "shape": [2.5]},
+        {"vocab_size": 4, "shape": [4], "size": 3},
+    ],
 )
 def test_bad_segments_are_named(segment):
     with pytest.raises(ValueError, match=r"segments\['image'\]"):
         VQDiTTransformer2DModel(**{**CONFIG, "segments": {"image": segment}})
+
+
+@pytest.mark.parametrize("name", ["type", "a.b", "keys", "text->image"])
+def test_bad_segment_names_are_named(name):
+    with pytest.raises(ValueError, match=f"segments: '{name}'"):
+        VQDiTTransformer2DModel(**{**CONFIG, "segments": {name: SEGMENTS["image"]}})

@@ -1,0 +1,104 @@
+"""Attention of the diffusion transformer: every processor here goes through diffusers' choice of backends."""
+
+import torch
+import torch.nn as nn
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+
+
+class DiTAttnProcessor:
+    """`AttnProcessor2_0` as stock DiT uses it (self-attention, no mask), which obeys ``set_attention_backend``.
+
+    Stock DiT's own processor calls PyTorch's attention directly, so that a chosen backend is silently ignored.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """New hidden states (B, N, D). Stock DiT's blocks pass no encoder states and no mask."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, heads, head_dim)
+            for projection in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype)))
+
+
+class VQDiTAttnProcessor:
+    """Attention of a side's positions to the prefix and to themselves, through diffusers' choice of backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "VQDiTAttention",
+        hidden_states: torch.Tensor,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the new hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions."""
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))  # (B, N, heads, head_dim)
+        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+        all_keys, all_values = key, value
+        if prefix is not None:
+            all_keys = torch.cat([prefix[0], key], dim=1)  # (B, S + N, heads, head_dim)
+            all_values = torch.cat([prefix[1], value], dim=1)
+        hidden_states = dispatch_attention_fn(
+            query, all_keys, all_values, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
+
+
+class VQDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention with RMS-normalised queries and keys, for high learning rates (Dehghani et al. 2023).
+
+    The projections carry diffusers' usual names, so that peft's and diffusers' LoRA targets fit.
+    """
+
+    _default_processor_cls = VQDiTAttnProcessor
+    _available_processors = [VQDiTAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, head_dim: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.inner_dim = heads * head_dim
+        self.use_bias = bias
+        self.is_cross_attention = False
+        self.added_kv_proj_dim = None
+        self.to_q = nn.Linear(dim, self.inner_dim, bias=bias)
+        self.to_k = nn.Linear(dim, self.inner_dim, bias=bias)
+        self.to_v = nn.Linear(dim, self.inner_dim, bias=bias)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(dropout)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self, hidden_states: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.processor(self, hidden_states, prefix)
+
+    def keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values alone: all that the last layer's prefix is for."""
+        if self.fused_projections:
+            _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            key, value = self.to_k(hidden_states), self.to_v(hidden_states)
+        return self.norm_k(key.unflatten(-1, (-1, self.head_dim))), value.unflatten(-1, (-1, self.head_dim))
