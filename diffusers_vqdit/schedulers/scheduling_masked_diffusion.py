@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -35,8 +36,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
     Args:
         masking: ``"cosine"``, share of masks sin(pi t / 2) (Chang et al. 2022, MaskGIT), or ``"linear"``, share t.
         sampler: ``"ancestral"`` reveals each masked code on its own, with the probability of the exact reverse
-            process; ``"confidence"`` reveals the codes drawn with the largest probability, as many as the schedule
-            says (MaskGIT).
+            process; ``"confidence"`` reveals the codes drawn with the largest probability, as many of a row's masked
+            ones as the schedule says, at least one a step (MaskGIT).
         temperature: divides the logits; 0 takes the likeliest code.
         choice_temperature: weight of the Gumbel noise on the log-probabilities that ``"confidence"`` ranks; it falls
             with the share of masks.
@@ -82,7 +83,7 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         """Weight -alpha'(t) / (1 - alpha(t)) of a masked code's cross-entropy in the NELBO (Sahoo et al. 2024, eq.
-        10)."""
+        10), for t in (0, 1]: it grows without bound towards 0, where nothing is masked."""
         return -self.d_alpha(t) / self.mask_ratio(t)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -112,8 +113,9 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 f"original_samples must be integer codes (B, N), got {original_samples.dtype} of shape "
                 f"{tuple(original_samples.shape)}"
             )
-        if timesteps.shape != original_samples.shape[:1]:
-            raise ValueError(f"timesteps must have shape ({len(original_samples)},), got {tuple(timesteps.shape)}")
+        if not isinstance(timesteps, torch.Tensor) or timesteps.shape != original_samples.shape[:1]:
+            got = tuple(timesteps.shape) if isinstance(timesteps, torch.Tensor) else repr(timesteps)
+            raise ValueError(f"timesteps must be a tensor of shape ({len(original_samples)},), got {got}")
         if timesteps.numel() and not (timesteps.min() >= 0 and timesteps.max() <= 1):
             raise ValueError(f"timesteps must be in [0, 1], got {timesteps.min()} to {timesteps.max()}")
         if original_samples.numel() and (original_samples.min() < 0 or original_samples.max() >= mask_token_id):
@@ -130,8 +132,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Times 1, 1 - 1/n, ..., 1/n; the last step goes to 0."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer of at least 1")
         self.num_inference_steps = num_inference_steps
         steps = torch.arange(num_inference_steps, 0, -1, dtype=torch.float64)
         self.timesteps = (steps / num_inference_steps).float().to(device)
@@ -159,7 +161,8 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
             generator: one, or one a row.
 
         Raises:
-            ValueError: if [`set_timesteps`] was not called, or shapes or codes don't fit.
+            ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or shapes or codes don't
+                fit.
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
@@ -168,10 +171,21 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output must be (B, N, K) and sample (B, N), got {tuple(model_output.shape)} and "
                 f"{tuple(sample.shape)}"
             )
+        if sample.dtype != torch.int64 or not model_output.is_floating_point():
+            raise ValueError(
+                f"sample must be int64 codes and model_output floating-point logits, got {sample.dtype} and "
+                f"{model_output.dtype}"
+            )
         mask_token_id = model_output.shape[-1]
         if sample.numel() and (sample.min() < 0 or sample.max() > mask_token_id):
             raise ValueError(f"sample must be in [0, {mask_token_id}], got {sample.min()} to {sample.max()}")
-        remaining = round(float(timestep) * self.num_inference_steps) - 1  # steps after this one
+        steps = float(timestep) * self.num_inference_steps
+        if abs(steps - round(steps)) > 1e-3 or not 1 <= round(steps) <= self.num_inference_steps:
+            raise ValueError(
+                f"timestep={float(timestep)} must be one of the {self.num_inference_steps} that set_timesteps made, "
+                f"from 1 down to 1/{self.num_inference_steps}"
+            )
+        remaining = round(steps) - 1  # steps after this one
         times = torch.tensor([remaining, remaining + 1], dtype=torch.float64) / self.num_inference_steps
         next_ratio, ratio = self.mask_ratio(times).tolist()
 
@@ -193,8 +207,9 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
             confidence[masked] = log_probabilities
             confidence = confidence + self.config.choice_temperature * next_ratio * gumbel
             # Of the codes that a row has masked, the share that the schedule masks next; at least one is revealed.
+            # Rounded, for a floor taken anew at each step would drift below the schedule.
             count = masked.sum(1)
-            kept = torch.floor(count * (next_ratio / ratio)).long().minimum((count - 1).clamp_min(0))
+            kept = torch.round(count * (next_ratio / ratio)).long().minimum((count - 1).clamp_min(0))
             rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             revealed = masked & (rank < (count - kept)[:, None])
         previous = torch.where(revealed, original, sample)
@@ -213,6 +228,8 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
         if len(generator) != shape[0]:
             raise ValueError(f"generator is a list of {len(generator)}, but there are {shape[0]} rows")
         return torch.stack([uniform(shape[1:], one, device) for one in generator])
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator or a list of them, one a row")
     source = generator.device if generator is not None else device
     return torch.rand(shape, generator=generator, device=source, dtype=torch.float64).to(device)
 
@@ -221,19 +238,31 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
     """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, and their
     log-probabilities.
 
+    The inverse is looked up first among blocks of about sqrt(K) codes, then within one: only its codes are summed in
+    float64.
+
     Args:
         logits: (M, K).
-        noise: (M,), uniform in [0, 1).
+        noise: (M,) float64, uniform in [0, 1).
         temperature: 0 takes the largest logit.
 
     Returns:
         codes (M,) int64, and (M,) float64 log-probabilities at the temperature given (at 1 where that is 0).
     """
-    log_probabilities = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
+    logits = logits.float()
+    probabilities = torch.softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)  # (M, K)
     if temperature == 0:
-        codes = log_probabilities.argmax(-1)
+        codes = logits.argmax(-1)
     else:
-        cumulative = log_probabilities.exp().cumsum(-1)  # (M, K)
-        codes = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        codes = codes.clamp_max(logits.shape[-1] - 1)
-    return codes, log_probabilities.gather(1, codes[:, None])[:, 0]
+        size = logits.shape[-1]
+        width = 1 << ((size - 1).bit_length() + 1) // 2
+        blocks = F.pad(probabilities, (0, -size % width)).unflatten(-1, (-1, width))  # (M, blocks, width)
+        cumulative = blocks.sum(-1).double().cumsum(-1)  # (M, blocks)
+        target = noise[:, None] * cumulative[:, -1:]  # (M, 1)
+        block = torch.searchsorted(cumulative, target, right=True)
+        before = F.pad(cumulative, (1, 0)).gather(1, block)
+        within = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)  # (M, width)
+        # The two sums of a block differ by rounding: never look beyond the last code that is possible.
+        rest = (target - before).minimum(within[:, -1:] * (1 - 2**-53))
+        codes = (block * width + torch.searchsorted(within, rest, right=True))[:, 0]
+    return codes, probabilities.gather(1, codes[:, None])[:, 0].double().log()

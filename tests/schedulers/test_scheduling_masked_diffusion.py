@@ -18,17 +18,15 @@ class ExactDenoiser:
         generator = torch.Generator().manual_seed(3)
         self.table = torch.rand(3, 3, 3, generator=generator, dtype=torch.float64) ** 3
         self.table /= self.table.sum()
+        self.logits = torch.empty(4, 4, 4, 3, 3, dtype=torch.float64)
+        for pattern in itertools.product(range(4), repeat=3):  # 3 is the mask
+            visible = self.table[tuple(slice(None) if x == 3 else slice(x, x + 1) for x in pattern)]
+            for position in range(3):
+                others = [d for d in range(3) if d != position]
+                self.logits[pattern][position] = (visible.sum(others) / visible.sum()).expand(3).log()
 
     def __call__(self, sample):
-        logits = torch.empty(*sample.shape, 3, dtype=torch.float64)
-        for pattern in itertools.product(range(4), repeat=3):
-            rows = (sample == torch.tensor(pattern)).all(1)
-            if rows.any():
-                visible = self.table[tuple(slice(None) if x == 3 else slice(x, x + 1) for x in pattern)]
-                for position in range(3):
-                    others = [d for d in range(3) if d != position]
-                    logits[rows, position] = (visible.sum(others) / visible.sum()).expand(3).log()
-        return logits
+        return self.logits[sample.unbind(1)]
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
@@ -87,6 +85,25 @@ def test_the_bound_of_the_exact_denoiser_is_the_log_likelihood(masking):
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
+def test_the_bound_of_each_sample_is_its_log_likelihood(masking):
+    # The chain rule holds in any order, so with exact conditionals the integral over t is -log p(x) for every x. All
+    # masks are enumerated: what is left is the error of the midpoint rule.
+    scheduler, denoiser = MaskedDiffusionScheduler(masking=masking), ExactDenoiser()
+    t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    ratio = scheduler.mask_ratio(t)
+    for x in (torch.tensor([0, 1, 2]), torch.tensor([2, 2, 0])):
+        bound, wrong = 0.0, 0.0
+        for masked in map(torch.tensor, itertools.product([False, True], repeat=3)):
+            chance = torch.where(masked, ratio[:, None], 1 - ratio[:, None]).prod(1)
+            integral = (scheduler.loss_weight(t) * chance).mean()
+            log_p = denoiser(x.masked_fill(masked, 3)[None])[0].gather(1, x[:, None])[:, 0]
+            bound += integral * -log_p[masked].sum()
+            wrong += integral * masked.sum() * math.log(3)
+        assert bound.item() == pytest.approx(-denoiser.table[tuple(x)].log().item(), rel=1e-5)
+        assert wrong.item() == pytest.approx(3 * math.log(3), rel=1e-5)  # the uniform denoiser's likelihood
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
 def test_ancestral_sampling_draws_from_the_exact_distribution(masking):
     scheduler, denoiser = MaskedDiffusionScheduler(masking=masking, sampler="ancestral"), ExactDenoiser()
     scheduler.set_timesteps(64)
@@ -106,7 +123,7 @@ def test_codes_are_drawn_from_the_softmax():
         codes, log_probabilities = draw(logits.expand(60_000, 6), noise, temperature)
         expected = torch.softmax(logits.double() / temperature, 0)
         torch.testing.assert_close(torch.bincount(codes, minlength=6) / 60_000.0, expected.float(), atol=0.01, rtol=0)
-        torch.testing.assert_close(log_probabilities, expected.log()[codes])
+        torch.testing.assert_close(log_probabilities, expected.log()[codes], rtol=1e-5, atol=1e-5)
     assert (draw(logits.expand(9, 6), noise[:9], 0.0)[0] == logits.argmax()).all()
 
 
@@ -114,6 +131,25 @@ def test_impossible_codes_are_never_drawn():
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(5, 5)
     noise = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 1e-16], dtype=torch.float64)
     assert draw(logits, noise, 1.0)[0].tolist() == [1, 1, 3, 3, 3]
+    # The last of many numbers, where sums in two orders differ in their last digits
+    logits = torch.randn(2000, 100)
+    logits[:, 90:] = -math.inf
+    codes, _ = draw(logits, torch.full((2000,), 1 - 2**-53, dtype=torch.float64), 1.0)
+    assert (codes == 89).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 37, 1024, 1500])
+def test_codes_are_those_of_the_whole_distribution_function(size):
+    logits = 3 * torch.randn(500, size)
+    logits[:, ::3] = -math.inf if size > 1 else 0.0
+    noise = torch.rand(500, dtype=torch.float64)
+    noise[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative / cumulative[:, -1:], noise[:, None], right=True)[:, 0]
+    codes, log_probabilities = draw(logits, noise, 1.0)
+    assert torch.isfinite(log_probabilities).all()
+    # Single precision moves a boundary between two codes by 1e-7 at most.
+    assert (codes != expected).sum() <= 1
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "confidence"])
@@ -144,14 +180,56 @@ def test_rows_are_on_their_own_and_known_codes_stay(sampler, masking):
         assert torch.equal(run([row])[0], together[row])
 
 
-def test_confidence_reveals_as_many_as_the_schedule_says():
-    scheduler = MaskedDiffusionScheduler(masking="cosine", sampler="confidence")
-    scheduler.set_timesteps(8)
-    sample = torch.full((1, 1000), 4)
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("steps", [8, 16])
+def test_confidence_reveals_as_many_as_the_schedule_says(masking, steps):
+    scheduler = MaskedDiffusionScheduler(masking=masking, sampler="confidence")
+    scheduler.set_timesteps(steps)
+    sample = torch.full((3, 64), 4)
+    sample[1, 40:] = 0  # 40 are masked
+    sample[2, :] = 1
+    counts = torch.tensor([64.0, 40.0, 0.0])
     for index, timestep in enumerate(scheduler.timesteps):
-        sample = scheduler.step(torch.randn(1, 1000, 4), timestep, sample).prev_sample
+        before = (sample == 4).sum(1)
+        sample = scheduler.step(torch.randn(3, 64, 4), timestep, sample).prev_sample
+        left = (sample == 4).sum(1)
+        expected = counts * float(scheduler.mask_ratio(torch.tensor(1 - (index + 1) / steps, dtype=torch.float64)))
+        assert ((left < before) | (before == 0)).all()
+        assert (left - expected).abs().max() < 2.5  # at least one a step, and each row's count is whole
+    assert (left == 0).all()
+
+
+def test_a_row_with_fewer_masks_than_steps_reveals_one_a_step():
+    scheduler = MaskedDiffusionScheduler(sampler="confidence")
+    scheduler.set_timesteps(8)
+    sample = torch.full((1, 3), 4)
+    left = []
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(torch.randn(1, 3, 4), timestep, sample).prev_sample
+        left.append((sample == 4).sum().item())
+    assert left == [2, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_ancestral_reveals_a_share_that_keeps_to_the_schedule():
+    scheduler = MaskedDiffusionScheduler(masking="cosine", sampler="ancestral")
+    scheduler.set_timesteps(5)
+    sample = torch.full((1, 40_000), 4)
+    generator = torch.Generator().manual_seed(0)
+    for index, timestep in enumerate(scheduler.timesteps):
+        sample = scheduler.step(torch.zeros(1, 40_000, 4), timestep, sample, generator=generator).prev_sample
         left = (sample == 4).float().mean().item()
-        assert left == pytest.approx(math.sin(math.pi / 2 * (1 - (index + 1) / 8)), abs=0.01)
+        assert left == pytest.approx(math.sin(math.pi / 2 * (1 - (index + 1) / 5)), abs=0.0125)
+
+
+def test_the_predicted_sample_keeps_what_is_known_and_draws_the_rest():
+    scheduler = MaskedDiffusionScheduler()
+    scheduler.set_timesteps(4)
+    sample = torch.tensor([[4, 1, 4, 2, 4, 4]])
+    before = sample.clone()
+    previous, original = scheduler.step(torch.randn(1, 6, 4), 1.0, sample, return_dict=False)
+    assert torch.equal(sample, before)
+    assert (original < 4).all() and torch.equal(original[sample < 4], sample[sample < 4])
+    assert torch.equal(previous[previous < 4], original[previous < 4])
 
 
 def test_confidence_without_noise_reveals_the_likeliest():
@@ -190,8 +268,21 @@ def test_bad_input_is_named():
         scheduler.step(torch.zeros(2, 3, 4), 1.0, codes[:, :2])
     with pytest.raises(ValueError, match="list of 3, but there are 2 rows"):
         scheduler.step(torch.zeros(2, 3, 4), 1.0, codes, generator=[torch.Generator() for _ in range(3)])
+    with pytest.raises(ValueError, match="generator=7 must be a torch.Generator"):
+        scheduler.step(torch.zeros(2, 3, 4), 1.0, codes, generator=7)
     with pytest.raises(ValueError, match=r"\[0, 4\]"):
         scheduler.step(torch.zeros(2, 3, 4), 1.0, codes + 5)
+    for timestep in (0.0, 0.3, 1.25, -0.25, 999.0):
+        with pytest.raises(ValueError, match=f"timestep={timestep} must be one of the 4 that"):
+            scheduler.step(torch.zeros(2, 3, 4), timestep, codes)
+    with pytest.raises(ValueError, match="got torch.int32 and torch.float32"):
+        scheduler.step(torch.zeros(2, 3, 4), 1.0, codes.int())
+    with pytest.raises(ValueError, match="got torch.int64 and torch.int64"):
+        scheduler.step(torch.zeros(2, 3, 4, dtype=torch.int64), 1.0, codes)
+    with pytest.raises(ValueError, match="num_inference_steps=2.5"):
+        scheduler.set_timesteps(2.5)
+    with pytest.raises(ValueError, match=r"tensor of shape \(2,\), got 0.5"):
+        scheduler.add_noise(codes, 0.5, mask_token_id=4)
     with pytest.raises(ValueError, match="timesteps must be in"):
         scheduler.add_noise(codes, torch.tensor([0.5, 1.5]), mask_token_id=4)
     with pytest.raises(ValueError, match=r"\[0, 4\)"):
