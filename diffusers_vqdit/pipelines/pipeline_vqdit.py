@@ -1,7 +1,10 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
 from ..image_utils import on_white
@@ -21,7 +24,20 @@ from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
 
 
+logger = logging.get_logger(__name__)
+
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
+
+EXAMPLE_DOC_STRING = """
+        Examples:
+            ```py
+            >>> from diffusers_vqdit import VQDiTPipeline
+
+            >>> pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
+            >>> image = pipe("a red apple").images[0]
+            >>> text = pipe(image=image).texts[0]
+            ```
+"""
 
 
 @dataclass
@@ -71,20 +87,19 @@ class VQDiTPipeline(DiffusionPipeline):
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
-    def register_modules(self, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them.
 
         `DiffusionPipeline.from_pretrained` refuses repositories with components of a library that it doesn't know.
         """
-        super().register_modules(**kwargs)
+        package = __package__.split(".")[0]
         ours = {
-            name: ("diffusers", value[1])
-            for name, value in self.config.items()
-            if isinstance(value, tuple | list)
-            and len(value) == 2
-            and str(value[0]).split(".")[0] == __package__.split(".")[0]
+            name: ("diffusers", self.config[name][1])
+            for name, component in self.components.items()
+            if component is not None and self.config[name][0].split(".")[0] == package
         }
         self.register_to_config(**ours)
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     @property
     def guidance_scale(self) -> float:
@@ -102,36 +117,27 @@ class VQDiTPipeline(DiffusionPipeline):
     # What is given
 
     def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
-        """Codes (B, L) of texts."""
+        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
         for text in prompt:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
+        length = self.text_vq.config.max_length
+        for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
+            if len(ids) > length:
+                logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
         tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_vq.config.max_length,
-            return_tensors="pt",
+            prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self._execution_device)
         return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
 
     def encode_image(self, image: PipelineImageInput) -> torch.LongTensor:
         """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
         images = image if isinstance(image, list) else [image]
-        if all(isinstance(one, PIL.Image.Image) for one in images):
-            image = [on_white(one) for one in images]
+        pictures = [one for one in images if isinstance(one, PIL.Image.Image)]
+        if len(pictures) == len(images):
+            image = [on_white(one) for one in pictures]
         else:
-            for one in images:
-                if not isinstance(one, np.ndarray | torch.Tensor):
-                    raise ValueError(
-                        f"image must be PIL pictures, an array (B, H, W, C) or a tensor (B, C, H, W), got "
-                        f"{type(one).__name__}"
-                    )
-                if one.dtype in (np.uint8, torch.uint8) or one.min() < 0 or one.max() > 1:
-                    raise ValueError(
-                        f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} "
-                        f"to {one.max()}"
-                    )
+            check_pixels(images, self.image_vq.config.in_channels)
         factor = self.image_vq.downsample_factor
         height, width = (size * factor for size in self.transformer.config.segments["image"]["shape"])
         pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
@@ -145,10 +151,12 @@ class VQDiTPipeline(DiffusionPipeline):
         for label in class_label:
             if isinstance(label, str) and label in names:
                 codes.append(names.index(label))
-            elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < size:
-                codes.append(label)
+            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
+                codes.append(int(label))
             else:
-                raise ValueError(f"class_label={label!r} must be a number in [0, {size}) or one of {names}")
+                raise ValueError(
+                    f"class_label={label!r} must be a number in [0, {size}) or one of {names}, or a list of them"
+                )
         return torch.tensor(codes, device=self._execution_device)[:, None]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -161,6 +169,8 @@ class VQDiTPipeline(DiffusionPipeline):
         ]
         if output is None:
             output = "text" if image is not None else "image"
+        elif not isinstance(output, str):
+            raise ValueError(f"output={output!r} must be a string such as 'image' or 'image+text'")
         generated = [name.strip() for name in output.split("+")]
         both = sorted(set(given) & set(generated))
         if both:
@@ -178,6 +188,8 @@ class VQDiTPipeline(DiffusionPipeline):
         segments = self.transformer.config.segments
         codes = {}
         if latents is not None and not isinstance(latents, dict):
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(f"latents must be a tensor of codes or a dict of them, got {type(latents).__name__}")
             if len(task.generated) > 1:
                 raise ValueError(f"latents must be a dict with the segments {list(task.generated)}")
             latents = {task.generated[0]: latents}
@@ -195,12 +207,18 @@ class VQDiTPipeline(DiffusionPipeline):
                     f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "
                     f"got {value.dtype} of shape {tuple(value.shape)}"
                 )
+            if value.numel() and (value.min() < 0 or value.max() > size):
+                raise ValueError(
+                    f"latents of {name!r} must be in [0, {size}], {size} where unknown; got values from {value.min()} "
+                    f"to {value.max()}"
+                )
             codes[name] = value.to(self._execution_device)
         return codes
 
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -239,11 +257,14 @@ class VQDiTPipeline(DiffusionPipeline):
             output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
             return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
-                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling.
+                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling; codes still masked
+                are then decoded as last predicted, and stay masked in ``"latent"`` output.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
 
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
+
+        Examples:
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -251,15 +272,19 @@ class VQDiTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check the arguments
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        if not isinstance(callback_on_step_end_tensor_inputs, list) or any(
+            name not in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs
+        ):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs={unknown} must be among {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list from "
+                f"{self._callback_tensor_inputs}"
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} must be at least 1")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r} must be an integer of at least 1")
+        if guidance_scale is not None and (not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
         task = self._task(prompt, image, class_label, output)
         unconditional = str(Task((), task.generated))
         can_guide = bool(task.given) and unconditional in (self.transformer.config.tasks or [])
@@ -274,6 +299,9 @@ class VQDiTPipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 2. Encode what is given
+        for name, value in (("prompt", prompt), ("image", image), ("class_label", class_label)):
+            if isinstance(value, list) and not value:
+                raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
         given = {}
         if prompt is not None:
             given["text"] = self.encode_prompt(prompt if isinstance(prompt, list) else [prompt])
@@ -295,6 +323,8 @@ class VQDiTPipeline(DiffusionPipeline):
 
         # 3. Start from masks
         codes = self._start(task, batch_size, latents)
+        masks = {name: self.transformer.config.segments[name]["vocab_size"] for name in codes}
+        predicted = dict(codes)
 
         # 4. Set the times
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -305,17 +335,17 @@ class VQDiTPipeline(DiffusionPipeline):
             for index, timestep in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
-                times = timestep.expand(batch_size)
-                logits = self.transformer(codes, timestep=times, prefix=prefix).sample
-                if guidance_scale != 1.0:
-                    free = self.transformer(codes, timestep=times).sample
-                    logits = {name: free[name] + guidance_scale * (logits[name] - free[name]) for name in logits}
-                codes = {
-                    name: self.scheduler.step(
-                        logits[name], timestep, value.flatten(1), generator=generator
-                    ).prev_sample.view_as(value)
-                    for name, value in codes.items()
-                }
+                # Without masks a step changes nothing; few codes may all be known before the last one.
+                if any((value == masks[name]).any() for name, value in codes.items()):
+                    times = timestep.expand(batch_size)
+                    logits = self.transformer(codes, timestep=times, prefix=prefix).sample
+                    if guidance_scale != 1.0:
+                        free = self.transformer(codes, timestep=times).sample
+                        logits = {name: free[name] + guidance_scale * (logits[name] - free[name]) for name in logits}
+                    for name, value in codes.items():
+                        step = self.scheduler.step(logits[name], timestep, value.flatten(1), generator=generator)
+                        codes[name] = step.prev_sample.view_as(value)
+                        predicted[name] = step.pred_original_sample.view_as(value)
                 if callback_on_step_end is not None:
                     several = len(task.generated) > 1
                     current = codes if several else codes[task.generated[0]]
@@ -326,11 +356,13 @@ class VQDiTPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         # 6. Decode
-        images = self.decode_image(codes["image"], output_type) if "image" in codes else None
-        texts, labels = codes.get("text"), codes.get("label")
-        if output_type != "latent":
-            texts = self.decode_text(texts) if texts is not None else None
-            labels = self.decode_label(labels) if labels is not None else None
+        if output_type == "latent":
+            images, texts, labels = codes.get("image"), codes.get("text"), codes.get("label")
+        else:
+            known = {name: torch.where(value == masks[name], predicted[name], value) for name, value in codes.items()}
+            images = self.decode_image(known["image"], output_type) if "image" in known else None
+            texts = self.decode_text(known["text"]) if "text" in known else None
+            labels = self.decode_label(known["label"]) if "label" in known else None
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels
@@ -340,16 +372,11 @@ class VQDiTPipeline(DiffusionPipeline):
     # What is generated
 
     def decode_image(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
-        """Pictures of codes (B, h, w)."""
-        if output_type == "latent":
-            return codes
-        if codes.max() >= self.image_vq.num_codes:  # sampling was interrupted: show a code where a mask is left
-            codes = codes.clamp_max(self.image_vq.num_codes - 1)
+        """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
         return self.image_processor.postprocess(self.image_vq.decode_codes(codes).sample, output_type=output_type)
 
     def decode_text(self, codes: torch.LongTensor) -> list[str]:
         """Strings of codes (B, L)."""
-        codes = codes.clamp_max(self.text_vq.num_codes - 1)
         tokens = self.text_vq.decode_codes(codes).argmax(-1)
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
@@ -357,3 +384,24 @@ class VQDiTPipeline(DiffusionPipeline):
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
         names = list(self.config.labels)
         return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]
+
+
+def check_pixels(images: list[Any], channels: int) -> None:
+    """Raise a ValueError unless all are arrays ((B,) H, W, C) or all tensors ((B,) C, H, W) of floats in [0, 1]."""
+    kinds = {type(one).__name__ for one in images}
+    if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
+            f"{', '.join(sorted(kinds))}"
+        )
+    for one in images:
+        axis = -1 if isinstance(one, np.ndarray) else -3
+        if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
+            order = f"(B, H, W, {channels})" if axis == -1 else f"(B, {channels}, H, W)"
+            raise ValueError(f"image as {type(one).__name__} must have shape {order}, got {tuple(one.shape)}")
+        floating = one.is_floating_point() if isinstance(one, torch.Tensor) else np.issubdtype(one.dtype, np.floating)
+        if not floating or not (one.min() >= 0 and one.max() <= 1):
+            raise ValueError(
+                f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} to "
+                f"{one.max()}"
+            )

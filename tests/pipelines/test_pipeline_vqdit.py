@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image
 
-from diffusers_vqdit import VQDiTPipeline, VQDiTPipelineOutput
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTPipelineOutput
 
 
 def generators(*seeds):
@@ -127,6 +128,77 @@ def test_callbacks_see_and_change_codes_and_can_stop(pipeline):
     steps.clear()
     pipeline("a red apple", num_inference_steps=8, callback_on_step_end=stop)
     assert steps == [0, 1]
+    left = pipeline("a red apple", num_inference_steps=8, callback_on_step_end=stop, output_type="latent").images
+    assert (left == 32).any() and (left < 32).any()
+
+
+def test_a_stopped_sampling_shows_the_last_prediction(pipeline, monkeypatch):
+    predictions = []
+    step = pipeline.scheduler.step
+
+    def spy(*args, **options):
+        predictions.append(step(*args, **options))
+        return predictions[-1]
+
+    def stop(pipe, index, timestep, inputs):
+        pipe._interrupt = True
+        return inputs
+
+    monkeypatch.setattr(pipeline.scheduler, "step", spy)
+    images = pipeline("a red apple", callback_on_step_end=stop, output_type="pt").images
+    assert len(predictions) == 1
+    codes = predictions[0].pred_original_sample.view(1, 4, 4)
+    expected = pipeline.image_vq.decode_codes(codes).sample
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
+    picture = Image.new("RGB", (16, 16), "red")
+    assert pipeline(image=picture, output="label", callback_on_step_end=stop).labels[0] in ("fruit", "box", "dot")
+
+
+def test_no_call_is_spent_on_codes_that_are_all_known(pipeline, monkeypatch):
+    forward = count_calls(pipeline, monkeypatch, "forward")
+    pipeline(image=Image.new("RGB", (16, 16)), output="label", num_inference_steps=9)
+    assert len(forward) == 1  # a label is one code
+    steps = []
+    latents = torch.randint(32, (1, 4, 4))
+    codes = pipeline(
+        "a red apple",
+        latents=latents,
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, index, timestep, inputs: steps.append(index),
+    ).images
+    assert len(forward) == 1 and steps == [0, 1, 2] and torch.equal(codes, latents)
+
+
+def test_the_arguments_are_not_changed(pipeline):
+    latents = torch.full((1, 4, 4), 32)
+    picture = torch.rand(1, 3, 16, 16)
+    before = picture.clone()
+    pipeline("a red apple", latents=latents)
+    pipeline(image=picture)
+    assert (latents == 32).all() and torch.equal(picture, before)
+
+
+def test_a_longer_prompt_is_cut_with_a_warning(pipeline, caplog):
+    logging.enable_propagation()
+    cut = pipeline.encode_prompt(["a red apple " * 9])
+    assert "tokens; only the first 12 are used" in caplog.text
+    caplog.clear()
+    assert cut.shape == pipeline.encode_prompt(["a red apple"]).shape == (1, 12)
+    assert not caplog.records
+    logging.disable_propagation()
+
+
+def test_joint_tasks_are_the_same_in_a_batch_and_keep_known_codes(pipeline):
+    options = {"output": "image+text", "output_type": "latent"}
+    batch = pipeline(num_images_per_prompt=2, generator=generators(1, 2), **options)
+    alone = pipeline(generator=generators(2), **options)
+    assert torch.equal(batch.images[1], alone.images[0]) and torch.equal(batch.texts[1], alone.texts[0])
+    known = pipeline.encode_prompt(["a red apple"])
+    assert torch.equal(pipeline(latents={"text": known}, **options).texts, known)
+    seen = []
+    pipeline(callback_on_step_end=lambda pipe, index, timestep, inputs: seen.append(inputs["latents"]), **options)
+    assert all(set(codes) == {"image", "text"} for codes in seen)
 
 
 def test_images_may_come_in_any_form_and_size(pipeline):
@@ -154,6 +226,25 @@ def test_save_and_load_give_the_same_pictures(pipeline, tmp_path):
         loaded.save_pretrained(tmp_path / "again")
     again = VQDiTPipeline.from_pretrained(tmp_path / "again", torch_dtype=torch.float16)
     assert again.transformer.dtype == torch.float16
+
+
+def test_components_that_were_exchanged_are_saved_as_diffusers(pipeline, tmp_path):
+    pipeline.scheduler = MaskedDiffusionScheduler.from_config(pipeline.scheduler.config, sampler="ancestral")
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    libraries = {name: value[0] for name, value in index.items() if isinstance(value, list) and name != "labels"}
+    assert libraries.pop("tokenizer") == "transformers" and set(libraries.values()) == {"diffusers"}
+    assert DiffusionPipeline.from_pretrained(tmp_path).scheduler.config.sampler == "ancestral"
+
+
+def test_half_precision_runs(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = VQDiTPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+        half.set_progress_bar_config(disable=True)
+        images = half("a red apple", output_type="np", num_inference_steps=2).images
+        assert np.isfinite(images).all()
+        assert isinstance(half(image=images, num_inference_steps=2).texts[0], str)
 
 
 def test_a_checkpoint_without_texts_needs_no_text_components(pipeline, tmp_path):
@@ -191,17 +282,40 @@ def test_sequential_parts_run_where_the_hooks_put_them(pipeline):
         ({"prompt": ["x", " "]}, "non-empty"),
         ({"class_label": "pear"}, "'pear' must be .*fruit"),
         ({"class_label": 3}, r"class_label=3 must be a number in \[0, 3\)"),
+        ({"class_label": True}, "class_label=True"),
+        ({"prompt": []}, r"prompt=\[\]"),
+        ({"image": []}, r"image=\[\]"),
+        ({"class_label": ["box", 1], "guidance_scale": 1.0, "latents": torch.zeros(1, 4, 4).long()}, r"\(2, 4, 4\)"),
+        ({"prompt": ["x", "y"], "class_label": "box"}, "not trained for the task 'label[+]text->image'"),
         ({"image": "cat.png"}, "got str"),
+        ({"image": [Image.new("RGB", (9, 9)), torch.zeros(3, 9, 9)]}, "all of one kind, got Image, Tensor"),
+        ({"image": torch.zeros(1, 1, 16, 16)}, r"shape \(B, 3, H, W\), got \(1, 1, 16, 16\)"),
+        ({"image": np.zeros((1, 3, 16, 16))}, r"shape \(B, H, W, 3\), got \(1, 3, 16, 16\)"),
+        ({"image": torch.zeros(0, 3, 16, 16)}, r"got \(0, 3, 16, 16\)"),
+        ({"image": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, "int64"),
+        ({"image": torch.full((1, 3, 16, 16), float("nan"))}, "from nan"),
         ({"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "uint8"),
         ({"image": torch.full((1, 3, 16, 16), 2.0)}, "from 2.0 to 2.0"),
         ({"prompt": "x", "output_type": "jpg"}, "output_type='jpg'"),
         ({"prompt": "x", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps=0"),
         ({"prompt": ["x", "y"], "generator": generators(1)}, "list of 1, but 2 samples"),
+        ({"prompt": "x", "generator": 3}, "generator=3 must be a torch.Generator"),
+        ({"prompt": "x", "output": ["image"]}, r"output=\['image'\] must be a string"),
+        ({"prompt": "x", "num_images_per_prompt": 1.5}, "num_images_per_prompt=1.5"),
+        ({"prompt": "x", "num_inference_steps": "8"}, "num_inference_steps='8'"),
+        ({"prompt": "x", "guidance_scale": "3"}, "guidance_scale='3'"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs a given segment"),
+        ({"image": torch.zeros(1, 3, 16, 16), "guidance_scale": 2.0}, "needs the task '->text'"),
+        ({"prompt": "x", "latents": torch.full((1, 4, 4), 33)}, r"in \[0, 32\], .* from 33 to 33"),
+        ({"prompt": "x", "latents": [1]}, "latents must be a tensor of codes or a dict of them, got list"),
+        ({"prompt": "x", "latents": {"text": torch.zeros(1, 12).long()}}, "'text', but the task 'text->image'"),
+        ({"output": "image+text", "latents": torch.zeros(1, 4, 4).long()}, "must be a dict with the segments"),
         ({"prompt": "x", "latents": torch.zeros(1, 16, dtype=torch.int64)}, "int64 codes of shape"),
         ({"prompt": "x", "latents": torch.zeros(1, 4, 4)}, "float32"),
         ({"prompt": "x", "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
+        ({"prompt": "x", "callback_on_step_end_tensor_inputs": "latents"}, "must be a list from"),
     ],
 )
 def test_bad_arguments_are_named(pipeline, arguments, message):
