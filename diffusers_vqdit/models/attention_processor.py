@@ -51,8 +51,9 @@ class VQDiTAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))  # (B, N, heads, head_dim)
-        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
+        # Autocast leaves norms in float32; backends want one type for all three.
+        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)  # (B, N, heads, head_dim)
+        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)
         value = value.unflatten(-1, (-1, attn.head_dim))
         all_keys, all_values = key, value
         if prefix is not None:
@@ -101,4 +102,5 @@ class VQDiTAttention(nn.Module, AttentionModuleMixin):
             _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             key, value = self.to_k(hidden_states), self.to_v(hidden_states)
-        return self.norm_k(key.unflatten(-1, (-1, self.head_dim))), value.unflatten(-1, (-1, self.head_dim))
+        key = self.norm_k(key.unflatten(-1, (-1, self.head_dim))).to(value.dtype)
+        return key, value.unflatten(-1, (-1, self.head_dim))

@@ -84,13 +84,25 @@ class VQDiTBlock(nn.Module):
         """
         modulation = expand_segments(self.adaln(conditioning), lengths)  # (1 or B, N, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        normed = torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1)  # (B, N, D)
+        normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
         if keys_only:
             return hidden_states, *self.attn1.keys_and_values(normed)
         attended, key, value = self.attn1(normed, prefix)
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        normed = torch.addcmul(shift2, self.norm2(hidden_states), 1 + scale2)
+        normed = modulate(self.norm2, hidden_states, shift2, scale2)
         return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
+
+
+def modulate(
+    norm: nn.LayerNorm, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """adaLN: norm(x) (1 + scale) + shift, with shift and scale broadcast to the hidden states."""
+    if shift.numel() == shift.shape[-1]:
+        # One row for all, as with one segment and no time: LayerNorm's own affine part is a third of the passes.
+        # Under autocast the row has the linear layer's type and the hidden states keep float32.
+        scale, shift = (1 + scale).flatten().to(hidden_states), shift.flatten().to(hidden_states)
+        return F.layer_norm(hidden_states, norm.normalized_shape, scale, shift, norm.eps)
+    return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
 def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -386,7 +398,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
                 else:
                     shift, scale = shift[0], scale[0]  # (1, D)
                 part = part[where]  # (M, D)
-            sample[name] = self.heads[name](torch.addcmul(shift, self.norm_out(part), 1 + scale))  # (.., K)
+            sample[name] = self.heads[name](modulate(self.norm_out, part, shift, scale))  # (.., K)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
 
 
