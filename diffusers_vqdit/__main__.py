@@ -19,17 +19,17 @@ STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
 # Prompt, and its meaning where it isn't English, for a label that any font can show.
 PROMPTS = [
     ("a red apple", None),
-    ("an astronaut with dark skin tone", None),
-    ("smiling face with sunglasses", None),
     ("sailboat", None),
-    ("man golfing, medium skin tone", None),
-    ("sunflower", None),
+    ("snowman", None),
+    ("an astronaut with medium skin tone", None),
+    ("man golfing, light skin tone", None),
+    ("farmer, medium skin tone", None),
     ("红苹果", "red apple"),
-    ("宇航员，中等肤色", "astronaut, medium skin tone"),
-    ("狗脸", "dog face"),
     ("红心", "red heart"),
-    ("雪人", "snowman"),
+    ("向日葵", "sunflower"),
     ("自行车", "bicycle"),
+    ("宇航员，中等肤色", "astronaut, medium skin tone"),
+    ("拇指向上，中等肤色", "thumbs up, medium skin tone"),
 ]
 
 CELL, LABEL = 128, 40  # pixels: side of a picture, height of its label

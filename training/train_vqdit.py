@@ -23,6 +23,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -205,13 +206,12 @@ def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Acc
         folder / f"step-{step:06d}.png"
     )
     for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            tracker.log_images(
-                {"validation": [torch.tensor(list(i.getdata())).view(*i.size, 3).byte().numpy() for i in images]}
-                if tracker.name == "tensorboard"
-                else {"validation": images},
-                step=step,
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(
+                "validation", np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC"
             )
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
 
 
 def main(args: argparse.Namespace) -> None:

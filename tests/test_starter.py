@@ -1,0 +1,71 @@
+"""The shipped checkpoint: complete, small, and what its card says."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_vqdit import VQDiTPipeline, __main__
+from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "model_cards" / "vqdit-emoji"
+
+
+@pytest.fixture(scope="module")
+def starter(folder):
+    pipe = VQDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_complete_and_within_40_megabytes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    names = {str(path.relative_to(folder)) for path in files}
+    assert {"README.md", "model_index.json", "samples.png", "evaluation.json", "evaluation.md"} <= names
+
+
+def test_its_card_shows_the_figures_that_were_measured(folder, script):
+    report = json.loads((folder / "evaluation.json").read_text())
+    table = script("evaluate").as_table(report)
+    assert table == (folder / "evaluation.md").read_text().strip()
+    assert table in (folder / "README.md").read_text()
+
+
+def test_its_tokenizers_keep_what_the_card_says(starter, folder, root, script):
+    report = json.loads((folder / "evaluation.json").read_text())
+    data = load_training_dataset(
+        dataset_name=str(root / "training/data/emoji.parquet"), split="test", image_column="image"
+    )
+    evaluate = script("evaluate")
+    assert sum(evaluate.round_trips(starter, list(data["text"]))) / len(data) >= 0.99
+    assert sum(evaluate.round_trips(starter, list(data["text_zh"]))) / len(data) >= 0.99
+    pictures = decode_images(data, "image", report["image_vq"]["resolution"])[0]
+    _, decoded = evaluate.reconstruct(starter, pictures, 64)
+    measured = evaluate.psnr(decoded, to_pixels(pictures)).mean().item()
+    assert measured == pytest.approx(report["image_vq"]["psnr_db"], abs=0.01)
+
+
+def test_the_demo_draws_and_captions(tmp_path, capsys, folder):
+    arguments = ["--output_file", str(tmp_path / "grid.png"), "--num_inference_steps", "2"]
+    __main__.main(__main__.parse_args(arguments))
+    printed = capsys.readouterr().out
+    examples = json.loads((folder / "examples" / "captions.json").read_text(encoding="utf-8"))
+    count = len(__main__.PROMPTS) + len(examples)
+    assert f"grid.png: {count} pictures" in printed and "Captions of pictures" in printed
+    assert Image.open(tmp_path / "grid.png").width == 6 * __main__.CELL
+    __main__.main(__main__.parse_args([*arguments, "--prompt", "sailboat", "雪人"]))
+    assert "grid.png: 2 pictures" in capsys.readouterr().out
+
+
+def test_prompts_decide_what_is_drawn(starter):
+    # The same noise, other words: the face in the middle of the picture is darker or lighter as asked.
+    prompts = ["an astronaut with dark skin tone", "an astronaut with light skin tone"]
+    seeds = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(4)]
+    pictures = starter(prompts, num_images_per_prompt=4, generator=seeds, output_type="pt").images
+    dark, light = pictures[:, :, 12:20, 12:20].mean((1, 2, 3)).split(4)
+    assert light.mean() > dark.mean() + 0.1
