@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTPipeline
+from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.code_dataset import CodeDataset
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, psnr, to_pixels
 
@@ -69,6 +69,8 @@ def test_ten_pictures_are_reproduced_exactly(run, tokenizers, root, tmp_path):
     )
     pipe = VQDiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
+    # The likeliest codes: of 640 drawn ones, some would differ with the last percent of probability.
+    pipe.scheduler = MaskedDiffusionScheduler(temperature=0.0, choice_temperature=0.0)
     generators = [torch.Generator().manual_seed(i) for i in range(10)]
     for column in ("text", "text_zh"):
         drawn = pipe(list(dataset[column]), generator=generators, guidance_scale=1.0, output_type="latent").images
