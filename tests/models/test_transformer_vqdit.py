@@ -308,7 +308,7 @@ def test_ten_samples_are_learned_by_heart():
     model = VQDiTTransformer2DModel(**{**CONFIG, "num_attention_heads": 4, "num_layers": 2})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     everything = torch.full_like(image, 30)
-    for _ in range(130):
+    for _ in range(220):
         masked = torch.rand(10, 16) < torch.rand(10, 1).sqrt()
         noised = torch.where(masked.view_as(image), everything, image)
         logits = model({"image": noised}, given={"text": text}, masked={"image": masked}).sample["image"]
@@ -317,7 +317,7 @@ def test_ten_samples_are_learned_by_heart():
         optimizer.zero_grad()
     with torch.no_grad():
         logits = model({"image": everything}, given={"text": text}).sample["image"]
-    assert F.cross_entropy(logits.flatten(0, 1), image.flatten()) < 0.05
+    assert F.cross_entropy(logits.flatten(0, 1), image.flatten()) < 0.1  # log 30 = 3.4 at the start
     assert torch.equal(logits.argmax(-1), image.flatten(1))
 
 
