@@ -60,7 +60,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--layers_per_block", type=int, default=1)
     model.add_argument("--norm_num_groups", type=int, default=8)
     model.add_argument("--mid_block_attention", action="store_true")
-    model.add_argument("--local_encoder", action="store_true", help="Equal patches get equal codes.")
     model.add_argument("--latent_channels", type=int, default=64)
     model.add_argument("--num_vq_embeddings", type=int, default=1024)
     model.add_argument("--vq_embed_dim", type=int, default=8)
@@ -191,7 +190,6 @@ def main(args: argparse.Namespace) -> None:
             codebook_init=args.codebook_init,
             restart_threshold=args.restart_threshold,
             beta=args.beta,
-            local_encoder=args.local_encoder,
         )
     # Convolutions run faster with the channels last: by 10 % on CPUs, more on GPUs with mixed precision.
     model.train().to(memory_format=torch.channels_last)

@@ -10,7 +10,6 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .local_encoder import make_local
 from .quantizers import QuantizerOutput, VectorQuantizer
 
 
@@ -46,8 +45,6 @@ class ImageVQModel(VQModel):
         codebook_init: ``"uniform"``, ``"data"`` or ``"kmeans"``.
         ema_decay: decay of the codebook's moving averages.
         restart_threshold: share of uniform use below which a code is restarted; 0 for never.
-        local_encoder: whether a code depends on its own pixels and a narrow margin only, so that equal patches have
-            equal codes ([`~models.local_encoder.make_local`]); stock encoders see the whole picture.
     """
 
     _supports_gradient_checkpointing = True
@@ -79,7 +76,6 @@ class ImageVQModel(VQModel):
         codebook_init: str = "uniform",
         ema_decay: float = 0.99,
         restart_threshold: float = 0.0,
-        local_encoder: bool = False,
     ) -> None:
         if quantizer_type != "vq":
             raise ValueError(f"quantizer_type={quantizer_type!r} must be 'vq'")
@@ -112,8 +108,6 @@ class ImageVQModel(VQModel):
             ema_decay=ema_decay,
             restart_threshold=restart_threshold,
         )
-        if local_encoder:
-            make_local(self.encoder)
         self.use_slicing = False
         self.use_tiling = False
         # The overlap of neighbouring tiles, as a share of a tile; they are blended across it.
