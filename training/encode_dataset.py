@@ -5,7 +5,7 @@
         --image_vq outputs/image_vq --text_vq outputs/text_vq \
         --prompt_columns text_zh phrase keywords --label_column label --output_dir outputs/codes
 
-The emoji take about half a minute on two CPU cores.
+The emoji take about 40 seconds on two CPU cores.
 """
 
 import argparse
