@@ -70,6 +70,11 @@ class TextVQModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # Two codes may be nearly as near as one another. Rounded weights then choose the other one, which decodes to the
+    # same token, but which the transformer has not learned. So the weights stay in float32, on loading and in `to`.
+    _keep_in_fp32_modules = [
+        *("token_embedding", "encoder", "to_code", "quantizers", "from_code", "decoder", "norm_out", "to_logits"),
+    ]
 
     @register_to_config
     def __init__(
@@ -124,6 +129,11 @@ class TextVQModel(ModelMixin, ConfigMixin):
         self.norm_out = nn.LayerNorm(hidden_size)
         self.to_logits = nn.Linear(hidden_size, vocab_size)
         self.gradient_checkpointing = False
+
+    def to(self, *args, **kwargs) -> "TextVQModel":
+        """Move the model to a device; a dtype is ignored, see ``_keep_in_fp32_modules``."""
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device=device, non_blocking=non_blocking)
 
     @property
     def num_codes(self) -> int:
