@@ -49,6 +49,13 @@ class VQDiTPrefix:
         """Each sample `repeats` times in a row."""
         return self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    def __len__(self) -> int:
+        return len(self.keys[0])
+
+    def expand(self, size: int) -> "VQDiTPrefix":
+        """The only sample as a batch of `size`, without copies."""
+        return self._map(lambda x: x.expand(size, -1, -1, -1))
+
     def select(self, index: torch.Tensor | slice) -> "VQDiTPrefix":
         """The samples at `index`."""
         return self._map(lambda x: x[index])

@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
 from ..image_utils import on_white
+from ..likelihood import LikelihoodOutput, negative_elbo, stratified_masks
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
@@ -159,6 +160,20 @@ class VQDiTPipeline(DiffusionPipeline):
                 )
         return torch.tensor(codes, device=self._execution_device)[:, None]
 
+    def _encode(self, prompt: Any, image: Any, class_label: Any) -> dict[str, torch.LongTensor]:
+        """Codes of the segments that are not None."""
+        for name, value in (("prompt", prompt), ("image", image), ("class_label", class_label)):
+            if isinstance(value, list) and not value:
+                raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
+        codes = {}
+        if prompt is not None:
+            codes["text"] = self.encode_prompt(prompt if isinstance(prompt, list) else [prompt])
+        if image is not None:
+            codes["image"] = self.encode_image(image)
+        if class_label is not None:
+            codes["label"] = self.encode_label(class_label if isinstance(class_label, list) else [class_label])
+        return codes
+
     # -----------------------------------------------------------------------------------------------------------------
     # Checks
 
@@ -176,12 +191,16 @@ class VQDiTPipeline(DiffusionPipeline):
         if both:
             raise ValueError(f"output={output!r} asks for {both}, which you passed: a segment is given or generated")
         task = Task(tuple(given), tuple(generated))
+        self._check_task(task)
+        return task
+
+    def _check_task(self, task: Task) -> None:
+        """Raise a ValueError unless the checkpoint knows the task and has its tokenizers."""
         check_task(task, self.transformer.config.tasks or [])
         for name, needed in (("text", ("text_vq", "tokenizer")), ("image", ("image_vq",))):
             for component in needed:
                 if name in task.segments and getattr(self, component) is None:
                     raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
-        return task
 
     def _start(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
         """The codes to start from: all masked, or the caller's."""
@@ -299,16 +318,7 @@ class VQDiTPipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 2. Encode what is given
-        for name, value in (("prompt", prompt), ("image", image), ("class_label", class_label)):
-            if isinstance(value, list) and not value:
-                raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
-        given = {}
-        if prompt is not None:
-            given["text"] = self.encode_prompt(prompt if isinstance(prompt, list) else [prompt])
-        if image is not None:
-            given["image"] = self.encode_image(image)
-        if class_label is not None:
-            given["label"] = self.encode_label(class_label if isinstance(class_label, list) else [class_label])
+        given = self._encode(prompt, image, class_label)
         sizes = {name: len(codes) for name, codes in given.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"what is given must have one batch size, got {sizes}")
@@ -367,6 +377,81 @@ class VQDiTPipeline(DiffusionPipeline):
         if not return_dict:
             return images, texts, labels
         return VQDiTPipelineOutput(images=images, texts=texts, labels=labels)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Likelihood
+
+    @torch.no_grad()
+    def score(
+        self,
+        task: str,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        class_label: int | str | list[int | str] | None = None,
+        *,
+        num_samples: int = 32,
+        batch_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> LikelihoodOutput:
+        """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
+
+        All candidates share the masks, so that their differences are known better than each bound
+        ([`~likelihood.negative_elbo`]). One on either side stands for all, as in the pictures of one prompt.
+
+        Args:
+            task: the arrow, such as ``"text->image"``.
+            prompt, image, class_label: what the task has on either side, as in [`__call__`].
+            num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
+            batch_size: candidates a forward pass.
+            generator: draws the masks, on the CPU; the same seed gives the same masks.
+
+        Returns:
+            [`~likelihood.LikelihoodOutput`]: ``nll`` and ``standard_error`` in nats, ``bits_per_code``.
+
+        Raises:
+            ValueError: if what is passed is not what the task has, or for an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> output = pipe.score("image->text", ["a red apple", "a sailboat"], image)
+            >>> best = output.nll.argmin()
+            ```
+        """
+        arrow = Task.parse(task)
+        self._check_task(arrow)
+        passed = {"text": prompt, "image": image, "label": class_label}
+        present = sorted(name for name, value in passed.items() if value is not None)
+        if present != sorted(arrow.segments):
+            raise ValueError(f"task={task!r} has the segments {sorted(arrow.segments)}, but {present} were passed")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        codes = self._encode(prompt, image, class_label)
+        sizes = {name: len(value) for name, value in codes.items()}
+        size = max(sizes.values())
+        if not set(sizes.values()) <= {1, size}:
+            raise ValueError(f"what is scored must have one batch size, or one that stands for all, got {sizes}")
+        given = {name: codes[name] for name in arrow.given}
+        prefix = None
+        if given:
+            # What is the same for all is encoded once.
+            shared = max(len(value) for value in given.values())
+            prefix = self.transformer.encode_prefix({n: v.expand(shared, *v.shape[1:]) for n, v in given.items()})
+        generated = {name: codes[name].expand(size, *codes[name].shape[1:]) for name in arrow.generated}
+        num_codes = sum(value[0].numel() for value in generated.values())
+        masks, ratios = stratified_masks(num_codes, num_samples, generator)
+        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
+        with self.progress_bar(total=len(masks) * -(-size // batch_size)) as progress_bar:
+            output = negative_elbo(
+                self.transformer,
+                generated,
+                prefix,
+                masks,
+                times=times,
+                batch_size=batch_size,
+                progress=progress_bar.update,
+            )
+        self.maybe_free_model_hooks()
+        return output
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is generated

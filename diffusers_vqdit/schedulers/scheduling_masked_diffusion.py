@@ -71,6 +71,10 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
         """Probability 1 - alpha(t) that a code is masked at time t."""
         return torch.sin(0.5 * math.pi * t) if self.config.masking == "cosine" else t
 
+    def time_of_mask_ratio(self, ratio: torch.Tensor) -> torch.Tensor:
+        """The time at which a code is masked with this probability: the inverse of [`mask_ratio`]."""
+        return torch.asin(ratio) / (0.5 * math.pi) if self.config.masking == "cosine" else ratio
+
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         """Probability that a code is visible at time t: 1 at 0, 0 at 1."""
         return 1.0 - self.mask_ratio(t)

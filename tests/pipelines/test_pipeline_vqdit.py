@@ -247,6 +247,19 @@ def test_half_precision_runs(pipeline, tmp_path):
         assert isinstance(half(image=images, num_inference_steps=2).texts[0], str)
 
 
+def test_half_precision_leaves_the_codes_of_texts_as_they_are(pipeline, tmp_path):
+    prompts = ["a red apple", "a blue box", "红苹果"]
+    codebook = pipeline.text_vq.quantizers[0]
+    codebook.embedding.weight.data[32:] = codebook.embedding.weight.data[:32] * (1 + 1e-4 * torch.randn(32, 4))
+    expected = pipeline.encode_prompt(prompts)
+    pipeline.save_pretrained(tmp_path)
+    loaded = VQDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    moved = VQDiTPipeline.from_pretrained(tmp_path).to("cpu", torch.bfloat16)
+    for half in (loaded, moved):
+        assert half.transformer.dtype != torch.float32 and half.text_vq.dtype == torch.float32
+        assert torch.equal(half.encode_prompt(prompts), expected)
+
+
 def test_a_checkpoint_without_texts_needs_no_text_components(pipeline, tmp_path):
     small = VQDiTPipeline(pipeline.transformer, pipeline.scheduler, pipeline.image_vq, labels=["a", "b", "c"])
     small.set_progress_bar_config(disable=True)
@@ -255,6 +268,51 @@ def test_a_checkpoint_without_texts_needs_no_text_components(pipeline, tmp_path)
     assert VQDiTPipeline.from_pretrained(tmp_path).text_vq is None
     with pytest.raises(ValueError, match="needs the component text_vq"):
         small("a red apple")
+
+
+def test_scores_are_bounds_of_the_side_that_is_generated(pipeline):
+    prompts = ["a red apple", "a blue box", "红苹果"]
+    image = torch.rand(1, 3, 16, 16)
+
+    def seed():
+        return torch.Generator().manual_seed(7)
+
+    together = pipeline.score("image->text", prompts, image, num_samples=4, generator=seed(), batch_size=2)
+    assert together.nll.shape == (3,) and together.num_codes == 12 and (together.nll > 0).all()
+    for index, prompt in enumerate(prompts):  # the masks are the same for every candidate
+        alone = pipeline.score("image->text", prompt, image, num_samples=4, generator=seed())
+        torch.testing.assert_close(alone.nll[0], together.nll[index], rtol=1e-5, atol=1e-4)
+    drawn = pipeline.score("text->image", prompts, image, num_samples=4, generator=seed())
+    assert drawn.nll.shape == (3,) and drawn.num_codes == 16
+    assert pipeline.score("->image", image=image, num_samples=2).nll.shape == (1,)
+    joint = pipeline.score("->image+text", prompts, image.expand(3, -1, -1, -1), num_samples=2)
+    assert joint.num_codes == 28
+
+
+def test_the_score_of_a_label_is_its_log_probability(pipeline):
+    image = torch.rand(1, 3, 16, 16)
+    output = pipeline.score("image->label", image=image, class_label=[0, 1, 2])
+    assert output.standard_error.tolist() == [0, 0, 0]
+    with torch.no_grad():
+        given = {"image": pipeline.encode_image(image)}
+        logits = pipeline.transformer({"label": torch.tensor([[3]])}, given=given).sample["label"]
+    torch.testing.assert_close(-output.nll, logits[0, 0].log_softmax(-1).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("text->label", {"prompt": "x", "class_label": 0}, "not trained for the task 'text->label'"),
+        ("text->image", {"prompt": "x"}, r"has the segments \['image', 'text'\], but \['text'\] were passed"),
+        ("->image", {"prompt": "x", "image": torch.rand(1, 3, 16, 16)}, r"but \['image', 'text'\] were passed"),
+        ("text->image", {"prompt": ["x", "y"], "image": torch.rand(3, 3, 16, 16)}, "one that stands for all"),
+        ("->image", {"image": torch.rand(1, 3, 16, 16), "num_samples": 3}, "num_samples=3"),
+        ("->image", {"image": torch.rand(1, 3, 16, 16), "batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments_of_a_score_are_named(pipeline, task, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.score(task, **arguments)
 
 
 def test_sequential_parts_run_where_the_hooks_put_them(pipeline):

@@ -37,6 +37,7 @@ def test_the_schedule_starts_clean_and_ends_masked(masking):
     assert ratio[0] == 0 and ratio[-1] == pytest.approx(1)
     assert (ratio.diff() > 0).all()
     torch.testing.assert_close(scheduler.alpha(t), 1 - ratio)
+    torch.testing.assert_close(scheduler.time_of_mask_ratio(ratio), t)
 
 
 @pytest.mark.parametrize("masking", MASKINGS)

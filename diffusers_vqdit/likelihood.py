@@ -1,0 +1,143 @@
+"""Likelihoods under masked diffusion: bounds on log p(generated | given) of codes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+
+from .models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
+
+
+@dataclass
+class LikelihoodOutput(BaseOutput):
+    """Bounds on the negative log-likelihoods of B samples, float64.
+
+    Args:
+        nll (`torch.Tensor` of shape `(B,)`): the bound on -log p(generated | given), in nats.
+        standard_error (`torch.Tensor` of shape `(B,)`): of the Monte Carlo estimate `nll` of the bound, in nats; 0
+            where it is exact, NaN where it can't be told from the draws.
+        num_codes (`int`): how many codes a sample generates.
+    """
+
+    nll: torch.Tensor
+    standard_error: torch.Tensor
+    num_codes: int
+
+    @property
+    def nats_per_code(self) -> torch.Tensor:
+        return self.nll / self.num_codes
+
+    @property
+    def bits_per_code(self) -> torch.Tensor:
+        return self.nll / (self.num_codes * math.log(2.0))
+
+
+def stratified_masks(
+    num_codes: int, num_samples: int, generator: torch.Generator | None = None
+) -> tuple[torch.BoolTensor, torch.Tensor]:
+    """Masks for [`negative_elbo`]: the number k of masked codes is uniform in 1..N, its strata have two masks each.
+
+    Each mask comes from N uniform numbers: the k smallest are masked, and the k-th smallest is the mask ratio, which
+    so has the distribution that masked diffusion gives it for k masked codes, Beta(k, N - k + 1).
+
+    Args:
+        num_codes: N.
+        num_samples: how many masks, 1 or an even number. One code needs one mask, and gets one.
+        generator: on the CPU.
+
+    Returns:
+        masks (S, N) bool, and mask ratios (S,) float64.
+
+    Raises:
+        ValueError: if `num_samples` is neither 1 nor even.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1 or (num_samples > 1 and num_samples % 2):
+        raise ValueError(f"num_samples={num_samples!r} must be 1 or an even number: the strata have two masks each")
+    if num_codes == 1:
+        num_samples = 1
+    strata = max(num_samples // 2, 1)
+    place = (torch.arange(num_samples) % strata + torch.rand(num_samples, generator=generator).double()) / strata
+    count = (place * num_codes).long().clamp_max(num_codes - 1)  # k - 1
+    uniform = torch.rand(num_samples, num_codes, generator=generator, dtype=torch.float64)
+    ratios = uniform.sort(dim=1).values.gather(1, count[:, None])  # (S, 1)
+    return uniform <= ratios, ratios[:, 0]
+
+
+@torch.no_grad()
+def negative_elbo(
+    transformer: VQDiTTransformer2DModel,
+    generated: dict[str, torch.LongTensor],
+    prefix: VQDiTPrefix | None,
+    masks: torch.BoolTensor,
+    *,
+    times: torch.Tensor | None = None,
+    batch_size: int = 64,
+    progress: Callable[[], None] | None = None,
+) -> LikelihoodOutput:
+    """The negative ELBO of samples, estimated with masks that all samples share.
+
+    The bound of continuous-time masked diffusion (Sahoo et al. 2024, eq. 10) is the same for every masking schedule,
+    and with the mask ratio integrated out it is the mean over k in 1..N and over all sets of k masked codes of
+
+        (N / k) sum over the masked codes of -log p(code | visible codes, given)
+
+    (Hoogeboom et al. 2022, eq. 4; Ou et al. 2024, eq. 3.8). Since the masks are shared, the difference of two
+    samples' bounds has far less variance than either.
+
+    Args:
+        transformer: a model with segments.
+        generated: name -> codes (B, *shape), all known.
+        prefix: of the given segments, for one sample (which all share) or for B; None where nothing is given.
+        masks: (S, N) bool from [`stratified_masks`], over the generated codes, segments in the order of their names.
+        times: (S,) for a model that is conditioned on the time.
+        batch_size: samples a forward pass.
+        progress: called after each forward pass.
+
+    Returns:
+        [`LikelihoodOutput`].
+    """
+    names = sorted(generated)
+    flat = {name: generated[name].flatten(1) for name in names}
+    size, device = len(flat[names[0]]), flat[names[0]].device
+    lengths = [flat[name].shape[1] for name in names]
+    total = sum(lengths)
+    if masks.shape[1] != total:
+        raise ValueError(f"masks must have shape (S, {total}), got {tuple(masks.shape)}")
+    estimates = torch.empty(len(masks), size, dtype=torch.float64)
+    for start in range(0, size, batch_size):
+        rows = slice(start, min(start + batch_size, size))
+        count = rows.stop - rows.start
+        part = prefix
+        if prefix is not None:
+            part = prefix.expand(count) if len(prefix) == 1 else prefix.select(rows)
+        for index, mask in enumerate(masks.to(device)):
+            hidden = dict(zip(names, mask.split(lengths), strict=True))
+            noised, masked = {}, {}
+            for name in names:
+                masked[name] = hidden[name].expand(count, -1)
+                mask_token_id = transformer.config.segments[name]["vocab_size"]
+                noised[name] = flat[name][rows].masked_fill(masked[name], mask_token_id).view_as(generated[name][rows])
+            timestep = None if times is None else times[index].to(device).expand(count)
+            logits = transformer(noised, timestep=timestep, prefix=part, masked=masked).sample
+            nll = torch.zeros(count, dtype=torch.float64)
+            for name in names:
+                if hidden[name].any():
+                    codes = flat[name][rows][:, hidden[name]]  # (count, k)
+                    scores = torch.log_softmax(logits[name].float(), dim=-1).view(*codes.shape, -1)
+                    nll -= scores.gather(2, codes[..., None]).double().sum((1, 2)).cpu()
+            estimates[index, rows] = nll * (total / int(mask.sum()))
+            if progress is not None:
+                progress()
+    return LikelihoodOutput(nll=estimates.mean(0), standard_error=_standard_error(estimates, total), num_codes=total)
+
+
+def _standard_error(estimates: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Of the mean over S stratified estimates (S, B), of which i and i + S / 2 are in one stratum."""
+    if num_codes == 1:
+        return torch.zeros_like(estimates[0])
+    if len(estimates) == 1:
+        return torch.full_like(estimates[0], math.nan)
+    first, second = estimates.chunk(2)
+    return (first - second).square().sum(0).sqrt() / len(estimates)
