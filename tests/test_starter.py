@@ -1,6 +1,9 @@
 """The shipped checkpoint: complete, small, and what its card says."""
 
 import json
+import math
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +51,19 @@ def test_its_tokenizers_keep_what_the_card_says(starter, folder, root, script):
     _, decoded = evaluate.reconstruct(starter, pictures, 64)
     measured = evaluate.psnr(decoded, to_pixels(pictures)).mean().item()
     assert measured == pytest.approx(report["image_vq"]["psnr_db"], abs=0.01)
+
+
+def test_its_transformer_draws_what_the_card_says(starter, folder, root, script):
+    report = json.loads((folder / "evaluation.json").read_text())["text->image"]["training captions, English"]
+    evaluate, count = script("evaluate"), 24
+    data = load_training_dataset(dataset_name=str(root / "training/data/emoji.parquet"), image_column="image")
+    pictures = decode_images(data, "image", 32)[0]
+    _, decoded = evaluate.reconstruct(starter, pictures, 64)
+    rows = random.Random(1).sample(range(len(data)), count)
+    options = SimpleNamespace(guidance_scale=None, num_inference_steps=None, batch_size=count, seed=0)
+    hits = evaluate.drawn_right(starter, [data["text"][row] for row in rows], rows, decoded, options)
+    deviation = math.sqrt(report["value"] * (1 - report["value"]) / count)
+    assert abs(sum(hits) / count - report["value"]) < 3 * deviation
 
 
 def test_the_demo_draws_and_captions(tmp_path, capsys, folder):
