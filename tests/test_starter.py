@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import VQDiTPipeline, __main__
+from diffusers_vqdit import TextVQModel, VQDiTPipeline, __main__
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
 
 
@@ -64,6 +64,27 @@ def test_its_transformer_draws_what_the_card_says(starter, folder, root, script)
     hits = evaluate.drawn_right(starter, [data["text"][row] for row in rows], rows, decoded, options)
     deviation = math.sqrt(report["value"] * (1 - report["value"]) / count)
     assert abs(sum(hits) / count - report["value"]) < 3 * deviation
+
+
+def test_a_prompt_gets_the_same_codes_in_any_batch_and_precision(starter, folder, root):
+    data = load_training_dataset(dataset_name=str(root / "training/data/emoji.parquet"), split="test")
+    prompts = [*(prompt for prompt, _ in __main__.PROMPTS), *data["text"][:64], *data["text_zh"][:64]]
+    codes = starter.encode_prompt(prompts)
+    for size in (1, 3, 64):
+        parts = [starter.encode_prompt(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        assert torch.equal(torch.cat(parts), codes)
+    half = TextVQModel.from_pretrained(folder / "text_vq", torch_dtype=torch.float16)
+    tokens = starter.tokenizer(prompts, padding="max_length", max_length=24, return_tensors="pt")
+    assert torch.equal(half.encode_codes(tokens.input_ids, tokens.attention_mask), codes)
+
+
+def test_one_prompt_is_drawn_as_in_a_batch(starter):
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    batch = starter(["sailboat", "a red apple", "雪人"], generator=seeds, output_type="pt").images
+    alone = starter("a red apple", generator=torch.Generator().manual_seed(1), output_type="pt").images[0]
+    torch.testing.assert_close(alone, batch[1], atol=1e-4, rtol=0)
+    red, green, blue = alone[:, 12:24, 10:22].mean((1, 2))  # the middle of the apple
+    assert red > green + 0.2 and red > blue + 0.2
 
 
 def test_the_demo_draws_and_captions(tmp_path, capsys, folder):

@@ -312,6 +312,9 @@ def main(args: argparse.Namespace) -> None:
         if ema is not None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()
+        if model.config.num_codebooks == 1:
+            kept = len(model.merge_codes())
+            logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
         save_pretrained_atomically(model, args.output_dir)
         tokenizer.save_pretrained(args.output_dir / "tokenizer")
         if args.push_to_hub:

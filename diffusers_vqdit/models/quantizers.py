@@ -152,6 +152,15 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"codes must be in [0, {self.num_codes}), got values from {codes.min()} to {codes.max()}")
         return F.embedding(codes, self.codebook)
 
+    def keep(self, codes: torch.LongTensor) -> None:
+        """Drop all codes but those (K',), which become the codes 0 to K' - 1."""
+        self.num_codes = len(codes)
+        update = self.embedding.weight.requires_grad
+        self.embedding = nn.Embedding.from_pretrained(self.embedding.weight.detach()[codes], freeze=not update)
+        for name in ("cluster_size", "cluster_mean"):
+            if hasattr(self, name):
+                setattr(self, name, getattr(self, name)[codes])
+
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
         """Quantize vectors (..., D).
 

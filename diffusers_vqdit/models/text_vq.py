@@ -70,11 +70,6 @@ class TextVQModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    # Two codes may be nearly as near as one another. Rounded weights then choose the other one, which decodes to the
-    # same token, but which the transformer has not learned. So the weights stay in float32, on loading and in `to`.
-    _keep_in_fp32_modules = [
-        *("token_embedding", "encoder", "to_code", "quantizers", "from_code", "decoder", "norm_out", "to_logits"),
-    ]
 
     @register_to_config
     def __init__(
@@ -130,11 +125,6 @@ class TextVQModel(ModelMixin, ConfigMixin):
         self.to_logits = nn.Linear(hidden_size, vocab_size)
         self.gradient_checkpointing = False
 
-    def to(self, *args, **kwargs) -> "TextVQModel":
-        """Move the model to a device; a dtype is ignored, see ``_keep_in_fp32_modules``."""
-        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        return self if device is None else super().to(device=device, non_blocking=non_blocking)
-
     @property
     def num_codes(self) -> int:
         """Size K of the codebook."""
@@ -144,6 +134,39 @@ class TextVQModel(ModelMixin, ConfigMixin):
     def num_code_positions(self) -> int:
         """Number L of codes of a caption."""
         return self.config.max_length // self.config.downsample_factor * self.config.num_codebooks
+
+    @torch.no_grad()
+    def merge_codes(self, tolerance: float = 0.05) -> torch.LongTensor:
+        """Keep one code, the most used, of those that lie nearer to one another than `tolerance`; for after training.
+
+        With one position a token, restarts put spare codes onto vectors that have a code already. Which of the two is
+        nearer is then left to rounding, which differs between batch sizes and dtypes. Both decode to the same token,
+        but a transformer that was trained on the one does not know the other.
+
+        Args:
+            tolerance: squared distance, as a multiple of the codes' mean squared length.
+
+        Returns:
+            (K',) int64: the old numbers of the codes 0 to K' - 1. `num_codes` is K' from now on.
+
+        Raises:
+            ValueError: with several codebooks, which can't differ in size.
+        """
+        if len(self.quantizers) > 1:
+            raise ValueError(f"merge_codes needs num_codebooks=1, the model has {len(self.quantizers)}")
+        quantizer = self.quantizers[0]
+        codebook = quantizer.codebook.double()  # (K, D)
+        radius = tolerance * codebook.square().sum(1).mean()
+        free = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
+        usage = getattr(quantizer, "cluster_size", free.float())
+        for code in usage.argsort(descending=True, stable=True).tolist():
+            if free[code]:
+                free &= (codebook - codebook[code]).square().sum(1) >= radius
+                free[code] = True
+        kept = free.nonzero()[:, 0]
+        quantizer.keep(kept)
+        self.register_to_config(num_codes=len(kept))
+        return kept
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens to codes

@@ -76,6 +76,30 @@ def test_it_learns_to_give_captions_back(tokenizer, options):
     assert decoded == texts
 
 
+def test_merging_leaves_one_code_of_those_that_rounding_would_choose_among(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=300, hidden_size=16, code_dim=8).eval()
+    ids = torch.arange(len(tokenizer)).repeat(12)[: len(tokenizer) // 12 * 12].view(-1, 12)
+    quantizer = model.quantizers[0]
+    vectors = F.normalize(model._encode(ids).detach().flatten(0, 1)[:200], dim=1)
+    # 50 codes with a near duplicate on either side of them, 150 without; the one that is used most has to stay.
+    codebook = torch.cat([vectors, vectors[:50] + 1e-4 * torch.randn(50, 8), vectors[:50] - 1e-4 * torch.randn(50, 8)])
+    quantizer.embedding.weight.data.copy_(codebook)
+    quantizer.cluster_size.fill_(1 / 300)
+    quantizer.cluster_size[200:230] = 2 / 300
+    kept = model.merge_codes(tolerance=1e-6)
+    assert kept.tolist() == [*range(30, 230)] and model.num_codes == model.config.num_codes == 200
+    torch.testing.assert_close(quantizer.codebook, F.normalize(codebook[kept], dim=1))
+    codes = model.encode_codes(ids)
+    for rows in (1, 3):
+        assert torch.equal(torch.cat([model.encode_codes(part) for part in ids.split(rows)]), codes)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(ids), codes)
+    residual = TextVQModel(vocab_size=32, max_length=12, num_codebooks=2, codebook_norm="none")
+    with pytest.raises(ValueError, match="num_codebooks=1, the model has 2"):
+        residual.merge_codes()
+
+
 def test_residual_codes_halve_the_error():
     torch.manual_seed(0)
     errors = []
