@@ -3,6 +3,7 @@
 The Accelerate loops themselves stand in full in ``training/``.
 """
 
+import argparse
 import io
 import logging
 import math
@@ -193,6 +194,15 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
+    """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None."""
+    return {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in vars(args).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
+import argparse
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from diffusers_vqdit.training_utils import (
     ssim,
     step_generator,
     stratified_timesteps,
+    tracker_config,
 )
 
 
@@ -125,6 +128,12 @@ def test_the_loss_of_a_uniform_model_is_log_k_in_both_weightings(transformer):
         assert sum(nelbo) / 10 == pytest.approx(math.log(32), rel=0.05)
     with pytest.raises(ValueError, match="weighting='other'"):
         masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="other")
+
+
+def test_trackers_get_what_they_take():
+    args = argparse.Namespace(steps=3, rate=0.5, name="x", prompts=["a", "b"], folder=Path("out"), token=None, on=True)
+    expected = {"steps": 3, "rate": 0.5, "name": "x", "prompts": "['a', 'b']", "folder": "out", "token": "None"}
+    assert tracker_config(args) == {**expected, "on": True}
 
 
 def test_decay_is_for_matrices_only(transformer):

@@ -14,7 +14,6 @@ The loss is the squared error of the pixels, which is what PSNR measures, and th
 """
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -44,6 +43,7 @@ from diffusers_vqdit.training_utils import (
     save_pretrained_atomically,
     shuffled_batches,
     to_pixels,
+    tracker_config,
     unwrap,
 )
 
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
         step = checkpoint_step(checkpoint)
         logger.info(f"resumed from {checkpoint}")
     if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("image_vq", config=json.loads(json.dumps(vars(args), default=str)))
+        accelerator.init_trackers("image_vq", config=tracker_config(args))
     parameters = sum(p.numel() for p in unwrap(model).parameters())
     logger.info(f"{len(pictures)} pictures, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
 

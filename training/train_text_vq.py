@@ -9,7 +9,6 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 """
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -37,6 +36,7 @@ from diffusers_vqdit.training_utils import (
     save_checkpoint,
     save_pretrained_atomically,
     shuffled_batches,
+    tracker_config,
     unwrap,
 )
 
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
         step = checkpoint_step(checkpoint)
         logger.info(f"resumed from {checkpoint}")
     if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("text_vq", config=json.loads(json.dumps(vars(args), default=str)))
+        accelerator.init_trackers("text_vq", config=tracker_config(args))
     parameters = sum(p.numel() for p in unwrap(model).parameters())
     logger.info(f"{len(tokens)} captions, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
 

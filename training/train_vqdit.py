@@ -17,7 +17,6 @@ running time and figures stand in its model card.
 """
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -48,6 +47,7 @@ from diffusers_vqdit.training_utils import (
     save_pretrained_atomically,
     shuffled_batches,
     step_generator,
+    tracker_config,
     unwrap,
 )
 
@@ -109,6 +109,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--ema_decay", type=float, default=0.999)
     training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
     training.add_argument("--allow_tf32", action="store_true")
+    training.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
 
     keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
     keeping.add_argument("--checkpointing_steps", type=int, default=500)
@@ -267,6 +268,9 @@ def main(args: argparse.Namespace) -> None:
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # each task has its own lengths
+        transformer.compile_repeated_blocks()
     scheduler = parts["scheduler"]
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
 
@@ -301,7 +305,7 @@ def main(args: argparse.Namespace) -> None:
         step = checkpoint_step(checkpoint)
         logger.info(f"resumed from {checkpoint}")
     if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("vqdit", config=json.loads(json.dumps(vars(args), default=str)))
+        accelerator.init_trackers("vqdit", config=tracker_config(args))
 
     parameters = sum(p.numel() for p in unwrap(transformer).parameters())
     logger.info(

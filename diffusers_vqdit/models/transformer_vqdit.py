@@ -150,7 +150,8 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         num_attention_heads, attention_head_dim, num_layers, dropout, attention_bias, activation_fn, norm_eps: as in
             `DiTTransformer2DModel`, whose other arguments hold for ``segments=None`` only.
         segments: name -> ``{"vocab_size": K, "shape": [n] or [h, w]}``; names as in tasks: letters, digits and
-            underscores.
+            underscores. With ``"shared_with": other``, too, the segment's codes mean what the other's do (a second
+            language, a smaller picture), and it uses the other's embeddings and head.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
         time_conditioned: whether adaLN sees the time too. The share of masked codes already tells it.
 
@@ -213,9 +214,8 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         self.inner_dim = dim
         self.gradient_checkpointing = False
         # 1. Codes and conditioning. The row after the last code is the mask's.
-        self.code_embeddings = nn.ModuleDict(
-            {name: nn.Embedding(segment["vocab_size"] + 1, dim) for name, segment in segments.items()}
-        )
+        own = {name: segment["vocab_size"] for name, segment in segments.items() if "shared_with" not in segment}
+        self.code_embeddings = nn.ModuleDict({name: nn.Embedding(size + 1, dim) for name, size in own.items()})
         # One row a segment and role: first the given ones, then the generated ones.
         self.segment_embedding = nn.Embedding(2 * len(segments), dim)
         if time_conditioned:
@@ -229,7 +229,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         # 3. Output
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
-        self.heads = nn.ModuleDict({name: nn.Linear(dim, segment["vocab_size"]) for name, segment in segments.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in own.items()})
         self._initialize_weights()
 
     def _initialize_weights(self) -> None:
@@ -246,8 +246,40 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def with_segments(self, segments: dict[str, dict[str, Any]]) -> "VQDiTTransformer2DModel":
+        """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
+
+        A new segment that is shared with a known one begins in its role.
+
+        Args:
+            segments: the new ones, as in the configuration.
+
+        Raises:
+            ValueError: for a segment that the model has already, or one that can't be used.
+        """
+        if known := sorted(set(segments) & set(self.config.segments)):
+            raise ValueError(f"segments: the model has {known} already")
+        config = dict(self.config)
+        config["segments"] = {**self.config.segments, **segments}
+        model = type(self).from_config(config)
+        state = model.state_dict()
+        state.update({name: value for name, value in self.state_dict().items() if name != "segment_embedding.weight"})
+        old, new = sorted(self.config.segments), sorted(config["segments"])
+        for row, name in enumerate(new):
+            source = name if name in old else config["segments"][name].get("shared_with")
+            if source in old:
+                for role in (0, 1):
+                    value = self.segment_embedding.weight[old.index(source) + role * len(old)]
+                    state["segment_embedding.weight"][row + role * len(new)] = value.detach()
+        model.load_state_dict(state)
+        return model.to(self.device, self.dtype).train(self.training)
+
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the forward pass
+
+    def _table(self, name: str) -> str:
+        """The segment whose embeddings and head this one uses."""
+        return self.config.segments[name].get("shared_with", name)
 
     def _ordered(self, codes: dict[str, torch.Tensor], argument: str) -> dict[str, torch.Tensor]:
         """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
@@ -285,7 +317,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         """Embedded codes with positions (B, N, D), and the segments' lengths."""
         parts = []
         for name, value in codes.items():
-            embedding = self.code_embeddings[name]
+            embedding = self.code_embeddings[self._table(name)]
             trained = tuple(self.config.segments[name]["shape"])
             positions = sincos_positions(tuple(value.shape[1:]), trained, self.inner_dim)
             embedded = embedding(value.flatten(1))  # (B, n, D)
@@ -405,7 +437,7 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
                 else:
                     shift, scale = shift[0], scale[0]  # (1, D)
                 part = part[where]  # (M, D)
-            sample[name] = self.heads[name](modulate(self.norm_out, part, shift, scale))  # (.., K)
+            sample[name] = self.heads[self._table(name)](modulate(self.norm_out, part, shift, scale))  # (.., K)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
 
 
@@ -417,8 +449,8 @@ def check_segments(segments: dict[str, dict[str, Any]]) -> None:
         # Segments name modules, so that a module's own attributes (`type`, `keys`) are taken.
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(f"segments: {name!r} can't be a segment's name; use letters, digits and underscores")
-        if unknown := set(segment) - {"vocab_size", "shape"}:
-            raise ValueError(f"segments[{name!r}]: unknown {sorted(unknown)}; it takes vocab_size and shape")
+        if unknown := set(segment) - {"vocab_size", "shape", "shared_with"}:
+            raise ValueError(f"segments[{name!r}]: unknown {sorted(unknown)}; it takes vocab_size, shape, shared_with")
         size, shape = segment.get("vocab_size"), segment.get("shape")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"segments[{name!r}]: vocab_size={size!r} must be a positive integer")
@@ -428,6 +460,13 @@ def check_segments(segments: dict[str, dict[str, Any]]) -> None:
             or any(not isinstance(n, int) or n < 1 for n in shape)
         ):
             raise ValueError(f"segments[{name!r}]: shape={shape!r} must be [n] or [h, w] with positive integers")
+        if "shared_with" in segment:
+            other = segments.get(segment["shared_with"])
+            if other is None or "shared_with" in other or other.get("vocab_size") != size:
+                raise ValueError(
+                    f"segments[{name!r}]: shared_with={segment['shared_with']!r} must be another segment with "
+                    f"vocab_size={size} and embeddings of its own"
+                )
 
 
 def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:

@@ -152,6 +152,48 @@ def test_another_grid_size_runs_and_covers_the_same_range():
     assert torch.cdist(small, small).fill_diagonal_(1).min() > 0.1  # all positions differ
 
 
+def test_a_shared_segment_has_a_role_but_no_weights_of_its_own(codes):
+    model = make(segments={**SEGMENTS, "text_zh": {**SEGMENTS["text"], "shared_with": "text"}})
+    assert set(model.code_embeddings) == set(model.heads) == set(SEGMENTS)
+    assert len(model.segment_embedding.weight) == 8
+    both = model({"text": codes["text"], "text_zh": codes["text"]}).sample
+    assert both["text"].shape == both["text_zh"].shape == (3, 6, 20)
+    assert not torch.allclose(both["text"], both["text_zh"], atol=1e-3)
+
+
+def test_more_segments_leave_known_tasks_exactly_as_they_were(codes, tmp_path):
+    model = make(tasks=["text->image"])
+    zh = {"vocab_size": 20, "shape": [6], "shared_with": "text"}
+    more = model.with_segments({"a_text": zh, "depth": {"vocab_size": 7, "shape": [4, 4]}})
+    assert more.config.tasks == ["text->image"] and set(more.config.segments) == {*SEGMENTS, "a_text", "depth"}
+    image, given = {"image": codes["image"]}, {"text": codes["text"], "label": codes["label"]}
+    expected = model(image, given=given).sample["image"]
+    assert torch.equal(more(image, given=given).sample["image"], expected)
+    # A new segment begins in the role of the one it shares with.
+    renamed = {"a_text": codes["text"]}
+    torch.testing.assert_close(more(renamed).sample["a_text"], model({"text": codes["text"]}).sample["text"])
+    again = more(image, given=renamed).sample["image"]
+    torch.testing.assert_close(again, model(image, given={"text": codes["text"]}).sample["image"])
+    more.save_pretrained(tmp_path)
+    loaded = VQDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(image, given=renamed).sample["image"], again)
+    assert set(model.config.segments) == set(SEGMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "segment", "message"),
+    [
+        ("text", {"vocab_size": 20, "shape": [6]}, r"the model has \['text'\] already"),
+        ("other", {"vocab_size": 20, "shape": [6], "shared_with": "audio"}, "shared_with='audio' must be another"),
+        ("other", {"vocab_size": 21, "shape": [6], "shared_with": "text"}, "with vocab_size=21"),
+        ("other", {"vocab_size": 20, "shape": [6], "shared_with": "other"}, "shared_with='other' must be another"),
+    ],
+)
+def test_segments_that_can_not_be_added_are_named(name, segment, message):
+    with pytest.raises(ValueError, match=message):
+        make().with_segments({name: segment})
+
+
 def test_time_conditioning_is_used_and_asked_for(codes):
     model = make(time_conditioned=True)
     image = {"image": codes["image"]}

@@ -94,6 +94,17 @@ def test_a_killed_run_resumes_to_the_same_weights(run, tokenizers, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_the_same_weights(run, tokenizers, tmp_path):
+    arguments = f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} {TINY} --max_train_steps 3"
+    for name, flag in (("plain", ""), ("compiled", "--compile")):
+        run("train_vqdit", f"{arguments} --tasks label->image --output_dir {tmp_path / name} {flag}")
+    plain, compiled = (VQDiTPipeline.from_pretrained(tmp_path / n).transformer for n in ("plain", "compiled"))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image_vq", "text_vq"])
 def test_tokenizer_training_resumes_to_the_same_weights(run, root, tmp_path, name):
     small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8" if name == "image_vq" else ""
@@ -123,8 +134,9 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
         "train_vqdit",
         f"--pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} {TINY} "
         f"--output_dir {tmp_path / 'mine'} --tasks text->image,->image --max_train_steps 3 --train_batch_size 4 "
-        "--validation_prompts apple --validation_steps 2 --gradient_checkpointing",
+        "--validation_prompts apple --validation_steps 2 --gradient_checkpointing --report_to tensorboard",
     )
+    assert list((tmp_path / "mine" / "logs").rglob("events.*"))
     assert "6.png" in caplog.text and "skipped 1 of 10" in caplog.text
     assert len(CodeDataset(tmp_path / "mine" / "codes")) == 9
     assert (tmp_path / "mine" / "samples" / "step-000002.png").is_file()
