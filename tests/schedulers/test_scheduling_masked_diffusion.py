@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler
-from diffusers_vqdit.schedulers.scheduling_masked_diffusion import draw
+from diffusers_vqdit.schedulers.samplers import draw
 
 
 MASKINGS = ["linear", "cosine"]
