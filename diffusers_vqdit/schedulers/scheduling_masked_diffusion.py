@@ -258,9 +258,11 @@ class MaskedDiffusionScheduler(SchedulerMixin, ConfigMixin):
             generator: one, or one a row.
 
         Raises:
-            ValueError: if [`set_timesteps`] was not called or `timestep` is none of its times.
+            ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or masked does not fit.
         """
         steps = self._steps_left(timestep)
+        if masked.dtype != torch.bool or masked.ndim != 2:
+            raise ValueError(f"masked must be bool (B, N), got {masked.dtype} of shape {tuple(masked.shape)}")
         batch_size, device = len(masked), masked.device
         if self.config.sampler == "ancestral" and not self.config.remask:
             left = torch.full((batch_size,), steps, device=device)

@@ -529,6 +529,8 @@ def test_bad_input_is_named():
         scheduler.step(torch.zeros(2, 3, 4), 1.0, codes, shape=(2, 2))
     with pytest.raises(ValueError, match="timestep=0.3 must be one of the 4 that"):
         scheduler.next_event(0.3, codes == 0)
+    with pytest.raises(ValueError, match=r"masked must be bool \(B, N\), got torch.int64 of shape \(2, 3\)"):
+        scheduler.next_event(1.0, codes)
     with pytest.raises(ValueError, match="num_inference_steps=2.5"):
         scheduler.set_timesteps(2.5)
     with pytest.raises(ValueError, match=r"tensor of shape \(2,\), got 0.5"):
