@@ -1,9 +1,9 @@
 """A dataset of codes on disk: written once by the tokenizers, read by transformer training, which then never runs one.
 
 A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet
-column is one segment's codes in row-major order; ``{segment}_prompts`` holds several wordings of a text, for use
-where the text is given. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and the names of the
-labels.
+column is one segment's codes in row-major order; ``{segment}_prompts`` holds several variants (wordings of a text,
+slightly moved pictures) for use where the segment is given. ``segments.json`` tells each segment's ``vocab_size`` and
+``shape``, the names of the labels, and how many times smaller ``image_lowres`` is.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .image_utils import lower_resolution, shift_and_scale
 from .models.image_vq import ImageVQModel
 from .models.text_vq import TextVQModel
 from .tasks import Task
@@ -19,6 +20,8 @@ from .training_utils import check_captions, decode_images, to_pixels
 
 
 INDEX_FILE = "segments.json"
+# Segments that are not made from a column of texts.
+RESERVED = ("image", "image_lowres", "text", "label")
 
 
 @torch.no_grad()
@@ -33,8 +36,11 @@ def encode_dataset(
     image_column: str | None = None,
     caption_column: str | None = None,
     prompt_columns: list[str] | None = None,
+    text_columns: list[str] | None = None,
     label_column: str | None = None,
     labels: list[str] | None = None,
+    image_augmentations: int = 0,
+    lowres_factor: int | None = None,
     batch_size: int = 64,
     shard_size: int = 100_000,
 ) -> Path:
@@ -49,8 +55,13 @@ def encode_dataset(
         image_column: becomes the segment ``image``.
         caption_column: becomes the segment ``text``, the caption that the model learns to write.
         prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
+        text_columns: more texts, each a segment of its column's name.
         label_column: becomes the segment ``label``.
         labels: the names of the labels in the order of their codes; by default those in the data, sorted.
+        image_augmentations: so many copies of each picture, slightly moved and scaled
+            ([`~image_utils.shift_and_scale`]), are used beside it where the picture is given.
+        lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
+            again by bicubic interpolation before it is encoded.
 
     Returns:
         `output_dir`.
@@ -78,8 +89,20 @@ def encode_dataset(
         label_codes = [labels.index(str(name)) for name in names]
         segments["label"] = {"vocab_size": len(labels), "shape": [1]}
     wordings = [caption_column, *(prompt_columns or [])] if caption_column is not None else []
-    for column in wordings:
+    text_columns = text_columns or []
+    if text_columns and caption_column is None:
+        raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
+    for column in text_columns:
+        if column in RESERVED or column == caption_column:
+            raise ValueError(f"text_columns={text_columns!r}: {column!r} can't name a segment of its own")
+    for column in {*wordings, *text_columns}:
         check_captions(dataset[column], column)
+    if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
+        raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
+    generator = torch.Generator().manual_seed(0)
+
+    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
+        return image_vq.encode_codes(pixels.to(image_vq.device)).cpu()
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,29 +116,42 @@ def encode_dataset(
         columns: dict[str, list] = {}
         if image_column is not None:
             pictures, rows = decode_images(part, image_column, resolution)
-            codes = torch.cat(
-                [
-                    image_vq.encode_codes(to_pixels(batch).to(image_vq.device)).cpu()
-                    for batch in pictures.split(batch_size)
-                ]
-            )
+            batches = [to_pixels(batch) for batch in pictures.split(batch_size)]
+            codes = torch.cat([encode_pixels(batch) for batch in batches])
             segments["image"] = {"vocab_size": image_vq.num_codes, "shape": list(codes.shape[1:])}
             columns["image"] = codes.flatten(1).tolist()
+            if image_augmentations:
+                moved = [
+                    torch.cat([encode_pixels(shift_and_scale(batch, generator)) for batch in batches])
+                    for _ in range(image_augmentations)
+                ]
+                columns["image_prompts"] = torch.stack([codes, *moved], 1).flatten(1).tolist()
+            if lowres_factor is not None:
+                lowres = torch.cat([encode_pixels(lower_resolution(batch, lowres_factor)) for batch in batches])
+                segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
+                columns["image_lowres"] = lowres.flatten(1).tolist()
+        encoded = {}
+        for column in dict.fromkeys([*wordings, *text_columns]):
+            texts = [part[column][row] for row in rows] if len(rows) < len(part) else list(part[column])
+            encoded[column] = encode_texts(texts, text_vq, tokenizer, batch_size)
         if wordings:
-            encoded = []
-            for column in wordings:
-                texts = [part[column][row] for row in rows] if len(rows) < len(part) else list(part[column])
-                encoded.append(encode_texts(texts, text_vq, tokenizer, batch_size))
-            segments["text"] = {"vocab_size": text_vq.num_codes, "shape": list(encoded[0].shape[1:])}
-            columns["text"] = encoded[0].tolist()
-            columns["text_prompts"] = torch.stack(encoded, 1).flatten(1).tolist()
+            segments["text"] = {"vocab_size": text_vq.num_codes, "shape": list(encoded[caption_column].shape[1:])}
+            columns["text"] = encoded[caption_column].tolist()
+            columns["text_prompts"] = torch.stack([encoded[c] for c in wordings], 1).flatten(1).tolist()
+        for column in text_columns:
+            segments[column] = {**segments["text"], "shared_with": "text"}
+            columns[column] = encoded[column].tolist()
         if label_column is not None:
             columns["label"] = [[label_codes[start + row]] for row in rows]
         path = output_dir / f"codes-{shard:05d}.parquet"
         Dataset.from_dict(columns).to_parquet(path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
 
-    index = {"segments": segments, "labels": labels if label_column is not None else []}
+    index = {
+        "segments": segments,
+        "labels": labels if label_column is not None else [],
+        "lowres_factor": lowres_factor,
+    }
     (output_dir / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False))
     return output_dir
 
@@ -144,6 +180,7 @@ class CodeDataset:
     Attributes:
         segments (`dict`): name -> ``{"vocab_size", "shape"}``.
         labels (`list[str]`): names of the label codes.
+        lowres_factor (`int`, *optional*): how many times smaller ``image_lowres`` is.
 
     Raises:
         ValueError: if the folder is not a complete folder of codes, or a code is out of range.
@@ -158,6 +195,7 @@ class CodeDataset:
         index = json.loads((folder / INDEX_FILE).read_text())
         self.segments: dict[str, dict] = index["segments"]
         self.labels: list[str] = index["labels"]
+        self.lowres_factor: int | None = index["lowres_factor"]
         files = sorted(str(path) for path in folder.glob("codes-*.parquet"))
         table = load_dataset("parquet", data_files=files, split="train").with_format("numpy")
         self.codes: dict[str, torch.Tensor] = {}
@@ -183,7 +221,7 @@ class CodeDataset:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The given and the generated codes of `rows` for `task`: two dicts of name -> (B, *shape) int64.
 
-        A given segment with several wordings is drawn from them; a generated one is always the first.
+        A given segment with several variants is drawn from them; a generated one is always the first.
 
         Raises:
             ValueError: if the task has a segment that the data lacks.
@@ -194,9 +232,9 @@ class CodeDataset:
         given = {}
         for name in task.given:
             if name in self.prompts:
-                wordings = self.prompts[name]
-                choice = torch.randint(wordings.shape[1], (len(rows),), generator=generator)
-                given[name] = wordings[rows, choice].long()
+                variants = self.prompts[name]
+                choice = torch.randint(variants.shape[1], (len(rows),), generator=generator)
+                given[name] = variants[rows, choice].long()
             else:
                 given[name] = self.codes[name][rows].long()
         return given, {name: self.codes[name][rows].long() for name in task.generated}

@@ -133,6 +133,52 @@ def negative_elbo(
     return LikelihoodOutput(nll=estimates.mean(0), standard_error=_standard_error(estimates, total), num_codes=total)
 
 
+@torch.no_grad()
+def code_log_probabilities(
+    transformer: VQDiTTransformer2DModel,
+    generated: dict[str, torch.LongTensor],
+    prefix: VQDiTPrefix | None = None,
+    *,
+    rounds: int = 4,
+    times: Callable[[float], torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """How well each code fits the others: its log-probability where it and a random half of the codes are masked.
+
+    Args:
+        transformer: a model with segments.
+        generated: name -> codes (B, *shape), all known.
+        prefix: of the given segments, for B samples; None where nothing is given.
+        rounds: halves and their complements, the same for all samples; the result is the mean.
+        times: the time of a mask ratio, for a model that is conditioned on the time.
+        generator: on the CPU.
+
+    Returns:
+        name -> (B, N) float32.
+    """
+    names = sorted(generated)
+    flat = {name: generated[name].flatten(1) for name in names}
+    lengths = [flat[name].shape[1] for name in names]
+    size, device = len(flat[names[0]]), flat[names[0]].device
+    totals = {name: torch.zeros(value.shape, device=device) for name, value in flat.items()}
+    for _ in range(rounds):
+        half = torch.randperm(sum(lengths), generator=generator) < sum(lengths) // 2
+        for mask in (half, ~half):
+            hidden = dict(zip(names, mask.to(device).split(lengths), strict=True))
+            noised, masked = {}, {}
+            for name in names:
+                masked[name] = hidden[name].expand(size, -1)
+                mask_token_id = transformer.config.segments[name]["vocab_size"]
+                noised[name] = flat[name].masked_fill(masked[name], mask_token_id).view_as(generated[name])
+            timestep = None if times is None else times(float(mask.double().mean())).to(device).expand(size)
+            logits = transformer(noised, timestep=timestep, prefix=prefix, masked=masked).sample
+            for name in names:
+                codes = flat[name][:, hidden[name]]  # (B, k)
+                scores = torch.log_softmax(logits[name].float(), dim=-1).view(*codes.shape, -1)
+                totals[name][:, hidden[name]] += scores.gather(2, codes[..., None])[..., 0] / rounds
+    return totals
+
+
 def _standard_error(estimates: torch.Tensor, num_codes: int) -> torch.Tensor:
     """Of the mean over S stratified estimates (S, B), of which i and i + S / 2 are in one stratum."""
     if num_codes == 1:

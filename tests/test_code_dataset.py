@@ -2,14 +2,18 @@ import pytest
 import torch
 
 from diffusers_vqdit import Task
-from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset, encode_texts
+from diffusers_vqdit.image_utils import lower_resolution
 from diffusers_vqdit.training_utils import decode_image, load_training_dataset
+
+
+MORE = {"text_columns": ["kind"], "image_augmentations": 2, "lowres_factor": 2}
 
 
 @pytest.fixture
 def encoded(picture_folder, image_vq, text_vq, tokenizer, tmp_path):
-    def encode(folder="codes", **options):
-        dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    def encode(folder="codes", change=lambda data: data, **options):
+        dataset = change(load_training_dataset(train_data_dir=str(picture_folder), image_column="image"))
         arguments = {
             "resolution": 16,
             "image_vq": image_vq,
@@ -49,6 +53,25 @@ def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, t
     assert len(seen) == 2
 
 
+def test_more_texts_moved_pictures_and_low_resolution_are_segments_and_variants(encoded, image_vq, text_vq, tokenizer):
+    dataset, folder = encoded(change=lambda data: data.add_column("kind", data["label"]), **MORE)
+    codes = CodeDataset(folder)
+    assert codes.lowres_factor == 2
+    assert codes.segments["kind"] == {"vocab_size": 64, "shape": [12], "shared_with": "text"}
+    assert codes.segments["image_lowres"] == {"vocab_size": 32, "shape": [4, 4], "shared_with": "image"}
+    rows = torch.arange(10)
+    given, generated = codes.batch(rows, Task.parse("image+image_lowres->kind"))
+    assert torch.equal(generated["kind"], encode_texts(dataset["label"], text_vq, tokenizer))
+    pictures = torch.stack([decode_image(value, 16) for value in dataset["image"]])
+    pictures = ((pictures + 1) * 127.5).round() / 127.5 - 1
+    assert torch.equal(given["image_lowres"], image_vq.encode_codes(lower_resolution(pictures, 2)))
+    # The picture itself is one of the three that may be given; generated, it is always that one.
+    assert codes.prompts["image"].shape == (10, 3, 4, 4)
+    assert torch.equal(codes.prompts["image"][:, 0], codes.codes["image"])
+    assert not torch.equal(codes.prompts["image"][:, 1], codes.codes["image"])
+    assert torch.equal(codes.batch(rows, Task.parse("->image"))[1]["image"], image_vq.encode_codes(pictures))
+
+
 def test_a_corrupt_picture_is_left_out_with_its_caption(encoded, picture_folder):
     (picture_folder / "4.png").write_bytes(b"")
     dataset, folder = encoded()
@@ -67,6 +90,9 @@ def test_a_corrupt_picture_is_left_out_with_its_caption(encoded, picture_folder)
         ({"image_column": None, "caption_column": None}, "nothing to encode"),
         ({"image_vq": None}, "needs image_vq"),
         ({"tokenizer": None}, "needs text_vq and tokenizer"),
+        ({"text_columns": ["label"]}, "'label' can't name a segment"),
+        ({"caption_column": None, "text_columns": ["text"]}, "need caption_column"),
+        ({"lowres_factor": 3}, "lowres_factor=3 needs image_column, and must divide 16"),
         ({"labels": ["round"]}, r"the labels \['square'\] are not among \['round'\]"),
     ],
 )

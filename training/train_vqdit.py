@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training_utils import (
     checkpoint_step,
@@ -79,12 +79,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--caption_column", default="text")
     data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     data.add_argument("--label_column")
+    data.add_argument(
+        "--image_augmentations", type=int, default=0, help="Moved copies of each picture, used where it is given."
+    )
+    data.add_argument("--lowres_factor", type=int, default=2, help="How many times smaller image_lowres is.")
     data.add_argument("--max_train_samples", type=int)
     data.add_argument("--cache_dir")
     data.add_argument(
         "--tasks",
         default="text->image:4,image->text:2,->image:1",
-        help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image.",
+        help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
+        "Besides image, image_lowres, text and label, a task may name any column of texts.",
     )
 
     training = parser.add_argument_group("training")
@@ -158,14 +163,15 @@ def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accele
     """Read the folder of codes, after writing it from pictures and captions where that is what was given."""
     if args.codes_dir is not None:
         return CodeDataset(args.codes_dir)
-    image_column = args.image_column if "image" in segments else None
-    caption_column = args.caption_column if "text" in segments else None
+    text_columns = sorted(segments - set(RESERVED))
+    image_column = args.image_column if segments & {"image", "image_lowres"} else None
+    caption_column = args.caption_column if text_columns or "text" in segments else None
     label_column = args.label_column if "label" in segments else None
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
-        columns=[c for c in (caption_column, label_column, *args.prompt_columns) if c is not None],
+        columns=[c for c in (caption_column, label_column, *args.prompt_columns, *text_columns) if c is not None],
         image_column=image_column,
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
@@ -187,8 +193,11 @@ def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accele
             image_column=image_column,
             caption_column=caption_column,
             prompt_columns=args.prompt_columns,
+            text_columns=text_columns,
             label_column=label_column,
             labels=parts["labels"] or None,
+            image_augmentations=args.image_augmentations,
+            lowres_factor=args.lowres_factor if "image_lowres" in segments else None,
         )
     accelerator.wait_for_everyone()
     return CodeDataset(folder)
@@ -246,22 +255,26 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Transformer
     transformer = parts["transformer"]
+    needed = names | {codes.segments[name].get("shared_with", name) for name in names}
+    segments = {name: segment for name, segment in codes.segments.items() if name in needed}
     if transformer is None:
         transformer = VQDiTTransformer2DModel(
             num_attention_heads=args.num_attention_heads,
             attention_head_dim=args.attention_head_dim,
             num_layers=args.num_layers,
             dropout=args.dropout,
-            segments={name: segment for name, segment in codes.segments.items() if name in names},
+            segments=segments,
             tasks=[str(task) for task, _ in tasks],
         )
     else:
-        for name in sorted(names):
-            if transformer.config.segments.get(name) != codes.segments[name]:
+        known = transformer.config.segments
+        for name, segment in segments.items():
+            if name in known and known[name] != segment:
                 raise ValueError(
-                    f"segment {name!r} is {codes.segments[name]} in the data but "
-                    f"{transformer.config.segments.get(name)} in the pretrained transformer"
+                    f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
                 )
+        if new := {name: segment for name, segment in segments.items() if name not in known}:
+            transformer = transformer.with_segments(new)
         known = list(transformer.config.tasks or [])
         transformer.register_to_config(tasks=known + [str(t) for t, _ in tasks if str(t) not in known])
         transformer.to(torch.float32)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,13 +15,21 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..image_utils import on_white
-from ..likelihood import LikelihoodOutput, negative_elbo, stratified_masks
+from ..image_utils import (
+    back_project,
+    fill_with_surroundings,
+    join_tiles,
+    on_white,
+    resize,
+    split_tiles,
+    touched_patches,
+)
+from ..likelihood import LikelihoodOutput, code_log_probabilities, negative_elbo, stratified_masks
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
-from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
 
@@ -37,6 +46,8 @@ EXAMPLE_DOC_STRING = """
             >>> pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
             >>> image = pipe("a red apple").images[0]
             >>> text = pipe(image=image).texts[0]
+            >>> repainted = pipe("a green apple", image, mask_image=mask).images[0]
+            >>> texts = pipe("a <mask> apple", output="text").texts
             ```
 """
 
@@ -49,22 +60,43 @@ class VQDiTPipelineOutput(BaseOutput):
         images: list of PIL pictures, array (B, H, W, C) or tensor (B, C, H, W) in [0, 1], or codes (B, h, w).
         texts: list of strings, or codes (B, L).
         labels: list of label names, or codes (B, 1).
+        segments: all that was generated, by the segment's name. Where a task generates several pictures or several
+            texts, `images` and `texts` are the first of them by name.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
     texts: list[str] | torch.Tensor | None = None
     labels: list[str] | torch.Tensor | None = None
+    segments: dict[str, Any] | None = None
+
+
+@dataclass
+class _Source:
+    """The picture that a generated one is made from.
+
+    Args:
+        pixels: (B, C, H, W) in [0, 1].
+        mask: (B, 1, H, W), ones where to repaint; None for a picture to enlarge or to repair.
+        tiles: how many tiles each picture was cut into, to enlarge it; None otherwise.
+    """
+
+    pixels: torch.Tensor
+    mask: torch.Tensor | None = None
+    tiles: int | None = None
 
 
 class VQDiTPipeline(DiffusionPipeline):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
+    A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
+
     Args:
-        transformer: the denoiser, with the segments ``image``, ``text`` and ``label`` or some of them.
+        transformer: the denoiser, with the segments ``image``, ``text`` and ``label``, some of them or others.
         scheduler: masks and samples.
         image_vq: tokenizer of pictures; None for a checkpoint without them.
         text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
         labels: the names of the label codes.
+        lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
     """
 
     model_cpu_offload_seq = "text_vq->transformer->image_vq"
@@ -79,14 +111,20 @@ class VQDiTPipeline(DiffusionPipeline):
         text_vq: TextVQModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         labels: list[str] | None = None,
+        lowres_factor: int = 2,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
-        self.register_to_config(labels=list(labels or []))
+        self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        # Pictures as they are, for pasting: in [0, 1], at their own size.
+        self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them.
@@ -117,8 +155,8 @@ class VQDiTPipeline(DiffusionPipeline):
     # -----------------------------------------------------------------------------------------------------------------
     # What is given
 
-    def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
-        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
+    def _tokenize(self, prompt: list[str]) -> BatchEncoding:
+        """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
         for text in prompt:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
@@ -126,12 +164,64 @@ class VQDiTPipeline(DiffusionPipeline):
         for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
             if len(ids) > length:
                 logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
-        tokens = self.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).to(self._execution_device)
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return tokens.to(self._execution_device)
+
+    def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
+        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
+        tokens = self._tokenize(prompt)
         return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
 
-    def encode_image(self, image: PipelineImageInput) -> torch.LongTensor:
+    def _infill(self, prompt: list[str], segment: str) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+        """What texts with blanks tell of a generated text.
+
+        Each ``<mask>`` is one token, and takes the place of the space before it. A code is known where the blanks
+        leave it the same whatever stands in them.
+
+        Returns:
+            codes (B, L) with the segment's vocabulary size where unknown, token ids (B, T), and which tokens are
+            known (B, T).
+        """
+        blank, pad = self.tokenizer.mask_token_id, self.tokenizer.pad_token_id
+        closed = [re.sub(rf"\s*{re.escape(self.tokenizer.mask_token)}", self.tokenizer.mask_token, t) for t in prompt]
+        tokens = self._tokenize(closed)
+        known = tokens.input_ids != blank
+        filled = [
+            self.text_vq.encode_codes(torch.where(known, tokens.input_ids, token), tokens.attention_mask)
+            for token in (pad, blank)
+        ]
+        per_code = filled[0].shape[1] * self.text_vq.config.downsample_factor // known.shape[1]
+        touched = (~known).unflatten(1, (-1, self.text_vq.config.downsample_factor)).any(-1)
+        touched = touched.repeat_interleave(per_code, dim=1) | (filled[0] != filled[1])
+        size = self.transformer.config.segments[segment]["vocab_size"]
+        return filled[0].masked_fill(touched, size), tokens.input_ids, known
+
+    def _has_blank(self, prompt: Any) -> bool:
+        """Whether a text asks to be filled in."""
+        mask = getattr(self.tokenizer, "mask_token", None)
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
+
+    def _own_size(self, image: PipelineImageInput) -> torch.Tensor:
+        """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
+        images = image if isinstance(image, list) else [image]
+        if all(isinstance(one, PIL.Image.Image) for one in images):
+            image = [on_white(one) for one in images]
+            sizes = {(one.height, one.width) for one in image}
+        else:
+            check_pixels(images, self.image_vq.config.in_channels)
+            sizes = {tuple(o.shape[-2:] if isinstance(o, torch.Tensor) else o.shape[-3:-1]) for o in images}
+        if len(sizes) > 1:
+            raise ValueError(f"the pictures of one call must have one size here, got {sorted(sizes)}")
+        height, width = sizes.pop()
+        return self.pixel_processor.preprocess(image, height=height, width=width).to(self._execution_device)
+
+    def _resolution(self, segment: str) -> tuple[int, int]:
+        """Height and width in pixels of a segment's pictures."""
+        height, width = self.transformer.config.segments[segment]["shape"]
+        return height * self.image_vq.downsample_factor, width * self.image_vq.downsample_factor
+
+    def encode_image(self, image: PipelineImageInput, segment: str = "image") -> torch.LongTensor:
         """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
         images = image if isinstance(image, list) else [image]
         pictures = [one for one in images if isinstance(one, PIL.Image.Image)]
@@ -139,10 +229,40 @@ class VQDiTPipeline(DiffusionPipeline):
             image = [on_white(one) for one in pictures]
         else:
             check_pixels(images, self.image_vq.config.in_channels)
-        factor = self.image_vq.downsample_factor
-        height, width = (size * factor for size in self.transformer.config.segments["image"]["shape"])
+        height, width = self._resolution(segment)
         pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
         return self.image_vq.encode_codes(pixels.to(self._execution_device))
+
+    def _encode_lowres(self, image: PipelineImageInput) -> tuple[torch.LongTensor, _Source]:
+        """Codes (B * T, h, w) of small pictures in T tiles each, and the pictures."""
+        pixels = self._own_size(image)
+        height, width = self._resolution("image_lowres")
+        factor = self.config.lowres_factor
+        tiles = split_tiles(2.0 * pixels - 1.0, (height // factor, width // factor))
+        codes = self.image_vq.encode_codes(resize(tiles, (height, width)))
+        return codes, _Source(pixels, tiles=len(tiles) // len(pixels))
+
+    def _encode_holes(
+        self, image: PipelineImageInput, mask_image: PipelineImageInput
+    ) -> tuple[torch.LongTensor, _Source]:
+        """Codes (B, h, w) of pictures, unknown where the mask touches them, and the pictures with their masks.
+
+        Two fillings of the holes are encoded, a smooth and a grey one: a code that tells them apart is one of the
+        hole's too.
+        """
+        pixels = self._own_size(image)
+        height, width = pixels.shape[-2:]
+        mask = self.mask_processor.preprocess(mask_image, height=height, width=width).to(pixels)
+        if len(mask) not in (1, len(pixels)):
+            raise ValueError(f"mask_image has {len(mask)} masks for {len(pixels)} pictures; give one, or one each")
+        mask = mask.expand(len(pixels), -1, -1, -1)
+        size, segment = self._resolution("image"), self.transformer.config.segments["image"]
+        smooth = fill_with_surroundings(2.0 * pixels - 1.0, mask)
+        codes, other = (
+            self.image_vq.encode_codes(resize(filled, size)) for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
+        )
+        unknown = touched_patches(mask, size, tuple(segment["shape"])) | (codes != other)
+        return codes.masked_fill(unknown, segment["vocab_size"]), _Source(pixels, mask)
 
     def encode_label(self, class_label: list[int | str]) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
@@ -160,46 +280,99 @@ class VQDiTPipeline(DiffusionPipeline):
                 )
         return torch.tensor(codes, device=self._execution_device)[:, None]
 
-    def _encode(self, prompt: Any, image: Any, class_label: Any) -> dict[str, torch.LongTensor]:
-        """Codes of the segments that are not None."""
-        for name, value in (("prompt", prompt), ("image", image), ("class_label", class_label)):
-            if isinstance(value, list) and not value:
-                raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
+    def _modality(self, segment: str) -> str:
+        """What a segment holds: ``"image"``, ``"text"`` or ``"label"``."""
+        if segment == "label":
+            return "label"
+        return "image" if len(self.transformer.config.segments[segment]["shape"]) == 2 else "text"
+
+    def _encode(self, passed: dict[str, Any]) -> dict[str, torch.LongTensor]:
+        """Codes of what was passed, by segment."""
         codes = {}
-        if prompt is not None:
-            codes["text"] = self.encode_prompt(prompt if isinstance(prompt, list) else [prompt])
-        if image is not None:
-            codes["image"] = self.encode_image(image)
-        if class_label is not None:
-            codes["label"] = self.encode_label(class_label if isinstance(class_label, list) else [class_label])
+        for name, value in passed.items():
+            modality = self._modality(name)
+            if modality == "image":
+                codes[name] = (
+                    self._encode_lowres(value)[0] if name == "image_lowres" else self.encode_image(value, name)
+                )
+            else:
+                encode = self.encode_prompt if modality == "text" else self.encode_label
+                codes[name] = encode(value if isinstance(value, list) else [value])
         return codes
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checks
 
-    def _task(self, prompt: Any, image: Any, class_label: Any, output: str | None) -> Task:
-        """The task that the arguments mean, checked against those the checkpoint knows."""
-        given = [
-            name for name, value in (("text", prompt), ("image", image), ("label", class_label)) if value is not None
-        ]
+    def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
+        """What is not None, by segment."""
+        named = {"text": prompt, "image": image, "label": class_label}
+        if inputs is not None and not isinstance(inputs, dict):
+            raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
+        for name in inputs or {}:
+            others = sorted(set(self.transformer.config.segments) - set(named))
+            if name not in others:
+                raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
+        passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
+        arguments = {"text": "prompt", "label": "class_label"}
+        for name, value in passed.items():
+            if isinstance(value, list) and not value:
+                raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
+        return passed
+
+    def _plan(self, passed: dict[str, Any], output: str | None, mask_image: Any, strength: float | None) -> Task:
+        """The task that the arguments mean, checked against those the checkpoint knows.
+
+        What is passed and generated too is taken as partly known: texts with blanks, and pictures with a mask or a
+        strength. A picture to make a picture from without either is one to enlarge, and becomes ``image_lowres``.
+        """
+        redrawn = {"mask_image": mask_image, "strength": strength}
+        redrawn = [name for name, value in redrawn.items() if value is not None]
+        if len(redrawn) > 1:
+            raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
+        if strength is not None and (not isinstance(strength, Real) or not 0 < strength <= 1):
+            raise ValueError(f"strength={strength!r} must be a number in (0, 1], the share of codes to draw anew")
         if output is None:
-            output = "text" if image is not None else "image"
+            wanted = "text" if "image" in passed or self._has_blank(passed.get("text")) else "image"
+            output = "image" if redrawn else wanted
         elif not isinstance(output, str):
             raise ValueError(f"output={output!r} must be a string such as 'image' or 'image+text'")
         generated = [name.strip() for name in output.split("+")]
-        both = sorted(set(given) & set(generated))
-        if both:
-            raise ValueError(f"output={output!r} asks for {both}, which you passed: a segment is given or generated")
-        task = Task(tuple(given), tuple(generated))
+        known = self.transformer.config.segments
+        if "image" in generated and "image" in passed and not redrawn:
+            if "image_lowres" in known and "image_lowres" not in passed:
+                passed["image_lowres"] = passed.pop("image")
+            else:
+                raise ValueError(
+                    f"output={output!r} asks for 'image', which you passed: give mask_image to repaint a part or "
+                    "strength to repair it; this checkpoint can't enlarge pictures"
+                )
+        if redrawn and not ("image" in generated and "image" in passed):
+            raise ValueError(f"{redrawn[0]} needs image, and an output with 'image', got output={output!r}")
+        for name in passed:
+            if name in known and self._modality(name) == "text":
+                blank = self._has_blank(passed[name])
+                if name in generated and not blank:
+                    raise ValueError(
+                        f"output={output!r} asks for {name!r}, which you passed: a segment is given or generated. "
+                        "Put <mask> where a text is to be filled in"
+                    )
+                if blank and name not in generated:
+                    raise ValueError(
+                        f"{passed[name]!r} has <mask>, which is for texts to fill in: ask for output={name!r}"
+                    )
+            elif name in generated and not (name == "image" and redrawn):
+                raise ValueError(f"output={output!r} asks for {name!r}, which you passed: it is given or generated")
+        task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
         self._check_task(task)
         return task
 
     def _check_task(self, task: Task) -> None:
         """Raise a ValueError unless the checkpoint knows the task and has its tokenizers."""
         check_task(task, self.transformer.config.tasks or [])
-        for name, needed in (("text", ("text_vq", "tokenizer")), ("image", ("image_vq",))):
-            for component in needed:
-                if name in task.segments and getattr(self, component) is None:
+        needed = {"text": ("text_vq", "tokenizer"), "image": ("image_vq",), "label": ()}
+        for name in task.segments:
+            for component in needed[self._modality(name)]:
+                if getattr(self, component) is None:
                     raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
 
     def _start(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
@@ -245,6 +418,9 @@ class VQDiTPipeline(DiffusionPipeline):
         class_label: int | str | list[int | str] | None = None,
         *,
         output: str | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float | None = None,
+        inputs: dict[str, Any] | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int = 16,
         num_images_per_prompt: int = 1,
@@ -261,11 +437,20 @@ class VQDiTPipeline(DiffusionPipeline):
         """Generate.
 
         Args:
-            prompt: given text or texts.
-            image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1].
+            prompt: given text or texts. Where text is generated, one with blanks to fill in: each ``<mask>`` is one
+                token, and what else it says stays.
+            image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1]. Where a picture is
+                generated, one to repaint (with `mask_image`), to repair (with `strength`), or else to enlarge, of any
+                size, by a checkpoint that has ``image_lowres``.
             class_label: given label or labels, by number or name.
-            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``; by default
-                ``"text"`` when a picture is given, else ``"image"``.
+            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default
+                ``"image"`` with a mask or a strength, ``"text"`` when a picture or a blank is given, else
+                ``"image"``.
+            mask_image: one mask or one a picture, white where to repaint. The codes that white pixels change are
+                generated; black pixels come out as they went in, and so does the size.
+            strength: share of the codes to draw anew in (0, 1], those that fit the others worst
+                ([`~likelihood.code_log_probabilities`]).
+            inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
             num_inference_steps: steps of the sampler.
@@ -304,7 +489,8 @@ class VQDiTPipeline(DiffusionPipeline):
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r} must be an integer of at least 1")
         if guidance_scale is not None and (not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)):
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
-        task = self._task(prompt, image, class_label, output)
+        passed = self._passed(prompt, image, class_label, inputs)
+        task = self._plan(passed, output, mask_image, strength)
         unconditional = str(Task((), task.generated))
         can_guide = bool(task.given) and unconditional in (self.transformer.config.tasks or [])
         if guidance_scale is None:
@@ -317,22 +503,54 @@ class VQDiTPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
-        # 2. Encode what is given
-        given = self._encode(prompt, image, class_label)
-        sizes = {name: len(codes) for name, codes in given.items()}
+        # 2. Encode what is given, and what is known of the generated side
+        given, known, source, written = {}, {}, None, {}
+        for name, value in passed.items():
+            if name == "image_lowres":
+                given[name], source = self._encode_lowres(value)
+            elif name in task.given:
+                given |= self._encode({name: value})
+            elif name == "image" and mask_image is not None:
+                known[name], source = self._encode_holes(value, mask_image)
+            elif name == "image":
+                known[name] = self.encode_image(value)
+            else:
+                known[name], *written[name] = self._infill(value if isinstance(value, list) else [value], name)
+        tiles = source.tiles if source is not None and source.tiles is not None else 1
+        sizes = {
+            name: len(codes) // (tiles if name == "image_lowres" else 1) for name, codes in (given | known).items()
+        }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"what is given must have one batch size, got {sizes}")
+        if tiles > 1 and task.generated != ("image",):
+            raise ValueError(
+                f"image of {tuple(source.pixels.shape[-2:])} pixels makes {tiles} tiles, which only make 'image', "
+                f"not {'+'.join(task.generated)!r}"
+            )
         batch_size = next(iter(sizes.values()), 1) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)}, but {batch_size} samples are generated")
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise ValueError(f"generator is a list of {len(generator)}, but {batch_size} samples are generated")
+            generator = [one for one in generator for _ in range(tiles)]
         prefix = None
         if given:
+            given = {n: v if n == "image_lowres" else v.repeat_interleave(tiles, dim=0) for n, v in given.items()}
             prefix = self.transformer.encode_prefix(given)
-            if num_images_per_prompt > 1:
-                prefix = prefix.repeat_interleave(num_images_per_prompt)
+        if strength is not None:
+            known["image"] = self._forget(known["image"], strength, prefix)
+        if num_images_per_prompt > 1:
+            # Each sample's tiles stay together.
+            rows = torch.arange(batch_size // num_images_per_prompt * tiles).unflatten(0, (-1, 1, tiles))
+            rows = rows.expand(-1, num_images_per_prompt, -1).flatten()
+            prefix = prefix.select(rows) if prefix is not None else None
+            known = {name: codes[rows] for name, codes in known.items()}
+            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
+        batch_size *= tiles
 
-        # 3. Start from masks
-        codes = self._start(task, batch_size, latents)
+        # 3. Start from masks, and from what is known
+        if latents is not None and known:
+            raise ValueError(f"latents can't be given with {sorted(known)} partly known: both say where to start")
+        codes = self._start(task, batch_size, known or latents)
         masks = {name: self.transformer.config.segments[name]["vocab_size"] for name in codes}
         predicted = dict(codes)
 
@@ -382,17 +600,28 @@ class VQDiTPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         # 6. Decode
-        if output_type == "latent":
-            images, texts, labels = codes.get("image"), codes.get("text"), codes.get("label")
-        else:
-            known = {name: torch.where(value == masks[name], predicted[name], value) for name, value in codes.items()}
-            images = self.decode_image(known["image"], output_type) if "image" in known else None
-            texts = self.decode_text(known["text"]) if "text" in known else None
-            labels = self.decode_label(known["label"]) if "label" in known else None
+        if output_type != "latent":
+            codes = {name: torch.where(value == masks[name], predicted[name], value) for name, value in codes.items()}
+        decoded = {"image": [], "text": [], "label": []}
+        segments = {}
+        for name, value in codes.items():
+            modality = self._modality(name)
+            if output_type == "latent":
+                segments[name] = value
+            elif name == "image" and source is not None:
+                segments[name] = self._finish(value, source, num_images_per_prompt, output_type)
+            elif modality == "image":
+                segments[name] = self.decode_image(value, output_type)
+            elif modality == "text":
+                segments[name] = self.decode_text(value, *written.get(name, ()))
+            else:
+                segments[name] = self.decode_label(value)
+            decoded[modality].append(segments[name])
+        images, texts, labels = (next(iter(decoded[modality]), None) for modality in ("image", "text", "label"))
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels
-        return VQDiTPipelineOutput(images=images, texts=texts, labels=labels)
+        return VQDiTPipelineOutput(images=images, texts=texts, labels=labels, segments=segments)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Likelihood
@@ -405,6 +634,7 @@ class VQDiTPipeline(DiffusionPipeline):
         image: PipelineImageInput | None = None,
         class_label: int | str | list[int | str] | None = None,
         *,
+        inputs: dict[str, Any] | None = None,
         num_samples: int = 32,
         batch_size: int = 64,
         generator: torch.Generator | None = None,
@@ -416,7 +646,7 @@ class VQDiTPipeline(DiffusionPipeline):
 
         Args:
             task: the arrow, such as ``"text->image"``.
-            prompt, image, class_label: what the task has on either side, as in [`__call__`].
+            prompt, image, class_label, inputs: what the task has on either side, as in [`__call__`].
             num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
             batch_size: candidates a forward pass.
             generator: draws the masks, on the CPU; the same seed gives the same masks.
@@ -435,13 +665,14 @@ class VQDiTPipeline(DiffusionPipeline):
         """
         arrow = Task.parse(task)
         self._check_task(arrow)
-        passed = {"text": prompt, "image": image, "label": class_label}
-        present = sorted(name for name, value in passed.items() if value is not None)
-        if present != sorted(arrow.segments):
-            raise ValueError(f"task={task!r} has the segments {sorted(arrow.segments)}, but {present} were passed")
+        passed = self._passed(prompt, image, class_label, inputs)
+        if sorted(passed) != sorted(arrow.segments):
+            raise ValueError(
+                f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
+            )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-        codes = self._encode(prompt, image, class_label)
+        codes = self._encode(passed)
         sizes = {name: len(value) for name, value in codes.items()}
         size = max(sizes.values())
         if not set(sizes.values()) <= {1, size}:
@@ -476,10 +707,41 @@ class VQDiTPipeline(DiffusionPipeline):
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
         return self.image_processor.postprocess(self.image_vq.decode_codes(codes).sample, output_type=output_type)
 
-    def decode_text(self, codes: torch.LongTensor) -> list[str]:
-        """Strings of codes (B, L)."""
-        tokens = self.text_vq.decode_codes(codes).argmax(-1)
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    def _finish(self, codes: torch.LongTensor, source: _Source, repeats: int, output_type: str) -> Any:
+        """Pictures of codes (B, h, w) that were made from others: pasted into them, or joined from tiles."""
+        drawn = self.image_vq.decode_codes(codes).sample.float()
+        pixels = source.pixels.repeat_interleave(repeats, dim=0)
+        size = tuple(pixels.shape[-2:])
+        if source.mask is None:
+            enlarged = join_tiles(drawn, size, self.config.lowres_factor)
+            return self.image_processor.postprocess(back_project(enlarged, 2.0 * pixels - 1.0), output_type)
+        repainted = resize(drawn, size) / 2 + 0.5
+        mask = source.mask.repeat_interleave(repeats, dim=0) > 0
+        return self.pixel_processor.postprocess(torch.where(mask, repainted, pixels), output_type)
+
+    def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
+        """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
+        scheduler = self.scheduler
+        times = (
+            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
+            if self.transformer.config.time_conditioned
+            else None
+        )
+        fit = code_log_probabilities(
+            self.transformer, {"image": codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
+        )["image"]  # (B, N)
+        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
+        size = self.transformer.config.segments["image"]["vocab_size"]
+        return codes.flatten(1).scatter(1, worst, size).view_as(codes)
+
+    def decode_text(
+        self, codes: torch.LongTensor, tokens: torch.LongTensor | None = None, known: torch.BoolTensor | None = None
+    ) -> list[str]:
+        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
+        decoded = self.text_vq.decode_codes(codes).argmax(-1)
+        if tokens is not None:
+            decoded = torch.where(known, tokens, decoded)
+        return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
 
     def decode_label(self, codes: torch.LongTensor) -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
