@@ -559,8 +559,8 @@ class VQDiTPipeline(DiffusionPipeline):
         self._num_timesteps = num_inference_steps
 
         # 5. Denoise
-        known = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
-        sizes = [value.shape[1] for value in known.values()]
+        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
+        sizes = [value.shape[1] for value in fixed.values()]
         event = None
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for index, timestep in enumerate(self.scheduler.timesteps):
@@ -584,7 +584,7 @@ class VQDiTPipeline(DiffusionPipeline):
                             timestep,
                             value.flatten(1),
                             revealed=reveal,
-                            known=known[name],
+                            known=fixed[name],
                             shape=value.shape[1:],
                             generator=generator,
                         )
