@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -85,7 +86,8 @@ class _Source:
     tiles: int | None = None
 
 
-class VQDiTPipeline(DiffusionPipeline):
+# Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
+class VQDiTPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
