@@ -594,7 +594,7 @@ class VQDiTPipeline(DiffusionPipeline):
         gallery: GalleryIndex,
         top_k: int = 5,
         *,
-        shortlist: int = 100,
+        shortlist: int | None = None,
         batch_size: int = 64,
     ) -> RetrievalOutput:
         """The items of a gallery that go best with each query: texts for pictures, pictures for texts.
@@ -603,7 +603,8 @@ class VQDiTPipeline(DiffusionPipeline):
             query: texts for a gallery of pictures, pictures for one of texts.
             gallery: from [`index`].
             top_k: items a query.
-            shortlist: candidates a query that the features find, and PMI ranks; the gallery's size at the most.
+            shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
+                that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
             batch_size: queries or candidates a forward pass.
 
         Returns:
@@ -631,6 +632,8 @@ class VQDiTPipeline(DiffusionPipeline):
             )
         arguments = (query, None) if gallery.query == "text" else (None, query)
         codes = self._encode(*arguments, None)[gallery.query]
+        if shortlist is None:
+            shortlist = max(20, 2 * top_k) if isinstance(top_k, int) else 20  # a wrong top_k is named below
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
