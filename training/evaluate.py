@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit import Task, VQDiTPipeline
 from diffusers_vqdit.code_dataset import encode_texts
 from diffusers_vqdit.image_utils import lower_resolution, resize
 from diffusers_vqdit.training_utils import code_usage, decode_images, load_training_dataset, psnr, ssim, to_pixels
@@ -469,7 +469,31 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     found = classification_accuracy(
         pipeline, data.pictures[data.test], data.texts(data.test), data.texts(data.test, "label"), args.batch_size
     )
-    return {f"whole test split, {task}, label is right": figure for task, figure in found.items()}
+    figures = {f"whole test split, {task}, label is right": figure for task, figure in found.items()}
+    drawn, hits = random.Random(args.seed), []
+    for row in tqdm(data.composition, desc="zero-shot"):
+        others = [text for text in data.texts(data.test) if text != data.columns["text"][row]]
+        candidates = [data.columns["text"][row], *drawn.sample(others, 9)]
+        generator = torch.Generator().manual_seed(args.seed)
+        best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels[
+            0
+        ]
+        hits.append(best == candidates[0])
+    figures["held-out compositions, picture, caption chosen among ten by likelihood"] = share(hits)
+    return figures
+
+
+def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Bounds by `score`, with eight masks; the standard error is over pictures."""
+    rows, figures = data.composition, {}
+    sides = {"text": {"prompt": data.texts(rows)}, "image": {"image": data.real(rows)}}
+    for task in ("text->image", "->image", "image->text", "->text"):
+        names = Task.parse(task).segments
+        passed = {key: value for name in names for key, value in sides[name].items()}
+        generator = torch.Generator().manual_seed(args.seed)
+        output = pipeline.score(task, num_samples=8, batch_size=args.batch_size, generator=generator, **passed)
+        figures[f"held-out compositions, {task}, at most"] = mean(output.bits_per_code, "bits per code")
+    return figures
 
 
 def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
@@ -615,6 +639,7 @@ MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dic
     "classification": measure_classification,
     "retrieval": measure_retrieval,
     "text similarity": measure_similarity,
+    "likelihood": measure_likelihood,
 }
 
 
