@@ -79,6 +79,6 @@ def measure_latents(vae: torch.nn.Module, batches) -> tuple[list[float], list[fl
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
     if (std < 1e-8).any():
         raise ValueError(
-            f"the latents' channels {(std < 1e-8).nonzero()[:, 0].tolist()} are constant on these pictures"
+            f"channels {(std < 1e-8).nonzero()[:, 0].tolist()} of the latents are constant on these pictures"
         )
     return mean.tolist(), std.tolist()
