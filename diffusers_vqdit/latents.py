@@ -1,5 +1,7 @@
 """Pictures to the latents that Gaussian diffusion works on, and back."""
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import VQModel
 
@@ -54,31 +56,28 @@ def decode_latents(vae: torch.nn.Module, latents: torch.Tensor, force_not_quanti
     return vae.decode(raw).sample
 
 
-def measure_latents(vae: torch.nn.Module, batches) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of the raw latents over all pictures in `batches`.
+def measure_latents(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of raw latents, over all of them.
 
     They belong into the VAE's config, with a scaling factor of 1:
     ``vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)``.
 
     Args:
-        vae: the VAE.
-        batches: pictures (B, C, H, W) in [-1, 1], batch by batch.
+        batches: raw latents (B, D, h, w), batch by batch.
 
     Raises:
         ValueError: if there are none, or a channel is constant.
     """
     count, total, squares = 0, 0.0, 0.0
-    for pixels in batches:
-        latents = raw_latents(vae, pixels).double()
+    for latents in batches:
+        latents = latents.double()
         count += latents.numel() // latents.shape[1]
         total = total + latents.sum((0, 2, 3))
         squares = squares + latents.square().sum((0, 2, 3))
     if not count:
-        raise ValueError("batches has no pictures to measure")
+        raise ValueError("batches has no latents to measure")
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
     if (std < 1e-8).any():
-        raise ValueError(
-            f"channels {(std < 1e-8).nonzero()[:, 0].tolist()} of the latents are constant on these pictures"
-        )
+        raise ValueError(f"channels {(std < 1e-8).nonzero()[:, 0].tolist()} of the latents are constant")
     return mean.tolist(), std.tolist()

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.latents import decode_latents, encode_latents, latent_statistics, measure_latents
+from diffusers_vqdit.latents import decode_latents, encode_latents, latent_statistics, measure_latents, raw_latents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_decoding_passes_through_the_codebook_or_not(pipe):
 
 def test_latents_normalised_by_measured_statistics_have_none(image_vq):
     pictures = torch.rand(20, 3, 16, 16) * 2 - 1
-    mean, std = measure_latents(image_vq, pictures.split(8))
+    mean, std = measure_latents(raw_latents(image_vq, part) for part in pictures.split(8))
     image_vq.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
     latents = encode_latents(image_vq, pictures)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
