@@ -17,6 +17,7 @@ _import_structure = {
     "models.text_vq": ["TextVQModel"],
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
+    "pipelines.pipeline_vqdit_latent": ["VQDiTLatentPipeline"],
     "retrieval": ["GalleryIndex"],
     "schedulers.scheduling_masked_diffusion": ["MaskedDiffusionScheduler"],
     "tasks": ["Task", "parse_tasks"],
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput
+    from .pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
     from .retrieval import GalleryIndex
     from .schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
     from .tasks import Task, parse_tasks

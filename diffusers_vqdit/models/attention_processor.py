@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 
 
 class DiTAttnProcessor:
-    """`AttnProcessor2_0` as stock DiT uses it (self-attention, no mask), which obeys ``set_attention_backend``.
+    """`AttnProcessor2_0` as DiT uses it (self-attention), which obeys ``set_attention_backend`` and takes a prefix.
 
     Stock DiT's own processor calls PyTorch's attention directly, so that a chosen backend is silently ignored.
     """
@@ -22,14 +22,27 @@ class DiTAttnProcessor:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """New hidden states (B, N, D). Stock DiT's blocks pass no encoder states and no mask."""
+        """New hidden states (B, N, D). DiT's blocks pass no encoder states.
+
+        `prefix` has the keys and values (B, S, heads, head_dim) of S more positions to see, before the N own ones;
+        `attention_mask` (B, 1, 1 or N, S + N) is false where nothing may be seen.
+        """
         query, key, value = (
             projection(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, heads, head_dim)
             for projection in (attn.to_q, attn.to_k, attn.to_v)
         )
+        if prefix is not None:
+            key = torch.cat([prefix[0], key], dim=1)  # (B, S + N, heads, head_dim)
+            value = torch.cat([prefix[1], value], dim=1)
         hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         )
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype)))
 

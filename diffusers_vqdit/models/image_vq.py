@@ -45,6 +45,8 @@ class ImageVQModel(VQModel):
         codebook_init: ``"uniform"``, ``"data"`` or ``"kmeans"``.
         ema_decay: decay of the codebook's moving averages.
         restart_threshold: share of uniform use below which a code is restarted; 0 for never.
+        latents_mean, latents_std: statistics of the latents' channels on the training set, for Gaussian diffusion
+            ([`~latents.measure_latents`]); None where only ``scaling_factor`` counts, as in `VQModel`.
     """
 
     _supports_gradient_checkpointing = True
@@ -76,6 +78,8 @@ class ImageVQModel(VQModel):
         codebook_init: str = "uniform",
         ema_decay: float = 0.99,
         restart_threshold: float = 0.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         if quantizer_type != "vq":
             raise ValueError(f"quantizer_type={quantizer_type!r} must be 'vq'")

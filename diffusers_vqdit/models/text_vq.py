@@ -256,6 +256,16 @@ class TextVQModel(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     @torch.no_grad()
+    def encode_states(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """The codes' vectors (B, T/r, D), as a text encoder's states, and which hold a token (B, T/r)."""
+        tokens = self._check_tokens(input_ids, attention_mask)
+        real = (tokens != self.config.pad_token_id).unflatten(1, (-1, self.config.downsample_factor)).any(-1)
+        return self._lookup(self.encode_codes(tokens)), real
+
+    @apply_forward_hook
+    @torch.no_grad()
     def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """One unit vector (B, D) a text, float32, D = hidden_size: its codes' decoder states, pooled by rarity.
 

@@ -1,8 +1,6 @@
 """The denoiser: a diffusion transformer over segments of codes, or over continuous latents as in DiT."""
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,14 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .attention_processor import DiTAttnProcessor, VQDiTAttention
+from .attention_processor import VQDiTAttention
+from .layers import VQDiTPrefix, modulate, sincos_positions
+from .transformer_dit import LatentDiT
 
 
 @dataclass
@@ -30,38 +29,6 @@ class VQDiTOutput(BaseOutput):
     """
 
     sample: dict[str, torch.Tensor]
-
-
-@dataclass
-class VQDiTPrefix:
-    """What the generated segments need of the given ones, for reuse at every sampling step.
-
-    Args:
-        names (`tuple[str, ...]`): the given segments.
-        keys, values (`list[torch.Tensor]`): for each layer (B, S, heads, head_dim), S positions of all given segments.
-    """
-
-    names: tuple[str, ...]
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-
-    def repeat_interleave(self, repeats: int) -> "VQDiTPrefix":
-        """Each sample `repeats` times in a row."""
-        return self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def __len__(self) -> int:
-        return len(self.keys[0])
-
-    def expand(self, size: int) -> "VQDiTPrefix":
-        """The only sample as a batch of `size`, without copies."""
-        return self._map(lambda x: x.expand(size, -1, -1, -1))
-
-    def select(self, index: torch.Tensor | slice) -> "VQDiTPrefix":
-        """The samples at `index`."""
-        return self._map(lambda x: x[index])
-
-    def _map(self, function) -> "VQDiTPrefix":
-        return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values])
 
 
 class VQDiTBlock(nn.Module):
@@ -100,18 +67,6 @@ class VQDiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
 
 
-def modulate(
-    norm: nn.LayerNorm, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """adaLN: norm(x) (1 + scale) + shift, with shift and scale broadcast to the hidden states."""
-    if shift.numel() == shift.shape[-1]:
-        # One row for all, as with one segment and no time: LayerNorm's own affine part is a third of the passes.
-        # Under autocast the row has the linear layer's type and the hidden states keep float32.
-        scale, shift = (1 + scale).flatten().to(hidden_states), shift.flatten().to(hidden_states)
-        return F.layer_norm(hidden_states, norm.normalized_shape, scale, shift, norm.eps)
-    return torch.addcmul(shift, norm(hidden_states), 1 + scale)
-
-
 def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """(B, segments, D) to (B, N, D): each segment's row at all of its positions."""
     if len(lengths) == 1:
@@ -119,27 +74,12 @@ def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Ten
     return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)
 
 
-@lru_cache(maxsize=64)
-def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
-    """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
-
-    Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
-    Vaswani et al. 2017, section 3.5).
-    """
-    part = dim // (2 * len(shape)) * 2
-    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
-    axes = [torch.arange(n, dtype=torch.float64) * (base / n) for n, base in zip(shape, trained_shape, strict=True)]
-    waves = []
-    for coordinate in torch.meshgrid(*axes, indexing="ij"):
-        angle = coordinate.flatten()[:, None] * frequencies
-        waves += [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()
-
-
-class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
+class VQDiTTransformer2DModel(LatentDiT):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
-    With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike.
+    With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike
+    (see [`~models.transformer_dit.LatentDiT`]), but that labels are not dropped inside in training: stock DiT drops
+    others in each block.
     With segments, the positions of the given ones attend to one another and never to generated ones; those attend to
     everything. So what a given segment contributes is the same at every sampling step: [`encode_prefix`] computes it
     once. No attention mask is needed.
@@ -154,15 +94,18 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             language, a smaller picture), and it uses the other's embeddings and head.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
         time_conditioned: whether adaLN sees the time too. The share of masked codes already tells it.
+        freq_shift: for ``segments=None``: s in the frequencies 10000^(-k / (128 - s)) of the time's embedding; 1 in
+            stock DiT and 0 in the original one, whose ``norm_eps`` is 1e-6 besides.
+        caption_channels: for ``segments=None``: channels of the text encoder's states; None for no captions.
 
     Raises:
         ValueError: if a segment lacks its size or shape, or has a name that no module can have.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["VQDiTBlock", "BasicTransformerBlock"]
-    _repeated_blocks = ["VQDiTBlock", "BasicTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "code_embeddings", "norm"]
+    _no_split_modules = ["VQDiTBlock", "DiTBlock"]
+    _repeated_blocks = ["VQDiTBlock", "DiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "code_embeddings", "caption_embedding", "norm"]
 
     @register_to_config
     def __init__(
@@ -186,9 +129,13 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         segments: dict[str, dict[str, Any]] | None = None,
         tasks: list[str] | None = None,
         time_conditioned: bool = False,
+        freq_shift: float = 1.0,
+        caption_channels: int | None = None,
     ) -> None:
         if segments is None:
-            super().__init__(
+            self._build_latent(
+                freq_shift,
+                caption_channels,
                 num_attention_heads=num_attention_heads,
                 attention_head_dim=attention_head_dim,
                 in_channels=in_channels,
@@ -206,7 +153,6 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
                 norm_elementwise_affine=norm_elementwise_affine,
                 norm_eps=norm_eps,
             )
-            self.set_attn_processor(DiTAttnProcessor())
             return
         super(DiTTransformer2DModel, self).__init__()
         check_segments(segments)
@@ -379,6 +325,8 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
         given: dict[str, torch.LongTensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> VQDiTOutput | Transformer2DModelOutput | tuple:
         """Predict the codes of the generated segments.
 
@@ -388,8 +336,10 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             timestep: times (B,) in [0, 1]; read by a time-conditioned model only.
             class_labels, cross_attention_kwargs: for ``segments=None`` only; a label is a given segment here.
             given: name -> codes (B, *shape) of the given segments.
-            prefix: what [`encode_prefix`] made of them, in place of `given`.
+            prefix: what [`encode_prefix`] made of them, in place of `given`; without segments, what
+                [`encode_caption`] made of a caption, in place of `encoder_hidden_states`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
+            encoder_hidden_states, encoder_attention_mask: for ``segments=None`` only: see [`encode_caption`].
 
         Returns:
             [`VQDiTOutput`], or a tuple with its dict.
@@ -398,11 +348,19 @@ class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapter
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            if given is not None or prefix is not None or masked is not None:
-                raise ValueError("given, prefix and masked need a model with segments; this one has segments=None")
-            return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict)
+            if given is not None or masked is not None:
+                raise ValueError("given and masked need a model with segments; this one has segments=None")
+            if encoder_hidden_states is not None:
+                if prefix is not None:
+                    raise ValueError("give encoder_hidden_states or prefix, not both")
+                prefix = self.encode_caption(encoder_hidden_states, encoder_attention_mask)
+            return self._forward_latent(
+                hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict, prefix
+            )
         if class_labels is not None or cross_attention_kwargs is not None:
             raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
+        if encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states needs segments=None; pass texts as codes in given")
         has_given = given is not None and len(given) > 0
         if has_given and prefix is not None:
             raise ValueError("give given or prefix, not both")

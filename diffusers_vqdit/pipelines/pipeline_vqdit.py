@@ -1,7 +1,6 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
@@ -34,6 +32,7 @@ from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
+from .pipeline_utils import PluginPipeline
 
 
 logger = logging.get_logger(__name__)
@@ -103,7 +102,7 @@ class _Source:
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
@@ -143,20 +142,6 @@ class VQDiTPipeline(DiffusionPipeline, Mochi1LoraLoaderMixin):
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Record our classes as diffusers', where importing this package puts them.
-
-        `DiffusionPipeline.from_pretrained` refuses repositories with components of a library that it doesn't know.
-        """
-        package = __package__.split(".")[0]
-        ours = {
-            name: ("diffusers", self.config[name][1])
-            for name, component in self.components.items()
-            if component is not None and self.config[name][0].split(".")[0] == package
-        }
-        self.register_to_config(**ours)
-        super().save_config(save_directory, push_to_hub, **kwargs)
 
     @property
     def guidance_scale(self) -> float:

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
 from diffusers_vqdit import VQDiTTransformer2DModel
@@ -294,25 +293,6 @@ def test_lora_changes_outputs_saves_loads_and_unloads(codes, tmp_path):
     assert torch.equal(model(image).sample["image"], base)
     model.load_lora_adapter(str(tmp_path), prefix=None, use_safetensors=True)
     torch.testing.assert_close(model(image).sample["image"], changed)
-
-
-def test_without_segments_it_is_the_stock_dit(tmp_path):
-    stock = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
-    ).eval()
-    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([5, 2]), torch.tensor([3, 4]))
-    stock.save_pretrained(tmp_path / "stock")
-    ours = VQDiTTransformer2DModel.from_pretrained(tmp_path / "stock").eval()
-    assert ours.state_dict().keys() == stock.state_dict().keys()
-    with torch.no_grad():
-        assert torch.equal(ours(*arguments).sample, stock(*arguments).sample)
-        ours.save_pretrained(tmp_path / "ours")
-        back = DiTTransformer2DModel.from_pretrained(tmp_path / "ours").eval()
-        assert torch.equal(back(*arguments).sample, stock(*arguments).sample)
-        positional = ours(*arguments, None, False)  # the fifth argument is return_dict, as in the parent
-    assert isinstance(positional, tuple)
-    with pytest.raises(ValueError, match="segments=None"):
-        ours(*arguments, given={"text": torch.zeros(2, 6)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

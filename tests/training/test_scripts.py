@@ -212,7 +212,11 @@ def test_flags_are_frozen(script):
     expected = json.loads((script("train_vqdit").Path(__file__).parent / "flags.json").read_text())
     for name, flags in expected.items():
         module = script(name)
-        required = {"encode_dataset": "--image_vq x --output_dir x", "train_vqdit": "--codes_dir x --image_vq x"}
+        required = {
+            "encode_dataset": "--image_vq x --output_dir x",
+            "train_vqdit": "--codes_dir x --image_vq x",
+            "train_latent_dit": "--dataset_name x --image_vq x",
+        }
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name
 

@@ -1,0 +1,73 @@
+"""What the transformer over codes and the one over latents have in common."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VQDiTPrefix:
+    """What is generated needs this of what is given, at every sampling step the same.
+
+    Args:
+        names (`tuple[str, ...]`): the given segments; ``("caption",)`` for a caption's states.
+        keys, values (`list[torch.Tensor]`): for each layer (B, S, heads, head_dim), S positions of all given segments.
+        mask (`torch.BoolTensor`, *optional*): (B, 1, 1, S), false at positions that nothing may see; None for none.
+    """
+
+    names: tuple[str, ...]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    mask: torch.Tensor | None = None
+
+    def repeat_interleave(self, repeats: int) -> "VQDiTPrefix":
+        """Each sample `repeats` times in a row."""
+        return self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def __len__(self) -> int:
+        return len(self.keys[0])
+
+    def expand(self, size: int) -> "VQDiTPrefix":
+        """The only sample as a batch of `size`, without copies."""
+        return self._map(lambda x: x.expand(size, -1, -1, -1))
+
+    def select(self, index: torch.Tensor | slice) -> "VQDiTPrefix":
+        """The samples at `index`."""
+        return self._map(lambda x: x[index])
+
+    def _map(self, function) -> "VQDiTPrefix":
+        mask = None if self.mask is None else function(self.mask)
+        return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values], mask)
+
+
+def modulate(
+    norm: nn.LayerNorm, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """adaLN: norm(x) (1 + scale) + shift, with shift and scale broadcast to the hidden states."""
+    if shift.numel() == shift.shape[-1]:
+        # One row for all, as with one segment and no time: LayerNorm's own affine part is a third of the passes.
+        # Under autocast the row has the linear layer's type and the hidden states keep float32.
+        scale, shift = (1 + scale).flatten().to(hidden_states), shift.flatten().to(hidden_states)
+        return F.layer_norm(hidden_states, norm.normalized_shape, scale, shift, norm.eps)
+    return torch.addcmul(shift, norm(hidden_states), 1 + scale)
+
+
+@lru_cache(maxsize=64)
+def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
+    """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
+
+    Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
+    Vaswani et al. 2017, section 3.5).
+    """
+    part = dim // (2 * len(shape)) * 2
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
+    axes = [torch.arange(n, dtype=torch.float64) * (base / n) for n, base in zip(shape, trained_shape, strict=True)]
+    waves = []
+    for coordinate in torch.meshgrid(*axes, indexing="ij"):
+        angle = coordinate.flatten()[:, None] * frequencies
+        waves += [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()

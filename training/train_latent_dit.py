@@ -1,0 +1,539 @@
+#!/usr/bin/env python
+"""Train or finetune a DiT over the continuous latents of a VQ model: Gaussian diffusion or flow matching.
+
+The DiT recipe (Peebles & Xie 2023, section 4: epsilon, linear schedule, learned variance, labels dropped at 10 %):
+
+    accelerate launch training/train_latent_dit.py --train_data_dir my_pictures --label_column label \
+        --image_vq outputs/image_vq --objective epsilon --learn_sigma --learning_rate 1e-4 --lr_scheduler constant \
+        --lr_warmup_steps 0 --adam_weight_decay 0 --use_ema --ema_decay 0.9999 --random_flip --output_dir outputs/dit
+
+The SiT recipe (Ma et al. 2024: the same with velocity and a linear path) has ``--objective flow`` in place of
+``--objective epsilon --learn_sigma``. Captions need ``--text_vq`` or ``--text_encoder`` and ``--caption_columns``.
+``--alignment_encoder facebook/dinov2-base`` aligns hidden states to a frozen encoder's features (REPA), which speeds
+training up.
+
+Pictures are encoded once, at the start; ``--latents_file`` keeps the latents for the next run. The latents' statistics
+are measured then and saved in the VQ's config. The output folder is a complete pipeline, for
+``VQDiTLatentPipeline.from_pretrained``. The time of a run and the figures to expect depend on the data: the model
+card of a checkpoint states its own.
+"""
+
+import argparse
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.latent_training import (
+    AlignmentProjector,
+    alignment_loss,
+    drawn_to_drop,
+    latent_diffusion_loss,
+    patch_features,
+)
+from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit.training_utils import (
+    check_captions,
+    checkpoint_step,
+    decode_images,
+    find_checkpoint,
+    load_training_dataset,
+    parameter_groups,
+    save_checkpoint,
+    save_pretrained_atomically,
+    shuffled_batches,
+    step_generator,
+    to_pixels,
+    tracker_config,
+    unwrap,
+)
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a DiT over VQ latents.")
+
+    models = parser.add_argument_group("models")
+    models.add_argument("--pretrained_model_name_or_path", help="Latent pipeline to finetune: a folder or a Hub id.")
+    models.add_argument("--image_vq", help="ImageVQModel for training from scratch: a folder or a Hub id.")
+    models.add_argument("--text_vq", help="TextVQModel with its tokenizer beside it, for captions.")
+    models.add_argument("--text_encoder", help="Frozen transformers text encoder, for captions.")
+    models.add_argument("--num_layers", type=int, default=12)
+    models.add_argument("--num_attention_heads", type=int, default=6)
+    models.add_argument("--attention_head_dim", type=int, default=64)
+    models.add_argument("--patch_size", type=int, default=2)
+    models.add_argument("--dropout", type=float, default=0.0)
+
+    objective = parser.add_argument_group("objective")
+    objective.add_argument("--objective", choices=["epsilon", "v_prediction", "flow"], default="flow")
+    objective.add_argument("--learn_sigma", action="store_true", help="Learn the variance too, with epsilon.")
+    objective.add_argument("--snr_gamma", type=float, help="Gamma of min-SNR weighting, such as 5.")
+    objective.add_argument("--logit_normal", action="store_true", help="Draw flow matching's noise levels so.")
+    objective.add_argument("--shift", type=float, default=1.0, help="Shift of flow matching's noise levels.")
+    objective.add_argument("--label_dropout", type=float, default=0.1, help="Share of labels dropped, for guidance.")
+    objective.add_argument("--caption_dropout", type=float, default=0.1, help="Share of captions dropped.")
+    objective.add_argument("--alignment_encoder", help="Frozen transformers vision encoder to align to (REPA).")
+    objective.add_argument("--alignment_weight", type=float, default=0.5)
+    objective.add_argument("--alignment_layer", type=int, default=4, help="Block whose output is aligned, from 1.")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--caption_columns", nargs="*", default=[], help="Wordings, of which one is drawn each time.")
+    data.add_argument("--label_column")
+    data.add_argument("--resolution", type=int, help="Pixels of a side; by default what the VQ was trained for.")
+    data.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
+    data.add_argument("--latents_file", type=Path, help="safetensors file: read if it is there, else written.")
+    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--cache_dir")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=Path, default=Path("outputs/latent_dit"))
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--train_batch_size", type=int, default=64, help="Samples per device and micro-batch.")
+    training.add_argument("--num_train_epochs", type=int, default=100)
+    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    training.add_argument("--gradient_checkpointing", action="store_true")
+    training.add_argument("--learning_rate", type=float, default=1e-4)
+    training.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
+    training.add_argument("--lr_scheduler", default="constant_with_warmup")
+    training.add_argument("--lr_warmup_steps", type=int, default=200)
+    training.add_argument("--adam_beta1", type=float, default=0.9)
+    training.add_argument("--adam_beta2", type=float, default=0.999)
+    training.add_argument("--adam_weight_decay", type=float, default=0.0)
+    training.add_argument("--adam_epsilon", type=float, default=1e-8)
+    training.add_argument("--max_grad_norm", type=float, default=1.0)
+    training.add_argument("--use_ema", action="store_true")
+    training.add_argument("--ema_decay", type=float, default=0.9999)
+    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    training.add_argument("--allow_tf32", action="store_true")
+    training.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
+
+    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
+    keeping.add_argument("--checkpointing_steps", type=int, default=500)
+    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
+    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
+    keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    keeping.add_argument("--validation_labels", nargs="*", default=[])
+    keeping.add_argument("--validation_steps", type=int, default=500)
+    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
+    keeping.add_argument("--logging_dir", default="logs")
+    keeping.add_argument("--push_to_hub", action="store_true")
+    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
+    keeping.add_argument("--hub_token")
+
+    args = parser.parse_args(input_args)
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("give one of --dataset_name and --train_data_dir")
+    if (args.pretrained_model_name_or_path is None) == (args.image_vq is None):
+        parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq to start anew")
+    if args.text_vq is not None and args.text_encoder is not None:
+        parser.error("give one of --text_vq and --text_encoder")
+    if args.learn_sigma and args.objective != "epsilon":
+        parser.error("--learn_sigma needs --objective epsilon")
+    if args.snr_gamma is not None and args.objective == "flow":
+        parser.error("--snr_gamma is for --objective epsilon and v_prediction")
+    if args.validation_prompts and args.validation_labels:
+        parser.error("give one of --validation_prompts and --validation_labels")
+    return args
+
+
+def load_components(args: argparse.Namespace) -> dict:
+    """The pipeline's parts that are there before training: all of them when finetuning."""
+    if args.pretrained_model_name_or_path is not None:
+        pipeline = VQDiTLatentPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
+        labels = {int(number): name for number, name in pipeline.config.id2label.items()}
+        return {**pipeline.components, "id2label": labels, "max_sequence_length": pipeline.config.max_sequence_length}
+    text_encoder, tokenizer = None, None
+    if args.text_vq is not None:
+        text_encoder = TextVQModel.from_pretrained(args.text_vq)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer")
+    elif args.text_encoder is not None:
+        text_encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
+    return {
+        "transformer": None,
+        "vae": ImageVQModel.from_pretrained(args.image_vq),
+        "scheduler": make_scheduler(args),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "id2label": {},
+        "max_sequence_length": 77,
+    }
+
+
+def make_scheduler(args: argparse.Namespace):
+    """The pipeline's scheduler, for training from scratch: DiT's noise schedule, or flow matching."""
+    if args.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=args.shift)
+    return DDIMScheduler(beta_schedule="linear", beta_end=0.02, prediction_type=args.objective, clip_sample=False)
+
+
+def training_scheduler(args: argparse.Namespace, scheduler):
+    """The forward process of the pipeline's scheduler, which must be the objective's."""
+    flow = hasattr(scheduler, "scale_noise")
+    objective = "flow" if flow else scheduler.config.prediction_type
+    if objective != args.objective:
+        raise ValueError(f"objective={args.objective!r}, but the pretrained pipeline's is {objective!r}")
+    return (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_config(scheduler.config)
+
+
+def encode_labels(names: list, id2label: dict[int, str]) -> tuple[torch.Tensor, dict[int, str]]:
+    """Numbers (N,) of labels, and the names of the numbers, which are the known ones if there are any."""
+    names = [str(name) for name in names]
+    id2label = id2label or dict(enumerate(sorted(set(names))))
+    numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
+    if unknown := sorted(set(names) - set(numbers)):
+        raise ValueError(f"label_column has {unknown[:5]}, which the pretrained pipeline's labels lack")
+    return torch.tensor([numbers[name] for name in names]), id2label
+
+
+@torch.no_grad()
+def cache_latents(args: argparse.Namespace, vae, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from or written to ``--latents_file``."""
+    variants = 2 if args.random_flip else 1
+    side = pictures.shape[-1] // downsample_factor(vae)
+    if args.latents_file is not None and args.latents_file.is_file():
+        latents = load_file(args.latents_file)["latents"]
+        if latents.shape[:2] != (len(pictures), variants) or latents.shape[-1] != side:
+            raise ValueError(
+                f"latents_file={str(args.latents_file)!r} has {tuple(latents.shape)}, but the data makes "
+                f"{(len(pictures), variants, '...', side, side)}; delete it or name another"
+            )
+        return latents
+    parts = []
+    for part in tqdm(pictures.split(64), desc="Latents"):
+        pixels = to_pixels(part.to(device))
+        both = [pixels, pixels.flip(-1)][:variants]
+        parts.append(torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def cache_features(args: argparse.Namespace, pictures: torch.Tensor, grid: int, device: torch.device) -> torch.Tensor:
+    """Features (N, variants, grid^2, F) of the frozen vision encoder, float16 on the CPU."""
+    encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval().to(device)
+    encoder = getattr(encoder, "vision_model", encoder)
+    processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
+    parts = []
+    for part in tqdm(pictures.split(64), desc="Features"):
+        both = [part, part.flip(-1)][: 2 if args.random_flip else 1]
+        inputs = [processor(images=list(one), return_tensors="pt").pixel_values.to(device) for one in both]
+        parts.append(torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1))
+    return torch.cat(parts)
+
+
+def validate(args: argparse.Namespace, pipeline: VQDiTLatentPipeline, accelerator: Accelerator, step: int) -> None:
+    """Draw the validation prompts or labels with a fixed seed; keep them as a PNG and send them to the trackers."""
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"prompt": args.validation_prompts or None, "class_labels": args.validation_labels or None}
+    count = len(args.validation_prompts or args.validation_labels)
+    images = pipeline(**given, generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)]).images
+    folder = args.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = min(8, len(images))
+    blank = [images[0].copy() for _ in range(-len(images) % columns)]
+    make_image_grid([*images, *blank], rows=math.ceil(len(images) / columns), cols=columns).save(
+        folder / f"step-{step:06d}.png"
+    )
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(
+                "validation", np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC"
+            )
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": images}, step=step)
+
+
+class AlignedTransformer(torch.nn.Module):
+    """The transformer, and the projection of one block's output where it is aligned; one module for one optimizer."""
+
+    def __init__(self, transformer: VQDiTTransformer2DModel, layer: int, feature_dim: int | None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = transformer.config
+        if feature_dim is not None:
+            if not 1 <= layer <= len(transformer.transformer_blocks):
+                raise ValueError(f"alignment_layer={layer} must be in [1, {len(transformer.transformer_blocks)}]")
+            self.projector = AlignmentProjector(transformer.inner_dim, feature_dim)
+            transformer.transformer_blocks[layer - 1].register_forward_hook(self._keep)
+
+    # What the last forward pass is to be aligned by.
+    projected: torch.Tensor | None = None
+
+    def _keep(self, block: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._hidden = output
+
+    def forward(self, *args, **kwargs):
+        # A caption passes through the blocks before the latents do, so that the latents' states are kept last.
+        output = self.transformer(*args, **kwargs)
+        if hasattr(self, "projector"):
+            # In the output as well, where DistributedDataParallel looks for what gets gradients.
+            output["projected"] = self.projected = self.projector(self._hidden)
+        return output
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        # Without captions in a batch, their projection gets no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        step_scheduler_with_optimizer=False,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    device = accelerator.device
+
+    # 1. Pictures, labels, captions
+    parts = load_components(args)
+    vae, transformer = parts["vae"].eval().to(device), parts["transformer"]
+    if args.caption_columns and parts["text_encoder"] is None:
+        raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        columns=[*args.caption_columns, *([args.label_column] if args.label_column else [])],
+        image_column=args.image_column,
+        max_samples=args.max_train_samples,
+        cache_dir=args.cache_dir,
+    )
+    resolution = args.resolution
+    if resolution is None:
+        size = vae.config.sample_size
+        resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
+    pictures, rows = decode_images(dataset, args.image_column, resolution)
+    dataset = dataset.select(rows)
+    captions = {column: list(dataset[column]) for column in args.caption_columns}
+    for column, texts in captions.items():
+        check_captions(texts, column)
+    labels, id2label = None, parts["id2label"]
+    if args.label_column is not None:
+        labels, id2label = encode_labels(dataset[args.label_column], id2label)
+
+    # 2. Latents, normalised by their own statistics unless the VQ's config has some
+    with accelerator.main_process_first():
+        latents = cache_latents(args, vae, pictures, device)
+        if args.latents_file is not None and not args.latents_file.is_file() and accelerator.is_main_process:
+            args.latents_file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"latents": latents}, args.latents_file)
+    if args.pretrained_model_name_or_path is None and vae.config.latents_mean is None:
+        mean, std = measure_latents(latents.flatten(0, 1).split(1024))
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
+    mean, deviation = (value.cpu() for value in latent_statistics(vae))
+    latents = (latents - mean) / deviation
+
+    # 3. Transformer
+    side = latents.shape[-1]
+    if transformer is None:
+        caption_channels = None
+        if args.caption_columns:
+            config = parts["text_encoder"].config
+            caption_channels = config.code_dim if args.text_vq is not None else config.hidden_size
+        transformer = VQDiTTransformer2DModel(
+            num_attention_heads=args.num_attention_heads,
+            attention_head_dim=args.attention_head_dim,
+            in_channels=latents.shape[2],
+            out_channels=latents.shape[2] * (2 if args.learn_sigma else 1),
+            num_layers=args.num_layers,
+            dropout=args.dropout,
+            sample_size=side,
+            patch_size=args.patch_size,
+            num_embeds_ada_norm=max(1, len(id2label)),
+            norm_eps=1e-6,
+            freq_shift=0.0,
+            caption_channels=caption_channels,
+        ).share_embedder()
+    else:
+        transformer.to(torch.float32)
+        if (transformer.config.out_channels == 2 * transformer.config.in_channels) != args.learn_sigma:
+            raise ValueError(f"learn_sigma={args.learn_sigma} is not what the pretrained transformer has")
+    transformer.train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.compile:
+        transformer.compile_repeated_blocks()
+    scheduler = training_scheduler(args, parts["scheduler"])
+    null_label = transformer.config.num_embeds_ada_norm
+    features = None
+    if args.alignment_encoder is not None:
+        features = cache_features(args, pictures, side // transformer.config.patch_size, device)
+    model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    parts["id2label"] = id2label
+
+    def build_pipeline() -> VQDiTLatentPipeline:
+        return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
+
+    encoder_pipeline = build_pipeline()
+    if parts["text_encoder"] is not None:
+        parts["text_encoder"].eval().requires_grad_(False).to(device)
+
+    # 4. Optimizer and learning rate
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * accelerator.num_processes
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.adam_weight_decay),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    max_steps = args.max_train_steps or math.ceil(len(latents) / global_batch) * args.num_train_epochs
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    if ema is not None:
+        ema.to(device)
+        accelerator.register_for_checkpointing(ema)
+
+    # 5. Resume
+    step = 0
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        step = checkpoint_step(checkpoint)
+        logger.info(f"resumed from {checkpoint}")
+    if accelerator.is_main_process and accelerator.log_with:
+        accelerator.init_trackers("vqdit-latent", config=tracker_config(args))
+    parameters = sum(p.numel() for p in transformer.parameters())
+    logger.info(
+        f"{len(latents)} samples, {parameters / 1e6:.1f} M parameters, {max_steps} steps of batch {global_batch}"
+    )
+
+    # 6. Train
+    micro_step = step * args.gradient_accumulation_steps
+    batches = shuffled_batches(
+        len(latents),
+        args.train_batch_size,
+        seed=args.seed,
+        start=micro_step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    smooth, started, seen = None, time.time(), 0
+    while step < max_steps:
+        rows = next(batches)
+        generator = step_generator(args.seed + 1, micro_step, accelerator.process_index)
+        variant = torch.randint(latents.shape[1], (len(rows),), generator=generator)
+        clean = latents[rows, variant].to(device)
+        # Each condition is dropped on its own, so that either alone, both and neither are trained.
+        drop = drawn_to_drop(len(rows), args.label_dropout, generator)
+        batch_labels = torch.full((len(rows),), null_label)
+        if labels is not None:
+            batch_labels = torch.where(drop, null_label, labels[rows])
+        conditions = {}
+        if captions:
+            columns = torch.randint(len(captions), (len(rows),), generator=generator).tolist()
+            wordings = list(captions.values())
+            states, mask = encoder_pipeline.encode_prompt(
+                [wordings[column][row] for column, row in zip(columns, rows.tolist(), strict=True)]
+            )
+            drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
+            mask = mask.to(device) & ~drop[:, None].to(device)
+            conditions = {"encoder_hidden_states": states.to(device), "encoder_attention_mask": mask}
+        with accelerator.accumulate(model):
+            loss = latent_diffusion_loss(
+                model,
+                scheduler,
+                clean,
+                batch_labels.to(device),
+                **conditions,
+                snr_gamma=args.snr_gamma,
+                logit_normal=args.logit_normal,
+                generator=generator,
+            )
+            logs = {"loss": loss.detach()}
+            if features is not None:
+                alignment = alignment_loss(unwrap(model).projected, features[rows, variant].to(device))
+                logs["alignment"] = alignment.detach()
+                loss = loss + args.alignment_weight * alignment
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                lr_scheduler.step()
+            optimizer.zero_grad()
+        micro_step += 1
+        seen += len(rows) * accelerator.num_processes
+        logs = {name: accelerator.reduce(value, "mean").item() for name, value in logs.items()}
+        if not math.isfinite(logs["loss"]):
+            raise RuntimeError(f"the loss is {logs['loss']} at step {step}: lower --learning_rate or check the data")
+        smooth = logs["loss"] if smooth is None else 0.99 * smooth + 0.01 * logs["loss"]
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        if ema is not None:
+            ema.step(transformer.parameters())
+        progress.update(1)
+        speed = seen / (time.time() - started)
+        progress.set_postfix({"loss": f"{smooth:.4f}", "images/s": f"{speed:.0f}"})
+        rate = lr_scheduler.get_last_lr()[0]
+        accelerator.log({**logs, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step)
+        if step % args.checkpointing_steps == 0 or step == max_steps:
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
+        wanted = args.validation_prompts or args.validation_labels
+        if wanted and accelerator.is_main_process and step % args.validation_steps == 0:
+            if ema is not None:
+                ema.store(transformer.parameters())
+                ema.copy_to(transformer.parameters())
+            transformer.eval()
+            validate(args, build_pipeline(), accelerator, step)
+            transformer.train()
+            if ema is not None:
+                ema.restore(transformer.parameters())
+    progress.close()
+
+    # 7. Save the pipeline
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(transformer.parameters())
+        transformer.eval()
+        pipeline = build_pipeline()
+        save_pretrained_atomically(pipeline, args.output_dir)
+        if args.push_to_hub:
+            pipeline.push_to_hub(args.hub_model_id or args.output_dir.name, token=args.hub_token)
+        logger.info(f"saved the pipeline to {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
