@@ -17,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..hub.checkpoint_mixin import CheckpointMixin
 from .attention_processor import DiTAttnProcessor, VQDiTAttention
 
 
@@ -136,7 +137,7 @@ def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim
     return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()
 
 
-class VQDiTTransformer2DModel(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
+class VQDiTTransformer2DModel(CheckpointMixin, DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike.

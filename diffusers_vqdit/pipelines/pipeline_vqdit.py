@@ -14,9 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, BaseOutput, logging, replace_example_docstring
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.remote_code import save_remote_code
 from ..image_utils import (
     back_project,
     fill_with_surroundings,
@@ -85,7 +87,7 @@ class _Source:
     tiles: int | None = None
 
 
-class VQDiTPipeline(DiffusionPipeline):
+class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
@@ -127,17 +129,20 @@ class VQDiTPipeline(DiffusionPipeline):
         )
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Record our classes as diffusers', where importing this package puts them.
+        """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.
 
         `DiffusionPipeline.from_pretrained` refuses repositories with components of a library that it doesn't know.
         """
-        package = __package__.split(".")[0]
-        ours = {
+        ours = ("diffusers_vqdit", DIFFUSERS_DYNAMIC_MODULE_NAME)  # as a package, and as a file of a repository
+        recorded = {
             name: ("diffusers", self.config[name][1])
             for name, component in self.components.items()
-            if component is not None and self.config[name][0].split(".")[0] == package
+            if component is not None and self.config[name][0].split(".")[0] in ours
         }
-        self.register_to_config(**ours)
+        self.register_to_config(**recorded)
+        if type(self).__module__.split(".")[0] in ours:
+            os.makedirs(save_directory, exist_ok=True)
+            save_remote_code(type(self), save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     @property
