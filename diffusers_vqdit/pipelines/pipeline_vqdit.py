@@ -564,19 +564,35 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
         self._num_timesteps = num_inference_steps
 
         # 5. Denoise
+        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
+        sizes = [value.shape[1] for value in fixed.values()]
+        event = None
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for index, timestep in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
-                # Without masks a step changes nothing; few codes may all be known before the last one.
-                if any((value == masks[name]).any() for name, value in codes.items()):
-                    times = timestep.expand(batch_size)
+                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
+                event = self.scheduler.next_event(timestep, masked, event, generator=generator)
+                if event.needs_model:
+                    times = event.timesteps
                     logits = self.transformer(codes, timestep=times, prefix=prefix).sample
-                    if guidance_scale != 1.0:
+                    scale = self.scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
+                    if (scale != 1.0).any():
                         free = self.transformer(codes, timestep=times).sample
-                        logits = {name: free[name] + guidance_scale * (logits[name] - free[name]) for name in logits}
-                    for name, value in codes.items():
-                        step = self.scheduler.step(logits[name], timestep, value.flatten(1), generator=generator)
+                        # l_u + g (l_c - l_u), which is l_c exactly where g is 1
+                        weight = {name: scale.to(value)[:, None, None] for name, value in free.items()}
+                        logits = {name: torch.lerp(free[name], logits[name], weight[name]) for name in logits}
+                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
+                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
+                        step = self.scheduler.step(
+                            logits[name],
+                            timestep,
+                            value.flatten(1),
+                            revealed=reveal,
+                            known=fixed[name],
+                            shape=value.shape[1:],
+                            generator=generator,
+                        )
                         codes[name] = step.prev_sample.view_as(value)
                         predicted[name] = step.pred_original_sample.view_as(value)
                 if callback_on_step_end is not None:

@@ -4,15 +4,21 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..hub.checkpoint_mixin import CheckpointMixin
-
-
-Generators = torch.Generator | list[torch.Generator] | None
+from .samplers import (
+    Generators,
+    draw,
+    entropies,
+    halton_order,
+    highest,
+    next_reveals,
+    uniform,
+    within_entropy_bound,
+)
 
 
 @dataclass
@@ -28,6 +34,24 @@ class MaskedDiffusionSchedulerOutput(BaseOutput):
     pred_original_sample: torch.LongTensor
 
 
+@dataclass
+class MaskedDiffusionEvent:
+    """Output of [`MaskedDiffusionScheduler.next_event`]: what the model is needed for next.
+
+    Args:
+        timesteps (`torch.FloatTensor` of shape `(B,)`): the time of each row, for the model.
+        needs_model (`bool`): whether [`~MaskedDiffusionScheduler.step`] needs the model at all.
+        revealed (`torch.BoolTensor` of shape `(B, N)`): codes that are to be revealed, for `step`; None where the
+            sampler chooses them by the model's output.
+        steps_left (`torch.LongTensor` of shape `(B,)`): steps of each row after this one.
+    """
+
+    timesteps: torch.Tensor
+    needs_model: bool
+    revealed: torch.Tensor | None
+    steps_left: torch.LongTensor
+
+
 class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
     """Masked diffusion over codes in [0, K), K being the mask (Austin et al. 2021; Sahoo et al. 2024, MDLM).
 
@@ -37,12 +61,23 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
 
     Args:
         masking: ``"cosine"``, share of masks sin(pi t / 2) (Chang et al. 2022, MaskGIT), or ``"linear"``, share t.
-        sampler: ``"ancestral"`` reveals each masked code on its own, with the probability of the exact reverse
-            process; ``"confidence"`` reveals the codes drawn with the largest probability, as many of a row's masked
-            ones as the schedule says, at least one a step (MaskGIT).
+        sampler: which masked codes a step reveals.
+            ``"ancestral"``: each on its own, with the probability of the exact reverse process;
+            ``"confidence"``: those drawn with the largest probability, as many of a row's masked ones as the schedule
+            says, at least one a step (MaskGIT);
+            ``"halton"``: as many, in an order that spreads over the grid (Besnier et al. 2025);
+            ``"entropy_bound"``: those the model is surest of, as many as `entropy_bound` allows (Ben-Hamu et al.
+            2025): a row takes as many steps as it needs, and the last one reveals what is left.
         temperature: divides the logits; 0 takes the likeliest code.
         choice_temperature: weight of the Gumbel noise on the log-probabilities that ``"confidence"`` ranks; it falls
             with the share of masks.
+        entropy_bound: gamma of ``"entropy_bound"``, in nats: the sum of the entropies of the codes that a step
+            reveals, without the largest, is at most this. 0 reveals one code a step, and more only where the model is
+            certain.
+        remask: eta of ``"ancestral"``: the probability that a visible code is masked again in a step, capped so that
+            the share of masks stays the schedule's (Wang et al. 2025, ReMDM). 0 never does.
+        guidance_schedule: how the guidance scale rises while the masks become fewer, see [`guidance_scale_at`]:
+            ``"constant"``, ``"linear"`` or ``"cosine"``.
     """
 
     order = 1
@@ -54,15 +89,26 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         sampler: str = "confidence",
         temperature: float = 1.0,
         choice_temperature: float = 1.0,
+        entropy_bound: float = 1.0,
+        remask: float = 0.0,
+        guidance_schedule: str = "constant",
     ) -> None:
         if masking not in ("cosine", "linear"):
             raise ValueError(f"masking={masking!r} must be 'cosine' or 'linear'")
-        if sampler not in ("ancestral", "confidence"):
-            raise ValueError(f"sampler={sampler!r} must be 'ancestral' or 'confidence'")
+        if sampler not in ("ancestral", "confidence", "halton", "entropy_bound"):
+            raise ValueError(f"sampler={sampler!r} must be 'ancestral', 'confidence', 'halton' or 'entropy_bound'")
         if temperature < 0 or choice_temperature < 0:
             raise ValueError(
                 f"temperature={temperature} and choice_temperature={choice_temperature} must not be negative"
             )
+        if not entropy_bound >= 0:
+            raise ValueError(f"entropy_bound={entropy_bound!r} must not be negative")
+        if not 0 <= remask <= 1:
+            raise ValueError(f"remask={remask!r} must be in [0, 1]")
+        if remask and sampler != "ancestral":
+            raise ValueError(f"remask={remask!r} needs sampler='ancestral', got sampler={sampler!r}; use remask=0")
+        if guidance_schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"guidance_schedule={guidance_schedule!r} must be 'constant', 'linear' or 'cosine'")
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
 
@@ -91,6 +137,28 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         """Weight -alpha'(t) / (1 - alpha(t)) of a masked code's cross-entropy in the NELBO (Sahoo et al. 2024, eq.
         10), for t in (0, 1]: it grows without bound towards 0, where nothing is masked."""
         return -self.d_alpha(t) / self.mask_ratio(t)
+
+    def guidance_scale_at(self, mask_ratio: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The guidance scale 1 + (g - 1) w(r) at the share r of masks: weak early, strong late.
+
+        w is 1 (``"constant"``), 1 - r (``"linear"``, as in Chang et al. 2023, Muse) or (1 + cos(pi r)) / 2
+        (``"cosine"``, as in Gao et al. 2023, MDT). Early codes thus come from the distribution itself, which keeps
+        samples diverse, and late ones follow what is given. A scale of 1 stays 1.
+
+        Args:
+            mask_ratio: share (B,) of each row's codes that are masked, in [0, 1].
+            guidance_scale: g.
+
+        Returns:
+            (B,), of mask_ratio's dtype.
+        """
+        if self.config.guidance_schedule == "constant":
+            weight = torch.ones_like(mask_ratio)
+        elif self.config.guidance_schedule == "linear":
+            weight = 1.0 - mask_ratio
+        else:
+            weight = 0.5 * (1.0 + torch.cos(math.pi * mask_ratio))
+        return 1.0 + (guidance_scale - 1.0) * weight
 
     # -----------------------------------------------------------------------------------------------------------------
     # Forward process
@@ -148,6 +216,77 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         """Codes need no scaling; here for interchange with other schedulers."""
         return sample
 
+    def _steps_left(self, timestep: torch.Tensor | float) -> int:
+        """Steps from this time to 0, this one among them."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before sampling")
+        steps = float(timestep) * self.num_inference_steps
+        if abs(steps - round(steps)) > 1e-3 or not 1 <= round(steps) <= self.num_inference_steps:
+            raise ValueError(
+                f"timestep={float(timestep)} must be one of the {self.num_inference_steps} that set_timesteps made, "
+                f"from 1 down to 1/{self.num_inference_steps}"
+            )
+        return round(steps)
+
+    def next_event(
+        self,
+        timestep: torch.Tensor | float,
+        masked: torch.BoolTensor,
+        previous: MaskedDiffusionEvent | None = None,
+        *,
+        generator: Generators = None,
+    ) -> MaskedDiffusionEvent:
+        """What the model is needed for next: call it once for each of ``timesteps``, before the model and [`step`].
+
+        The reveals of the ancestral sampler don't depend on the codes. So each row goes at once to its next step that
+        reveals something, at a time of its own, and no call is spent on the others: at most as many as there are
+        codes, however many steps there are. The samples have the distribution that [`step`] alone gives. The other
+        samplers, and remasking, need the model at every step that has masks.
+
+        ```py
+        event = None
+        for timestep in scheduler.timesteps:
+            event = scheduler.next_event(timestep, sample == K, event)
+            if event.needs_model:
+                logits = model(sample, event.timesteps)
+                sample = scheduler.step(logits, timestep, sample, revealed=event.revealed).prev_sample
+        ```
+
+        Args:
+            timestep: one of ``timesteps``. No row is at a later one after it.
+            masked: (B, N) bool, what is masked; of all segments where several are generated.
+            previous: what this method returned last; None at the first step.
+            generator: one, or one a row.
+
+        Raises:
+            ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or masked does not fit.
+        """
+        steps = self._steps_left(timestep)
+        if masked.dtype != torch.bool or masked.ndim != 2:
+            raise ValueError(f"masked must be bool (B, N), got {masked.dtype} of shape {tuple(masked.shape)}")
+        batch_size, device = len(masked), masked.device
+        if self.config.sampler == "ancestral" and not self.config.remask:
+            left = torch.full((batch_size,), steps, device=device)
+            if previous is not None:
+                left = left.minimum(previous.steps_left)
+            noise = uniform(masked.shape, generator, device)
+            left, revealed = next_reveals(masked, noise, self._ratios(device), left)
+            times = (left + 1).double() / self.num_inference_steps
+            return MaskedDiffusionEvent(times.float(), bool(revealed.any()), revealed, left)
+        left = torch.full((batch_size,), steps - 1, device=device)
+        if self.config.sampler == "entropy_bound":
+            # Rows take as many steps as they need: their times are those of their own shares of masks.
+            times = self.time_of_mask_ratio(masked.double().mean(1))
+        else:
+            times = (left + 1).double() / self.num_inference_steps
+        # Remasking goes on where nothing is masked.
+        return MaskedDiffusionEvent(times.float(), bool(masked.any()) or self.config.remask > 0, None, left)
+
+    def _ratios(self, device: torch.device) -> torch.Tensor:
+        """The shares of masks (n + 1,) with 0, ..., n steps left, float64."""
+        steps = torch.arange(self.num_inference_steps + 1, dtype=torch.float64, device=device)
+        return self.mask_ratio(steps / self.num_inference_steps)
+
     @torch.no_grad()
     def step(
         self,
@@ -155,23 +294,30 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         timestep: torch.Tensor | float,
         sample: torch.LongTensor,
         *,
+        revealed: torch.BoolTensor | None = None,
+        known: torch.BoolTensor | None = None,
+        shape: tuple[int, ...] | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> MaskedDiffusionSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
-        """Go from time t to the next one. A visible code never changes.
+        """Go from time t to the next one. A visible code never changes, unless it is masked again by `remask`.
 
         Args:
             model_output: logits (B, N, K).
             timestep: t, one of ``timesteps``.
             sample: codes (B, N) at t, K where masked.
+            revealed: (B, N) bool, what to reveal of the masked codes, from [`next_event`]; None leaves it to the
+                sampler.
+            known: (B, N) bool, codes that were there from the start and that ``remask`` must leave alone; None is
+                none.
+            shape: the grid, such as (h, w), that the N codes are; None is (N,). Read by ``"halton"`` only.
             generator: one, or one a row.
 
         Raises:
             ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or shapes or codes don't
                 fit.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step")
+        steps = self._steps_left(timestep)
         if model_output.ndim != 3 or sample.shape != model_output.shape[:2]:
             raise ValueError(
                 f"model_output must be (B, N, K) and sample (B, N), got {tuple(model_output.shape)} and "
@@ -185,14 +331,16 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         mask_token_id = model_output.shape[-1]
         if sample.numel() and (sample.min() < 0 or sample.max() > mask_token_id):
             raise ValueError(f"sample must be in [0, {mask_token_id}], got {sample.min()} to {sample.max()}")
-        steps = float(timestep) * self.num_inference_steps
-        if abs(steps - round(steps)) > 1e-3 or not 1 <= round(steps) <= self.num_inference_steps:
-            raise ValueError(
-                f"timestep={float(timestep)} must be one of the {self.num_inference_steps} that set_timesteps made, "
-                f"from 1 down to 1/{self.num_inference_steps}"
-            )
-        remaining = round(steps) - 1  # steps after this one
-        times = torch.tensor([remaining, remaining + 1], dtype=torch.float64) / self.num_inference_steps
+        for name, value in (("revealed", revealed), ("known", known)):
+            if value is not None and (value.dtype != torch.bool or value.shape != sample.shape):
+                raise ValueError(
+                    f"{name} must be bool of shape {tuple(sample.shape)}, got {value.dtype} of shape "
+                    f"{tuple(value.shape)}"
+                )
+        shape = tuple(shape) if shape is not None else sample.shape[1:]
+        if math.prod(shape) != sample.shape[1]:
+            raise ValueError(f"shape={tuple(shape)} must have {sample.shape[1]} cells, as many as sample has codes")
+        times = torch.tensor([steps - 1, steps], dtype=torch.float64) / self.num_inference_steps
         next_ratio, ratio = self.mask_ratio(times).tolist()
 
         # 1. Draw every masked code. Both draws are made for all positions, so that a row's noise is its own.
@@ -204,71 +352,43 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         original = sample.masked_scatter(masked, codes)
 
         # 2. Choose those to reveal
-        if self.config.sampler == "ancestral":
-            # q(x_s | x_t, x_0) reveals a masked code with probability (alpha_s - alpha_t) / (1 - alpha_t).
-            revealed = masked & (reveal_noise < 1.0 - next_ratio / ratio)
+        if revealed is not None:
+            revealed = masked & revealed
+        elif self.config.sampler == "ancestral":
+            # q(x_s | x_t, x_0) reveals a masked code with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)
+            # (Wang et al. 2025; with sigma = 0 Sahoo et al. 2024).
+            sigma = self._remask_probability(ratio, next_ratio)
+            revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
+        elif self.config.sampler == "entropy_bound":
+            entropy = torch.full(sample.shape, math.inf, dtype=torch.float64, device=sample.device)
+            entropy[masked] = entropies(logits, self.config.temperature)
+            revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked
         else:
-            gumbel = -torch.log(-torch.log(reveal_noise.clamp(1e-300, 1 - 1e-16)))
-            confidence = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)
-            confidence[masked] = log_probabilities
-            confidence = confidence + self.config.choice_temperature * next_ratio * gumbel
+            score = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)
+            if self.config.sampler == "halton":
+                order = halton_order(tuple(shape)).to(score)
+                score = torch.where(masked, -order, score)
+            else:
+                gumbel = -torch.log(-torch.log(reveal_noise.clamp(1e-300, 1 - 1e-16)))
+                score[masked] = log_probabilities
+                score = score + self.config.choice_temperature * next_ratio * gumbel
             # Of the codes that a row has masked, the share that the schedule masks next; at least one is revealed.
             # Rounded, for a floor taken anew at each step would drift below the schedule.
             count = masked.sum(1)
             kept = torch.round(count * (next_ratio / ratio)).long().minimum((count - 1).clamp_min(0))
-            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            revealed = masked & (rank < (count - kept)[:, None])
+            revealed = masked & highest(score, count - kept)
         previous = torch.where(revealed, original, sample)
+
+        # 3. Mask visible codes again; the noise of the masked ones was used, that of the visible ones was not.
+        if self.config.remask:
+            remasked = ~masked & (reveal_noise < self._remask_probability(ratio, next_ratio))
+            if known is not None:
+                remasked &= ~known
+            previous = previous.masked_fill(remasked, mask_token_id)
         if not return_dict:
             return previous, original
         return MaskedDiffusionSchedulerOutput(prev_sample=previous, pred_original_sample=original)
 
-
-def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
-    """Uniform float64 numbers; row i from generator i where there is a list.
-
-    In float32 the smallest numbers are too coarse: Gumbel noise made of them lowers the temperature (Zheng et al.
-    2024).
-    """
-    if isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f"generator is a list of {len(generator)}, but there are {shape[0]} rows")
-        return torch.stack([uniform(shape[1:], one, device) for one in generator])
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator={generator!r} must be a torch.Generator or a list of them, one a row")
-    source = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=source, dtype=torch.float64).to(device)
-
-
-def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, and their
-    log-probabilities.
-
-    The inverse is looked up first among blocks of about sqrt(K) codes, then within one: only its codes are summed in
-    float64.
-
-    Args:
-        logits: (M, K).
-        noise: (M,) float64, uniform in [0, 1).
-        temperature: 0 takes the largest logit.
-
-    Returns:
-        codes (M,) int64, and (M,) float64 log-probabilities at the temperature given (at 1 where that is 0).
-    """
-    logits = logits.float()
-    probabilities = torch.softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)  # (M, K)
-    if temperature == 0:
-        codes = logits.argmax(-1)
-    else:
-        size = logits.shape[-1]
-        width = 1 << ((size - 1).bit_length() + 1) // 2
-        blocks = F.pad(probabilities, (0, -size % width)).unflatten(-1, (-1, width))  # (M, blocks, width)
-        cumulative = blocks.sum(-1).double().cumsum(-1)  # (M, blocks)
-        target = noise[:, None] * cumulative[:, -1:]  # (M, 1)
-        block = torch.searchsorted(cumulative, target, right=True)
-        before = F.pad(cumulative, (1, 0)).gather(1, block)
-        within = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)  # (M, width)
-        # The two sums of a block differ by rounding: never look beyond the last code that is possible.
-        rest = (target - before).minimum(within[:, -1:] * (1 - 2**-53))
-        codes = (block * width + torch.searchsorted(within, rest, right=True))[:, 0]
-    return codes, probabilities.gather(1, codes[:, None])[:, 0].double().log()
+    def _remask_probability(self, ratio: float, next_ratio: float) -> float:
+        """sigma = min(eta, (1 - alpha_s) / alpha_t), the max-capped schedule of Wang et al. 2025."""
+        return min(self.config.remask, next_ratio / (1.0 - ratio)) if ratio < 1 else self.config.remask

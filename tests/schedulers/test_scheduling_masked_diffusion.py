@@ -5,28 +5,17 @@ import pytest
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler
-from diffusers_vqdit.schedulers.scheduling_masked_diffusion import draw
+from diffusers_vqdit.schedulers.samplers import halton_order
 
 
 MASKINGS = ["linear", "cosine"]
-
-
-class ExactDenoiser:
-    """The true conditionals p(x_i | visible codes) of a table over 3 codes with 3 values each."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(3)
-        self.table = torch.rand(3, 3, 3, generator=generator, dtype=torch.float64) ** 3
-        self.table /= self.table.sum()
-        self.logits = torch.empty(4, 4, 4, 3, 3, dtype=torch.float64)
-        for pattern in itertools.product(range(4), repeat=3):  # 3 is the mask
-            visible = self.table[tuple(slice(None) if x == 3 else slice(x, x + 1) for x in pattern)]
-            for position in range(3):
-                others = [d for d in range(3) if d != position]
-                self.logits[pattern][position] = (visible.sum(others) / visible.sum()).expand(3).log()
-
-    def __call__(self, sample):
-        return self.logits[sample.unbind(1)]
+SAMPLERS = [
+    {"sampler": "ancestral"},
+    {"sampler": "ancestral", "remask": 0.3},
+    {"sampler": "confidence"},
+    {"sampler": "halton"},
+    {"sampler": "entropy_bound", "entropy_bound": 0.7},
+]
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
@@ -70,9 +59,9 @@ def test_the_share_of_masks_is_the_schedules(masking):
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_the_bound_of_the_exact_denoiser_is_the_log_likelihood(masking):
+def test_the_bound_of_the_exact_denoiser_is_the_log_likelihood(masking, denoiser):
     # With exact conditionals the NELBO is tight for the any-order average: E_x[NELBO] = entropy of the table.
-    scheduler, denoiser = MaskedDiffusionScheduler(masking=masking), ExactDenoiser()
+    scheduler = MaskedDiffusionScheduler(masking=masking)
     generator = torch.Generator().manual_seed(0)
     count = 400_000
     flat = torch.multinomial(denoiser.table.flatten(), count, replacement=True, generator=generator)
@@ -86,10 +75,10 @@ def test_the_bound_of_the_exact_denoiser_is_the_log_likelihood(masking):
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_the_bound_of_each_sample_is_its_log_likelihood(masking):
+def test_the_bound_of_each_sample_is_its_log_likelihood(masking, denoiser):
     # The chain rule holds in any order, so with exact conditionals the integral over t is -log p(x) for every x. All
     # masks are enumerated: what is left is the error of the midpoint rule.
-    scheduler, denoiser = MaskedDiffusionScheduler(masking=masking), ExactDenoiser()
+    scheduler = MaskedDiffusionScheduler(masking=masking)
     t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     ratio = scheduler.mask_ratio(t)
     for x in (torch.tensor([0, 1, 2]), torch.tensor([2, 2, 0])):
@@ -105,8 +94,8 @@ def test_the_bound_of_each_sample_is_its_log_likelihood(masking):
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_ancestral_sampling_draws_from_the_exact_distribution(masking):
-    scheduler, denoiser = MaskedDiffusionScheduler(masking=masking, sampler="ancestral"), ExactDenoiser()
+def test_ancestral_sampling_draws_from_the_exact_distribution(masking, denoiser):
+    scheduler = MaskedDiffusionScheduler(masking=masking, sampler="ancestral")
     scheduler.set_timesteps(64)
     generator = torch.Generator().manual_seed(0)
     sample = torch.full((40_000, 3), 3)
@@ -117,68 +106,74 @@ def test_ancestral_sampling_draws_from_the_exact_distribution(masking):
     assert 0.5 * (counts - denoiser.table.flatten()).abs().sum() < 0.025
 
 
-def test_codes_are_drawn_from_the_softmax():
-    logits = torch.randn(6)
-    noise = torch.rand(60_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for temperature in (0.5, 1.0, 2.0):
-        codes, log_probabilities = draw(logits.expand(60_000, 6), noise, temperature)
-        expected = torch.softmax(logits.double() / temperature, 0)
-        torch.testing.assert_close(torch.bincount(codes, minlength=6) / 60_000.0, expected.float(), atol=0.01, rtol=0)
-        torch.testing.assert_close(log_probabilities, expected.log()[codes], rtol=1e-5, atol=1e-5)
-    assert (draw(logits.expand(9, 6), noise[:9], 0.0)[0] == logits.argmax()).all()
+def sample_codes(scheduler, model, sample, generator=None, **options):
+    """Sample as a pipeline does, and count the calls of the model."""
+    known, event, calls = sample < model.mask, None, 0
+    for timestep in scheduler.timesteps:
+        event = scheduler.next_event(timestep, sample == model.mask, event, generator=generator)
+        if event.needs_model:
+            calls += 1
+            sample = scheduler.step(
+                model(sample),
+                timestep,
+                sample,
+                revealed=event.revealed,
+                known=known,
+                generator=generator,
+                **options,
+            ).prev_sample
+    return sample, calls
 
 
-def test_impossible_codes_are_never_drawn():
-    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(5, 5)
-    noise = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 1e-16], dtype=torch.float64)
-    assert draw(logits, noise, 1.0)[0].tolist() == [1, 1, 3, 3, 3]
-    # The last of many numbers, where sums in two orders differ in their last digits
-    logits = torch.randn(2000, 100)
-    logits[:, 90:] = -math.inf
-    codes, _ = draw(logits, torch.full((2000,), 1 - 2**-53, dtype=torch.float64), 1.0)
-    assert (codes == 89).all()
+class TinyModel:
+    """Logits (B, 20, 8) that depend on all codes of the row, and on nothing else."""
+
+    mask = 8
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.weight = torch.randn(9, 20, 8, dtype=torch.float64, generator=generator)
+
+    def __call__(self, sample):
+        own = self.weight[sample, torch.arange(20)]  # (B, 20, 8)
+        return 2 * own + own.roll(1, 1) - own.roll(5, 1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16, 37, 1024, 1500])
-def test_codes_are_those_of_the_whole_distribution_function(size):
-    logits = 3 * torch.randn(500, size)
-    logits[:, ::3] = -math.inf if size > 1 else 0.0
-    noise = torch.rand(500, dtype=torch.float64)
-    noise[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    expected = torch.searchsorted(cumulative / cumulative[:, -1:], noise[:, None], right=True)[:, 0]
-    codes, log_probabilities = draw(logits, noise, 1.0)
-    assert torch.isfinite(log_probabilities).all()
-    # Single precision moves a boundary between two codes by 1e-7 at most.
-    assert (codes != expected).sum() <= 1
-
-
-@pytest.mark.parametrize("sampler", ["ancestral", "confidence"])
+@pytest.mark.parametrize("options", SAMPLERS)
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_rows_are_on_their_own_and_known_codes_stay(sampler, masking):
-    scheduler = MaskedDiffusionScheduler(masking=masking, sampler=sampler)
+def test_rows_are_on_their_own_and_known_codes_stay(options, masking):
+    scheduler = MaskedDiffusionScheduler(masking=masking, **options)
     scheduler.set_timesteps(7)
-    start = torch.randint(9, (3, 20))
+    start = torch.randint(9, (4, 20))
     start[0, :] = 8  # all masked
     start[1, ::2] = 8  # half masked
     start[2] = start[2].clamp_max(7)  # nothing to reveal
-    logits = torch.randn(7, 3, 20, 8)
+    start[3] = start[3].clamp_max(7)
+    start[3, 5] = 8  # one masked
 
     def run(rows):
-        sample = start[rows]
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        for index, timestep in enumerate(scheduler.timesteps):
-            previous = sample
-            sample = scheduler.step(logits[index, rows], timestep, sample, generator=generators).prev_sample
-            visible = previous < 8
-            assert torch.equal(sample[visible], previous[visible])
-        return sample
+        return sample_codes(scheduler, TinyModel(), start[rows], generators, shape=(4, 5))[0]
 
-    together = run([0, 1, 2])
+    together = run([0, 1, 2, 3])
     assert (together < 8).all()
-    assert torch.equal(together[2], start[2])
-    for row in range(3):
+    known = start < 8
+    assert torch.equal(together[known], start[known])
+    for row in range(4):
         assert torch.equal(run([row])[0], together[row])
+    assert torch.equal(run([3, 0]), together[[3, 0]])
+
+
+@pytest.mark.parametrize("options", [one for one in SAMPLERS if not one.get("remask")])
+def test_visible_codes_never_change(options):
+    scheduler = MaskedDiffusionScheduler(**options)
+    scheduler.set_timesteps(7)
+    sample = torch.full((3, 20), 8)
+    for timestep in scheduler.timesteps:
+        previous = sample
+        sample = scheduler.step(torch.randn(3, 20, 8), timestep, sample).prev_sample
+        assert torch.equal(sample[previous < 8], previous[previous < 8])
+    assert (sample < 8).all()
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
@@ -222,6 +217,240 @@ def test_ancestral_reveals_a_share_that_keeps_to_the_schedule():
         assert left == pytest.approx(math.sin(math.pi / 2 * (1 - (index + 1) / 5)), abs=0.0125)
 
 
+def law(denoiser, steps, sigma=0.0):
+    """The distribution (4, 4, 4) of what n steps make of three masks, linear masking, by enumeration of all paths.
+
+    `sigma` is ReMDM's, capped as there: visible codes are masked with this probability, masked ones revealed with
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t).
+    """
+    states = list(itertools.product(range(4), repeat=3))
+    table = {state: 0.0 for state in states}
+    table[3, 3, 3] = 1.0
+    for left in range(steps, 0, -1):
+        alpha_t, alpha_s = 1 - left / steps, 1 - (left - 1) / steps
+        capped = min(sigma, (1 - alpha_s) / alpha_t) if alpha_t else sigma
+        reveal = (alpha_s - (1 - capped) * alpha_t) / (1 - alpha_t)
+        after = {state: 0.0 for state in states}
+        for state, mass in table.items():
+            if not mass:
+                continue
+            chances = []  # of each position's next value
+            for position, value in enumerate(state):
+                if value == 3:
+                    p = denoiser.logits[state][position].exp()
+                    chances.append([*(reveal * p).tolist(), 1 - reveal])
+                else:
+                    chances.append([(1 - capped) * (x == value) + capped * (x == 3) for x in range(4)])
+            for following in states:
+                after[following] += mass * math.prod(c[x] for c, x in zip(chances, following, strict=True))
+        table = after
+    assert sum(table.values()) == pytest.approx(1)
+    return torch.tensor([table[state] for state in itertools.product(range(3), repeat=3)], dtype=torch.float64)
+
+
+def frequencies(sample):
+    return torch.bincount(sample @ torch.tensor([9, 3, 1]), minlength=27).double() / len(sample)
+
+
+def total_variation(p, q):
+    return 0.5 * (p - q).abs().sum().item()
+
+
+# Total variation of the frequencies of 40,000 samples from 27 cells is about 0.01; 0.02 is far beyond chance.
+COUNT, CHANCE = 40_000, 0.02
+
+
+@pytest.mark.parametrize("steps", [2, 3, 200])
+def test_event_driven_sampling_has_the_distribution_of_the_plain_one(denoiser, steps):
+    scheduler = MaskedDiffusionScheduler(masking="linear", sampler="ancestral")
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    event_driven, calls = sample_codes(scheduler, denoiser, torch.full((COUNT, 3), 3), generator)
+    assert calls == min(steps, 3)
+    if steps == 200:
+        assert total_variation(frequencies(event_driven), denoiser.table.flatten()) < CHANCE
+        return
+    plain = torch.full((COUNT, 3), 3)
+    for timestep in scheduler.timesteps:
+        plain = scheduler.step(denoiser(plain), timestep, plain, generator=generator).prev_sample
+    expected = law(denoiser, steps)
+    assert total_variation(expected, denoiser.table.flatten()) > 2 * CHANCE  # so few steps are not exact
+    assert total_variation(frequencies(plain), expected) < CHANCE
+    assert total_variation(frequencies(event_driven), expected) < CHANCE
+
+
+def test_event_driven_sampling_infills_as_the_plain_one(denoiser):
+    scheduler = MaskedDiffusionScheduler(masking="cosine", sampler="ancestral")
+    scheduler.set_timesteps(200)
+    start = torch.tensor([3, 1, 3]).expand(COUNT, 3)
+    sample, calls = sample_codes(scheduler, denoiser, start, torch.Generator().manual_seed(0))
+    assert calls == 2 and (sample[:, 1] == 1).all()
+    expected = denoiser.table[:, 1] / denoiser.table[:, 1].sum()
+    observed = torch.bincount(sample[:, 0] * 3 + sample[:, 2], minlength=9).double() / COUNT
+    assert total_variation(observed, expected.flatten()) < CHANCE
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_event_driven_sampling_needs_a_call_for_each_code_at_most(masking):
+    scheduler = MaskedDiffusionScheduler(masking=masking, sampler="ancestral")
+    scheduler.set_timesteps(1000)
+    start = torch.full((6, 20), 8)
+    start[1, :13] = 0
+    start[2, :] = 0
+    sample, calls = sample_codes(scheduler, TinyModel(), start)
+    assert (sample < 8).all() and 15 <= calls <= 20  # 20 codes seldom share a step of 1,000
+    assert sample_codes(scheduler, TinyModel(), start[1:2])[1] <= 7
+    assert sample_codes(scheduler, TinyModel(), start[2:3])[1] == 0
+
+
+def test_events_are_on_the_grid_and_each_rows_times_fall():
+    scheduler = MaskedDiffusionScheduler(sampler="ancestral")
+    scheduler.set_timesteps(40)
+    masked, event, last = torch.ones(5, 9, dtype=torch.bool), None, torch.full((5,), 1.1)
+    for timestep in scheduler.timesteps:
+        event = scheduler.next_event(timestep, masked, event)
+        active = masked.any(1)
+        assert torch.isin(event.timesteps, scheduler.timesteps).all()
+        assert (event.timesteps <= timestep).all() and (event.timesteps < last)[active].all()
+        assert torch.equal(event.revealed.any(1), active) and not (event.revealed & ~masked).any()
+        assert event.needs_model == bool(active.any())
+        masked, last = masked & ~event.revealed, event.timesteps
+    assert not masked.any()
+
+
+def test_codes_masked_anew_between_events_are_still_revealed_by_the_end():
+    scheduler = MaskedDiffusionScheduler(sampler="ancestral")
+    scheduler.set_timesteps(10)
+    sample, event = torch.full((4, 20), 8), None
+    for index, timestep in enumerate(scheduler.timesteps):
+        event = scheduler.next_event(timestep, sample == 8, event)
+        if event.needs_model:
+            sample = scheduler.step(TinyModel()(sample), timestep, sample, revealed=event.revealed).prev_sample
+        if index == 7:  # as a callback may
+            sample[:, :10] = 8
+    assert (sample < 8).all()
+
+
+@pytest.mark.parametrize("remask", [0.3, 1.0])
+def test_remasking_has_the_distribution_of_the_papers_formulas(denoiser, remask):
+    scheduler = MaskedDiffusionScheduler(masking="linear", sampler="ancestral", remask=remask)
+    scheduler.set_timesteps(8)
+    start = torch.full((4 * COUNT, 3), 3)
+    sample, _ = sample_codes(scheduler, denoiser, start, torch.Generator().manual_seed(0))
+    expected = law(denoiser, 8, sigma=remask)
+    assert total_variation(expected, law(denoiser, 8)) > 1.25 * CHANCE  # it makes a difference
+    assert total_variation(frequencies(sample), expected) < CHANCE / 2  # half as far with four times the samples
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_remasking_keeps_the_exact_distribution(denoiser, masking):
+    scheduler = MaskedDiffusionScheduler(masking=masking, sampler="ancestral", remask=0.02)
+    scheduler.set_timesteps(100)
+    sample, calls = sample_codes(scheduler, denoiser, torch.full((COUNT, 3), 3), torch.Generator().manual_seed(0))
+    # Two codes that are revealed at once are drawn independently: an error of the order of 0.02, on top of chance.
+    assert calls == 100 and total_variation(frequencies(sample), denoiser.table.flatten()) < 0.03
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("remask", [0.1, 1.0])
+def test_remasking_keeps_the_share_of_masks(masking, remask):
+    scheduler = MaskedDiffusionScheduler(masking=masking, sampler="ancestral", remask=remask)
+    scheduler.set_timesteps(10)
+    sample = torch.full((1, 40_000), 4)
+    generator, again = torch.Generator().manual_seed(0), 0
+    for index, timestep in enumerate(scheduler.timesteps):
+        before = sample
+        sample = scheduler.step(torch.zeros(1, 40_000, 4), timestep, sample, generator=generator).prev_sample
+        again += int(((before < 4) & (sample == 4)).sum())
+        ratio = scheduler.mask_ratio(torch.tensor(1 - (index + 1) / 10, dtype=torch.float64)).item()
+        assert (sample == 4).double().mean().item() == pytest.approx(ratio, abs=0.0125)
+    assert again > 4000 and (sample < 4).all()
+
+
+def test_remasking_leaves_known_codes_alone():
+    scheduler = MaskedDiffusionScheduler(sampler="ancestral", remask=1.0)
+    scheduler.set_timesteps(4)
+    sample = torch.randint(4, (1, 1000))
+    known = torch.rand(1, 1000) < 0.5
+    after = scheduler.step(torch.zeros(1, 1000, 4), 0.75, sample, known=known).prev_sample
+    assert torch.equal(after[known], sample[known])
+    assert (after[~known] == 4).any() and torch.equal(after[after < 4], sample[after < 4])
+    assert (scheduler.step(torch.zeros(1, 1000, 4), 0.25, sample).prev_sample < 4).all()  # never in the last step
+
+
+@pytest.mark.parametrize(
+    "options", [{"sampler": "entropy_bound", "entropy_bound": 0.0}, {"sampler": "halton", "masking": "linear"}]
+)
+def test_one_code_a_step_in_an_order_of_no_choice_of_values_is_exact(denoiser, options):
+    scheduler = MaskedDiffusionScheduler(**options)
+    scheduler.set_timesteps(3)
+    sample, calls = sample_codes(scheduler, denoiser, torch.full((COUNT, 3), 3), torch.Generator().manual_seed(0))
+    assert calls == 3 and total_variation(frequencies(sample), denoiser.table.flatten()) < CHANCE
+
+
+def test_entropy_bound_zero_reveals_one_code_a_step_and_those_that_are_certain():
+    scheduler = MaskedDiffusionScheduler(sampler="entropy_bound", entropy_bound=0.0)
+    scheduler.set_timesteps(30)
+    sample, left = torch.full((2, 6), 4), []
+    logits = torch.randn(2, 6, 4)
+    logits[1, 1:4] = torch.tensor([-math.inf, 0.0, -math.inf, -math.inf])
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(logits, timestep, sample).prev_sample
+        left.append((sample == 4).sum(1).tolist())
+    assert [a for a, _ in left[:7]] == [5, 4, 3, 2, 1, 0, 0]
+    assert [b for _, b in left[:4]] == [2, 1, 0, 0]  # three are certain: they come with the first
+    assert sample[1, 1:4].tolist() == [1, 1, 1]
+
+
+def test_entropy_bound_takes_fewer_steps_the_looser_it_is_and_ends_in_time():
+    calls = []
+    for bound in (0.0, 1.0, 3.0, math.inf):
+        scheduler = MaskedDiffusionScheduler(sampler="entropy_bound", entropy_bound=bound)
+        scheduler.set_timesteps(30)
+        sample, count = sample_codes(scheduler, TinyModel(), torch.full((3, 20), 8), torch.Generator().manual_seed(0))
+        assert (sample < 8).all()
+        calls.append(count)
+    assert calls[0] == 20 > calls[1] > calls[2] > calls[3] == 1
+    scheduler = MaskedDiffusionScheduler(sampler="entropy_bound", entropy_bound=0.0)
+    scheduler.set_timesteps(5)
+    sample, count = sample_codes(scheduler, TinyModel(), torch.full((3, 20), 8))
+    assert count == 5 and (sample < 8).all()
+
+
+def test_the_time_of_an_entropy_bounded_row_is_that_of_its_masks():
+    scheduler = MaskedDiffusionScheduler(sampler="entropy_bound")
+    scheduler.set_timesteps(50)
+    masked = torch.arange(8).expand(3, 8) < torch.tensor([[8], [4], [0]])
+    event = scheduler.next_event(1.0, masked)
+    torch.testing.assert_close(scheduler.mask_ratio(event.timesteps), torch.tensor([1.0, 0.5, 0.0]))
+    assert event.revealed is None and event.needs_model
+
+
+def test_halton_reveals_in_its_order_as_many_as_the_schedule_says():
+    scheduler = MaskedDiffusionScheduler(masking="linear", sampler="halton")
+    scheduler.set_timesteps(4)
+    sample = torch.full((2, 16), 8)
+    sample[1, ::2] = 0
+    order = halton_order((4, 4))
+    for index, timestep in enumerate(scheduler.timesteps):
+        sample = scheduler.step(torch.randn(2, 16, 8), timestep, sample, shape=(4, 4)).prev_sample
+        assert torch.equal(sample[0] < 8, order < 4 * (index + 1))
+        assert (sample[1] == 8).sum() == 8 - 2 * (index + 1)
+    first = scheduler.step(torch.zeros(1, 16, 8), 1.0, torch.full((1, 16), 8)).prev_sample[0]
+    assert torch.equal(first < 8, halton_order((16,)) < 4)  # without a shape the codes are in a row
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_guidance_rises_as_masks_fall_and_one_stays_one(schedule):
+    scheduler = MaskedDiffusionScheduler(guidance_schedule=schedule)
+    ratio = torch.linspace(1, 0, 101, dtype=torch.float64)
+    scale = scheduler.guidance_scale_at(ratio, 4.0)
+    assert scale[-1] == 4 and scale[0] == (4 if schedule == "constant" else 1)
+    assert (scale.diff() >= 0).all()
+    assert scale[50].item() == pytest.approx(4 if schedule == "constant" else 2.5)
+    assert (scheduler.guidance_scale_at(ratio, 1.0) == 1).all()
+
+
 def test_the_predicted_sample_keeps_what_is_known_and_draws_the_rest():
     scheduler = MaskedDiffusionScheduler()
     scheduler.set_timesteps(4)
@@ -250,7 +479,18 @@ def test_save_and_load(tmp_path):
     assert (loaded.config.masking, loaded.config.sampler, loaded.config.temperature) == ("linear", "ancestral", 0.7)
 
 
-@pytest.mark.parametrize("options", [{"masking": "square"}, {"sampler": "best"}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masking": "square"},
+        {"sampler": "best"},
+        {"temperature": -1.0},
+        {"entropy_bound": -0.5},
+        {"remask": 1.5, "sampler": "ancestral"},
+        {"remask": 0.1, "sampler": "halton"},
+        {"guidance_schedule": "steep"},
+    ],
+)
 def test_bad_options_are_named(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
@@ -280,6 +520,17 @@ def test_bad_input_is_named():
         scheduler.step(torch.zeros(2, 3, 4), 1.0, codes.int())
     with pytest.raises(ValueError, match="got torch.int64 and torch.int64"):
         scheduler.step(torch.zeros(2, 3, 4, dtype=torch.int64), 1.0, codes)
+    for name in ("revealed", "known"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be bool of shape \(2, 3\), got torch.bool of shape \(2, 2\)"
+        ):
+            scheduler.step(torch.zeros(2, 3, 4), 1.0, codes, **{name: codes[:, :2] == 0})
+    with pytest.raises(ValueError, match=r"shape=\(2, 2\) must have 3 cells"):
+        scheduler.step(torch.zeros(2, 3, 4), 1.0, codes, shape=(2, 2))
+    with pytest.raises(ValueError, match="timestep=0.3 must be one of the 4 that"):
+        scheduler.next_event(0.3, codes == 0)
+    with pytest.raises(ValueError, match=r"masked must be bool \(B, N\), got torch.int64 of shape \(2, 3\)"):
+        scheduler.next_event(1.0, codes)
     with pytest.raises(ValueError, match="num_inference_steps=2.5"):
         scheduler.set_timesteps(2.5)
     with pytest.raises(ValueError, match=r"tensor of shape \(2,\), got 0.5"):
