@@ -77,5 +77,7 @@ def _is_transient(error: Exception) -> bool:
     """Whether trying again may help: the server failed, or the connection did."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
+        return _is_transient(error.__cause__)
     # The HTTP library of huggingface_hub changed its name between its versions.
     return any(base.__name__ == "TransportError" for base in type(error).__mro__)
