@@ -45,6 +45,8 @@ _components = [
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]
     diffusers._class_to_module.update({name: "vqdit" for name in _components})
+    for _name in _components:  # a repository's own copy of the class, loaded earlier, makes room for the package's
+        vars(diffusers).pop(_name, None)
 else:  # DIFFUSERS_SLOW_IMPORT=1
     for _name in _components:
         setattr(diffusers, _name, getattr(sys.modules[__name__], _name))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,7 @@ def tokenizer(script):
     return script("train_text_vq").train_tokenizer(CAPTIONS * 3, vocab_size=300, max_length=12)
 
 
-@pytest.fixture
-def image_vq():
+def tiny_image_vq():
     return ImageVQModel(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -66,13 +66,11 @@ def image_vq():
     ).eval()
 
 
-@pytest.fixture
-def text_vq(tokenizer):
+def tiny_text_vq(tokenizer):
     return TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=64, hidden_size=16, code_dim=4).eval()
 
 
-@pytest.fixture
-def transformer():
+def tiny_transformer():
     model = VQDiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -89,13 +87,53 @@ def transformer():
     return model.eval()
 
 
-@pytest.fixture
-def pipeline(transformer, image_vq, text_vq, tokenizer):
+def tiny_pipeline(transformer, image_vq, text_vq, tokenizer):
     pipe = VQDiTPipeline(
         transformer, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer, labels=["fruit", "box", "dot"]
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def image_vq():
+    return tiny_image_vq()
+
+
+@pytest.fixture
+def text_vq(tokenizer):
+    return tiny_text_vq(tokenizer)
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture
+def pipeline(transformer, image_vq, text_vq, tokenizer):
+    return tiny_pipeline(transformer, image_vq, text_vq, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(tokenizer):
+    """Makes a pipeline like `pipeline`, with the weights of a seed."""
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return tiny_pipeline(tiny_transformer(), tiny_image_vq(), tiny_text_vq(tokenizer), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """The module ``hub_server.py`` of this folder."""
+    name = "hub_server"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up there
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture

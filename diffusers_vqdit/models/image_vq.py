@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..hub.checkpoint_mixin import CheckpointMixin
 from .quantizers import QuantizerOutput, VectorQuantizer
 
 
@@ -31,7 +32,7 @@ class ImageVQOutput(BaseOutput):
     perplexity: torch.Tensor
 
 
-class ImageVQModel(VQModel):
+class ImageVQModel(CheckpointMixin, VQModel):
     """A diffusers `VQModel` with codes: ``encode_codes`` and ``decode_codes``, and a quantizer made for training.
 
     Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean

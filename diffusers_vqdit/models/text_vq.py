@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..hub.checkpoint_mixin import CheckpointMixin
 from .quantizers import VectorQuantizer
 
 
@@ -49,7 +50,7 @@ class ConvBlock(nn.Module):
         return hidden_states + self.proj(F.gelu(inner))
 
 
-class TextVQModel(ModelMixin, ConfigMixin):
+class TextVQModel(CheckpointMixin, ModelMixin, ConfigMixin):
     """A VQ-VAE over token ids.
 
     `downsample_factor` tokens share a position, and each position has `num_codebooks` residual codes (Zeghidour et al.

@@ -4,21 +4,28 @@ import os
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
+
+from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.remote_code import save_remote_code
 
 
-class PluginPipeline(DiffusionPipeline):
+class PluginPipeline(CheckpointMixin, DiffusionPipeline):
     """A `DiffusionPipeline` whose saved form can be loaded from the Hub, though its classes are not diffusers'."""
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Record our classes as diffusers', where importing this package puts them.
+        """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.
 
         `DiffusionPipeline.from_pretrained` refuses repositories with components of a library that it doesn't know.
         """
-        package = __package__.split(".")[0]
-        ours = {
+        ours = ("diffusers_vqdit", DIFFUSERS_DYNAMIC_MODULE_NAME)  # as a package, and as a file of a repository
+        recorded = {
             name: ("diffusers", self.config[name][1])
             for name, component in self.components.items()
-            if component is not None and self.config[name][0].split(".")[0] == package
+            if component is not None and self.config[name][0].split(".")[0] in ours
         }
-        self.register_to_config(**ours)
+        self.register_to_config(**recorded)
+        if type(self).__module__.split(".")[0] in ours:
+            os.makedirs(save_directory, exist_ok=True)
+            save_remote_code(type(self), save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
