@@ -1,7 +1,9 @@
 """Reading pictures as the tokenizers want them."""
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -13,6 +15,27 @@ def on_white(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def check_pixels(images: list[Any], channels: int) -> None:
+    """Raise a ValueError unless all are arrays ((B,) H, W, C) or all tensors ((B,) C, H, W) of floats in [0, 1]."""
+    kinds = {type(one).__name__ for one in images}
+    if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
+            f"{', '.join(sorted(kinds))}"
+        )
+    for one in images:
+        axis = -1 if isinstance(one, np.ndarray) else -3
+        if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
+            order = f"(B, H, W, {channels})" if axis == -1 else f"(B, {channels}, H, W)"
+            raise ValueError(f"image as {type(one).__name__} must have shape {order}, got {tuple(one.shape)}")
+        floating = one.is_floating_point() if isinstance(one, torch.Tensor) else np.issubdtype(one.dtype, np.floating)
+        if not floating or not (one.min() >= 0 and one.max() <= 1):
+            raise ValueError(
+                f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} to "
+                f"{one.max()}"
+            )
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

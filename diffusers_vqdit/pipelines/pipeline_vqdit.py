@@ -18,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..image_utils import (
     back_project,
+    check_pixels,
     fill_with_surroundings,
     join_tiles,
     on_white,
@@ -916,24 +917,3 @@ class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
         names = list(self.config.labels)
         return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]
-
-
-def check_pixels(images: list[Any], channels: int) -> None:
-    """Raise a ValueError unless all are arrays ((B,) H, W, C) or all tensors ((B,) C, H, W) of floats in [0, 1]."""
-    kinds = {type(one).__name__ for one in images}
-    if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
-        raise ValueError(
-            f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
-            f"{', '.join(sorted(kinds))}"
-        )
-    for one in images:
-        axis = -1 if isinstance(one, np.ndarray) else -3
-        if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
-            order = f"(B, H, W, {channels})" if axis == -1 else f"(B, {channels}, H, W)"
-            raise ValueError(f"image as {type(one).__name__} must have shape {order}, got {tuple(one.shape)}")
-        floating = one.is_floating_point() if isinstance(one, torch.Tensor) else np.issubdtype(one.dtype, np.floating)
-        if not floating or not (one.min() >= 0 and one.max() <= 1):
-            raise ValueError(
-                f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} to "
-                f"{one.max()}"
-            )

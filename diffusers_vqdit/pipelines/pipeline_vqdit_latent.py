@@ -16,13 +16,12 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..image_utils import fill_with_surroundings, on_white, resize, touched_patches
+from ..image_utils import check_pixels, fill_with_surroundings, on_white, resize, touched_patches
 from ..latents import decode_latents, downsample_factor, encode_latents
 from ..models.image_vq import ImageVQModel
 from ..models.layers import VQDiTPrefix
 from ..models.text_vq import TextVQModel
 from .pipeline_utils import PluginPipeline
-from .pipeline_vqdit import check_pixels
 
 
 logger = logging.get_logger(__name__)
