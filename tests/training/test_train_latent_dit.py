@@ -1,4 +1,4 @@
-"""Training over latents as a user runs it: from pictures to a pipeline that draws them, killed and resumed, aligned."""
+"""Training over latents as a user runs it: pictures to a pipeline that draws them; killed and resumed; aligned."""
 
 import shutil
 
