@@ -26,12 +26,15 @@ class FiniteScalarQuantizer(Quantizer):
     the first channel varies fastest.
 
     Args:
-        levels: number L >= 2 of levels of each channel; K is their product and D their number.
+        levels: number L >= 3 of levels of each channel; K is their product and D their number. With two levels, s is
+            so large that zero is far from the other level and has no gradient to it; that is LFQ's case.
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:
-        if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
-            raise ValueError(f"levels={levels!r} must be integers of 2 or more, such as (8, 5, 5, 5)")
+        if not levels or any(not isinstance(level, int) or level < 3 for level in levels):
+            raise ValueError(
+                f"levels={levels!r} must be integers of 3 or more, such as (8, 5, 5, 5); for two levels take LFQ"
+            )
         super().__init__(math.prod(levels), len(levels))
         self.levels = tuple(levels)
 
