@@ -1,17 +1,38 @@
 """The image tokenizer: pictures to a grid of codes and back."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn as nn
 from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import CheckpointMixin
-from .quantizers import QuantizerOutput, VectorQuantizer
+from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
+from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
+from .quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from .quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+
+
+_ENTROPY = ("entropy_weight", "entropy_temperature")
+# The options of ImageVQModel that each quantizer takes.
+QUANTIZER_OPTIONS = {
+    "vq": (
+        *("beta", "codebook_norm", "codebook_update", "codebook_init", "ema_decay", "restart_threshold"),
+        *("gradient_estimator", *_ENTROPY),
+    ),
+    "simvq": ("beta", "gradient_estimator", *_ENTROPY),
+    "ibq": ("beta", "codebook_norm", *_ENTROPY),
+    "fsq": ("fsq_levels",),
+    "lfq": ("beta", "codebook_norm", *_ENTROPY),
+}
 
 
 @dataclass
@@ -20,13 +41,15 @@ class ImageVQOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): the reconstruction.
-        commit_loss (`torch.Tensor`): codebook and commitment loss, a scalar.
+        commit_loss (`torch.Tensor`): the quantizer's loss, with all its terms; a scalar.
+        entropy_loss (`torch.Tensor`): the entropy loss's share of `commit_loss`.
         codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, num_codes).
         usage, perplexity (`torch.Tensor`): of the batch's codes, see [`~models.quantizers.QuantizerOutput`].
     """
 
     sample: torch.Tensor
     commit_loss: torch.Tensor
+    entropy_loss: torch.Tensor
     codes: torch.LongTensor
     usage: torch.Tensor
     perplexity: torch.Tensor
@@ -36,18 +59,33 @@ class ImageVQModel(CheckpointMixin, VQModel):
     """A diffusers `VQModel` with codes: ``encode_codes`` and ``decode_codes``, and a quantizer made for training.
 
     Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean
-    what they mean there; those added are saved in the config as well.
+    what they mean there; those added are saved in the config as well. `from_original` reads the checkpoints of other
+    code bases.
 
     Args:
-        quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]).
+        down_block_types, up_block_types: as in `VQModel`, or ``"MaskGITDownBlock2D"`` and ``"MaskGITUpBlock2D"`` for
+            every level of MaskGIT's VQGAN ([`~models.maskgit_blocks.MaskGITEncoder`]), which has no attention and no
+            `quant_conv`.
+        pixel_range: the range of pixels that encoder and decoder were trained with. Pictures given and returned are
+            in [-1, 1] whatever it is.
+        quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]); ``"simvq"``
+            ([`~models.quantizers_codebook.SimVectorQuantizer`]), ``"ibq"``
+            ([`~models.quantizers_codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
+            ([`~models.quantizers_lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
+            ([`~models.quantizers_lookup_free.LookupFreeQuantizer`]). An option below that the type doesn't take must
+            keep its default.
         beta: weight of the commitment term.
-        codebook_norm: ``"none"`` (Euclidean) or ``"l2"``.
+        codebook_norm: ``"none"`` (Euclidean) or ``"l2"``; with ``"lfq"``, ``"l2"`` is BSQ.
         codebook_update: ``"gradient"`` or ``"ema"``.
         codebook_init: ``"uniform"``, ``"data"`` or ``"kmeans"``.
         ema_decay: decay of the codebook's moving averages.
         restart_threshold: share of uniform use below which a code is restarted; 0 for never.
         latents_mean, latents_std: statistics of the latents' channels on the training set, for Gaussian diffusion
             ([`~latents.measure_latents`]); None where only ``scaling_factor`` counts, as in `VQModel`.
+        gradient_estimator: ``"straight_through"`` or ``"rotation"`` (the rotation trick).
+        entropy_weight, entropy_temperature: of the entropy loss.
+        fsq_levels: levels of each of FSQ's channels. `vq_embed_dim` must be their number, and `num_vq_embeddings`
+            their product; with ``"lfq"`` it must be 2^vq_embed_dim.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,42 +119,99 @@ class ImageVQModel(CheckpointMixin, VQModel):
         restart_threshold: float = 0.0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        gradient_estimator: str = "straight_through",
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+        fsq_levels: tuple[int, ...] | None = None,
+        pixel_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
-        if quantizer_type != "vq":
-            raise ValueError(f"quantizer_type={quantizer_type!r} must be 'vq'")
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            sample_size=sample_size,
-            num_vq_embeddings=num_vq_embeddings,
-            norm_num_groups=norm_num_groups,
-            vq_embed_dim=vq_embed_dim,
-            scaling_factor=scaling_factor,
-            norm_type=norm_type,
-            mid_block_add_attention=mid_block_add_attention,
-            lookup_from_codebook=lookup_from_codebook,
-            force_upcast=force_upcast,
-        )
-        self.quantize = VectorQuantizer(
+        if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
+            raise ValueError(f"pixel_range={pixel_range!r} must be (lowest, highest)")
+        # VQModel's own __init__ makes the stock quantizer and the stock blocks only.
+        super(VQModel, self).__init__()
+        code_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        widths = {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+        }
+        if "MaskGITDownBlock2D" in down_block_types or "MaskGITUpBlock2D" in up_block_types:
+            for name, value, expected in (
+                ("down_block_types", set(down_block_types), {"MaskGITDownBlock2D"}),
+                ("up_block_types", set(up_block_types), {"MaskGITUpBlock2D"}),
+                ("act_fn", act_fn, "silu"),
+                ("norm_type", norm_type, "group"),
+                ("mid_block_add_attention", mid_block_add_attention, False),
+                ("vq_embed_dim", code_dim, latent_channels),
+            ):
+                if value != expected:
+                    raise ValueError(f"{name}={value!r} must be {expected!r} with MaskGIT's blocks")
+            self.encoder = MaskGITEncoder(in_channels, latent_channels, **widths)
+            self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+            self.decoder = MaskGITDecoder(latent_channels, out_channels, **widths)
+        else:
+            widths |= {"act_fn": act_fn, "mid_block_add_attention": mid_block_add_attention}
+            self.encoder = Encoder(
+                in_channels, latent_channels, down_block_types=down_block_types, double_z=False, **widths
+            )
+            self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
+            self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
+            self.decoder = Decoder(
+                latent_channels, out_channels, up_block_types=up_block_types, norm_type=norm_type, **widths
+            )
+        self.quantize = _quantizer(
+            quantizer_type,
             num_vq_embeddings,
-            vq_embed_dim if vq_embed_dim is not None else latent_channels,
+            code_dim,
             beta=beta,
             codebook_norm=codebook_norm,
             codebook_update=codebook_update,
             codebook_init=codebook_init,
             ema_decay=ema_decay,
             restart_threshold=restart_threshold,
+            gradient_estimator=gradient_estimator,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            fsq_levels=fsq_levels,
         )
         self.use_slicing = False
         self.use_tiling = False
         # The overlap of neighbouring tiles, as a share of a tile; they are blended across it.
         self.tile_overlap_factor = 0.25
+
+    @classmethod
+    def from_original(
+        cls,
+        checkpoint: str | Path | Mapping[str, torch.Tensor],
+        *,
+        format: str | None = None,
+        config: str | Path | Mapping | None = None,
+        use_ema: bool | None = None,
+    ) -> "ImageVQModel":
+        """The image tokenizer of another code base as an `ImageVQModel`: the same latents, codes and pictures.
+
+        Args:
+            checkpoint: a ``.safetensors``, ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` file, or a state dict. Files are
+                read without running code that they may hold.
+            format: one of `diffusers_vqdit.interop.FORMATS`; by default told from the names and shapes of the weights.
+                taming, IBQ and open-muse checkpoints look the same and need it.
+            config: the original's constructor arguments as a mapping, or a YAML or JSON file of them, nested as the
+                original has them. What the shapes tell is checked against it; it adds the resolution and what the
+                shapes can't tell, such as LlamaGen's ``codebook_l2_norm``. ``pixel_range`` in it overrides the
+                format's.
+            use_ema: take the moving averages of the weights that the checkpoint holds beside them. By default as the
+                original's own evaluation does: LlamaGen and IBQ take them where there are some.
+
+        Raises:
+            ValueError: if the file can't be read safely and whole, or the weights are not those of the format; the
+                message says what was expected.
+        """
+        from ..interop import load_original
+
+        model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
+        model = cls(**model_config)
+        model.load_state_dict(state_dict)
+        return model.eval()
 
     @property
     def num_codes(self) -> int:
@@ -155,6 +250,9 @@ class ImageVQModel(CheckpointMixin, VQModel):
         return self._encode_tile(x)
 
     def _encode_tile(self, x: torch.Tensor) -> torch.Tensor:
+        low, high = self.config.pixel_range
+        if (low, high) != (-1, 1):
+            x = low + (high - low) * (x + 1) / 2
         return self.quant_conv(self.encoder(x))
 
     @apply_forward_hook
@@ -185,7 +283,8 @@ class ImageVQModel(CheckpointMixin, VQModel):
         """
         if codes.ndim != 3:
             raise ValueError(f"codes must have shape (B, h, w), got {tuple(codes.shape)}")
-        quantized = self.quantize.lookup(codes).permute(0, 3, 1, 2).contiguous()  # (B, D, h, w)
+        vectors = self.quantize.lookup(codes).to(self.dtype)
+        quantized = vectors.permute(0, 3, 1, 2).contiguous()  # (B, D, h, w)
         return self.decode(quantized, force_not_quantize=True, return_dict=return_dict)
 
     @apply_forward_hook
@@ -206,7 +305,7 @@ class ImageVQModel(CheckpointMixin, VQModel):
             quantized, loss = output.quantized.permute(0, 3, 1, 2).contiguous(), output.loss
         else:
             if self.config.lookup_from_codebook and not h.is_floating_point():
-                h = self.quantize.lookup(h)
+                h = self.quantize.lookup(h).to(self.dtype)
                 h = (h if shape is None else h.view(shape)).permute(0, 3, 1, 2).contiguous()
             quantized, loss = h, torch.zeros((h.shape[0],), device=h.device, dtype=h.dtype)
         parts = quantized.split(1) if self.use_slicing else [quantized]
@@ -224,7 +323,9 @@ class ImageVQModel(CheckpointMixin, VQModel):
 
     def _decode_tile(self, quantized: torch.Tensor) -> torch.Tensor:
         hidden = self.post_quant_conv(quantized)
-        return self.decoder(hidden, quantized if self.config.norm_type == "spatial" else None)
+        sample = self.decoder(hidden, quantized if self.config.norm_type == "spatial" else None)
+        low, high = self.config.pixel_range
+        return sample if (low, high) == (-1, 1) else 2 * (sample - low) / (high - low) - 1
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> ImageVQOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode pictures (B, C, H, W) in [-1, 1]."""
@@ -236,6 +337,7 @@ class ImageVQModel(CheckpointMixin, VQModel):
         return ImageVQOutput(
             sample=decoded,
             commit_loss=output.loss,
+            entropy_loss=output.entropy_loss,
             codes=output.codes,
             usage=output.usage,
             perplexity=output.perplexity,
@@ -275,6 +377,42 @@ class ImageVQModel(CheckpointMixin, VQModel):
                 result[:, :, rows, columns] += part * ramp
                 weight[rows, columns] += ramp
         return result / weight
+
+
+def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) -> Quantizer:
+    """The quantizer that the arguments of [`ImageVQModel`] ask for.
+
+    Raises:
+        ValueError: if the type is unknown, or an argument doesn't suit it.
+    """
+    if quantizer_type not in QUANTIZER_OPTIONS:
+        raise ValueError(f"quantizer_type={quantizer_type!r} must be one of {tuple(QUANTIZER_OPTIONS)}")
+    taken = {name: options.pop(name) for name in QUANTIZER_OPTIONS[quantizer_type]}
+    parameters = inspect.signature(ImageVQModel.__init__).parameters
+    for name, value in options.items():
+        if value != parameters[name].default:
+            raise ValueError(
+                f"{name}={value!r} has no meaning with quantizer_type={quantizer_type!r}, which takes "
+                f"{', '.join(taken)}"
+            )
+    if quantizer_type == "vq":
+        return VectorQuantizer(num_codes, code_dim, **taken)
+    if quantizer_type == "simvq":
+        return SimVectorQuantizer(num_codes, code_dim, **taken)
+    if quantizer_type == "ibq":
+        return IndexBackpropagationQuantizer(num_codes, code_dim, **taken)
+    if quantizer_type == "lfq":
+        quantizer = LookupFreeQuantizer(code_dim, **taken)
+    else:
+        if taken["fsq_levels"] is None:
+            raise ValueError("fsq_levels is missing: give the number of levels of each channel, such as (8, 5, 5)")
+        quantizer = FiniteScalarQuantizer(tuple(taken["fsq_levels"]))
+    if (quantizer.num_codes, quantizer.code_dim) != (num_codes, code_dim):
+        raise ValueError(
+            f"num_vq_embeddings={num_codes} and vq_embed_dim={code_dim} must be {quantizer.num_codes} and "
+            f"{quantizer.code_dim} with quantizer_type={quantizer_type!r} and fsq_levels={taken.get('fsq_levels')}"
+        )
+    return quantizer
 
 
 def _ramp(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""Vector quantization: vectors to codes of a learned codebook and back."""
+"""Quantization: vectors to codes and back. The interface, what all quantizers share, and the learned codebook (VQ)."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+from torch.utils.checkpoint import checkpoint
 
 
 SEARCH_ELEMENTS = 2**22  # scores held at once by the search: 16 MiB of float32
@@ -19,7 +21,9 @@ class QuantizerOutput(BaseOutput):
     Args:
         quantized (`torch.Tensor` of shape `(..., D)`): the chosen codes' vectors; gradients pass straight through.
         codes (`torch.LongTensor` of shape `(...)`): in [0, K).
-        loss (`torch.Tensor`): codebook and commitment loss, a scalar.
+        loss (`torch.Tensor`): what training adds to the reconstruction loss: codebook, commitment and entropy loss,
+            weighted; a scalar.
+        entropy_loss (`torch.Tensor`): the entropy loss's share of `loss`; 0 where its weight is.
         usage (`torch.Tensor`): share of the codebook that this batch used, in [0, 1], over all processes.
         perplexity (`torch.Tensor`): exp of the entropy of the batch's codes, in [1, K], over all processes.
     """
@@ -27,15 +31,88 @@ class QuantizerOutput(BaseOutput):
     quantized: torch.Tensor
     codes: torch.LongTensor
     loss: torch.Tensor
+    entropy_loss: torch.Tensor
     usage: torch.Tensor
     perplexity: torch.Tensor
+
+
+class Quantizer(nn.Module, ABC):
+    """What every quantizer does: vectors to codes, codes to vectors, and both with gradients and a loss.
+
+    The codes of a picture are the integers [0, K); each class says in which order. All arithmetic is in float32,
+    whatever the vectors' dtype and under autocast too; `quantized` has the vectors' dtype.
+
+    Args:
+        num_codes: number K of codes.
+        code_dim: length D of a vector.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+
+    @abstractmethod
+    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+        """Codes (...) int64 of the vectors (..., D)."""
+
+    @abstractmethod
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Vectors (..., D) of the codes (...).
+
+        Raises:
+            ValueError: if `codes` is not an integer tensor or a code is outside [0, K).
+        """
+
+    @abstractmethod
+    def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
+        """Quantize vectors (..., D).
+
+        Raises:
+            ValueError: if the vectors do not end in D channels.
+        """
+
+    def check_vectors(self, vectors: torch.Tensor) -> None:
+        if vectors.shape[-1] != self.code_dim:
+            raise ValueError(f"vectors must end in {self.code_dim} channels, got shape {tuple(vectors.shape)}")
+
+    def check_codes(self, codes: torch.Tensor) -> None:
+        if codes.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"codes must be int64 or int32, got {codes.dtype}")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
+            raise ValueError(f"codes must be in [0, {self.num_codes}), got values from {codes.min()} to {codes.max()}")
+
+    def use_of_codes(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Each code's share (K,) of all `codes`, over all processes."""
+        counts = sum_over_processes(torch.bincount(codes.flatten(), minlength=self.num_codes).float())
+        return counts / counts.sum()
+
+
+def perplexity(share: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of a distribution (K,)."""
+    return torch.exp(-(share * share.clamp_min(1e-10).log()).sum())
+
+
+def best_codes(vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None = None) -> torch.LongTensor:
+    """Index (N,) of the row c of the codebook (K, D) with the largest z.c + offset for each vector z (N, D).
+
+    The search runs in float32 whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time;
+    ties go to the lowest index.
+    """
+    with torch.autocast(device_type=vectors.device.type, enabled=False):
+        codebook = codebook.detach().float()
+        offset = codebook.new_zeros(len(codebook)) if offset is None else offset.detach().float()
+        rows = max(1, SEARCH_ELEMENTS // len(codebook))
+        parts = [
+            torch.addmm(offset, chunk, codebook.T).argmax(1) for chunk in vectors.detach().float().split(rows)
+        ]  # (rows, K) -> (rows,)
+    return torch.cat(parts)
 
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:
     """Index of the codebook row nearest to each vector; ties go to the lowest index.
 
-    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), so the nearest code has the largest z.c - |c|^2 / 2. The search runs in
-    float32 whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time.
+    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), so the nearest code has the largest z.c - |c|^2 / 2.
 
     Args:
         vectors: (N, D).
@@ -44,14 +121,27 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
     Returns:
         (N,) int64.
     """
-    with torch.autocast(device_type=vectors.device.type, enabled=False):
-        codebook = codebook.detach().float()
-        offset = -0.5 * codebook.square().sum(1)  # (K,)
-        rows = max(1, SEARCH_ELEMENTS // len(codebook))
-        parts = [
-            torch.addmm(offset, chunk, codebook.T).argmax(1) for chunk in vectors.detach().float().split(rows)
-        ]  # (rows, K) -> (rows,)
-    return torch.cat(parts)
+    return best_codes(vectors, codebook, -0.5 * codebook.detach().float().square().sum(1))
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' `values`, with its gradient: DistributedDataParallel's mean of the gradients is then
+    that of a loss of the global batch."""
+    return _SumOverProcesses.apply(values) if dist.is_available() and dist.is_initialized() else values
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -63,8 +153,72 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest-code quantizer with a straight-through gradient (van den Oord et al. 2017, eq. 3).
+def rotate_to(vectors: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """`quantized`, with the gradient of the rotation trick (Fifty et al. 2024, section 4.2).
+
+    q = (|q| / |z|) R z, where the rotation R, which takes z's direction to q's, and the ratio of the norms are held
+    constant. With u = z / |z|, v = q / |q| and r = (u + v) / |u + v|, R = I - 2 r r^T + 2 v u^T. So the gradient
+    keeps its angle to the code where straight-through keeps its direction.
+
+    Args:
+        vectors, quantized: (N, D) float32.
+    """
+    z, q = vectors.detach(), quantized.detach()
+    u, v = F.normalize(z, dim=1), F.normalize(q, dim=1)
+    r = F.normalize(u + v, dim=1)
+    scale = q.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def along(direction: torch.Tensor) -> torch.Tensor:
+        return (vectors * direction).sum(1, keepdim=True)
+
+    rotated = scale * (vectors - 2 * along(r) * r + 2 * along(u) * v)
+    return q + (rotated - rotated.detach())  # exactly q, for a zero vector too
+
+
+def straight_through(vectors: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """`quantized`, with the gradient of `vectors` (Bengio et al. 2013)."""
+    return vectors + (quantized - vectors).detach()
+
+
+def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of a coin that falls 1 with probability sigmoid(logits)."""
+    return F.softplus(logits) - logits * torch.sigmoid(logits)
+
+
+def assignment_entropy(
+    vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """E[H(p)] - H(E[p]) of the soft assignments p = softmax((z.c + offset) / temperature) (Yu et al. 2023, eq. 4).
+
+    Low where each vector is sure of its code and all codes are used alike. E[p] is over all processes. The N x K
+    assignments exist a few rows at a time, in the backward pass too.
+
+    Args:
+        vectors: (N, D) float32.
+        codebook: (K, D) float32.
+        offset: (K,) or None.
+        temperature: of the softmax.
+    """
+
+    def chunk_terms(chunk: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None):
+        scores = chunk @ codebook.T if offset is None else torch.addmm(offset, chunk, codebook.T)  # (rows, K)
+        log_p = F.log_softmax(scores / temperature, dim=1)
+        p = log_p.exp()
+        return -(p * log_p).sum(), p.sum(0)
+
+    rows = max(1, SEARCH_ELEMENTS // len(codebook))
+    parts = [checkpoint(chunk_terms, chunk, codebook, offset, use_reentrant=False) for chunk in vectors.split(rows)]
+    sample_entropy = torch.stack([entropy for entropy, _ in parts]).sum() / len(vectors)
+    mean = sum_over_processes(torch.stack([p for _, p in parts]).sum(0))
+    mean = mean / mean.detach().sum()
+    return sample_entropy + (mean * mean.clamp_min(1e-10).log()).sum()
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest code of a learned codebook, ||z - c_k||^2 -> min (van den Oord et al. 2017, eq. 1).
+
+    loss = |sg(z) - c|^2 + beta |z - sg(c)|^2 (eq. 3, means over all channels) + entropy_weight (E[H(p)] - H(E[p])),
+    with p = softmax(-|z - c|^2 / entropy_temperature). Code k is row k of the codebook.
 
     Args:
         num_codes: size K of the codebook.
@@ -82,6 +236,9 @@ class VectorQuantizer(nn.Module):
             below this is put onto a vector of the batch, drawn by its squared error as k-means++ does (Arthur &
             Vassilvitskii 2007): drawn uniformly, most would land where the data is dense and well served. 0 never
             restarts.
+        gradient_estimator: how the gradient passes to the vectors: ``"straight_through"``, or ``"rotation"`` for the
+            rotation trick, see [`rotate_to`].
+        entropy_weight, entropy_temperature: of the entropy loss, see [`assignment_entropy`].
 
     All statistics are taken over the processes together, and restarts are the same on all of them.
     """
@@ -97,25 +254,30 @@ class VectorQuantizer(nn.Module):
         codebook_init: str = "uniform",
         ema_decay: float = 0.99,
         restart_threshold: float = 0.0,
+        gradient_estimator: str = "straight_through",
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
     ) -> None:
-        super().__init__()
+        super().__init__(num_codes, code_dim)
         for name, value, choices in (
             ("codebook_norm", codebook_norm, ("none", "l2")),
             ("codebook_update", codebook_update, ("gradient", "ema")),
             ("codebook_init", codebook_init, ("uniform", "data", "kmeans")),
+            ("gradient_estimator", gradient_estimator, ("straight_through", "rotation")),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} must be one of {choices}")
         if not 0 <= restart_threshold < 1:
             raise ValueError(f"restart_threshold={restart_threshold} must be in [0, 1)")
-        self.num_codes = num_codes
-        self.code_dim = code_dim
         self.beta = beta
         self.codebook_norm = codebook_norm
         self.codebook_update = codebook_update
         self.codebook_init = codebook_init
         self.ema_decay = ema_decay
         self.restart_threshold = restart_threshold
+        self.gradient_estimator = gradient_estimator
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
 
         self.embedding = nn.Embedding(num_codes, code_dim)
         self.embedding.weight.data.uniform_(-1.0 / num_codes, 1.0 / num_codes)
@@ -135,21 +297,13 @@ class VectorQuantizer(nn.Module):
         return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
 
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
-        """Codes (...) int64 of the vectors (..., D)."""
         # A unit vector and its multiples have the same nearest unit code, so the vectors need no normalising here.
+        self.check_vectors(vectors)
         flat = vectors.reshape(-1, self.code_dim)
         return nearest_codes(flat, self.codebook).view(vectors.shape[:-1])
 
     def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Vectors (..., D) of the codes (...).
-
-        Raises:
-            ValueError: if `codes` is not an integer tensor or a code is outside [0, K).
-        """
-        if codes.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"codes must be int64 or int32, got {codes.dtype}")
-        if codes.numel() and (codes.min() < 0 or codes.max() >= self.num_codes):
-            raise ValueError(f"codes must be in [0, {self.num_codes}), got values from {codes.min()} to {codes.max()}")
+        self.check_codes(codes)
         return F.embedding(codes, self.codebook)
 
     def keep(self, codes: torch.LongTensor) -> None:
@@ -167,41 +321,46 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: if the vectors do not end in D channels, or in training if the moving averages are not float32.
         """
-        if vectors.shape[-1] != self.code_dim:
-            raise ValueError(f"vectors must end in {self.code_dim} channels, got shape {tuple(vectors.shape)}")
+        self.check_vectors(vectors)
         if self.training and hasattr(self, "cluster_size") and self.cluster_size.dtype != torch.float32:
             # An update is some hundredth of the average: below the resolution of half precision for a steady code.
             raise ValueError(
                 f"the codebook's moving averages are {self.cluster_size.dtype}, training needs torch.float32: keep "
                 "the model in float32 and use autocast (mixed precision)"
             )
-        z = vectors.float()
+        with torch.autocast(device_type=vectors.device.type, enabled=False):
+            return self._forward(vectors)
+
+    def _forward(self, vectors: torch.Tensor) -> QuantizerOutput:
+        z = vectors.reshape(-1, self.code_dim).float()  # (N, D)
         if self.codebook_norm == "l2":
             z = F.normalize(z, dim=-1)
-        flat = z.reshape(-1, self.code_dim)
         if self.training and self.codebook_init != "uniform" and self.updates == 0:
-            self._initialize(gather_rows(flat.detach()))
-        codes = nearest_codes(flat, self.codebook)
-        quantized = F.embedding(codes, self.codebook).float().view_as(z)
+            self._initialize(gather_rows(z.detach()))
+        codebook = self.codebook.float()
+        codes = nearest_codes(z, codebook)
+        quantized = F.embedding(codes, codebook)
 
         loss = self.beta * F.mse_loss(z, quantized.detach())
         if self.codebook_update == "gradient":
             loss = loss + F.mse_loss(quantized, z.detach())
+        entropy_loss = z.new_zeros(())
+        if self.entropy_weight > 0:
+            # -|z - c|^2 without |z|^2, which the softmax drops
+            terms = assignment_entropy(2 * z, codebook, -codebook.square().sum(1), self.entropy_temperature)
+            entropy_loss = self.entropy_weight * terms
 
-        counts = torch.bincount(codes, minlength=self.num_codes).float()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        share = counts / counts.sum()
-        perplexity = torch.exp(-(share * share.clamp_min(1e-10).log()).sum())
+        share = self.use_of_codes(codes)
         if self.training:
-            self._update(flat.detach(), codes, share, (flat - quantized.view_as(flat)).detach().square().sum(1))
-
+            self._update(z.detach(), codes, share, (z - quantized).detach().square().sum(1))
+        estimate = rotate_to if self.gradient_estimator == "rotation" else straight_through
         return QuantizerOutput(
-            quantized=(z + (quantized - z).detach()).to(vectors.dtype),
+            quantized=estimate(z, quantized).to(vectors.dtype).view(vectors.shape),
             codes=codes.view(vectors.shape[:-1]),
-            loss=loss,
-            usage=(counts > 0).float().mean(),
-            perplexity=perplexity,
+            loss=loss + entropy_loss,
+            entropy_loss=entropy_loss,
+            usage=(share > 0).float().mean(),
+            perplexity=perplexity(share),
         )
 
     @torch.no_grad()

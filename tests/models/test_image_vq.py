@@ -81,6 +81,64 @@ def test_codes_are_those_of_the_forward_pass():
     assert model.num_codes == 64
 
 
+QUANTIZERS = {
+    "vq": {"gradient_estimator": "rotation", "entropy_weight": 0.1},
+    "simvq": {"vq_embed_dim": 6, "gradient_estimator": "rotation"},
+    "ibq": {"codebook_norm": "l2"},
+    "fsq": {"fsq_levels": (4, 4, 4), "vq_embed_dim": 3},
+    "lfq": {"vq_embed_dim": 6, "codebook_norm": "l2", "entropy_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("quantizer_type", QUANTIZERS)
+def test_every_quantizer_trains_saves_and_loads(tmp_path, quantizer_type):
+    model = ImageVQModel(**CONFIG, quantizer_type=quantizer_type, **QUANTIZERS[quantizer_type]).train()
+    sample = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = model(sample)
+    ((output.sample - sample).square().mean() + output.commit_loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoder.parameters())
+    model.eval().save_pretrained(tmp_path)
+    loaded = ImageVQModel.from_pretrained(tmp_path)
+    codes = model.encode_codes(sample)
+    assert codes.max() < model.num_codes == 64
+    assert torch.equal(loaded.encode_codes(sample), codes)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.decode_codes(codes).sample, model.decode_codes(codes).sample)
+        half = loaded.to(torch.bfloat16)
+        assert half.decode_codes(half.encode_codes(sample)).sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantizer_type": "other"}, "quantizer_type='other' must be one of"),
+        ({"quantizer_type": "simvq", "codebook_update": "ema"}, "codebook_update='ema' has no meaning with .*'simvq'"),
+        ({"quantizer_type": "fsq"}, "fsq_levels is missing"),
+        ({"quantizer_type": "fsq", "fsq_levels": (8, 8)}, "vq_embed_dim=4 must be 64 and 2"),
+        ({"quantizer_type": "lfq"}, "num_vq_embeddings=64 and vq_embed_dim=4 must be 16 and 4"),
+        ({"pixel_range": (1.0, 0.0)}, "pixel_range="),
+        ({"down_block_types": ("MaskGITDownBlock2D",) * 2}, "up_block_types=.*MaskGITUpBlock2D.* with MaskGIT"),
+    ],
+)
+def test_quantizer_options_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageVQModel(**{**CONFIG, **options})
+
+
+def test_the_pixel_range_is_changed_outside_the_convolutions():
+    torch.manual_seed(0)
+    plain = ImageVQModel(**CONFIG).eval()
+    model = ImageVQModel(**CONFIG, pixel_range=(0.0, 255.0)).eval()
+    model.load_state_dict(plain.state_dict())
+    sample = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        # VQModel takes any range.
+        torch.testing.assert_close(model.encode(sample).latents, plain.encode((sample + 1) * 127.5).latents)
+        latents = torch.randn(1, 4, 8, 8)
+        expected = plain.decode(latents).sample / 127.5 - 1
+        torch.testing.assert_close(model.decode(latents).sample, expected)
+
+
 def test_slicing_equals_the_whole_batch():
     model = ImageVQModel(**CONFIG).eval()
     sample = torch.rand(3, 3, 16, 16) * 2 - 1

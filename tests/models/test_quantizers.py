@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from diffusers_vqdit.models.quantizers import VectorQuantizer, nearest_codes
+from diffusers_vqdit.models.quantizers import VectorQuantizer, assignment_entropy, nearest_codes, rotate_to
+from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 
 
 def test_search_equals_brute_force():
@@ -116,21 +118,48 @@ def test_usage_and_perplexity():
     assert math.isclose(output.perplexity.item(), 2.0, rel_tol=1e-5)
 
 
+DISTRIBUTED = {
+    "ema": lambda: VectorQuantizer(16, 3, codebook_update="ema", codebook_init="kmeans", restart_threshold=0.5),
+    "restart": lambda: VectorQuantizer(16, 3, restart_threshold=0.9, gradient_estimator="rotation"),
+    "vq, entropy": lambda: VectorQuantizer(16, 3, codebook_norm="l2", entropy_weight=0.1, entropy_temperature=0.5),
+    "simvq": lambda: SimVectorQuantizer(16, 3),
+    "ibq": lambda: IndexBackpropagationQuantizer(16, 3, entropy_weight=0.1, entropy_temperature=0.5),
+    "lfq": lambda: LookupFreeQuantizer(3, entropy_weight=0.1, entropy_temperature=2.0),
+}
+
+
+def _train(make, z, world_size=1, rank=0):
+    """State, gradient of the vectors, usage and perplexity after five steps of gradient descent."""
+    torch.manual_seed(0)
+    quantizer = make().train()
+    z = z.chunk(world_size)[rank].clone().requires_grad_()
+    for _ in range(5):
+        quantizer.zero_grad()
+        z.grad = None
+        output = quantizer(z)
+        (output.loss + output.quantized.square().mean()).backward()
+        for parameter in quantizer.parameters():
+            if parameter.grad is not None:
+                if world_size > 1:  # as DistributedDataParallel does
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= world_size
+                parameter.data -= 0.1 * parameter.grad
+    return {
+        **{name: value.clone() for name, value in quantizer.state_dict().items()},
+        "vectors' gradient": z.grad / world_size,
+        "usage": output.usage,
+        "perplexity": output.perplexity.detach(),
+    }
+
+
 def _train_rank(rank, world_size, z, path, queue):
     torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world_size)
-    quantizer = _quantizer()
-    for _ in range(5):
-        quantizer(z.chunk(world_size)[rank])
-    queue.put((rank, {name: value.numpy() for name, value in quantizer.state_dict().items()}))
+    states = {name: _train(make, z, world_size, rank) for name, make in DISTRIBUTED.items()}
+    queue.put((rank, {name: {k: v.numpy() for k, v in state.items()} for name, state in states.items()}))
     torch.distributed.destroy_process_group()
 
 
-def _quantizer():
-    torch.manual_seed(0)
-    return VectorQuantizer(16, 3, codebook_update="ema", codebook_init="kmeans", restart_threshold=0.5).train()
-
-
-def test_two_processes_train_the_same_codebook_as_one(tmp_path):
+def test_two_processes_train_the_same_quantizers_as_one(tmp_path):
     z = torch.randn(64, 3)
     context = mp.get_context("fork")
     queue = context.Queue()
@@ -140,12 +169,13 @@ def test_two_processes_train_the_same_codebook_as_one(tmp_path):
     states = dict(queue.get(timeout=60) for _ in workers)
     for worker in workers:
         worker.join()
-    alone = _quantizer()
-    for _ in range(5):
-        alone(z)
-    for name, value in alone.state_dict().items():
-        for rank in range(2):
-            torch.testing.assert_close(torch.from_numpy(states[rank][name]), value, msg=f"{name} on rank {rank}")
+    for name, make in DISTRIBUTED.items():
+        for key, value in _train(make, z).items():
+            parts = [torch.from_numpy(states[rank][name][key]) for rank in range(2)]
+            if key == "vectors' gradient":
+                parts = [torch.cat(parts)]
+            for part in parts:
+                torch.testing.assert_close(part, value, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("options", [{"codebook_update": "ema"}, {"restart_threshold": 0.1}])
@@ -170,3 +200,266 @@ def test_codes_out_of_range_are_named(codes):
 def test_unknown_options_are_named(option):
     with pytest.raises(ValueError, match=f"{option}='other'"):
         VectorQuantizer(16, 4, **{option: "other"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients of the others, against autograd on the formulas
+
+
+def _backward(quantizer, z, upstream):
+    """Gradients of loss + <quantized, upstream> with respect to z and the parameters."""
+    z = z.clone().requires_grad_()
+    output = quantizer(z)
+    (output.loss + (output.quantized * upstream).sum()).backward()
+    return output, z.grad, {name: p.grad for name, p in quantizer.named_parameters() if p.requires_grad}
+
+
+def _rotation(u, v):
+    """The rotation in the plane of the unit vectors u and v that takes u to v, by Rodrigues' formula."""
+    cosine = u @ v
+    w = v - cosine * u
+    w = w / w.norm()
+    sine = (1 - cosine**2).sqrt()
+    plane = torch.outer(w, u) - torch.outer(u, w)
+    return torch.eye(len(u), dtype=u.dtype) + sine * plane + (1 - cosine) * plane @ plane
+
+
+def test_rotation_trick_is_the_scaled_rotation():
+    z, q, upstream = torch.randn(3, 20, 5, dtype=torch.float64).unbind()
+    z = z.requires_grad_()
+    rotated = rotate_to(z, q)
+    (rotated * upstream).sum().backward()
+    assert torch.equal(rotated, q)
+    for i in range(20):
+        a = z[i].detach()
+        matrix = q[i].norm() / a.norm() * _rotation(a / a.norm(), q[i] / q[i].norm())
+        torch.testing.assert_close(matrix @ a, q[i])
+        torch.testing.assert_close(z.grad[i], matrix.T @ upstream[i])
+
+
+def test_rotation_trick_of_opposite_and_zero_vectors_is_finite():
+    z = torch.tensor([[1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    q = torch.tensor([[-2.0, 0.0], [1.0, 1.0]])
+    rotated = rotate_to(z, q)
+    rotated.sum().backward()
+    assert torch.equal(rotated, q) and torch.isfinite(z.grad).all()
+
+
+def test_rotation_is_an_option_of_the_codebook():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, beta=0.0, gradient_estimator="rotation")
+    quantizer.embedding.weight.data.normal_()
+    z, upstream = torch.randn(20, 4), torch.randn(20, 4)
+    output, gradient, _ = _backward(quantizer, z, upstream)
+    other = z.clone().requires_grad_()
+    (rotate_to(other, quantizer.codebook[output.codes]) * upstream).sum().backward()
+    torch.testing.assert_close(gradient, other.grad)
+
+
+def test_simvq_trains_the_projection_only():
+    quantizer = SimVectorQuantizer(16, 4, beta=0.3)
+    z, upstream = torch.randn(20, 4), torch.randn(20, 4)
+    output, gradient, gradients = _backward(quantizer, z, upstream)
+
+    frozen, weight = quantizer.embedding.weight, quantizer.projection.weight.detach().requires_grad_()
+    codebook = frozen @ weight.T
+    other = z.clone().requires_grad_()
+    codes = torch.cdist(other, codebook).argmin(1)
+    chosen = codebook[codes]
+    loss = 0.3 * (other - chosen.detach()).square().mean() + (other.detach() - chosen).square().mean()
+    (loss + (other * upstream).sum()).backward()
+    assert torch.equal(output.codes, codes)
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(gradient, other.grad)
+    assert gradients.keys() == {"projection.weight"}
+    torch.testing.assert_close(gradients["projection.weight"], weight.grad)
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_ibq_has_a_gradient_through_all_codes(norm, monkeypatch):
+    monkeypatch.setattr("diffusers_vqdit.models.quantizers.SEARCH_ELEMENTS", 7 * 16)  # several parts
+    quantizer = IndexBackpropagationQuantizer(16, 4, beta=0.3, codebook_norm=norm)
+    z, upstream = torch.randn(20, 4), torch.randn(20, 4)
+    output, gradient, gradients = _backward(quantizer, z, upstream)
+
+    other, weight = z.clone().requires_grad_(), quantizer.embedding.weight.detach().requires_grad_()
+    unit, codebook = other, weight
+    if norm == "l2":
+        unit, codebook = torch.nn.functional.normalize(other), torch.nn.functional.normalize(weight)
+    p = torch.softmax(unit @ codebook.T, dim=1)
+    codes = p.argmax(1)
+    hard = torch.nn.functional.one_hot(codes, 16).float()
+    quantized = (hard + p - p.detach()) @ codebook
+    chosen = hard @ codebook
+    loss = (quantized - unit).square().mean() + (chosen - unit.detach()).square().mean()
+    loss = loss + 0.3 * (unit - chosen.detach()).square().mean()
+    (loss + (quantized * upstream).sum()).backward()
+    assert torch.equal(output.codes, codes)
+    torch.testing.assert_close(output.quantized, chosen)
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(gradient, other.grad)
+    torch.testing.assert_close(gradients["embedding.weight"], weight.grad)
+    assert (weight.grad.abs().sum(1) > 0).all()
+
+
+def test_fsq_has_the_gradient_of_its_bound():
+    quantizer = FiniteScalarQuantizer((8, 5, 4))
+    z, upstream = 2 * torch.randn(50, 3), torch.randn(50, 3)
+    output, gradient, _ = _backward(quantizer, z, upstream)
+    other = z.clone().requires_grad_()
+    levels = torch.tensor([8, 5, 4])
+    half = (levels - 1) * 1.001 / 2
+    offset = torch.tensor([0.5, 0.0, 0.5])
+    bounded = half * torch.tanh(other + torch.atanh(offset / half)) - offset
+    ((bounded / (levels // 2)) * upstream).sum().backward()
+    torch.testing.assert_close(output.quantized, bounded.detach().round() / (levels // 2))
+    torch.testing.assert_close(gradient, other.grad)
+    assert output.loss == 0
+
+
+def test_fsq_reaches_every_level_and_keeps_zero():
+    quantizer = FiniteScalarQuantizer((8, 5, 3, 4))
+    z = torch.linspace(-20, 20, 2001)[:, None].expand(-1, 4)
+    quantized = quantizer(z).quantized
+    assert [len(quantized[:, d].unique()) for d in range(4)] == [8, 5, 3, 4]
+    assert quantized.min() == -1 and quantized.max() == 1
+    assert (quantizer(torch.zeros(1, 4)).quantized == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_lfq_is_the_sign(norm):
+    quantizer = LookupFreeQuantizer(5, beta=0.3, codebook_norm=norm)
+    z, upstream = torch.randn(20, 5), torch.randn(20, 5)
+    output, gradient, _ = _backward(quantizer, z, upstream)
+    other = z.clone().requires_grad_()
+    unit = torch.nn.functional.normalize(other) if norm == "l2" else other
+    sign = unit.detach().sign() * (5**-0.5 if norm == "l2" else 1.0)
+    loss = 0.3 * (unit - sign).square().mean()
+    (loss + (unit * upstream).sum()).backward()
+    torch.testing.assert_close(output.quantized, sign)
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(gradient, other.grad)
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_lfq_entropies_are_those_of_all_codes(norm):
+    """One vector: the sum over bits is exact for both entropies, so their difference is zero; many: an upper bound."""
+    weight, temperature = 2.0, 0.7
+    quantizer = LookupFreeQuantizer(
+        4, beta=0.0, codebook_norm=norm, entropy_weight=weight, entropy_temperature=temperature
+    )
+    codebook = quantizer.lookup(torch.arange(16))
+    z = torch.randn(30, 4)
+    unit = torch.nn.functional.normalize(z) if norm == "l2" else z
+    p = torch.softmax(-torch.cdist(unit, codebook).square() / temperature, dim=1)
+    sample_entropy = -(p * p.log()).sum(1).mean()
+    assert abs(quantizer(z[:1]).loss) < 1e-4
+    bits = torch.arange(16)[:, None] >> torch.arange(4) & 1
+    marginals = p.mean(0) @ bits.float()
+    batch_entropy = -(marginals * marginals.log() + (1 - marginals) * (1 - marginals).log()).sum()
+    exact = -(p.mean(0) * p.mean(0).log()).sum()
+    torch.testing.assert_close(quantizer(z).loss, weight * (sample_entropy - batch_entropy), atol=1e-4, rtol=1e-4)
+    assert batch_entropy > exact
+
+
+def test_assignment_entropy_in_parts_equals_autograd_on_the_formula(monkeypatch):
+    monkeypatch.setattr("diffusers_vqdit.models.quantizers.SEARCH_ELEMENTS", 7 * 16)
+    z, codebook = torch.randn(20, 4, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    gradients = torch.autograd.grad(
+        assignment_entropy(2 * z, codebook, -codebook.square().sum(1), 0.5), (z, codebook), retain_graph=True
+    )
+    p = torch.softmax(-torch.cdist(z, codebook).square() / 0.5, dim=1)
+    mean = p.mean(0)
+    expected = -(p * p.log()).sum(1).mean() + (mean * mean.log()).sum()
+    torch.testing.assert_close(assignment_entropy(2 * z, codebook, -codebook.square().sum(1), 0.5), expected)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, (z, codebook)), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all have in common
+
+
+ALL = {
+    "vq": lambda beta=0.25: VectorQuantizer(32, 5, beta=beta),
+    "vq, l2": lambda beta=0.25: VectorQuantizer(32, 5, beta=beta, codebook_norm="l2"),
+    "simvq": lambda beta=0.25: SimVectorQuantizer(32, 5, beta=beta),
+    "ibq": lambda beta=0.25: IndexBackpropagationQuantizer(32, 5, beta=beta),
+    "lfq": lambda beta=0.25: LookupFreeQuantizer(5, beta=beta),
+    "bsq": lambda beta=0.25: LookupFreeQuantizer(5, beta=beta, codebook_norm="l2"),
+    "fsq": lambda beta=0.25: FiniteScalarQuantizer((8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_codes_and_vectors_round_trip(name):
+    quantizer = ALL[name]().eval()
+    if hasattr(quantizer, "embedding"):
+        quantizer.embedding.weight.data = torch.nn.functional.normalize(torch.randn(32, 5))
+    codes = torch.arange(32).view(4, 8)
+    vectors = quantizer.lookup(codes)
+    assert vectors.shape == (4, 8, quantizer.code_dim)
+    if name == "fsq":  # what its bound takes to the levels
+        half = torch.tensor([7, 3]) * 1.001 / 2
+        vectors = torch.atanh((vectors * torch.tensor([4, 2]) + 0.5) / half) - torch.atanh(0.5 / half)
+    assert torch.equal(quantizer.encode(vectors), codes)
+    z = torch.randn(6, 7, quantizer.code_dim)
+    output = quantizer(z)
+    assert torch.equal(output.codes, quantizer.encode(z))
+    torch.testing.assert_close(output.quantized, quantizer.lookup(output.codes))
+    counts = torch.bincount(output.codes.flatten(), minlength=32)
+    assert output.usage == (counts > 0).float().mean()
+    share = counts[counts > 0] / counts.sum()
+    torch.testing.assert_close(output.perplexity, torch.exp(-(share * share.log()).sum()))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "fsq"])
+def test_beta_multiplies_the_commitment_term_of_each(name):
+    z = torch.randn(9, 5)
+    losses = []
+    for beta in (0.0, 1.0, 3.0):
+        torch.manual_seed(0)
+        quantizer = ALL[name](beta).eval()
+        output = quantizer(z)
+        losses.append(output.loss)
+    inputs = torch.nn.functional.normalize(z) if name in ("vq, l2", "bsq") else z
+    commitment = (inputs - output.quantized).square().mean()
+    torch.testing.assert_close(losses[1] - losses[0], commitment)
+    torch.testing.assert_close(losses[2] - losses[0], 3 * commitment)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_codes_of_its_vectors_in_float32(name, dtype):
+    quantizer = ALL[name]().eval()
+    z = torch.randn(50, quantizer.code_dim).to(dtype)
+    expected = quantizer(z.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = quantizer(z)
+    assert output.quantized.dtype == dtype and output.loss.dtype == torch.float32
+    assert torch.equal(output.codes, expected.codes) and torch.equal(quantizer.encode(z), expected.codes)
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.quantized, expected.quantized.to(dtype))
+
+
+def test_code_order_has_the_first_channel_fastest():
+    quantizer = FiniteScalarQuantizer((4, 3))
+    assert quantizer.lookup(torch.tensor([0, 1, 4])).tolist() == [[-1.0, -1.0], [-0.5, -1.0], [-1.0, 0.0]]
+    assert LookupFreeQuantizer(3).lookup(torch.tensor([1, 4])).tolist() == [[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bad_vectors_and_codes_are_named_by_all(name):
+    quantizer = ALL[name]()
+    with pytest.raises(ValueError, match=f"must end in {quantizer.code_dim} channels"):
+        quantizer(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"must be in \[0, 32\)"):
+        quantizer.lookup(torch.tensor([32]))
+    with pytest.raises(ValueError, match="float32"):
+        quantizer.lookup(torch.zeros(3))
+
+
+@pytest.mark.parametrize("levels", [(), (2, 3), (4.0,)])
+def test_bad_levels_are_named(levels):
+    with pytest.raises(ValueError, match="levels="):
+        FiniteScalarQuantizer(levels)

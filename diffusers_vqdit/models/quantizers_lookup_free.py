@@ -1,0 +1,158 @@
+"""Quantizers without a codebook: each channel is rounded by itself (FSQ, LFQ and BSQ)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .quantizers import (
+    Quantizer,
+    QuantizerOutput,
+    binary_entropy,
+    perplexity,
+    straight_through,
+    sum_over_processes,
+)
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """Each channel is rounded to one of a few levels (Mentzer et al. 2023, FSQ, section 3.1).
+
+    A channel with L levels is bounded to f(z) = h tanh(z + s) - o and rounded, where h = (L - 1)(1 + 1e-3) / 2, and
+    o = 1/2, s = atanh(o / h) for an even L, o = s = 0 for an odd one; so 0 stays 0. The rounded value, divided by
+    L // 2, is in [-1, 1]. The gradient passes straight through the rounding; there is no loss.
+
+    Code order: the code is sum_d n_d prod_{e<d} L_e, with n_d in [0, L_d) the level of channel d from the lowest up:
+    the first channel varies fastest.
+
+    Args:
+        levels: number L >= 3 of levels of each channel; K is their product and D their number. With two levels, s is
+            so large that zero is far from the other level and has no gradient to it; that is LFQ's case.
+    """
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        if not levels or any(not isinstance(level, int) or level < 3 for level in levels):
+            raise ValueError(
+                f"levels={levels!r} must be integers of 3 or more, such as (8, 5, 5, 5); for two levels take LFQ"
+            )
+        super().__init__(math.prod(levels), len(levels))
+        self.levels = tuple(levels)
+
+    def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = torch.tensor(self.levels, device=device)
+        strides = torch.tensor([math.prod(self.levels[:d]) for d in range(self.code_dim)], device=device)
+        return levels, strides
+
+    def _round(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bounded vectors (..., D), and the rounded: whole numbers in [-(L // 2), (L - 1) // 2]."""
+        levels, _ = self._constants(vectors.device)
+        half = (levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        bounded = half * torch.tanh(vectors.float() + torch.atanh(offset / half)) - offset
+        return bounded, bounded.detach().round()
+
+    def _codes(self, rounded: torch.Tensor) -> torch.LongTensor:
+        levels, strides = self._constants(rounded.device)
+        return ((rounded.long() + levels // 2) * strides).sum(-1)
+
+    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+        self.check_vectors(vectors)
+        return self._codes(self._round(vectors)[1])
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        self.check_codes(codes)
+        levels, strides = self._constants(codes.device)
+        digits = codes[..., None].long() // strides % levels  # (..., D)
+        return (digits - levels // 2).float() / (levels // 2)
+
+    def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
+        self.check_vectors(vectors)
+        bounded, rounded = self._round(vectors)
+        quantized = straight_through(bounded, rounded) / (self._constants(vectors.device)[0] // 2)
+        codes = self._codes(rounded)
+        share = self.use_of_codes(codes)
+        zero = quantized.new_zeros(())
+        return QuantizerOutput(
+            quantized=quantized.to(vectors.dtype),
+            codes=codes,
+            loss=zero,
+            entropy_loss=zero,
+            usage=(share > 0).float().mean(),
+            perplexity=perplexity(share),
+        )
+
+
+class LookupFreeQuantizer(Quantizer):
+    """The sign of each channel (Yu et al. 2023, LFQ, section 3.1), or of each channel of a unit vector (Zhao et al.
+    2024, BSQ).
+
+    q = s sign(z), with s = 1, or with ``codebook_norm="l2"`` z / |z| for z and s = 1 / sqrt(D), so that vectors and
+    codes lie on the unit sphere. A zero is negative. The gradient passes straight through.
+
+    loss = beta |z - sg(q)|^2 + entropy_weight (E[H(p)] - H(E[p])), the first a mean over channels, with
+    p = softmax(-|z - c|^2 / entropy_temperature) over all 2^D codes. It factorises: bit d is 1 with probability
+    sigmoid(4 s z_d / entropy_temperature), so E[H(p)] is exact as a sum over the bits; H(E[p]) is taken as the sum of
+    the bits' entropies, an upper bound that needs no 2^D terms (Zhao et al. 2024, section 3.2).
+
+    Code order: bit d of the code, worth 2^d, is 1 where channel d is positive: the first channel varies fastest.
+
+    Args:
+        code_dim: number D of channels; K = 2^D.
+        beta: weight of the commitment term.
+        codebook_norm: ``"none"`` for LFQ, ``"l2"`` for BSQ.
+        entropy_weight, entropy_temperature: of the entropy loss.
+    """
+
+    def __init__(
+        self,
+        code_dim: int,
+        *,
+        beta: float = 0.25,
+        codebook_norm: str = "none",
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+    ) -> None:
+        if not 1 <= code_dim <= 24:
+            raise ValueError(f"code_dim={code_dim} must be in [1, 24]: the use of all 2^code_dim codes is counted")
+        if codebook_norm not in ("none", "l2"):
+            raise ValueError(f"codebook_norm={codebook_norm!r} must be one of ('none', 'l2')")
+        super().__init__(2**code_dim, code_dim)
+        self.beta = beta
+        self.codebook_norm = codebook_norm
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.scale = code_dim**-0.5 if codebook_norm == "l2" else 1.0
+
+    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+        self.check_vectors(vectors)
+        return ((vectors > 0).long() << torch.arange(self.code_dim, device=vectors.device)).sum(-1)
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        self.check_codes(codes)
+        bits = codes[..., None].long() >> torch.arange(self.code_dim, device=codes.device) & 1  # (..., D)
+        return self.scale * (2.0 * bits - 1.0)
+
+    def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
+        self.check_vectors(vectors)
+        z = vectors.float()
+        if self.codebook_norm == "l2":
+            z = F.normalize(z, dim=-1)
+        codes = self.encode(vectors)
+        quantized = torch.where(z > 0, self.scale, -self.scale)  # (..., D)
+        loss = self.beta * F.mse_loss(z, quantized)
+        entropy_loss = z.new_zeros(())
+        if self.entropy_weight > 0:
+            logits = (4 * self.scale / self.entropy_temperature) * z.reshape(-1, self.code_dim)  # (N, D)
+            count = sum_over_processes(torch.tensor(float(len(logits)), device=z.device))
+            mean = sum_over_processes(torch.sigmoid(logits).sum(0)) / count  # (D,)
+            batch_entropy = binary_entropy(torch.logit(mean, eps=1e-6)).sum()
+            entropy_loss = self.entropy_weight * (binary_entropy(logits).sum(1).mean() - batch_entropy)
+        share = self.use_of_codes(codes)
+        return QuantizerOutput(
+            quantized=straight_through(z, quantized).to(vectors.dtype),
+            codes=codes,
+            loss=loss + entropy_loss,
+            entropy_loss=entropy_loss,
+            usage=(share > 0).float().mean(),
+            perplexity=perplexity(share),
+        )
