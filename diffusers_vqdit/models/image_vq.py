@@ -206,7 +206,8 @@ class ImageVQModel(CheckpointMixin, VQModel):
             ValueError: if the file can't be read safely and whole, or the weights are not those of the format; the
                 message says what was expected.
         """
-        from ..interop import load_original
+        # By its full name: a checkpoint's own pipeline.py has no converters, which need the package.
+        from diffusers_vqdit.interop import load_original
 
         model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
         model = cls(**model_config)
