@@ -5,8 +5,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import quantizers
-from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer, assignment_entropy, best_codes, perplexity
+from .quantizers import (
+    SEARCH_ELEMENTS,
+    Quantizer,
+    QuantizerOutput,
+    VectorQuantizer,
+    assignment_entropy,
+    best_codes,
+    perplexity,
+)
 
 
 class SimVectorQuantizer(VectorQuantizer):
@@ -114,7 +121,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         chosen = F.embedding(codes, codebook)  # (N, D)
         # sum_k (p_k - sg(p_k)) c_k: zero, with the gradient of p. The assignments exist a few rows at a time, in the
         # backward pass too; the codes' gradient as vectors comes from `chosen` alone.
-        rows = max(1, quantizers.SEARCH_ELEMENTS // self.num_codes)
+        rows = max(1, SEARCH_ELEMENTS // self.num_codes)
         soft = torch.cat([checkpoint(_soft_choice, part, codebook, use_reentrant=False) for part in z.split(rows)])
         quantized = chosen + (soft - soft.detach())
 

@@ -277,7 +277,8 @@ def test_simvq_trains_the_projection_only():
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_ibq_has_a_gradient_through_all_codes(norm, monkeypatch):
-    monkeypatch.setattr("diffusers_vqdit.models.quantizers.SEARCH_ELEMENTS", 7 * 16)  # several parts
+    for module in ("quantizers", "quantizers_codebook"):
+        monkeypatch.setattr(f"diffusers_vqdit.models.{module}.SEARCH_ELEMENTS", 7 * 16)  # several parts
     quantizer = IndexBackpropagationQuantizer(16, 4, beta=0.3, codebook_norm=norm)
     z, upstream = torch.randn(20, 4), torch.randn(20, 4)
     output, gradient, gradients = _backward(quantizer, z, upstream)
@@ -363,7 +364,8 @@ def test_lfq_entropies_are_those_of_all_codes(norm):
 
 
 def test_assignment_entropy_in_parts_equals_autograd_on_the_formula(monkeypatch):
-    monkeypatch.setattr("diffusers_vqdit.models.quantizers.SEARCH_ELEMENTS", 7 * 16)
+    for module in ("quantizers", "quantizers_codebook"):
+        monkeypatch.setattr(f"diffusers_vqdit.models.{module}.SEARCH_ELEMENTS", 7 * 16)
     z, codebook = torch.randn(20, 4, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     gradients = torch.autograd.grad(
         assignment_entropy(2 * z, codebook, -codebook.square().sum(1), 0.5), (z, codebook), retain_graph=True
