@@ -191,7 +191,9 @@ def make_scheduler(args: argparse.Namespace):
     """The pipeline's scheduler, for training from scratch: DiT's noise schedule, or flow matching."""
     if args.objective == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=args.shift)
-    return DDIMScheduler(beta_schedule="linear", beta_end=0.02, prediction_type=args.objective, clip_sample=False)
+    options = {"beta_schedule": "linear", "beta_end": 0.02, "prediction_type": args.objective, "clip_sample": False}
+    # A learned variance is for ancestral sampling; other samplers leave it out.
+    return DDPMScheduler(**options, variance_type="learned_range") if args.learn_sigma else DDIMScheduler(**options)
 
 
 def training_scheduler(args: argparse.Namespace, scheduler):

@@ -34,8 +34,10 @@ TINY = "--num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --patch_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["flow", "v_prediction --snr_gamma 5", "epsilon --learn_sigma"])
-def test_ten_pictures_are_drawn_from_their_captions(run, models, picture_folder, tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "steps"), [("flow", 20), ("v_prediction --snr_gamma 5", 20), ("epsilon --learn_sigma", 100)]
+)
+def test_ten_pictures_are_drawn_from_their_captions(run, models, picture_folder, tmp_path, objective, steps):
     run(
         f"--train_data_dir {picture_folder} --caption_columns text --label_column label {' '.join(models)} "
         f"--objective {objective} --output_dir {tmp_path / 'out'} --num_layers 3 --num_attention_heads 4 "
@@ -45,14 +47,14 @@ def test_ten_pictures_are_drawn_from_their_captions(run, models, picture_folder,
     )
     pipe = VQDiTLatentPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    if objective != "flow":
+    if objective.startswith("v_"):
         pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
     dataset = load_training_dataset(train_data_dir=str(picture_folder), columns=["text"], image_column="image")
     latents = encode_latents(pipe.vae, to_pixels(decode_images(dataset, "image", 16)[0]))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     drawn = pipe(
         list(dataset["text"]),
-        num_inference_steps=20,
+        num_inference_steps=steps,  # epsilon is learned slowest; after so little training, ancestral steps mend it
         guidance_scale=1.5,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
