@@ -22,14 +22,12 @@ are standard errors: differences of less than two of them mean nothing.
 import argparse
 import importlib.util
 import json
-import random
 import time
 from pathlib import Path
 
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
-from diffusers_vqdit.training_utils import decode_images, load_training_dataset
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,15 +81,8 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
 
 
 def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list[dict]:
-    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
-    train, test = (
-        load_training_dataset(dataset_name=args.dataset_name, split=split, image_column="image", columns=["text"])
-        for split in ("train", "test")
-    )
-    pictures = torch.cat([decode_images(part, "image", resolution)[0] for part in (train, test)])
-    _, decoded = evaluate.reconstruct(pipeline, pictures, args.batch_size)
-    rows = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
-    captions = [train["text"][row] for row in rows]
+    data = evaluate.EmojiData.load(pipeline, args)
+    rows, captions = data.train, data.texts(data.train)
 
     results = []
     config = pipeline.scheduler.config
@@ -103,7 +94,7 @@ def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list
                 guidance_scale=scale, num_inference_steps=steps, batch_size=args.batch_size, seed=args.seed
             )
             start = time.perf_counter()
-            hits = evaluate.drawn_right(pipeline, captions, rows, decoded, drawing)
+            hits = evaluate.drawn_right(pipeline, captions, rows, data, drawing)
             results.append(
                 {
                     "name": name,

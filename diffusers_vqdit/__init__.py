@@ -17,6 +17,7 @@ _import_structure = {
     "models.text_vq": ["TextVQModel"],
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
+    "retrieval": ["GalleryIndex"],
     "schedulers.scheduling_masked_diffusion": ["MaskedDiffusionScheduler"],
     "tasks": ["Task", "parse_tasks"],
 }
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput
+    from .retrieval import GalleryIndex
     from .schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
     from .tasks import Task, parse_tasks
 else:
@@ -35,7 +37,9 @@ else:
 
 # DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so
 # the names are entered in its table and nothing is imported until one is asked for.
-_components = [name for module, names in _import_structure.items() if module != "tasks" for name in names]
+_components = [
+    name for module, names in _import_structure.items() if module not in ("tasks", "retrieval") for name in names
+]
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]
     diffusers._class_to_module.update({name: "vqdit" for name in _components})

@@ -12,7 +12,8 @@ Finetuning a pipeline on your own captioned pictures, which are encoded at the s
     accelerate launch training/train_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji \
         --train_data_dir my_pictures --caption_column text --tasks "text->image:4,->image:1" --output_dir outputs/mine
 
-The output folder is a complete pipeline, for ``VQDiTPipeline.from_pretrained``. The starter checkpoint's command,
+The output folder is a complete pipeline, for ``VQDiTPipeline.from_pretrained``; with ``--rank 8`` it is a LoRA of the
+pretrained one instead, for ``load_lora_weights``. The starter checkpoint's command,
 running time and figures stand in its model card.
 """
 
@@ -27,9 +28,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from huggingface_hub import create_repo, upload_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -54,6 +57,8 @@ from diffusers_vqdit.training_utils import (
 
 logger = get_logger(__name__)
 
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a VQ diffusion transformer.")
@@ -69,6 +74,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--attention_head_dim", type=int, default=64)
     models.add_argument("--dropout", type=float, default=0.0)
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
+
+    lora = parser.add_argument_group("LoRA, in place of training all weights")
+    lora.add_argument("--rank", type=int, help="Rank of the LoRA matrices. Without it all weights are trained.")
+    lora.add_argument("--lora_alpha", type=int, help="Scale of the LoRA, alpha / rank; by default alpha is the rank.")
+    lora.add_argument("--lora_dropout", type=float, default=0.0)
+    lora.add_argument("--lora_layers", nargs="+", default=LORA_LAYERS, help="Linear layers that get LoRA matrices.")
 
     data = parser.add_argument_group("data")
     data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
@@ -134,6 +145,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
     if args.pretrained_model_name_or_path is None and args.image_vq is None and args.text_vq is None:
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
+    if args.rank is not None and args.pretrained_model_name_or_path is None:
+        parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
     return args
 
 
@@ -201,6 +214,20 @@ def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accele
         )
     accelerator.wait_for_everyone()
     return CodeDataset(folder)
+
+
+def save_lora(transformer: VQDiTTransformer2DModel, folder: Path) -> None:
+    """Write the LoRA as diffusers' pipelines load it, under a temporary name first."""
+    from peft.utils import get_peft_model_state_dict
+
+    unfinished = folder / "tmp-lora"
+    VQDiTPipeline.save_lora_weights(
+        unfinished,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+    (unfinished / LORA_WEIGHT_NAME_SAFE).replace(folder / LORA_WEIGHT_NAME_SAFE)
+    unfinished.rmdir()
 
 
 def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Accelerator, step: int) -> None:
@@ -274,6 +301,10 @@ def main(args: argparse.Namespace) -> None:
                     f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
                 )
         if new := {name: segment for name, segment in segments.items() if name not in known}:
+            if args.rank is not None:
+                raise ValueError(
+                    f"the segments {sorted(new)} are new to the pipeline; a LoRA can't add them: drop --rank"
+                )
             transformer = transformer.with_segments(new)
         known = list(transformer.config.tasks or [])
         transformer.register_to_config(tasks=known + [str(t) for t, _ in tasks if str(t) not in known])
@@ -284,8 +315,17 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # each task has its own lengths
         transformer.compile_repeated_blocks()
+    if args.rank is not None:
+        from peft import LoraConfig
+
+        transformer.requires_grad_(False)
+        alpha = args.lora_alpha or args.rank
+        transformer.add_adapter(
+            LoraConfig(r=args.rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules=args.lora_layers)
+        )
     scheduler = parts["scheduler"]
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    ema = EMAModel(trained, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # 3. Optimizer and learning rate
     learning_rate = args.learning_rate
@@ -320,9 +360,9 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("vqdit", config=tracker_config(args))
 
-    parameters = sum(p.numel() for p in unwrap(transformer).parameters())
+    parameters = sum(p.numel() for p in trained)
     logger.info(
-        f"{len(codes)} samples, {parameters / 1e6:.1f} M parameters, {max_steps} steps of batch {global_batch}"
+        f"{len(codes)} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of batch {global_batch}"
     )
 
     # 5. Train
@@ -352,7 +392,7 @@ def main(args: argparse.Namespace) -> None:
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
@@ -368,7 +408,7 @@ def main(args: argparse.Namespace) -> None:
 
         step += 1
         if ema is not None:
-            ema.step(transformer.parameters())
+            ema.step(trained)
         progress.update(1)
         rate = lr_scheduler.get_last_lr()[0]
         speed = seen / (time.time() - started)
@@ -380,26 +420,38 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
         if args.validation_prompts and accelerator.is_main_process and step % args.validation_steps == 0:
             if ema is not None:
-                ema.store(transformer.parameters())
-                ema.copy_to(transformer.parameters())
+                ema.store(trained)
+                ema.copy_to(trained)
             unwrap(transformer).eval()
             validate(args, build_pipeline(), accelerator, step)
             unwrap(transformer).train()
             if ema is not None:
-                ema.restore(transformer.parameters())
+                ema.restore(trained)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            ema.copy_to(transformer.parameters())
+            ema.copy_to(trained)
         unwrap(transformer).eval()
-        pipeline = build_pipeline()
-        save_pretrained_atomically(pipeline, args.output_dir)
-        if args.push_to_hub:
-            pipeline.push_to_hub(args.hub_model_id or args.output_dir.name, token=args.hub_token)
-        logger.info(f"saved the pipeline to {args.output_dir}")
+        name = args.hub_model_id or args.output_dir.name
+        if args.rank is not None:
+            save_lora(unwrap(transformer), args.output_dir)
+            if args.push_to_hub:
+                repository = create_repo(name, token=args.hub_token, exist_ok=True).repo_id
+                upload_file(
+                    path_or_fileobj=args.output_dir / LORA_WEIGHT_NAME_SAFE,
+                    path_in_repo=LORA_WEIGHT_NAME_SAFE,
+                    repo_id=repository,
+                    token=args.hub_token,
+                )
+        else:
+            pipeline = build_pipeline()
+            save_pretrained_atomically(pipeline, args.output_dir)
+            if args.push_to_hub:
+                pipeline.push_to_hub(name, token=args.hub_token)
+        logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 
 

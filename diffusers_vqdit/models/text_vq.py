@@ -14,6 +14,9 @@ from ..hub.checkpoint_mixin import CheckpointMixin
 from .quantizers import VectorQuantizer
 
 
+SIF_SMOOTHING = 1e-3  # a of Arora et al. 2017, who found 1e-3 to 1e-4 best
+
+
 @dataclass
 class TextVQOutput(BaseOutput):
     """Output of [`TextVQModel`].
@@ -235,10 +238,13 @@ class TextVQModel(CheckpointMixin, ModelMixin, ConfigMixin):
         each = codes.unflatten(1, (-1, self.config.num_codebooks)).unbind(-1)
         return sum(quantizer.lookup(part) for quantizer, part in zip(self.quantizers, each, strict=True))
 
-    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+    def _decode_states(self, quantized: torch.Tensor) -> torch.Tensor:
         patches = self.from_code(quantized)  # (B, T/r, rH)
         hidden_states = patches.unflatten(2, (self.config.downsample_factor, -1)).flatten(1, 2)  # (B, T, H)
-        return self.to_logits(self.norm_out(self._run(self.decoder, hidden_states)))  # (B, T, V)
+        return self.norm_out(self._run(self.decoder, hidden_states))  # (B, T, H)
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.to_logits(self._decode_states(quantized))  # (B, T, V)
 
     @apply_forward_hook
     def decode_codes(self, codes: torch.LongTensor) -> torch.Tensor:
@@ -252,11 +258,32 @@ class TextVQModel(CheckpointMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     @torch.no_grad()
     def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """One unit vector (B, D) a caption: the mean of its codes' vectors, padding left out."""
+        """One unit vector (B, D) a text, float32, D = hidden_size: its codes' decoder states, pooled by rarity.
+
+        Quantized vectors are short; the decoder's last hidden states, which hold no more than the codes do, tell
+        codes apart linearly. Position i weighs a / (a + p_i) with a = 1e-3 (Arora et al. 2017, SIF, section 3), p_i
+        being the frequency of its code in training as the codebook keeps it, the mean where there are several. A
+        codebook without such statistics weighs all positions alike. Padding is left out; a text of nothing else is
+        the zero vector.
+
+        Args:
+            input_ids: (B, T) token ids, int64.
+            attention_mask: (B, T), 0 at padding.
+
+        Raises:
+            ValueError: if the shape or dtype is another, or an id is out of range.
+        """
         tokens = self._check_tokens(input_ids, attention_mask)
-        quantized = self._lookup(self.encode_codes(tokens))  # (B, T/r, D)
-        real = (tokens != self.config.pad_token_id).unflatten(1, (-1, self.config.downsample_factor)).any(-1)
-        return F.normalize((quantized * real[..., None]).sum(1).float(), dim=-1)
+        codes = self.encode_codes(tokens)
+        states = self._decode_states(self._lookup(codes)).float()  # (B, T, H)
+        weights = (tokens != self.config.pad_token_id).float()
+        if hasattr(self.quantizers[0], "cluster_size"):
+            each = codes.unflatten(1, (-1, self.config.num_codebooks)).unbind(-1)
+            frequencies = [q.cluster_size.float()[part] for q, part in zip(self.quantizers, each, strict=True)]
+            frequency = torch.stack(frequencies).mean(0)  # (B, T/r)
+            rarity = SIF_SMOOTHING / (SIF_SMOOTHING + frequency)
+            weights = weights * rarity.repeat_interleave(self.config.downsample_factor, dim=1)
+        return F.normalize((states * weights[..., None]).sum(1), dim=-1)
 
     def forward(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, return_dict: bool = True

@@ -1,5 +1,6 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, BaseOutput, logging, replace_example_docstring
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -32,6 +34,7 @@ from ..likelihood import LikelihoodOutput, code_log_probabilities, negative_elbo
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
+from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
 
@@ -73,6 +76,21 @@ class VQDiTPipelineOutput(BaseOutput):
 
 
 @dataclass
+class ClassificationOutput(BaseOutput):
+    """Output of [`VQDiTPipeline.classify`].
+
+    Args:
+        labels (`list[str]`): the most probable label of each sample.
+        probabilities (`torch.Tensor` of shape `(B, L)`): float32, rows sum to 1.
+        names (`list[str]`): the L labels, in the order of the columns.
+    """
+
+    labels: list[str]
+    probabilities: torch.Tensor
+    names: list[str]
+
+
+@dataclass
 class _Source:
     """The picture that a generated one is made from.
 
@@ -87,7 +105,8 @@ class _Source:
     tiles: int | None = None
 
 
-class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
+# Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
+class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
@@ -97,7 +116,7 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
         scheduler: masks and samples.
         image_vq: tokenizer of pictures; None for a checkpoint without them.
         text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
-        labels: the names of the label codes.
+        labels: the names of the label codes, in their order or by code.
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
     """
 
@@ -112,13 +131,15 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
         image_vq: ImageVQModel | None = None,
         text_vq: TextVQModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        labels: list[str] | None = None,
+        labels: list[str] | dict[str, str] | None = None,
         lowres_factor: int = 2,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
+        if isinstance(labels, dict):  # as they are saved
+            labels = [labels[code] for code in sorted(labels, key=int)]
         self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -144,6 +165,15 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
             os.makedirs(save_directory, exist_ok=True)
             save_remote_code(type(self), save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved, with the labels by code.
+
+        `DiffusionPipeline.download` takes every list for a component, and refuses a repository with any other.
+        """
+        config = json.loads(super().to_json_string())
+        config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
+        return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @property
     def guidance_scale(self) -> float:
@@ -702,6 +732,172 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline):
                 batch_size=batch_size,
                 progress=progress_bar.update,
             )
+        self.maybe_free_model_hooks()
+        return output
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Classification and retrieval
+
+    @torch.no_grad()
+    def classify(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        labels: list[str] | None = None,
+        *,
+        num_samples: int = 32,
+        batch_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> ClassificationOutput:
+        """Label texts, pictures or both; among the checkpoint's labels, or for pictures among texts of your own.
+
+        The checkpoint's label is one code, so its distribution is exact: one forward pass. Texts of your own are
+        candidates for the caption: the softmax over them of the bound on log p(text | picture), with masks that all
+        share, less that on log p(text) where the checkpoint knows the task ``->text`` (PMI: a uniform prior). Without
+        it, frequent and short texts have an advantage.
+
+        Args:
+            prompt, image: what is given, as in [`__call__`]. Both: of one batch size.
+            labels: candidate texts, at least two, all different; None for the checkpoint's labels.
+            num_samples: masks, as in [`score`]; for `labels` only.
+            batch_size: candidates a forward pass; for `labels` only.
+            generator: draws the masks, on the CPU; for `labels` only.
+
+        Raises:
+            ValueError: for a task that the checkpoint was not trained for, or an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> pipe.classify(image=image).labels[0]
+            >>> pipe.classify(image=image, labels=["a cat", "a dog"]).probabilities
+            ```
+        """
+        if labels is not None:
+            if image is None or prompt is not None:
+                raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
+            if not isinstance(labels, list) or len(labels) < 2 or len(set(labels)) < len(labels):
+                raise ValueError(f"labels={labels!r} must be a list of at least two different texts")
+            if not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+            scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
+            names = list(labels)
+        else:
+            if prompt is None and image is None:
+                raise ValueError("prompt and image are None: there is nothing to classify")
+            passed = self._passed(prompt, image, None, None)
+            self._plan(passed, "label", None, None)
+            given = self._encode(passed)
+            sizes = {name: len(codes) for name, codes in given.items()}
+            if len(set(sizes.values())) > 1:
+                raise ValueError(f"what is given must have one batch size, got {sizes}")
+            scores = all_masked(self.transformer, "label", given)[1][:, 0]  # (B, K)
+            names = self.decode_label(torch.arange(scores.shape[1])[:, None])
+        self.maybe_free_model_hooks()
+        probabilities = scores.softmax(-1).float().cpu()
+        best = [names[index] for index in probabilities.argmax(1).tolist()]
+        return ClassificationOutput(labels=best, probabilities=probabilities, names=names)
+
+    def _caption_nll(
+        self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
+        self._check_task(Task(("image",), ("text",)))
+        codes = self._encode(self._passed(texts, image, None, None))
+        text, pictures = codes["text"], codes["image"]
+        masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
+        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
+        options = {"times": times, "batch_size": batch_size}
+        prefixes = self.transformer.encode_prefix({"image": pictures})
+        # A picture's keys and values serve all texts.
+        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
+        nll = torch.stack([negative_elbo(self.transformer, {"text": text}, row, masks, **options).nll for row in rows])
+        if "->text" in (self.transformer.config.tasks or []):
+            nll = nll - negative_elbo(self.transformer, {"text": text}, None, masks, **options).nll
+        return nll
+
+    @torch.no_grad()
+    def index(
+        self,
+        prompt: list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> GalleryIndex:
+        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts.
+
+        Args:
+            prompt, image: one of them: the items.
+            batch_size: items a forward pass.
+
+        Returns:
+            [`~retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
+
+        Raises:
+            ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.
+        """
+        if (prompt is None) == (image is None):
+            raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        segment, query = ("text", "image") if image is None else ("image", "text")
+        items = self._passed(prompt, image, None, None)[segment]
+        if isinstance(items, list) and items:
+            parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        else:
+            parts = [items]
+        codes = torch.cat([self._encode({segment: part})[segment] for part in parts])
+        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        query: str | list[str] | PipelineImageInput,
+        gallery: GalleryIndex,
+        top_k: int = 5,
+        *,
+        shortlist: int | None = None,
+        batch_size: int = 64,
+    ) -> RetrievalOutput:
+        """The items of a gallery that go best with each query: texts for pictures, pictures for texts.
+
+        Args:
+            query: texts for a gallery of pictures, pictures for one of texts.
+            gallery: from [`index`].
+            top_k: items a query.
+            shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
+                that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
+            batch_size: queries or candidates a forward pass.
+
+        Returns:
+            [`~retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
+
+        Raises:
+            ValueError: for an index of another model, or an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> gallery = pipe.index(image=pictures)
+            >>> gallery.save("gallery.safetensors")
+            >>> best = pipe.retrieve("a red apple", gallery, top_k=3).indices[0]
+            ```
+        """
+        if not isinstance(gallery, GalleryIndex):
+            raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        first = query[0] if isinstance(query, list) and query else query
+        if isinstance(first, str) != (gallery.query == "text"):
+            wanted = "texts" if gallery.query == "text" else "pictures"
+            raise ValueError(
+                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {type(first)}"
+            )
+        arguments = (query, None) if gallery.query == "text" else (None, query)
+        codes = self._encode(self._passed(*arguments, None, None))[gallery.query]
+        if shortlist is None:
+            shortlist = max(20, 2 * top_k) if isinstance(top_k, int) else 20  # a wrong top_k is named below
+        output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
 

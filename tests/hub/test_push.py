@@ -55,10 +55,8 @@ def test_a_folder_is_one_commit(hub, client, folder):
     (folder / "model_index.json").write_text('{"a": 1}')
     push_folder(folder, "alice/model", path_in_repo="sub", ignore_patterns=["transformer/*"])
     found = contents(hub, "alice/model")
-    assert {path for path in found if path.startswith("sub/")} == {
-        "sub/model_index.json",
-        "sub/image_vq/model.safetensors",
-    }
+    added = {path.removeprefix("sub/") for path in found if path.startswith("sub/")}
+    assert added == {"model_index.json", "image_vq/model.safetensors"}
     assert hub.count("PUT", "^/lfs/") == 2  # the third upload's weights were there already
 
 
@@ -107,7 +105,7 @@ def test_a_server_that_dies_in_the_middle_of_an_upload(hub, client, folder):
     for path in folder.rglob("*.safetensors"):
         path.write_bytes(os.urandom(200_000))
     hub.die_after = 250_000  # in the second file or, with both under way, in either
-    with pytest.raises(RuntimeError, match="Error while uploading"):
+    with pytest.raises(Exception, match="Error while uploading|refused"):
         push_folder(folder, "alice/model", commit_message="New", wait=0.0, max_retries=1)
     assert contents(hub, "alice/model") == before  # nothing is half-published
     uploaded = hub.count("PUT", "^/lfs/", status=200)
@@ -119,9 +117,8 @@ def test_a_server_that_dies_in_the_middle_of_an_upload(hub, client, folder):
     assert hub.count("PUT", "^/lfs/", status=200) - uploaded <= 2
 
 
-def test_what_arrived_is_not_sent_again(hub, client, folder, monkeypatch):
+def test_what_arrived_is_not_sent_again(hub, client, folder):
     hub.lose_answers = ["/commit/"]
-    monkeypatch.setattr(hub, "fail_every", 0)
     with pytest.raises(Exception, match="disconnected"):
         push_folder(folder, "alice/model", max_retries=0)
     sent = hub.count("PUT", "^/lfs/")
@@ -143,10 +140,8 @@ def test_a_damaged_upload_is_refused(hub, client, folder):
 def test_pipelines_models_and_schedulers_are_pushed_in_one_commit(hub, client, pipeline, tmp_path):
     pipeline.push_to_hub("alice/pipe", commit_message="Pipeline")
     assert hub.repositories["alice/pipe"].log() == ["Pipeline", "initial commit"]
-    found = contents(hub, "alice/pipe")
-    assert {"README.md", "model_index.json", "pipeline.py", "transformer/diffusion_pytorch_model.safetensors"} <= set(
-        found
-    )
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert {"README.md", "model_index.json", "pipeline.py", weights} <= set(contents(hub, "alice/pipe"))
     pipeline.image_vq.push_to_hub("alice/image_vq")
     pipeline.scheduler.push_to_hub("alice/scheduler")
     pipeline.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, repo_id="alice/saved")
@@ -160,7 +155,7 @@ def test_pipelines_models_and_schedulers_are_pushed_in_one_commit(hub, client, p
     MaskedDiffusionScheduler.from_pretrained("alice/scheduler", cache_dir=tmp_path / "cache")
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(hub, client, folder, tmp_path):
+def test_files_come_back_whole_and_in_ranges(hub, client, folder, tmp_path):
     push_folder(folder, "alice/model")
     cache = tmp_path / "cache"
     full = huggingface_hub.hf_hub_download("alice/model", "transformer/model.safetensors", cache_dir=cache)

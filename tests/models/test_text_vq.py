@@ -35,6 +35,23 @@ def test_embeddings_are_unit_vectors(text_vq, tokenizer):
     assert vectors[0] @ vectors[1] < 0.99
 
 
+def test_rare_codes_weigh_more_in_embeddings(text_vq, tokenizer):
+    batch = tokens(tokenizer, ["a red apple"])
+    codes = text_vq.encode_codes(batch.input_ids, batch.attention_mask)
+    quantizer = text_vq.quantizers[0]
+    quantizer.cluster_size.fill_(0.1)
+    alike = text_vq.embed(batch.input_ids, batch.attention_mask)[0]
+    states = text_vq._decode_states(text_vq._lookup(codes))[0]
+    real = states[batch.attention_mask[0] == 1]
+    torch.testing.assert_close(alike, torch.nn.functional.normalize(real.sum(0), dim=0))
+    quantizer.cluster_size[codes[0, 0]] = 0
+    weights = torch.where(codes[0, : len(real)] == codes[0, 0], 1.0, 1e-3 / (1e-3 + 0.1))
+    expected = torch.nn.functional.normalize((real * weights[:, None]).sum(0), dim=0)
+    torch.testing.assert_close(text_vq.embed(batch.input_ids, batch.attention_mask)[0], expected)
+    del quantizer.cluster_size  # a codebook that keeps no statistics
+    torch.testing.assert_close(text_vq.embed(batch.input_ids, batch.attention_mask)[0], alike)
+
+
 @pytest.mark.parametrize(
     ("options", "positions"),
     [

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import load_dataset
+from safetensors.torch import load_file
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.code_dataset import CodeDataset
@@ -143,6 +144,51 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     index = json.loads((tmp_path / "mine" / "transformer" / "config.json").read_text())
     assert set(index["tasks"]) == {"text->image", "image->text", "->image"}
     assert len(VQDiTPipeline.from_pretrained(tmp_path / "mine")("apple", num_inference_steps=2).images) == 1
+
+
+@pytest.mark.slow
+def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, picture_folder, tmp_path):
+    codes = f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --tasks label->image,->image"
+    run("train_vqdit", f"{codes} --output_dir {tmp_path / 'base'} {TINY} --max_train_steps 30 --train_batch_size 8")
+    lora = f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tokenizers / 'codes'} --rank 2 {TINY}"
+    arguments = f"{lora} --tasks label->image --train_batch_size 4 --use_ema --ema_decay 0.5 --learning_rate 1e-2"
+    run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'lora'} --max_train_steps 12 --checkpointing_steps 8")
+    files = [path.name for path in (tmp_path / "lora").iterdir() if path.is_file()]
+    assert files == ["pytorch_lora_weights.safetensors"]
+    size = (tmp_path / "lora" / files[0]).stat().st_size
+    assert size < (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size / 4
+
+    # A killed run resumes to the same LoRA.
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "lora" / "checkpoint-8", tmp_path / "broken" / "checkpoint-8")
+    resumed = f"--output_dir {tmp_path / 'broken'} --max_train_steps 12 --resume_from_checkpoint latest"
+    run("train_vqdit", f"{arguments} {resumed}")
+    whole, again = (load_file(tmp_path / name / files[0]) for name in ("lora", "broken"))
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+    pipe = VQDiTPipeline.from_pretrained(tmp_path / "base")
+    pipe.set_progress_bar_config(disable=True)
+
+    def logits():
+        codes = {"image": torch.full((1, 8, 8), pipe.transformer.config.segments["image"]["vocab_size"])}
+        with torch.no_grad():
+            return pipe.transformer(codes, given={"label": torch.zeros(1, 1, dtype=torch.int64)}).sample["image"]
+
+    base = logits()
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
+    changed = logits()
+    assert (changed - base).abs().max() > 1e-2
+    pipe.set_adapters("style", 0.0)
+    assert torch.equal(logits(), base)
+    pipe.set_adapters("style", 1.0)
+    pipe.fuse_lora()
+    torch.testing.assert_close(logits(), changed, atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(logits(), base, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"\['text'\] are new to the pipeline; a LoRA can't add them"):
+        run("train_vqdit", f"{lora} --tasks text->image --output_dir {tmp_path / 'text'}")
 
 
 @pytest.mark.slow

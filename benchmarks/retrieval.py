@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Retrieval by the starter checkpoint: indexing rate, query latency, and recall against the size of the shortlist.
+
+    python benchmarks/retrieval.py
+
+Takes about ten minutes on one CPU core, most of it on a gallery of texts, whose every item is a forward pass. With the
+checkpoint that knows ``text->image``, ``image->text`` and ``->image``, one busy core: text queries of the test split's
+307 pictures have recall@1 80.1 % and recall@5 85.7 % (85.0 % with a shortlist of 5); pictures of 10,000 are indexed at
+7,800 a second from their codes; a query of them takes 220 ms, all likelihoods 68 s, 309 times as long. Picture
+queries of 307 texts have 75.9 % and 80.8 %. 71 of the 307 are emoji that training never saw, and hold recall down.
+
+The gallery of 10,000 is drawn with repeats from the test split's codes: latency hardly depends on what the items are.
+One pass over all items, the least that ranking them by likelihood takes, is timed on 256 and scaled to their number.
+"""
+
+import argparse
+import time
+
+import torch
+
+from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.code_dataset import encode_texts
+from diffusers_vqdit.retrieval import build_index, retrieve
+from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure retrieval.")
+    parser.add_argument("--pretrained_model_name_or_path", default="model_cards/vqdit-emoji")
+    parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--shortlists", type=int, nargs="+", default=[5, 20])
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    pipe = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    data = load_training_dataset(dataset_name=args.dataset_name, split="test", image_column="image", columns=["text"])
+    pixels = to_pixels(decode_images(data, "image", 32)[0])
+    codes = {
+        "image": torch.cat([pipe.image_vq.encode_codes(part) for part in pixels.split(64)]),
+        "text": encode_texts(list(data["text"]), pipe.text_vq, pipe.tokenizer),
+    }
+    own = torch.arange(len(data))[:, None]
+    for query, segment in (("text", "image"), ("image", "text")):
+        print(f"{query} -> gallery of {segment}")
+
+        gallery = build_index(pipe.transformer, codes[segment], segment, query)
+        for shortlist in args.shortlists:
+            found = retrieve(pipe.transformer, codes[query], gallery, top_k=5, shortlist=shortlist).indices == own
+            recall = ", ".join(f"recall@{k} {100 * found[:, :k].any(1).float().mean():.1f} %" for k in (1, 5))
+            print(f"  shortlist {shortlist:4d} of {len(gallery)}: {recall}")
+
+        drawn = torch.randint(len(data), (args.items,), generator=torch.Generator().manual_seed(0))
+        start = time.perf_counter()
+        gallery = build_index(pipe.transformer, codes[segment][drawn], segment, query)
+        rate = len(gallery) / (time.perf_counter() - start)
+        print(f"  indexing {len(gallery)} items: {rate:.0f} a second, codes given")
+        one = codes[query][:1]
+        retrieve(pipe.transformer, one, gallery, top_k=5, shortlist=20)  # faiss, where there is one, builds its index
+        start = time.perf_counter()
+        for _ in range(3):
+            retrieve(pipe.transformer, one, gallery, top_k=5, shortlist=20)
+        latency = (time.perf_counter() - start) / 3
+        prefix = pipe.transformer.encode_prefix({query: one})
+        size = 256
+        mask = torch.full((size, *codes[segment].shape[1:]), pipe.transformer.config.segments[segment]["vocab_size"])
+        start = time.perf_counter()
+        for chunk in mask.split(64):
+            pipe.transformer({segment: chunk}, prefix=prefix.expand(len(chunk)))
+        everything = (time.perf_counter() - start) * len(gallery) / size
+        print(
+            f"  one query of {len(gallery)} items: {1000 * latency:.0f} ms with a shortlist of 20; likelihoods of all "
+            f"items by one mask: {everything:.1f} s, {everything / latency:.0f} times as long"
+        )
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,335 @@
+"""Retrieval: a gallery's codes and features, and the pointwise mutual information (PMI) that ranks it for a query.
+
+With all codes of the generated segment masked, one forward pass gives log p(code at position i | given) for all codes
+and positions. The sum over a candidate's codes is its likelihood in one-step generation, and less the same sum
+without anything given it is a PMI. The head is linear, so it is an inner product:
+
+    sum over i of log p(c_i | x) - log p(c_i) = sum over i of <h_i(x) - h_i, w(c_i)> - (Z_i(x) - Z_i)
+
+with the head's inputs h_i(x) and h_i (nothing given), its rows w and the log-sum-exps Z. So what is given has a vector
+of N D numbers, what is generated another, and a gallery of either is searched by inner products (Jegou et al. 2011,
+product quantization, use the same asymmetry: one side is codes). The vectors are projected onto the gallery's first
+principal components for a shortlist, which is then ranked by the sums themselves, both ways where both are known.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from diffusers.utils import BaseOutput
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .models.transformer_vqdit import VQDiTTransformer2DModel
+from .tasks import Task, check_task
+
+
+NUM_FEATURES = 256
+FIT_SIZE = 1024  # items that the principal components are fitted to
+SEARCH_CHUNK = 65_536  # items of the gallery a matrix product
+
+
+@dataclass
+class RetrievalOutput(BaseOutput):
+    """What [`VQDiTPipeline.retrieve`] found, best first.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(B, top_k)`): places in the gallery.
+        scores (`torch.Tensor` of shape `(B, top_k)`): float32 PMI in nats, summed over the directions that the
+            checkpoint knows. Comparable among the items of one query; among queries only where all marginals of
+            these directions are known.
+    """
+
+    indices: torch.LongTensor
+    scores: torch.Tensor
+
+
+def fingerprint(transformer: VQDiTTransformer2DModel) -> str:
+    """A digest of the segments and of the first weights of each layer, which any training changes."""
+    digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
+    for name, value in sorted(transformer.state_dict().items()):
+        digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
+    """The tasks whose likelihoods rank a gallery's items for a query.
+
+    The query's marginal is the same for all items. An item's is not, so that ``query->gallery`` needs ``->gallery``.
+
+    Raises:
+        ValueError: if the checkpoint knows none of them.
+    """
+    known = {Task.parse(task) for task in tasks}
+    ways = [way for way in (Task((gallery,), (query,)), Task((query,), (gallery,))) if way in known]
+    ways = [way for way in ways if way.generated == (query,) or Task((), way.generated) in known]
+    if not ways:
+        check_task(Task((gallery,), (query,)), tasks)
+    return ways
+
+
+@torch.no_grad()
+def all_masked(
+    transformer: VQDiTTransformer2DModel, segment: str, given: dict[str, torch.LongTensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32.
+
+    Without `given`, one row. A time-conditioned model sees the time 1, when all is masked.
+    """
+    config = transformer.config.segments[segment]
+    size = len(next(iter(given.values()))) if given else 1
+    device = next(iter(given.values())).device if given else transformer.device
+    codes = torch.full((size, *config["shape"]), config["vocab_size"], device=device)
+    states = []
+    handle = transformer.heads[config.get("shared_with", segment)].register_forward_pre_hook(
+        lambda module, inputs: states.append(inputs[0])
+    )
+    try:
+        timestep = torch.ones(size, device=device) if transformer.config.time_conditioned else None
+        logits = transformer({segment: codes}, timestep=timestep, given=given).sample[segment]
+    finally:
+        handle.remove()
+    return states[0].float(), logits.float().log_softmax(-1)
+
+
+def at_codes(table: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
+    """Sums (...) over the positions of a table (..., N, K) at codes (..., N)."""
+    return table.gather(-1, codes[..., None]).sum((-2, -1))
+
+
+@dataclass
+class GalleryIndex:
+    """The items of a gallery as codes, and their features for the search. Made by [`VQDiTPipeline.index`].
+
+    Args:
+        segment, query: the segment of the items and that of the queries.
+        way: the task whose PMI the features stand for.
+        model: [`fingerprint`] of the transformer.
+        codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
+        features (`torch.Tensor` of shape `(G, R)`): float16.
+        bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
+        basis (`torch.Tensor` of shape `(N * D, R)`): float16, orthonormal columns.
+    """
+
+    segment: str
+    query: str
+    way: str
+    model: str
+    codes: torch.Tensor
+    features: torch.Tensor
+    bias: torch.Tensor
+    basis: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._faiss = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, under a temporary name until it is complete."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        tensors = {name: getattr(self, name).contiguous() for name in ("codes", "features", "bias", "basis")}
+        metadata = {name: getattr(self, name) for name in ("segment", "query", "way", "model")}
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "GalleryIndex":
+        """Read what [`save`] wrote.
+
+        Raises:
+            ValueError: if the file is no gallery's index.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if not {"segment", "query", "way", "model"} <= set(metadata) or "features" not in names:
+                raise ValueError(f"{str(path)!r} is no index of a gallery; write one with GalleryIndex.save")
+            tensors = {name: file.get_tensor(name) for name in names}
+        return cls(**{name: metadata[name] for name in ("segment", "query", "way", "model")}, **tensors)
+
+    def search(self, queries: torch.Tensor, count: int) -> torch.LongTensor:
+        """The `count` items (B, count) with the largest inner products with `queries` (B, R), best first.
+
+        By faiss's exact inner-product index where faiss is installed, else by matrix products a chunk at a time.
+        """
+        queries = queries.float().cpu()
+        if find_spec("faiss") is not None:
+            import faiss
+
+            if self._faiss is None:
+                # The bias is one more feature, whose counterpart in a query is 1.
+                self._faiss = faiss.IndexFlatIP(self.features.shape[1] + 1)
+                self._faiss.add(torch.cat([self.features.float(), self.bias[:, None]], dim=1).numpy())
+            queries = torch.cat([queries, torch.ones(len(queries), 1)], dim=1)
+            return torch.from_numpy(self._faiss.search(queries.numpy(), count)[1])
+        best = torch.empty(len(queries), 0)
+        places = torch.empty(len(queries), 0, dtype=torch.int64)
+        for start in range(0, len(self), SEARCH_CHUNK):
+            rows = slice(start, start + SEARCH_CHUNK)
+            scores = torch.addmm(self.bias[rows], queries, self.features[rows].float().T)  # (B, chunk)
+            numbers = torch.arange(start, start + scores.shape[1]).expand(len(queries), -1)
+            best, places = torch.cat([best, scores], dim=1), torch.cat([places, numbers], dim=1)
+            best, order = best.topk(min(count, best.shape[1]))
+            places = places.gather(1, order)
+        return places
+
+
+def _vectors(transformer: VQDiTTransformer2DModel, way: Task, segment: str, codes: torch.LongTensor) -> torch.Tensor:
+    """The vectors (B, N * D) of items on their side of `way`: head inputs where given, head rows where generated."""
+    generated = way.generated[0]
+    if way.given == (segment,):
+        return all_masked(transformer, generated, {segment: codes})[0].flatten(1)
+    head = transformer.heads[transformer.config.segments[generated].get("shared_with", generated)]
+    return head.weight.detach().float()[codes.flatten(1)].flatten(1)
+
+
+@torch.no_grad()
+def build_index(
+    transformer: VQDiTTransformer2DModel,
+    codes: torch.LongTensor,
+    segment: str,
+    query: str,
+    *,
+    batch_size: int = 64,
+) -> GalleryIndex:
+    """Index a gallery.
+
+    The features stand for the way that generates more codes, which told items apart better in both directions of
+    search. They are the first principal components of the items' vectors, as many as `NUM_FEATURES`. Where an item is
+    given, its normalisers Z are taken from the projected states: the exact ones would not cancel what is projected
+    away, and sum to far more than items differ by.
+
+    Args:
+        transformer: a model with both segments.
+        codes: (G, *shape) int64, of the items.
+        segment, query: the segment of the items and that of the queries.
+        batch_size: items a forward pass.
+
+    Raises:
+        ValueError: if the checkpoint knows no task between the two segments that ranks items.
+    """
+    ways = directions(transformer.config.tasks or [], query, segment)
+    sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
+    way = max(ways, key=sizes.get)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(codes), generator=generator)[:FIT_SIZE].to(codes.device)
+    sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
+    mean = sample.mean(0)
+    sample = sample - mean
+    # The covariance has (N D)^2 entries, the Gram matrix of the sample as many as items squared; they share spectra.
+    values, axes = torch.linalg.eigh((sample @ sample.T).double())
+    kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
+    basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
+    head = transformer.heads[transformer.config.segments[way.generated[0]].get("shared_with", way.generated[0])]
+    features, bias = [], []
+    for part in codes.split(batch_size):
+        features.append(((_vectors(transformer, way, segment, part) - mean) @ basis.float()).half())
+        if way.given == (segment,):
+            states = mean + features[-1].float() @ basis.float().T
+            logits = head(states.view(len(part), sizes[way], -1).to(head.weight.dtype)).float()
+            bias.append(-logits.logsumexp(-1).sum(1))
+        else:
+            bias.append(torch.zeros(len(part), device=codes.device))
+    small = torch.int16 if transformer.config.segments[segment]["vocab_size"] <= 2**15 else torch.int32
+    return GalleryIndex(
+        segment=segment,
+        query=query,
+        way=str(way),
+        model=fingerprint(transformer),
+        codes=codes.to(small).cpu(),
+        features=torch.cat(features).cpu(),
+        bias=torch.cat(bias).cpu(),
+        basis=basis.cpu(),
+    )
+
+
+@torch.no_grad()
+def retrieve(
+    transformer: VQDiTTransformer2DModel,
+    query: torch.LongTensor,
+    gallery: GalleryIndex,
+    *,
+    top_k: int,
+    shortlist: int,
+    batch_size: int = 64,
+) -> RetrievalOutput:
+    """Rank a gallery for queries (B, *shape): a shortlist by features, then PMI in all [`directions`] together.
+
+    A query's log p at all codes is one forward pass, for any number of candidates. Where candidates are given, each
+    that stands on any shortlist is computed once for all queries.
+
+    Raises:
+        ValueError: if the index is another model's, or `top_k` or `shortlist` doesn't fit.
+    """
+    segments = transformer.config.segments
+    for name in (gallery.segment, gallery.query):
+        if name not in segments:
+            raise ValueError(f"gallery has the segment {name!r}; this model has {list(segments)}")
+    shape = tuple(segments[gallery.segment]["shape"])
+    if tuple(gallery.codes.shape[1:]) != shape or gallery.codes.max() >= segments[gallery.segment]["vocab_size"]:
+        raise ValueError(
+            f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
+            f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
+        )
+    if gallery.model != fingerprint(transformer):
+        raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(gallery):
+        raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the {len(gallery)} items of the gallery")
+    if not isinstance(shortlist, int) or isinstance(shortlist, bool) or shortlist < top_k:
+        raise ValueError(f"shortlist={shortlist!r} must be an integer of at least top_k={top_k}")
+    shortlist = min(shortlist, len(gallery))
+    tasks = transformer.config.tasks or []
+    ways = directions(tasks, gallery.query, gallery.segment)
+    known = {Task.parse(task) for task in tasks}
+    free = {
+        way: all_masked(transformer, way.generated[0]) if Task((), way.generated) in known else None for way in ways
+    }
+
+    # 1. Shortlist, and the query's own log p while its states are at hand
+    way = Task.parse(gallery.way)
+    forward = Task((gallery.query,), (gallery.segment,))
+    places, scores = [], []
+    for part in query.split(batch_size):
+        states, table = all_masked(transformer, gallery.segment, {gallery.query: part}) if forward in ways else (0, 0)
+        if way == forward:
+            vectors = (states - free[forward][0]).flatten(1)
+        else:
+            vectors = _vectors(transformer, way, gallery.query, part)
+        found = gallery.search(vectors.cpu() @ gallery.basis.float(), shortlist)  # (b, shortlist)
+        places.append(found)
+        score = torch.zeros(found.shape)
+        if forward in ways:
+            table = table - free[forward][1]
+            codes = gallery.codes.flatten(1)[found].long().to(table.device)  # (b, shortlist, N)
+            score = torch.stack(
+                [at_codes(one.expand(len(own), -1, -1), own) for one, own in zip(table, codes, strict=True)]
+            )
+        scores.append(score.cpu())
+    places, scores = torch.cat(places), torch.cat(scores)
+
+    # 2. The query's log p given each candidate
+    backward = Task((gallery.segment,), (gallery.query,))
+    if backward in ways:
+        flat = query.flatten(1)
+        for part in places.unique().split(batch_size):
+            codes = gallery.codes[part].long().to(query.device)
+            table = all_masked(transformer, gallery.query, {gallery.segment: codes})[1]
+            if free[backward] is not None:
+                table = table - free[backward][1]
+            for item, one in zip(part.tolist(), table, strict=True):
+                rows, columns = (places == item).nonzero(as_tuple=True)
+                own = flat[rows.to(flat.device)]
+                scores[rows, columns] += at_codes(one.expand(len(own), -1, -1), own).cpu()
+
+    # 3. Rank
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    return RetrievalOutput(indices=places.gather(1, order)[:, :top_k], scores=best[:, :top_k])
