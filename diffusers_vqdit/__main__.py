@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
+from .provenance import save_generated
 
 
 STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
@@ -108,7 +109,14 @@ def main(args: argparse.Namespace) -> None:
         labels += [f"-> {text}" for text in texts]
 
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(images, labels).save(args.output_file)
+    model_id = "vqdit-emoji" if path == str(STARTER) else path
+    save_generated(
+        labelled_grid(images, labels),
+        args.output_file,
+        model_id=model_id,
+        description="; ".join(prompts),
+        composite=len(images) > len(prompts),
+    )
     print("Drew: " + "; ".join(prompts))
     print(f"{args.output_file.resolve()}: {len(images)} pictures, {time.time() - started:.0f} s")
 

@@ -54,20 +54,19 @@ def push_folder(
     names = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignored))
     if not names:
         raise ValueError(f"folder={str(folder)!r} has no file to publish (allow_patterns={allow_patterns})")
-    api, prefix = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else ""
+    api, prefix, repository, operations = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else "", None, None
     for attempt in range(max_retries + 1):
         try:
-            repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            # Trying again is safe even where a commit's answer was lost: files that are there are not committed twice.
-            return api.create_commit(
-                repository,
-                [CommitOperationAdd(prefix + name, str(Path(folder) / name)) for name in names],
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+            repository = repository or api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            operations = operations or [CommitOperationAdd(prefix + name, str(Path(folder) / name)) for name in names]
+            return api.create_commit(repository, operations, commit_message=commit_message, create_pr=create_pr)
         except Exception as error:
             if attempt == max_retries or not _is_transient(error):
                 raise
+            if not isinstance(error, HfHubHTTPError):
+                # The answer was lost, and the commit may have been made. New operations look what is there, and what
+                # is needn't be committed again; the old ones remember what has been hashed and uploaded.
+                operations = None
             delay = wait * 2**attempt
             _push_logger.warning(f"upload to {repo_id} failed, trying again in {delay:.1f} s: {error}")
             time.sleep(delay)

@@ -1,5 +1,6 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
         scheduler: masks and samples.
         image_vq: tokenizer of pictures; None for a checkpoint without them.
         text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
-        labels: the names of the label codes.
+        labels: the names of the label codes, in their order or by code.
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
     """
 
@@ -128,13 +129,15 @@ class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
         image_vq: ImageVQModel | None = None,
         text_vq: TextVQModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        labels: list[str] | None = None,
+        labels: list[str] | dict[str, str] | None = None,
         lowres_factor: int = 2,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
+        if isinstance(labels, dict):  # as they are saved
+            labels = [labels[code] for code in sorted(labels, key=int)]
         self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -143,6 +146,15 @@ class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
+
+    def to_json_string(self) -> str:
+        """The config as it is saved, with the labels by code.
+
+        `DiffusionPipeline.download` takes every list for a component, and refuses a repository with any other.
+        """
+        config = json.loads(super().to_json_string())
+        config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
+        return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @property
     def guidance_scale(self) -> float:
