@@ -60,3 +60,24 @@ def frechet_distance(
     cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp_min(0).sqrt().sum()
     difference = (mean - other_mean).square().sum()
     return float(difference + covariance.trace() + other_covariance.trace() - 2 * cross)
+
+
+def inception_features() -> Callable[[torch.Tensor], torch.Tensor]:
+    """The 2,048 features of the Inception network that published Frechet Inception distances use, from torch-fidelity,
+    which downloads its weights. It runs on the CPU until it is moved: it is a module with ``to``.
+
+    Raises:
+        ImportError: if torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError("the Inception features need torch-fidelity: pip install torch-fidelity") from error
+
+    class InceptionFeatures(FeatureExtractorInceptionV3):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            """Pictures (B, 3, H, W) in [-1, 1] to (B, 2048)."""
+            bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            return super().forward(bytes_)[0]
+
+    return InceptionFeatures("inception-v3-compat", ["2048"])
