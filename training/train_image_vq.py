@@ -10,7 +10,11 @@ PSNR of 27.6 dB on the 307 pictures of the test split, the mean of each picture'
 over all pictures), and used 99 % of its codes there. Its first 2,500 steps followed the learning rate schedule of a
 5,000-step run, the others that of a 3,300-step one.
 
-The loss is the squared error of the pixels, which is what PSNR measures, and the quantizer's own loss.
+By default the loss is the squared error of the pixels, which is what PSNR measures, and the quantizer's own loss. For
+sharp pictures rather than the highest PSNR, add a perceptual and an adversarial loss (VQGAN, Esser et al. 2021):
+
+    --reconstruction_loss l1 --perceptual_backbone microsoft/resnet-50 --perceptual_weight 1.0 \
+    --adversarial_weight 0.5 --adversarial_start 2000 --discriminator_warmup 500
 """
 
 import argparse
@@ -19,6 +23,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -28,9 +33,21 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.image_losses import (
+    ADVERSARIAL_LOSSES,
+    BackboneFeatures,
+    LeCam,
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
 from diffusers_vqdit.training_utils import (
     checkpoint_step,
     code_usage,
@@ -63,11 +80,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--latent_channels", type=int, default=64)
     model.add_argument("--num_vq_embeddings", type=int, default=1024)
     model.add_argument("--vq_embed_dim", type=int, default=8)
-    model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2")
+    model.add_argument("--quantizer_type", choices=list(QUANTIZER_OPTIONS), default="vq")
+    model.add_argument("--fsq_levels", type=int, nargs="+", help="Of FSQ; they give the number of codes.")
+    model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2", help="Of vq, ibq and lfq (l2: BSQ).")
     model.add_argument("--codebook_update", choices=["gradient", "ema"], default="ema")
     model.add_argument("--codebook_init", choices=["uniform", "data", "kmeans"], default="kmeans")
     model.add_argument("--restart_threshold", type=float, default=0.1)
+    estimators = ["straight_through", "rotation"]
+    model.add_argument("--gradient_estimator", choices=estimators, default=estimators[0], help="Of vq and simvq.")
     model.add_argument("--beta", type=float, default=0.25, help="Weight of the commitment term.")
+    model.add_argument("--entropy_weight", type=float, default=0.0)
+    model.add_argument("--entropy_temperature", type=float, default=0.01)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
@@ -99,6 +122,30 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--ema_decay", type=float, default=0.998)
     training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
 
+    losses = parser.add_argument_group("losses")
+    losses.add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2")
+    losses.add_argument("--perceptual_weight", type=float, default=0.0)
+    losses.add_argument("--perceptual_backbone", help="Vision model of transformers: a Hub id or a folder.")
+    losses.add_argument("--perceptual_image_size", type=int, help="Side that pictures are resized to for it.")
+    losses.add_argument(
+        "--lpips_weights",
+        nargs=2,
+        metavar=("VGG16", "LPIPS"),
+        help="For LPIPS instead.",
+    )
+    losses.add_argument("--adversarial_weight", type=float, default=0.0)
+    losses.add_argument("--adversarial_loss", choices=ADVERSARIAL_LOSSES, default="hinge")
+    losses.add_argument("--adversarial_start", type=int, default=0, help="Step from which it counts.")
+    losses.add_argument("--discriminator_warmup", type=int, default=0, help="Steps it is trained before that.")
+    losses.add_argument(
+        "--adaptive_weight", action="store_true", help="Multiply the weight by VQGAN's gradient ratio."
+    )
+    losses.add_argument("--lecam_weight", type=float, default=0.0)
+    losses.add_argument("--discriminator_channels", type=int, default=64)
+    losses.add_argument("--discriminator_layers", type=int, default=3)
+    losses.add_argument("--discriminator_learning_rate", type=float, default=1e-4)
+    losses.add_argument("--discriminator_max_grad_norm", type=float, default=1.0)
+
     keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
     keeping.add_argument("--checkpointing_steps", type=int, default=500)
     keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
@@ -112,9 +159,34 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
+def quantizer_options(args: argparse.Namespace) -> dict:
+    """The arguments of `ImageVQModel` that the type of the quantizer takes."""
+    # The codebook's own ema_decay keeps its default; --ema_decay is that of the weights.
+    taken = [name for name in QUANTIZER_OPTIONS[args.quantizer_type] if name != "ema_decay"]
+    options = {"quantizer_type": args.quantizer_type, **{name: getattr(args, name) for name in taken}}
+    sizes = {"num_vq_embeddings": args.num_vq_embeddings, "vq_embed_dim": args.vq_embed_dim}
+    if args.fsq_levels:
+        sizes = {"num_vq_embeddings": math.prod(args.fsq_levels), "vq_embed_dim": len(args.fsq_levels)}
+    elif args.quantizer_type == "lfq":
+        sizes["num_vq_embeddings"] = 2**args.vq_embed_dim
+    return {**options, **sizes}
+
+
+def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
+    if args.perceptual_weight == 0:
+        return None
+    if args.lpips_weights is not None:
+        return PerceptualLoss.from_lpips(*args.lpips_weights)
+    if args.perceptual_backbone is None:
+        raise ValueError("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
+    return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
+
+
 @torch.no_grad()
-def validate(model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int) -> dict[str, float]:
-    """PSNR and codebook usage on `pictures`; the first ones and their reconstructions are kept as a PNG."""
+def validate(
+    model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int
+) -> tuple[dict[str, float], Image.Image]:
+    """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too."""
     model.eval()
     device = model.device
     values, codes, drawn = [], [], []
@@ -130,13 +202,26 @@ def validate(model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespa
     rows = VaeImageProcessor().postprocess(torch.cat(drawn))
     folder = args.output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    make_image_grid(rows, rows=2, cols=len(drawn[0])).save(folder / f"step-{step:06d}.png")
+    grid = make_image_grid(rows, rows=2, cols=len(drawn[0]))
+    grid.save(folder / f"step-{step:06d}.png")
     usage, perplexity = code_usage(torch.cat(codes), model.num_codes)
-    return {
+    figures = {
         "validation/psnr": float(torch.cat(values).mean()),
         "validation/usage": usage,
         "validation/perplexity": perplexity,
     }
+    return figures, grid
+
+
+def log_picture(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
+    """Show the reconstructions in those trackers that can."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation/reconstructions", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation/reconstructions": wandb.Image(grid)}, step=step)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -183,26 +268,25 @@ def main(args: argparse.Namespace) -> None:
             mid_block_add_attention=args.mid_block_attention,
             latent_channels=args.latent_channels,
             sample_size=args.resolution,
-            num_vq_embeddings=args.num_vq_embeddings,
-            vq_embed_dim=args.vq_embed_dim,
-            codebook_norm=args.codebook_norm,
-            codebook_update=args.codebook_update,
-            codebook_init=args.codebook_init,
-            restart_threshold=args.restart_threshold,
-            beta=args.beta,
+            **quantizer_options(args),
         )
     # Convolutions run faster with the channels last: by 10 % on CPUs, more on GPUs with mixed precision.
     model.train().to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    perceptual = perceptual_loss(args)
+    adversarial = args.adversarial_weight > 0
+    discriminator = PatchDiscriminator(
+        model.config.out_channels, args.discriminator_channels, args.discriminator_layers
+    ).train()
+    lecam = LeCam()
 
-    # 3. Optimizer and learning rate
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.adam_weight_decay),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
+    # 3. Optimizers and learning rates
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.adam_weight_decay), lr=args.learning_rate, **adam)
+    discriminator_optimizer = torch.optim.AdamW(
+        parameter_groups(discriminator, args.adam_weight_decay), lr=args.discriminator_learning_rate, **adam
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_steps = args.max_train_steps or math.ceil(len(pictures) / global_batch) * args.num_train_epochs
@@ -210,6 +294,11 @@ def main(args: argparse.Namespace) -> None:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    if perceptual is not None:
+        perceptual.to(accelerator.device)
+    if adversarial:
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        accelerator.register_for_checkpointing(lecam.to(accelerator.device))
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
@@ -239,17 +328,55 @@ def main(args: argparse.Namespace) -> None:
     started, seen, measured = time.time(), 0, {}
     while step < max_steps:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
-        with accelerator.accumulate(model):
+        logs = {}
+        with accelerator.accumulate(model, *([discriminator] if adversarial else [])):
+            # The tokenizer
             output = model(sample)
-            reconstruction = F.mse_loss(output.sample.float(), sample)
+            made = output.sample.float()
+            difference = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
+            reconstruction = difference(made, sample)
+            logs |= {"reconstruction": reconstruction, "mse": F.mse_loss(made, sample).detach()}
+            if perceptual is not None:
+                with accelerator.autocast():
+                    logs["perceptual"] = perceptual(made, sample)
+                reconstruction = reconstruction + args.perceptual_weight * logs["perceptual"]
             loss = reconstruction + output.commit_loss
+            logs |= {"commitment": output.commit_loss - output.entropy_loss, "entropy": output.entropy_loss}
+            if adversarial and step >= args.adversarial_start:
+                # Not through DistributedDataParallel, and without gradients of the discriminator's own.
+                unwrap(discriminator).requires_grad_(False)
+                with accelerator.autocast():
+                    logs["generator"] = generator_loss(unwrap(discriminator)(made), args.adversarial_loss)
+                unwrap(discriminator).requires_grad_(True)
+                weight = args.adversarial_weight
+                if args.adaptive_weight:
+                    last_layer = unwrap(model).decoder.conv_out.weight
+                    logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer)
+                    weight = weight * logs["adaptive_weight"]
+                loss = loss + weight * logs["generator"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                logs["gradient_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
             optimizer.zero_grad()
+
+            # The discriminator, which starts earlier, so that its first advice is worth something
+            if adversarial and step >= args.adversarial_start - args.discriminator_warmup:
+                real_logits, made_logits = discriminator(torch.cat([sample, made.detach()])).chunk(2)
+                told = discriminator_loss(real_logits, made_logits, args.adversarial_loss)
+                logs |= {"discriminator": told, "logits_real": real_logits.mean(), "logits_made": made_logits.mean()}
+                if args.lecam_weight > 0:
+                    logs["lecam"] = lecam(real_logits, made_logits)
+                    told = told + args.lecam_weight * logs["lecam"]
+                accelerator.backward(told)
+                if accelerator.sync_gradients:
+                    logs["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
+                        discriminator.parameters(), args.discriminator_max_grad_norm
+                    )
+                discriminator_optimizer.step()
+                discriminator_optimizer.zero_grad()
         seen += len(sample) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
@@ -259,9 +386,8 @@ def main(args: argparse.Namespace) -> None:
             ema.step(model.parameters())
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower --learning_rate or check the data")
-        logs = {
-            "reconstruction": reconstruction.item(),
-            "commitment": output.commit_loss.item(),
+        logs = {name: float(torch.as_tensor(value).detach()) for name, value in logs.items()}
+        logs |= {
             "usage": output.usage.item(),
             "perplexity": output.perplexity.item(),
             "images_per_second": seen / (time.time() - started),
@@ -269,24 +395,25 @@ def main(args: argparse.Namespace) -> None:
         progress.update(1)
         progress.set_postfix(
             {
-                "mse": f"{logs['reconstruction']:.4f}",
+                "mse": f"{logs['mse']:.4f}",
                 "vq": f"{logs['commitment']:.4f}",
                 "usage": f"{logs['usage']:.2f}",
                 "images/s": f"{logs['images_per_second']:.0f}",
                 **{name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()},
             }
         )
-        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "gradient_norm": float(norm)}, step=step)
+        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
             if ema is not None:
                 ema.store(model.parameters())
                 ema.copy_to(model.parameters())
-            measured = validate(unwrap(model), held_out, args, step)
+            measured, grid = validate(unwrap(model), held_out, args, step)
             if ema is not None:
                 ema.restore(model.parameters())
             accelerator.log(measured, step=step)
+            log_picture(accelerator, grid, step)
             logger.info(f"step {step}: {measured}")
     progress.close()
 

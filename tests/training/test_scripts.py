@@ -7,6 +7,8 @@ import pytest
 import torch
 from datasets import load_dataset
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import ResNetConfig, ResNetModel
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.code_dataset import CodeDataset
@@ -122,6 +124,56 @@ def test_tokenizer_training_resumes_to_the_same_weights(run, root, tmp_path, nam
     whole, resumed = (model.from_pretrained(tmp_path / folder) for folder in ("whole", "broken"))
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], value, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adversarial_loss", ["hinge", "non_saturating"])
+def test_adversarial_training_resumes_to_the_same_weights(run, root, tmp_path, adversarial_loss):
+    torch.manual_seed(0)
+    backbone = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+    backbone.save_pretrained(tmp_path / "backbone")
+    arguments = (
+        f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none "
+        "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --quantizer_type ibq --entropy_weight 0.1 "
+        f"--perceptual_backbone {tmp_path / 'backbone'} --perceptual_weight 0.5 --reconstruction_loss l1 "
+        f"--adversarial_weight 0.5 --adversarial_loss {adversarial_loss} --adversarial_start 3 "
+        "--discriminator_warmup 2 --adaptive_weight --lecam_weight 0.01 --discriminator_channels 8 "
+        "--discriminator_layers 2 --report_to tensorboard --train_batch_size 4 --max_train_steps 6 "
+        "--checkpointing_steps 4 --gradient_accumulation_steps 2"
+    )
+    run("train_image_vq", f"{arguments} --output_dir {tmp_path / 'whole'}")
+    folders = [path.parent for path in (tmp_path / "whole").rglob("events.*")]
+    logged = next(log for log in (EventAccumulator(str(f)).Reload() for f in folders) if log.Tags()["scalars"])
+    assert [event.step for event in logged.Scalars("discriminator")] == [2, 3, 4, 5, 6]
+    assert [event.step for event in logged.Scalars("generator")] == [4, 5, 6]
+    scalars = set(logged.Tags()["scalars"])
+    assert {"perceptual", "entropy", "commitment", "lecam", "adaptive_weight", "usage", "perplexity"} < scalars
+    assert {"gradient_norm", "discriminator_gradient_norm"} < scalars
+    assert logged.Tags()["images"] == ["validation/reconstructions"]
+
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
+    run("train_image_vq", f"{arguments} --output_dir {tmp_path / 'broken'} --resume_from_checkpoint latest")
+    whole, resumed = (ImageVQModel.from_pretrained(tmp_path / folder) for folder in ("whole", "broken"))
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[key], value, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantizer",
+    ["simvq --gradient_estimator rotation", "fsq --fsq_levels 8 5 5", "lfq --vq_embed_dim 6 --entropy_weight 0.1"],
+)
+def test_every_quantizer_trains(run, root, tmp_path, quantizer):
+    run(
+        "train_image_vq",
+        f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none "
+        "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --report_to none --train_batch_size 4 "
+        f"--max_train_steps 2 --output_dir {tmp_path} --quantizer_type {quantizer}",
+    )
+    model = ImageVQModel.from_pretrained(tmp_path)
+    assert model.config.quantizer_type == quantizer.split()[0]
+    assert model.num_codes == {"simvq": 1024, "fsq": 200, "lfq": 64}[model.config.quantizer_type]
 
 
 @pytest.mark.slow

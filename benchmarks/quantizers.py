@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""Train the same image tokenizer with each quantizer for the same number of steps, and write a table.
+
+    python benchmarks/quantizers.py --max_train_steps 3000 --output_dir outputs/quantizers
+
+Beside the package's five, those of vector-quantize-pytorch are dropped into the same model and loop where it is
+installed (pip install vector-quantize-pytorch); their options are the ones that match. All have about as many codes:
+`--num_codes` must be a power of two, and FSQ takes levels whose product is near it. Each starts from the same weights
+and sees the same batches.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import get_scheduler
+from diffusers.utils import make_image_grid
+
+from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.models.quantizers import Quantizer, QuantizerOutput, perplexity
+from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.training_utils import decode_images, load_training_dataset, shuffled_batches, to_pixels
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare quantizers in the same image tokenizer.")
+    parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--num_codes", type=int, default=1024)
+    parser.add_argument("--code_dim", type=int, default=8, help="Of the quantizers with a codebook.")
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[24, 48, 96])
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--max_train_steps", type=int, default=3000)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="Names of rows to compute; by default all.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quantizers"))
+    return parser.parse_args(input_args)
+
+
+# FSQ levels near a power of two (Mentzer et al. 2023, table 1).
+FSQ_LEVELS = {64: [4, 4, 4], 256: [8, 6, 5], 1024: [8, 5, 5, 5], 4096: [7, 5, 5, 5, 5], 16384: [8, 8, 8, 6, 5]}
+
+
+def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Quantizer] | None]]:
+    """Name -> options of `ImageVQModel`, and what makes the quantizer to put in its place, if not the model."""
+    bits = round(math.log2(args.num_codes))
+    if 2**bits != args.num_codes or args.num_codes not in FSQ_LEVELS:
+        raise ValueError(f"--num_codes {args.num_codes} must be one of {list(FSQ_LEVELS)}")
+    levels = FSQ_LEVELS[args.num_codes]
+    codebook = {"num_vq_embeddings": args.num_codes, "vq_embed_dim": args.code_dim}
+    scalar = {"num_vq_embeddings": math.prod(levels), "vq_embed_dim": len(levels)}
+    binary = {"num_vq_embeddings": args.num_codes, "vq_embed_dim": bits}
+    ema = {"codebook_norm": "l2", "codebook_update": "ema", "codebook_init": "kmeans", "restart_threshold": 0.1}
+    entropy = {"entropy_weight": 0.1, "entropy_temperature": 1.0}
+    ours = {
+        "vq": {**codebook, **ema},
+        "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
+        "simvq": {**codebook, "quantizer_type": "simvq", "gradient_estimator": "rotation"},
+        "ibq": {**codebook, "quantizer_type": "ibq", **entropy},
+        "fsq": {**scalar, "quantizer_type": "fsq", "fsq_levels": levels},
+        "lfq": {**binary, "quantizer_type": "lfq", **entropy},
+        "bsq": {**binary, "quantizer_type": "lfq", "codebook_norm": "l2", **entropy},
+    }
+    rows: dict[str, tuple[dict, Callable[[], Quantizer] | None]] = {name: (o, None) for name, o in ours.items()}
+    try:
+        import vector_quantize_pytorch as theirs
+    except ImportError:
+        print("vector-quantize-pytorch is not installed: its quantizers are left out")
+        return rows
+
+    def vq(**options) -> Quantizer:
+        module = theirs.VectorQuantize(
+            args.code_dim,
+            args.num_codes,
+            commitment_weight=0.25,
+            decay=0.99,
+            use_cosine_sim=True,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+            **options,
+        )
+        return Foreign(module, args.num_codes, args.code_dim)
+
+    def lfq(**options) -> Quantizer:
+        module = theirs.LFQ(
+            dim=bits, codebook_size=args.num_codes, entropy_loss_weight=0.1, commitment_loss_weight=0.25, **options
+        )
+        return Foreign(module, args.num_codes, bits)
+
+    return rows | {
+        "vector-quantize-pytorch VectorQuantize": (codebook, vq),
+        "vector-quantize-pytorch VectorQuantize, rotation trick": (codebook, lambda: vq(rotation_trick=True)),
+        "vector-quantize-pytorch SimVQ": (
+            codebook,
+            lambda: Foreign(
+                theirs.SimVQ(dim=args.code_dim, codebook_size=args.num_codes), args.num_codes, args.code_dim
+            ),
+        ),
+        "vector-quantize-pytorch FSQ": (
+            scalar,
+            lambda: Foreign(theirs.FSQ(levels), math.prod(levels), len(levels)),
+        ),
+        "vector-quantize-pytorch LFQ": (binary, lfq),
+        "vector-quantize-pytorch LFQ, spherical": (binary, lambda: lfq(spherical=True)),
+    }
+
+
+class Foreign(Quantizer):
+    """A quantizer of vector-quantize-pytorch behind our interface."""
+
+    def __init__(self, module: torch.nn.Module, num_codes: int, code_dim: int) -> None:
+        super().__init__(num_codes, code_dim)
+        self.module = module
+
+    def _call(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        output = tuple(self.module(vectors.reshape(1, -1, self.code_dim).float()))
+        loss = output[2] if len(output) > 2 else vectors.new_zeros(())
+        return output[0].view(vectors.shape), output[1].view(vectors.shape[:-1]).long(), loss.sum()
+
+    def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
+        return self._call(vectors)[1]
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        if hasattr(self.module, "get_codes_from_indices"):
+            return self.module.get_codes_from_indices(codes)
+        return self.module.indices_to_codes(codes)
+
+    def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
+        quantized, codes, loss = self._call(vectors)
+        share = self.use_of_codes(codes)
+        return QuantizerOutput(
+            quantized=quantized,
+            codes=codes,
+            loss=loss,
+            entropy_loss=loss.new_zeros(()),
+            usage=(share > 0).float().mean(),
+            perplexity=perplexity(share),
+        )
+
+
+def train(
+    options: dict, make: Callable[[], Quantizer] | None, pictures: torch.Tensor, seed: int, args: argparse.Namespace
+) -> tuple[ImageVQModel, float]:
+    """The trained model, and the pictures it trained on a second."""
+    torch.manual_seed(seed)
+    levels = len(args.block_out_channels)
+    model = ImageVQModel(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=args.block_out_channels,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        latent_channels=64,
+        sample_size=args.resolution,
+        **options,
+    )
+    if make is not None:
+        model.quantize = make()
+    model.train().to(args.device, memory_format=torch.channels_last)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=min(100, args.max_train_steps), num_training_steps=args.max_train_steps
+    )
+    batches = shuffled_batches(len(pictures), args.train_batch_size, seed=seed)
+    started = time.perf_counter()
+    for _ in range(args.max_train_steps):
+        sample = to_pixels(pictures[next(batches)]).to(args.device)
+        output = model(sample)
+        (F.mse_loss(output.sample, sample) + output.commit_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return model.eval(), args.max_train_steps * args.train_batch_size / (time.perf_counter() - started)
+
+
+def as_table(report: dict[str, list[dict]]) -> str:
+    """The means over the seeds as a Markdown table."""
+    columns = {"codes": "{:.0f}", "psnr": "{:.2f}", "ssim": "{:.4f}", "usage": "{:.3f}", "perplexity": "{:.0f}"}
+    columns["images_per_second"] = "{:.0f}"
+    lines = ["| quantizer | codes | PSNR (dB) | SSIM | usage | perplexity | pictures/s |", "|---" + "|---:" * 6 + "|"]
+    for name, runs in report.items():
+        means = {column: sum(run[column] for run in runs) / len(runs) for column in columns}
+        lines.append(f"| {name} | " + " | ".join(form.format(means[c]) for c, form in columns.items()) + " |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    pictures, held_out = (
+        decode_images(
+            load_training_dataset(dataset_name=args.dataset_name, split=split, image_column="image"),
+            "image",
+            args.resolution,
+        )[0]
+        for split in ("train", "test")
+    )
+    rows = candidates(args)
+    if args.only and (unknown := set(args.only) - set(rows)):
+        raise ValueError(f"--only {sorted(unknown)} must be among {list(rows)}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    report: dict[str, list[dict]] = {}
+    for name, (options, make) in rows.items():
+        if args.only and name not in args.only:
+            continue
+        for seed in args.seeds:
+            model, speed = train(options, make, pictures, seed, args)
+            figures = measure_image_tokenizer(model, held_out)
+            figures |= {"codes": options["num_vq_embeddings"], "images_per_second": speed, "seed": seed}
+            report.setdefault(name, []).append(figures)
+            print(name, json.dumps(figures))
+        shown = to_pixels(held_out[:16]).to(args.device)
+        with torch.no_grad():
+            decoded = model.decode_codes(model.encode_codes(shown)).sample
+        grid = make_image_grid(
+            VaeImageProcessor().postprocess(torch.cat([shown, decoded]).cpu()), rows=2, cols=len(shown)
+        )
+        grid.save(args.output_dir / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+        (args.output_dir / "quantizers.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.output_dir / "quantizers.md").write_text(as_table(report) + "\n")
+    print(as_table(report))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Measure an image tokenizer: PSNR, SSIM, code usage, perplexity, and the Frechet distance of its reconstructions.
+
+    accelerate launch training/evaluate_tokenizer.py \
+        --image_vq model_cards/vqdit-emoji --subfolder image_vq --dataset_name training/data/emoji.parquet
+
+The pictures are shared between the processes. The Frechet distance needs features: ``--features inception`` for those
+of published figures (torch-fidelity, which downloads its weights), or any vision backbone of transformers, whose
+figures compare with one another only.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.frechet_distance import inception_features
+from diffusers_vqdit.image_losses import BackboneFeatures
+from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.training_utils import decode_images, load_training_dataset
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure an image tokenizer.")
+    parser.add_argument("--image_vq", required=True, help="ImageVQModel or VQModel: a folder or a Hub id.")
+    parser.add_argument("--subfolder", help="Of the tokenizer in a pipeline's folder.")
+    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--train_data_dir", help="Image folder.")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--resolution", type=int, help="By default the tokenizer's sample_size.")
+    parser.add_argument("--max_samples", type=int)
+    parser.add_argument("--batch_size", type=int, default=64, help="Of each process.")
+    parser.add_argument("--features", help="'inception', or a vision model of transformers: a Hub id or a folder.")
+    parser.add_argument("--features_image_size", type=int, help="Side that pictures are resized to for that model.")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the figures.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator()
+    model = ImageVQModel.from_pretrained(args.image_vq, subfolder=args.subfolder).to(accelerator.device)
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        split=args.split,
+        image_column=args.image_column,
+        max_samples=args.max_samples,
+    )
+    pictures, _ = decode_images(dataset, args.image_column, args.resolution or model.config.sample_size)
+    features = None
+    if args.features == "inception":
+        features = inception_features().to(accelerator.device)
+    elif args.features is not None:
+        backbone = BackboneFeatures.from_pretrained(args.features, args.features_image_size)
+        features = backbone.to(accelerator.device).pooled
+    figures = measure_image_tokenizer(
+        model,
+        pictures,
+        batch_size=args.batch_size,
+        features=features,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if accelerator.is_main_process:
+        print(json.dumps(figures, indent=2))
+        if args.output_file is not None:
+            args.output_file.parent.mkdir(parents=True, exist_ok=True)
+            args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
