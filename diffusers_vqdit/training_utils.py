@@ -201,8 +201,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
-    """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None."""
-    return {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in vars(args).items()}
+    """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None.
+
+    Without the Hub's token, which others would read in the tracker.
+    """
+    kept = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in kept.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
+from diffusers_vqdit.hub.training_run import publish_run
 from diffusers_vqdit.image_losses import (
     ADVERSARIAL_LOSSES,
     BackboneFeatures,
@@ -156,6 +158,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--push_to_hub", action="store_true")
     keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
     keeping.add_argument("--hub_token")
+    add_card_arguments(keeping)
     return parser.parse_args(input_args)
 
 
@@ -424,8 +427,19 @@ def main(args: argparse.Namespace) -> None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()
         save_pretrained_atomically(model, args.output_dir)
-        if args.push_to_hub:
-            model.push_to_hub(args.hub_model_id or args.output_dir.name, token=args.hub_token)
+        split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
+        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+        publish_run(
+            args,
+            model,
+            measures=[
+                Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
+                for name, value in measured.items()
+            ],
+            samples={f"samples/step-{step:06d}.png": "pictures, and their reconstructions below"}
+            if measured
+            else None,
+        )
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -21,12 +21,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo, upload_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
+from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
+from diffusers_vqdit.hub.training_run import publish_run
 from diffusers_vqdit.training_utils import (
     check_captions,
     checkpoint_step,
@@ -106,6 +107,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--push_to_hub", action="store_true")
     keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
     keeping.add_argument("--hub_token")
+    add_card_arguments(keeping)
     return parser.parse_args(input_args)
 
 
@@ -317,16 +319,10 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
         save_pretrained_atomically(model, args.output_dir)
         tokenizer.save_pretrained(args.output_dir / "tokenizer")
-        if args.push_to_hub:
-            repository = args.hub_model_id or args.output_dir.name
-            create_repo(repository, exist_ok=True, token=args.hub_token)
-            upload_folder(
-                repo_id=repository,
-                folder_path=args.output_dir,
-                allow_patterns=["config.json", "*.safetensors", "tokenizer/*"],
-                ignore_patterns=["checkpoint-*/*"],
-                token=args.hub_token,
-            )
+        split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
+        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+        exact = validate(model, tokenizer, held_out)["validation/exact"]
+        publish_run(args, model, measures=[Measure("text tokenizer", "exact round trips", exact, dataset)])
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -32,12 +32,13 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from huggingface_hub import create_repo, upload_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
+from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
+from diffusers_vqdit.hub.training_run import draw_gallery, publish_run
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training_utils import (
     checkpoint_step,
@@ -138,6 +139,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--push_to_hub", action="store_true")
     keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
     keeping.add_argument("--hub_token")
+    add_card_arguments(keeping)
 
     args = parser.parse_args(input_args)
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
@@ -435,22 +437,19 @@ def main(args: argparse.Namespace) -> None:
         if ema is not None:
             ema.copy_to(trained)
         unwrap(transformer).eval()
-        name = args.hub_model_id or args.output_dir.name
+        name, pipeline, losses = args.hub_model_id or args.output_dir.name, build_pipeline(), task_losses.items()
         if args.rank is not None:
             save_lora(unwrap(transformer), args.output_dir)
-            if args.push_to_hub:
-                repository = create_repo(name, token=args.hub_token, exist_ok=True).repo_id
-                upload_file(
-                    path_or_fileobj=args.output_dir / LORA_WEIGHT_NAME_SAFE,
-                    path_in_repo=LORA_WEIGHT_NAME_SAFE,
-                    repo_id=repository,
-                    token=args.hub_token,
-                )
         else:
-            pipeline = build_pipeline()
             save_pretrained_atomically(pipeline, args.output_dir)
-            if args.push_to_hub:
-                pipeline.push_to_hub(name, token=args.hub_token)
+        publish_run(
+            args,
+            pipeline,
+            measures=[
+                Measure(task, f"training loss ({args.loss_weighting})", x, "training data") for task, x in losses
+            ],
+            samples=draw_gallery(pipeline, args.validation_prompts, args.output_dir, name, args.seed),
+        )
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

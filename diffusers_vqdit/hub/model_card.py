@@ -126,7 +126,7 @@ def training_card(
         a `huggingface_hub.ModelCard`, to be written with its ``save``.
     """
     name = args.hub_model_id or args.output_dir.name
-    kind = _kind(model)
+    kind = _kind(args, model)
     dataset = args.dataset_name or args.train_data_dir or getattr(args, "codes_dir", None)
     data = ModelCardData(
         license=args.license or "unknown",
@@ -175,7 +175,7 @@ def shown_command(command: Sequence[str]) -> str:
     return " ".join(["accelerate", "launch", *words])
 
 
-def _kind(model: Any) -> dict[str, Any]:
+def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What the card says of a kind of model."""
     if isinstance(model, ImageVQModel):
         return {
@@ -203,6 +203,16 @@ def _kind(model: Any) -> dict[str, Any]:
             "intended_use": "Codes of captions like those it was trained on, for generation and comparison.",
             "limits": f"Texts of more than {model.config.max_length} tokens are cut.",
             "risks": _TOKENIZER_RISKS,
+        }
+    if getattr(args, "rank", None) is not None:
+        base = args.pretrained_model_name_or_path
+        pipeline = _kind(argparse.Namespace(), model)
+        return {
+            **pipeline,
+            "tags": ["lora", *pipeline["tags"]],
+            "summary": f"A LoRA of rank {args.rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.",
+            "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
         }
     tasks = list(model.transformer.config.tasks or [])
     draws = not tasks or any("image" in task.split("->")[1].split("+") for task in tasks)

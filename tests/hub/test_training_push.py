@@ -1,0 +1,132 @@
+"""Training scripts publish what they trained, and what is loaded from the Hub is what was trained."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTPipeline
+from diffusers_vqdit.hub.model_card import Measure, shown_command, training_card
+from diffusers_vqdit.provenance import GENERATED, digital_source_type
+from diffusers_vqdit.training_utils import tracker_config
+
+
+COMMON = "--report_to none --max_train_steps 2 --train_batch_size 4 --checkpointing_steps 1 --push_to_hub"
+
+LOAD_AND_DRAW = """
+import hashlib, sys, torch
+import diffusers_vqdit
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+codes = pipe("a red apple", num_inference_steps=3, generator=torch.Generator().manual_seed(5), output_type="pt").images
+print(hashlib.sha256(codes.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture
+def run(script, monkeypatch):
+    def run(name, arguments):
+        monkeypatch.setattr(sys, "argv", [f"training/{name}.py", *arguments.split(), "--hub_token", "hf_alice"])
+        module = script(name)
+        module.main(module.parse_args(sys.argv[1:]))
+
+    return run
+
+
+def published_files(hub, repo_id):
+    repository = hub.repositories[repo_id]
+    assert len(repository.log()) == 2  # one commit after the first, empty one
+    return repository.resolve("main").files
+
+
+def test_a_pipeline_is_trained_pushed_and_drawn_from_bit_for_bit(run, hub, client, pipeline, picture_folder, tmp_path):
+    pipeline.save_pretrained(tmp_path / "base")
+    run(
+        "train_vqdit",
+        f"{COMMON} --pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} "
+        f"--output_dir {tmp_path / 'run'} --hub_model_id alice/drawn --tasks text->image,->image --validation_prompts "
+        "apple dot --license apache-2.0 --data_license own --language en zh",
+    )
+    files = published_files(hub, "alice/drawn")
+    assert {"README.md", "model_index.json", "pipeline.py", "samples/0.png", "samples/1.png"} <= set(files)
+    assert not any(path.startswith(("checkpoint", "codes", "logs", "tmp")) for path in files)
+    assert digital_source_type(tmp_path / "run" / "samples" / "1.png") == GENERATED
+
+    card = ModelCard(files["README.md"].content.decode())
+    assert card.data.license == "apache-2.0" and card.data.language == ["en", "zh"]
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
+    assert [one["text"] for one in card.data.widget] == ["apple", "dot"]
+    assert {result.task_name for result in card.data.eval_results} <= {"text->image", "->image"}
+    assert "hf_alice" not in card.content and "--hub_token ..." in card.content
+
+    local = VQDiTPipeline.from_pretrained(tmp_path / "run")
+    local.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    images = local("a red apple", num_inference_steps=3, generator=generator, output_type="pt").images
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+    drawn = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_DRAW, "alice/drawn"], env=environment, capture_output=True, text=True
+    )
+    assert drawn.stdout.strip() == hashlib.sha256(images.numpy().tobytes()).hexdigest(), drawn.stderr
+
+
+def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
+    data = f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none"
+    small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --resolution 16"
+    run("train_image_vq", f"{COMMON} {data} {small} --output_dir {tmp_path / 'iv'} --hub_model_id alice/iv")
+    run("train_text_vq", f"{COMMON} {data} --output_dir {tmp_path / 'tv'} --hub_model_id alice/tv")
+    images, texts = published_files(hub, "alice/iv"), published_files(hub, "alice/tv")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert {"README.md", "config.json", weights, "samples/step-000002.png"} <= set(images)
+    assert {"README.md", "config.json", weights, "tokenizer/tokenizer.json"} <= set(texts)
+    for files in (images, texts):
+        assert not any(path.startswith("checkpoint") for path in files)
+        assert ModelCard(files["README.md"].content.decode()).data.eval_results
+    ImageVQModel.from_pretrained("alice/iv", cache_dir=tmp_path / "cache")
+    TextVQModel.from_pretrained("alice/tv", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("command", [["a.py", "--hub_token", "secret"], ["a.py", "--hub_token=secret", "--x", "a b"]])
+def test_a_card_shows_no_token(command):
+    shown = shown_command(command)
+    assert "secret" not in shown and shown.startswith("accelerate launch a.py --hub_token")
+
+
+def test_trackers_are_given_no_token(script):
+    args = script("train_image_vq").parse_args(["--hub_token", "secret"])
+    assert "secret" not in str(tracker_config(args)) and tracker_config(args)["seed"] == 0
+
+
+def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):
+    arguments = (
+        "--pretrained_model_name_or_path someone/base --dataset_name someone/pictures --hub_model_id alice/mine "
+        "--hub_token hf_alice --license mit --language en --data_license CC0"
+    )
+    args = script("train_vqdit").parse_args(arguments.split())
+    measures = [Measure("text->image", "CLIP score", 0.25, "held-out captions")]
+    card = training_card(args, pipeline, measures=measures, samples={"samples/0.png": "a dot"}, command=["x.py"])
+    metadata = card.data.to_dict()
+    assert metadata["base_model"] == ["someone/base"] and metadata["datasets"] == ["someone/pictures"]
+    assert metadata["license"] == "mit" and "diffusers_vqdit" in metadata["tags"]
+    result = metadata["model-index"][0]["results"][0]
+    assert result["metrics"][0]["value"] == 0.25 and result["task"]["type"] == "text-to-image"
+    for heading in ("Use", "Intended use", "Limits", "Risks", "Evaluation", "Training", "Data and licences"):
+        assert f"\n## {heading}\n" in card.content, heading
+    for risk in ("Forgery", "Privacy", "Bias"):
+        assert f"**{risk}.**" in card.content, risk
+    assert "| text->image | held-out captions | CLIP score | 0.25 |" in card.content
+    assert "hf_alice" not in card.content and "`learning_rate`" in card.content
+    huggingface_hub.HfApi()._validate_yaml(card.content)
+    card.save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict() == metadata
+
+
+def test_the_hub_refuses_a_card_that_is_not_valid(client):
+    with pytest.raises(ValueError, match="Invalid metadata"):
+        huggingface_hub.HfApi()._validate_yaml("---\nlicense: [mit\n---\n")
