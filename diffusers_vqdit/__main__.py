@@ -44,7 +44,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", default=str(STARTER), help="Pipeline: a folder or a Hub id."
     )
     parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
-    parser.add_argument("--num_inference_steps", type=int, default=16)
+    parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")
     parser.add_argument("--guidance_scale", type=float, help="By default the pipeline's own.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_file", type=Path, default=Path("vqdit_demo.png"))

@@ -457,7 +457,8 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
         strength: float | None = None,
         inputs: dict[str, Any] | None = None,
         guidance_scale: float | None = None,
-        num_inference_steps: int = 16,
+        num_inference_steps: int | None = None,
+        temperature: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Codes | None = None,
@@ -488,7 +489,10 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
-            num_inference_steps: steps of the sampler.
+            num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
+                codes for texts alone, whose codes hang together more.
+            temperature: divides the logits. By default the scheduler's for pictures and for all that is generated
+                from nothing, and 0, the likeliest code, for texts and labels that something is given for.
             num_images_per_prompt: samples for each given one, next to one another.
             generator: one for the batch, or one a sample, which then comes out as it would alone.
             latents: codes to start from, int64, the segment's ``vocab_size`` where unknown. Known codes stay. A
@@ -522,6 +526,8 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r} must be an integer of at least 1")
+        if temperature is not None and (not isinstance(temperature, Real) or not temperature >= 0):
+            raise ValueError(f"temperature={temperature!r} must be a number of at least 0")
         if guidance_scale is not None and (not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)):
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
         passed = self._passed(prompt, image, class_label, inputs)
@@ -535,6 +541,12 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
                 f"the task {unconditional!r}, which this checkpoint doesn't know" if task.given else "a given segment"
             )
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
+        kinds = {self._modality(name) for name in task.generated}
+        if num_inference_steps is None:
+            shapes = [self.transformer.config.segments[name]["shape"] for name in task.generated]
+            num_inference_steps = sum(shape[0] for shape in shapes) if kinds == {"text"} else 16
+        if temperature is None and task.given and "image" not in kinds:
+            temperature = 0.0
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
@@ -621,6 +633,7 @@ class VQDiTPipeline(CheckpointMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
                             revealed=reveal,
                             known=fixed[name],
                             shape=value.shape[1:],
+                            temperature=temperature,
                             generator=generator,
                         )
                         codes[name] = step.prev_sample.view_as(value)

@@ -297,6 +297,7 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         revealed: torch.BoolTensor | None = None,
         known: torch.BoolTensor | None = None,
         shape: tuple[int, ...] | None = None,
+        temperature: float | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> MaskedDiffusionSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
@@ -311,12 +312,14 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
             known: (B, N) bool, codes that were there from the start and that ``remask`` must leave alone; None is
                 none.
             shape: the grid, such as (h, w), that the N codes are; None is (N,). Read by ``"halton"`` only.
+            temperature: in place of the configured one.
             generator: one, or one a row.
 
         Raises:
             ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or shapes or codes don't
                 fit.
         """
+        temperature = self.config.temperature if temperature is None else temperature
         steps = self._steps_left(timestep)
         if model_output.ndim != 3 or sample.shape != model_output.shape[:2]:
             raise ValueError(
@@ -348,7 +351,7 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         code_noise = uniform(sample.shape, generator, sample.device)
         reveal_noise = uniform(sample.shape, generator, sample.device)
         logits = model_output[masked]  # (M, K)
-        codes, log_probabilities = draw(logits, code_noise[masked], self.config.temperature)
+        codes, log_probabilities = draw(logits, code_noise[masked], temperature)
         original = sample.masked_scatter(masked, codes)
 
         # 2. Choose those to reveal
@@ -361,7 +364,7 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
             revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
         elif self.config.sampler == "entropy_bound":
             entropy = torch.full(sample.shape, math.inf, dtype=torch.float64, device=sample.device)
-            entropy[masked] = entropies(logits, self.config.temperature)
+            entropy[masked] = entropies(logits, temperature)
             revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked
         else:
             score = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)

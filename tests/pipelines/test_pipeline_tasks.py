@@ -238,6 +238,21 @@ def test_any_pair_of_texts(pipe, tmp_path):
     assert loaded.config.lowres_factor == 2
 
 
+def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pipe, monkeypatch):
+    seen = []
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: seen.append(k["temperature"]) or step(*a, **k))
+    pipe(image=picture())
+    assert seen == [0.0] * 12
+    for arguments, expected in (({"output": "text"}, None), ({"prompt": "x", "temperature": 0.3}, 0.3)):
+        seen.clear()
+        pipe(num_inference_steps=2, **arguments)
+        assert seen == [expected] * 2
+    seen.clear()
+    pipe("a dot")
+    assert seen == [None] * 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -254,6 +269,7 @@ def test_any_pair_of_texts(pipe, tmp_path):
         ({"image": picture(), "mask_image": hole(), "latents": torch.full((1, 4, 4), 32)}, "partly known"),
         ({"prompt": "a <mask>", "output": "image"}, "<mask>, which is for texts to fill in"),
         ({"prompt": "a dot", "output": "text"}, "Put <mask>"),
+        ({"prompt": "a dot", "temperature": -1}, "temperature=-1 must be a number of at least 0"),
         ({"inputs": {"text": "a dot"}}, "inputs has 'text'; it takes"),
         ({"inputs": {"sound": "a dot"}}, "inputs has 'sound'"),
         ({"inputs": ["a dot"]}, "inputs must be a dict"),
