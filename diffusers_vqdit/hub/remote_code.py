@@ -30,7 +30,7 @@ _FOOTER = """\
 # The components, where DiffusionPipeline.from_pretrained looks for them
 
 if "{package}" not in sys.modules:
-    for _component in ({components}):
+    for _component in [{components}]:
         setattr(diffusers, _component.__name__, _component)
 """
 
@@ -83,7 +83,7 @@ def _modules(name: str) -> dict[str, str]:
 
     def visit(name: str) -> None:
         module = importlib.import_module(name)
-        source = inspect.getsource(module)
+        source = Path(inspect.getfile(module)).read_text(encoding="utf-8")
         for node in _relative_imports(ast.parse(source)):
             needed = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__)
             if needed not in sources:

@@ -5,27 +5,21 @@ import pytest
 
 WAYS = ["own", "plugin", "code"]
 CELLS = [
-    "plain",
-    "variant",
-    "dtype",
-    "shards",
-    "from_pipe",
-    "swap",
-    "save_again",
-    "models",
-    "later_version",
-    "missing_file",
+    *("plain", "variant", "dtype", "shards", "from_pipe", "swap", "save_again", "models", "later_version"),
+    *("missing_file", "revision"),
+]
+# Single models need the package, and folders have no revisions.
+MATRIX = [
+    (way, place, cell)
+    for way in WAYS
+    for place in ("local", "hub")
+    for cell in CELLS
+    if not (cell == "models" and way == "code") and not (cell == "revision" and place == "local")
 ]
 
 
-@pytest.mark.parametrize("place", ["local", "hub"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cell", [*CELLS, "revision"])
+@pytest.mark.parametrize(("way", "place", "cell"), MATRIX)
 def test_loading(processes, way, place, cell):
-    if cell == "models" and way == "code":
-        pytest.skip("single models need the package")
-    if cell == "revision" and place == "local":
-        pytest.skip("folders have no revisions")
     outcome = processes(way, place)[cell]
     assert outcome == "ok", outcome
 

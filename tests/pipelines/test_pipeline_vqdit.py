@@ -218,9 +218,15 @@ def test_save_and_load_give_the_same_pictures(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "VQDiTPipeline"
-    assert index["image_vq"] == ["diffusers", "ImageVQModel"] and index["labels"] == ["fruit", "box", "dot"]
+    assert index["image_vq"] == ["diffusers", "ImageVQModel"] and index["labels"] == {
+        "0": "fruit",
+        "1": "box",
+        "2": "dot",
+    }
+    # DiffusionPipeline.download takes every list for a part of the pipeline.
+    assert {name for name, value in index.items() if isinstance(value, list)} == set(pipeline.components)
     for loaded in (VQDiTPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
-        assert type(loaded) is VQDiTPipeline
+        assert type(loaded) is VQDiTPipeline and list(loaded.config.labels) == ["fruit", "box", "dot"]
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(loaded("a red apple", generator=generators(0), output_type="latent").images, expected)
         loaded.save_pretrained(tmp_path / "again")
@@ -232,7 +238,7 @@ def test_components_that_were_exchanged_are_saved_as_diffusers(pipeline, tmp_pat
     pipeline.scheduler = MaskedDiffusionScheduler.from_config(pipeline.scheduler.config, sampler="ancestral")
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    libraries = {name: value[0] for name, value in index.items() if isinstance(value, list) and name != "labels"}
+    libraries = {name: value[0] for name, value in index.items() if isinstance(value, list)}
     assert libraries.pop("tokenizer") == "transformers" and set(libraries.values()) == {"diffusers"}
     assert DiffusionPipeline.from_pretrained(tmp_path).scheduler.config.sampler == "ancestral"
 
