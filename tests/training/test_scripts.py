@@ -219,6 +219,7 @@ def test_flags_are_frozen(script):
     for name, flags in expected.items():
         module = script(name)
         required = {"encode_dataset": "--image_vq x --output_dir x", "train_vqdit": "--codes_dir x --image_vq x"}
+        required["evaluate_tokenizer"] = "--image_vq x"
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name
 
