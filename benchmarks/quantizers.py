@@ -4,9 +4,8 @@
     python benchmarks/quantizers.py --max_train_steps 3000 --output_dir outputs/quantizers
 
 Beside the package's five, those of vector-quantize-pytorch are dropped into the same model and loop where it is
-installed (pip install vector-quantize-pytorch); their options are the ones that match. All have about as many codes:
-`--num_codes` must be a power of two, and FSQ takes levels whose product is near it. Each starts from the same weights
-and sees the same batches.
+installed (pip install vector-quantize-pytorch), with options that match. All have about as many codes: `--num_codes`
+must be a power of two, and FSQ takes levels whose product is near it. All have the same seed and see the same batches.
 """
 
 import argparse
@@ -96,7 +95,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
         return Foreign(module, args.num_codes, bits)
 
     return rows | {
-        "vector-quantize-pytorch VectorQuantize": (codebook, vq),
+        "vector-quantize-pytorch VectorQuantize": (codebook, lambda: vq(rotation_trick=False)),
         "vector-quantize-pytorch VectorQuantize, rotation trick": (codebook, lambda: vq(rotation_trick=True)),
         "vector-quantize-pytorch SimVQ": (
             codebook,
@@ -129,9 +128,9 @@ class Foreign(Quantizer):
         return self._call(vectors)[1]
 
     def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
-        if hasattr(self.module, "get_codes_from_indices"):
-            return self.module.get_codes_from_indices(codes)
-        return self.module.indices_to_codes(codes)
+        name = "get_codes_from_indices" if hasattr(self.module, "get_codes_from_indices") else "indices_to_codes"
+        # Flat, because more dimensions are taken for a picture's, with the channels first.
+        return getattr(self.module, name)(codes.reshape(1, -1)).view(*codes.shape, self.code_dim)
 
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
         quantized, codes, loss = self._call(vectors)

@@ -45,6 +45,7 @@ def test_figures_are_those_of_the_whole_set_in_any_batches(image_vq):
 
 
 def _measure(rank, model, path, queue):
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
     torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
     queue.put(measure_image_tokenizer(model, pictures(), features=features, rank=rank, world_size=2))
     torch.distributed.destroy_process_group()

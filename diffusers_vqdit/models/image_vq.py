@@ -48,11 +48,18 @@ class ImageVQOutput(BaseOutput):
     """
 
     sample: torch.Tensor
-    commit_loss: torch.Tensor
-    entropy_loss: torch.Tensor
-    codes: torch.LongTensor
-    usage: torch.Tensor
-    perplexity: torch.Tensor
+    commit_loss: torch.Tensor | None = None
+    entropy_loss: torch.Tensor | None = None
+    codes: torch.LongTensor | None = None
+    usage: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # With mixed precision, Accelerate casts outputs to float32 and makes them anew from a mapping.
+        if isinstance(self.sample, Mapping):
+            for name, value in self.sample.copy().items():
+                setattr(self, name, value)
+        super().__post_init__()
 
 
 class ImageVQModel(CheckpointMixin, VQModel):

@@ -3,15 +3,17 @@
 import os
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 
 from ..hub.checkpoint_mixin import CheckpointMixin
 from ..hub.remote_code import save_remote_code
 
 
-class PluginPipeline(CheckpointMixin, DiffusionPipeline):
-    """A `DiffusionPipeline` whose saved form can be loaded from the Hub, though its classes are not diffusers'."""
+class PluginPipelineMixin(CheckpointMixin):
+    """For a `DiffusionPipeline` whose saved form can be loaded from the Hub, though its classes are not diffusers'.
+
+    No pipeline itself: diffusers wants a single one in a repository's ``pipeline.py``.
+    """
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.

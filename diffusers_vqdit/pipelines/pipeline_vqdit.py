@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
@@ -34,7 +35,7 @@ from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
-from .pipeline_utils import PluginPipeline
+from .pipeline_utils import PluginPipelineMixin
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ class _Source:
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(PluginPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.

@@ -8,7 +8,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -21,7 +21,7 @@ from ..latents import decode_latents, downsample_factor, encode_latents
 from ..models.image_vq import ImageVQModel
 from ..models.layers import VQDiTPrefix
 from ..models.text_vq import TextVQModel
-from .pipeline_utils import PluginPipeline
+from .pipeline_utils import PluginPipelineMixin
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class VQDiTLatentPipeline(PluginPipeline):
+class VQDiTLatentPipeline(PluginPipelineMixin, DiffusionPipeline):
     """Generate pictures by diffusion over the continuous latents of a VQ model, or of another VAE.
 
     Components have the names that they have in `DiTPipeline`, so that its checkpoints load.

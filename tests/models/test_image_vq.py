@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from diffusers import VQModel
 
 from diffusers_vqdit import ImageVQModel
@@ -206,6 +207,14 @@ def test_bfloat16_model_runs():
     model = ImageVQModel(**CONFIG).eval().to(torch.bfloat16)
     codes = model.encode_codes(torch.rand(1, 3, 16, 16) * 2 - 1)
     assert model.decode_codes(codes).sample.dtype == torch.bfloat16
+
+
+def test_accelerate_can_cast_the_output():
+    model = ImageVQModel(**CONFIG).eval().to(torch.bfloat16)
+    output = model(torch.rand(1, 3, 16, 16).to(torch.bfloat16))
+    cast = convert_to_fp32(output)  # as the models that Accelerator prepares for mixed precision do
+    assert cast.keys() == output.keys() and cast.sample.dtype == torch.float32
+    assert torch.equal(cast.codes, output.codes) and torch.equal(cast.commit_loss, output.commit_loss)
 
 
 @pytest.mark.parametrize(

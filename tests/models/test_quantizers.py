@@ -153,6 +153,7 @@ def _train(make, z, world_size=1, rank=0):
 
 
 def _train_rank(rank, world_size, z, path, queue):
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
     torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world_size)
     states = {name: _train(make, z, world_size, rank) for name, make in DISTRIBUTED.items()}
     queue.put((rank, {name: {k: v.numpy() for k, v in state.items()} for name, state in states.items()}))

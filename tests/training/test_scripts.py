@@ -206,8 +206,9 @@ def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, pict
     arguments = f"{lora} --tasks label->image --train_batch_size 4 --use_ema --ema_decay 0.5 --learning_rate 1e-2"
     run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'lora'} --max_train_steps 12 --checkpointing_steps 8")
     files = [path.name for path in (tmp_path / "lora").iterdir() if path.is_file()]
-    assert files == ["pytorch_lora_weights.safetensors"]
-    size = (tmp_path / "lora" / files[0]).stat().st_size
+    weights = "pytorch_lora_weights.safetensors"
+    assert sorted(files) == ["README.md", weights]
+    size = (tmp_path / "lora" / weights).stat().st_size
     assert size < (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size / 4
 
     # A killed run resumes to the same LoRA.
@@ -215,7 +216,7 @@ def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, pict
     shutil.copytree(tmp_path / "lora" / "checkpoint-8", tmp_path / "broken" / "checkpoint-8")
     resumed = f"--output_dir {tmp_path / 'broken'} --max_train_steps 12 --resume_from_checkpoint latest"
     run("train_vqdit", f"{arguments} {resumed}")
-    whole, again = (load_file(tmp_path / name / files[0]) for name in ("lora", "broken"))
+    whole, again = (load_file(tmp_path / name / weights) for name in ("lora", "broken"))
     for name, value in whole.items():
         torch.testing.assert_close(again[name], value, msg=name)
 
@@ -268,6 +269,7 @@ def test_flags_are_frozen(script):
             "encode_dataset": "--image_vq x --output_dir x",
             "train_vqdit": "--codes_dir x --image_vq x",
             "train_latent_dit": "--dataset_name x --image_vq x",
+            "evaluate_tokenizer": "--image_vq x",
         }
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name
