@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -213,8 +214,9 @@ class ImageVQModel(CheckpointMixin, VQModel):
             ValueError: if the file can't be read safely and whole, or the weights are not those of the format; the
                 message says what was expected.
         """
-        # By its full name: a checkpoint's own pipeline.py has no converters, which need the package.
-        from diffusers_vqdit.interop import load_original
+        # Imported here and by its full name: a checkpoint's own pipeline.py has no converters, and diffusers imports
+        # all that a statement in it names.
+        load_original = import_module("diffusers_vqdit.interop").load_original
 
         model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
         model = cls(**model_config)
