@@ -368,15 +368,18 @@ def measure_infilling(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
 def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Whether the nearest picture to a generated one is that of the generated caption, or one of its emoji."""
     pairs = sample(pipeline, args, args.num_samples, "->image+text", output="image+text")
-    distance = torch.cdist((pairs["image"] * 2 - 1).flatten(1).float().cpu(), data.decoded.flatten(1))
-    nearest = distance.argmin(1).tolist()
+    texts = sample(pipeline, args, args.num_samples, "->text", output="text")
+    chained = {"text": texts, "image": sample(pipeline, args, len(texts), "its picture", prompt=texts, output="image")}
     emoji = dict(zip(data.columns["text"], data.columns["emoji"], strict=True))
-    hits = [emoji.get(text) == data.columns["emoji"][row] for text, row in zip(pairs["text"], nearest, strict=True)]
-    exact = [text == data.columns["text"][row] for text, row in zip(pairs["text"], nearest, strict=True)]
-    return {
-        "nearest picture is of the caption's emoji": share(hits),
-        "nearest picture is the caption's own, skin tone too": share(exact),
-    }
+    figures = {}
+    for name, drawn in (("both at once", pairs), ("->text, then text->image", chained)):
+        distance = torch.cdist((drawn["image"] * 2 - 1).flatten(1).float().cpu(), data.decoded.flatten(1))
+        found = list(zip(drawn["text"], distance.argmin(1).tolist(), strict=True))
+        of_emoji = [emoji.get(text) == data.columns["emoji"][row] for text, row in found]
+        own = [text == data.columns["text"][row] for text, row in found]
+        figures[f"{name}, nearest picture is of the caption's emoji"] = share(of_emoji)
+        figures[f"{name}, nearest picture is the caption's own, skin tone too"] = share(own)
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,10 +469,12 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
 
 
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    found = classification_accuracy(
-        pipeline, data.pictures[data.test], data.texts(data.test), data.texts(data.test, "label"), args.batch_size
-    )
-    figures = {f"whole test split, {task}, label is right": figure for task, figure in found.items()}
+    figures = {}
+    for name, rows in (("held-out compositions", data.composition), ("whole test split", data.test)):
+        found = classification_accuracy(
+            pipeline, data.pictures[rows], data.texts(rows), data.texts(rows, "label"), args.batch_size
+        )
+        figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
     drawn, hits = random.Random(args.seed), []
     for row in tqdm(data.composition, desc="zero-shot"):
         others = [text for text in data.texts(data.test) if text != data.columns["text"][row]]
