@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from PIL import Image, ImageOps
 
 from .image_utils import on_white
@@ -403,6 +404,14 @@ def masked_diffusion_loss(
             count += error.numel()
         total = total + error.sum()
     return total / max(count, 1)
+
+
+def set_dropout(model: ModelMixin, dropout: float) -> None:
+    """Give a loaded model another dropout rate, in all its dropout layers and in its config."""
+    model.register_to_config(dropout=dropout)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

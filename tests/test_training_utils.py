@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, Task
+from diffusers_vqdit import MaskedDiffusionScheduler, Task, VQDiTTransformer2DModel
 from diffusers_vqdit.training_utils import (
     check_captions,
     checkpoints,
@@ -21,6 +21,7 @@ from diffusers_vqdit.training_utils import (
     parameter_groups,
     psnr,
     save_checkpoint,
+    set_dropout,
     shuffled_batches,
     ssim,
     step_generator,
@@ -171,6 +172,19 @@ def test_psnr_and_ssim():
     one, other = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.1)
     c1 = (0.01 * 2) ** 2
     assert ssim(one, other).item() == pytest.approx((2 * 0.5 * 0.1 + c1) / (0.5**2 + 0.1**2 + c1), rel=1e-4)
+
+
+def test_a_loaded_model_takes_another_dropout():
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    model = VQDiTTransformer2DModel(**config, segments={"text": {"vocab_size": 5, "shape": [6]}}, tasks=["->text"])
+    for parameter in model.parameters():  # the blocks start as the identity, which drops nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    codes = {"text": torch.arange(6)[None] % 5}
+    plain = model.train()(codes).sample["text"]
+    torch.testing.assert_close(model(codes).sample["text"], plain)
+    set_dropout(model, 0.5)
+    assert model.config.dropout == 0.5 and (model(codes).sample["text"] - plain).abs().max() > 1e-3
+    torch.testing.assert_close(model.eval()(codes).sample["text"], plain)
 
 
 def test_code_usage():

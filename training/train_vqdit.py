@@ -49,6 +49,7 @@ from diffusers_vqdit.training_utils import (
     parameter_groups,
     save_checkpoint,
     save_pretrained_atomically,
+    set_dropout,
     shuffled_batches,
     step_generator,
     tracker_config,
@@ -73,7 +74,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--num_layers", type=int, default=8)
     models.add_argument("--num_attention_heads", type=int, default=4)
     models.add_argument("--attention_head_dim", type=int, default=64)
-    models.add_argument("--dropout", type=float, default=0.0)
+    models.add_argument("--dropout", type=float, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
     lora = parser.add_argument_group("LoRA, in place of training all weights")
@@ -291,7 +292,7 @@ def main(args: argparse.Namespace) -> None:
             num_attention_heads=args.num_attention_heads,
             attention_head_dim=args.attention_head_dim,
             num_layers=args.num_layers,
-            dropout=args.dropout,
+            dropout=args.dropout or 0.0,
             segments=segments,
             tasks=[str(task) for task, _ in tasks],
         )
@@ -311,6 +312,8 @@ def main(args: argparse.Namespace) -> None:
         known = list(transformer.config.tasks or [])
         transformer.register_to_config(tasks=known + [str(t) for t, _ in tasks if str(t) not in known])
         transformer.to(torch.float32)
+        if args.dropout is not None:
+            set_dropout(transformer, args.dropout)
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -186,8 +186,9 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     run(
         "train_vqdit",
         f"--pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} {TINY} "
-        f"--output_dir {tmp_path / 'mine'} --tasks text->image,->image --max_train_steps 3 --train_batch_size 4 "
-        "--validation_prompts apple --validation_steps 2 --gradient_checkpointing --report_to tensorboard",
+        f"--output_dir {tmp_path / 'mine'} --tasks text->image,->image --max_train_steps 3 --dropout 0.2 "
+        "--train_batch_size 4 --validation_prompts apple --validation_steps 2 --gradient_checkpointing "
+        "--report_to tensorboard",
     )
     assert list((tmp_path / "mine" / "logs").rglob("events.*"))
     assert "6.png" in caplog.text and "skipped 1 of 10" in caplog.text
@@ -195,6 +196,7 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     assert (tmp_path / "mine" / "samples" / "step-000002.png").is_file()
     index = json.loads((tmp_path / "mine" / "transformer" / "config.json").read_text())
     assert set(index["tasks"]) == {"text->image", "image->text", "->image"}
+    assert index["dropout"] == 0.2
     assert len(VQDiTPipeline.from_pretrained(tmp_path / "mine")("apple", num_inference_steps=2).images) == 1
 
 
