@@ -12,11 +12,11 @@ from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import CheckpointMixin
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
+from .outputs import CastableOutput
 from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
 from .quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
 from .quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
@@ -37,7 +37,7 @@ QUANTIZER_OPTIONS = {
 
 
 @dataclass
-class ImageVQOutput(BaseOutput):
+class ImageVQOutput(CastableOutput):
     """Output of [`ImageVQModel`].
 
     Args:
@@ -54,13 +54,6 @@ class ImageVQOutput(BaseOutput):
     codes: torch.LongTensor | None = None
     usage: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        # With mixed precision, Accelerate casts outputs to float32 and makes them anew from a mapping.
-        if isinstance(self.sample, Mapping):
-            for name, value in self.sample.copy().items():
-                setattr(self, name, value)
-        super().__post_init__()
 
 
 class ImageVQModel(CheckpointMixin, VQModel):

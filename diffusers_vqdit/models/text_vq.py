@@ -7,10 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import CheckpointMixin
+from .outputs import CastableOutput
 from .quantizers import VectorQuantizer
 
 
@@ -18,7 +18,7 @@ SIF_SMOOTHING = 1e-3  # a of Arora et al. 2017, who found 1e-3 to 1e-4 best
 
 
 @dataclass
-class TextVQOutput(BaseOutput):
+class TextVQOutput(CastableOutput):
     """Output of [`TextVQModel`].
 
     Args:
@@ -29,10 +29,10 @@ class TextVQOutput(BaseOutput):
     """
 
     logits: torch.Tensor
-    commit_loss: torch.Tensor
-    codes: torch.LongTensor
-    usage: torch.Tensor
-    perplexity: torch.Tensor
+    commit_loss: torch.Tensor | None = None
+    codes: torch.LongTensor | None = None
+    usage: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
 
 
 class ConvBlock(nn.Module):

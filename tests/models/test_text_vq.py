@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_to_fp32
 
 from diffusers_vqdit import TextVQModel
 
@@ -25,6 +26,16 @@ def test_padding_changes_nothing(text_vq, tokenizer):
     torch.testing.assert_close(
         text_vq.embed(noise, batch.attention_mask), text_vq.embed(batch.input_ids, batch.attention_mask)
     )
+
+
+def test_accelerate_can_cast_the_output(text_vq, tokenizer):
+    batch = tokens(tokenizer, ["a red apple"])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = text_vq(batch.input_ids, batch.attention_mask)
+    assert output.logits.dtype == torch.bfloat16
+    cast = convert_to_fp32(output)  # as the models that Accelerator prepares for mixed precision do
+    assert cast.keys() == output.keys() and cast.logits.dtype == torch.float32
+    assert torch.equal(cast.codes, output.codes)
 
 
 def test_embeddings_are_unit_vectors(text_vq, tokenizer):
