@@ -175,7 +175,9 @@ def test_more_segments_leave_known_tasks_exactly_as_they_were(codes, tmp_path):
     torch.testing.assert_close(again, model(image, given={"text": codes["text"]}).sample["image"])
     more.save_pretrained(tmp_path)
     loaded = VQDiTTransformer2DModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(image, given=renamed).sample["image"], again)
+    assert all(torch.equal(value, more.state_dict()[name]) for name, value in loaded.state_dict().items())
+    # Not bit for bit: loaded weights may lie at other addresses, for which matrix products take other kernels.
+    torch.testing.assert_close(loaded(image, given=renamed).sample["image"], again)
     assert set(model.config.segments) == set(SEGMENTS)
 
 
