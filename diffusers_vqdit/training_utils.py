@@ -10,12 +10,14 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
 
 from .image_utils import on_white
@@ -268,6 +270,21 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
             f"{[p.name for p in checkpoints(output_dir)]}"
         )
     return path
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Give parameters their moving averages until the end of the ``with`` block; without an EMA nothing changes."""
+    if ema is None:
+        yield
+        return
+    parameters = list(parameters)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def save_pretrained_atomically(model, folder: str | Path, **kwargs) -> None:

@@ -37,8 +37,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
-from diffusers_vqdit.hub.training_run import publish_run
+from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.training_run import add_publishing_arguments, publish_run, publishes_checkpoints
 from diffusers_vqdit.image_losses import (
     ADVERSARIAL_LOSSES,
     BackboneFeatures,
@@ -51,6 +51,7 @@ from diffusers_vqdit.image_losses import (
 )
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
 from diffusers_vqdit.training_utils import (
+    averaged_weights,
     checkpoint_step,
     code_usage,
     decode_images,
@@ -155,10 +156,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--validation_steps", type=int, default=500)
     keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     keeping.add_argument("--logging_dir", default="logs")
-    keeping.add_argument("--push_to_hub", action="store_true")
-    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
-    keeping.add_argument("--hub_token")
-    add_card_arguments(keeping)
+    add_publishing_arguments(keeping)
     return parser.parse_args(input_args)
 
 
@@ -328,7 +326,27 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    started, seen, measured = time.time(), 0, {}
+    started, seen, measured, picture = time.time(), 0, {}, None
+
+    def publish(step: int | None = None) -> None:
+        """Save the model and its card, and push them where that is asked for."""
+        trained = unwrap(model).eval()
+        with averaged_weights(ema, trained.parameters()):
+            save_pretrained_atomically(trained, args.output_dir)
+            split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
+            dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+            publish_run(
+                args,
+                trained,
+                measures=[
+                    Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
+                    for name, value in measured.items()
+                ],
+                samples={picture: "pictures, and their reconstructions below"} if picture else None,
+                step=step,
+            )
+        trained.train()
+
     while step < max_steps:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
         logs = {}
@@ -409,37 +427,21 @@ def main(args: argparse.Namespace) -> None:
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
-            if ema is not None:
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-            measured, grid = validate(unwrap(model), held_out, args, step)
-            if ema is not None:
-                ema.restore(model.parameters())
+            with averaged_weights(ema, model.parameters()):
+                measured, grid = validate(unwrap(model), held_out, args, step)
+            picture = f"samples/step-{step:06d}.png"
             accelerator.log(measured, step=step)
             log_picture(accelerator, grid, step)
             logger.info(f"step {step}: {measured}")
+        saved = step % args.checkpointing_steps == 0 and step < max_steps
+        if accelerator.is_main_process and publishes_checkpoints(args) and saved:
+            publish(step)
     progress.close()
 
     # 6. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(model.parameters())
-        model = unwrap(model).eval()
-        save_pretrained_atomically(model, args.output_dir)
-        split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
-        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
-        publish_run(
-            args,
-            model,
-            measures=[
-                Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
-                for name, value in measured.items()
-            ],
-            samples={f"samples/step-{step:06d}.png": "pictures, and their reconstructions below"}
-            if measured
-            else None,
-        )
+        publish()
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -44,6 +44,8 @@ from transformers import (
 )
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.training_run import add_publishing_arguments, draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.latent_training import (
     AlignmentProjector,
     alignment_loss,
@@ -53,6 +55,7 @@ from diffusers_vqdit.latent_training import (
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
 from diffusers_vqdit.training_utils import (
+    averaged_weights,
     check_captions,
     checkpoint_step,
     decode_images,
@@ -143,9 +146,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--validation_steps", type=int, default=500)
     keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     keeping.add_argument("--logging_dir", default="logs")
-    keeping.add_argument("--push_to_hub", action="store_true")
-    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
-    keeping.add_argument("--hub_token")
+    add_publishing_arguments(keeping)
 
     args = parser.parse_args(input_args)
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -449,6 +450,26 @@ def main(args: argparse.Namespace) -> None:
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     smooth, started, seen = None, time.time(), 0
+
+    def publish(step: int | None = None) -> None:
+        """Save the pipeline and its card, and push them where that is asked for."""
+        transformer.eval()
+        with averaged_weights(ema, transformer.parameters()):
+            pipeline = build_pipeline()
+            save_pretrained_atomically(pipeline, args.output_dir)
+            wanted, argument = args.validation_prompts, "prompt"
+            if args.validation_labels:
+                wanted, argument = args.validation_labels, "class_labels"
+            name = args.hub_model_id or args.output_dir.name
+            publish_run(
+                args,
+                pipeline,
+                measures=[Measure(args.objective, "training loss", smooth, "training data")] if smooth else [],
+                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument),
+                step=step,
+            )
+        transformer.train()
+
     while step < max_steps:
         rows = next(batches)
         generator = step_generator(args.seed + 1, micro_step, accelerator.process_index)
@@ -511,28 +532,20 @@ def main(args: argparse.Namespace) -> None:
         accelerator.log({**logs, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step)
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                publish(step)
         wanted = args.validation_prompts or args.validation_labels
         if wanted and accelerator.is_main_process and step % args.validation_steps == 0:
-            if ema is not None:
-                ema.store(transformer.parameters())
-                ema.copy_to(transformer.parameters())
             transformer.eval()
-            validate(args, build_pipeline(), accelerator, step)
+            with averaged_weights(ema, transformer.parameters()):
+                validate(args, build_pipeline(), accelerator, step)
             transformer.train()
-            if ema is not None:
-                ema.restore(transformer.parameters())
     progress.close()
 
     # 7. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(transformer.parameters())
-        transformer.eval()
-        pipeline = build_pipeline()
-        save_pretrained_atomically(pipeline, args.output_dir)
-        if args.push_to_hub:
-            pipeline.push_to_hub(args.hub_model_id or args.output_dir.name, token=args.hub_token)
+        publish()
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

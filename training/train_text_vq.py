@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
-from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
-from diffusers_vqdit.hub.training_run import publish_run
+from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.training_run import add_publishing_arguments, publish_run, publishes_checkpoints
 from diffusers_vqdit.training_utils import (
+    averaged_weights,
     check_captions,
     checkpoint_step,
     find_checkpoint,
@@ -104,10 +105,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--validation_steps", type=int, default=250)
     keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     keeping.add_argument("--logging_dir", default="logs")
-    keeping.add_argument("--push_to_hub", action="store_true")
-    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
-    keeping.add_argument("--hub_token")
-    add_card_arguments(keeping)
+    add_publishing_arguments(keeping)
     return parser.parse_args(input_args)
 
 
@@ -251,6 +249,16 @@ def main(args: argparse.Namespace) -> None:
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     started, seen, measured = time.time(), 0, {}
+
+    def publish(model: TextVQModel, step: int | None = None) -> None:
+        """Save the model and its card, and push them where that is asked for."""
+        save_pretrained_atomically(model, args.output_dir)
+        tokenizer.save_pretrained(args.output_dir / "tokenizer")
+        split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
+        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+        exact = validate(model, tokenizer, held_out)["validation/exact"]
+        publish_run(args, model, measures=[Measure("text tokenizer", "exact round trips", exact, dataset)], step=step)
+
     while step < max_steps:
         batch = tokens[next(batches)].to(accelerator.device)
         replaced = (batch != tokenizer.pad_token_id) & (
@@ -298,14 +306,15 @@ def main(args: argparse.Namespace) -> None:
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
-            if ema is not None:
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-            measured = validate(unwrap(model), tokenizer, held_out)
-            if ema is not None:
-                ema.restore(model.parameters())
+            with averaged_weights(ema, model.parameters()):
+                measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
+        saved = step % args.checkpointing_steps == 0 and step < max_steps
+        if accelerator.is_main_process and publishes_checkpoints(args) and saved:
+            with averaged_weights(ema, model.parameters()):
+                publish(unwrap(model).eval(), step)
+            model.train()
     progress.close()
 
     # 6. Save
@@ -317,12 +326,7 @@ def main(args: argparse.Namespace) -> None:
         if model.config.num_codebooks == 1:
             kept = len(model.merge_codes())
             logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
-        save_pretrained_atomically(model, args.output_dir)
-        tokenizer.save_pretrained(args.output_dir / "tokenizer")
-        split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
-        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
-        exact = validate(model, tokenizer, held_out)["validation/exact"]
-        publish_run(args, model, measures=[Measure("text tokenizer", "exact round trips", exact, dataset)])
+        publish(model)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

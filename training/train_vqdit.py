@@ -37,10 +37,11 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
-from diffusers_vqdit.hub.model_card import Measure, add_card_arguments
-from diffusers_vqdit.hub.training_run import draw_gallery, publish_run
+from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.training_run import add_publishing_arguments, draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training_utils import (
+    averaged_weights,
     checkpoint_step,
     draw_task,
     find_checkpoint,
@@ -137,10 +138,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--validation_steps", type=int, default=500)
     keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     keeping.add_argument("--logging_dir", default="logs")
-    keeping.add_argument("--push_to_hub", action="store_true")
-    keeping.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
-    keeping.add_argument("--hub_token")
-    add_card_arguments(keeping)
+    add_publishing_arguments(keeping)
 
     args = parser.parse_args(input_args)
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
@@ -383,6 +381,27 @@ def main(args: argparse.Namespace) -> None:
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     task_losses: dict[str, float] = {}
     started, seen = time.time(), 0
+
+    def publish(step: int | None = None) -> None:
+        """Save the pipeline, or the LoRA, and its card, and push them where that is asked for."""
+        unwrap(transformer).eval()
+        with averaged_weights(ema, trained):
+            name, pipeline, losses = args.hub_model_id or args.output_dir.name, build_pipeline(), task_losses.items()
+            if args.rank is not None:
+                save_lora(unwrap(transformer), args.output_dir)
+            else:
+                save_pretrained_atomically(pipeline, args.output_dir)
+            publish_run(
+                args,
+                pipeline,
+                measures=[
+                    Measure(task, f"training loss ({args.loss_weighting})", x, "training data") for task, x in losses
+                ],
+                samples=draw_gallery(pipeline, args.validation_prompts, args.output_dir, name, args.seed),
+                step=step,
+            )
+        unwrap(transformer).train()
+
     while step < max_steps:
         rows = next(batches)
         # One task for all ranks, so that they train the same parameters; each rank its own wordings, times and masks.
@@ -423,36 +442,19 @@ def main(args: argparse.Namespace) -> None:
         )
         if step % args.checkpointing_steps == 0 or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                publish(step)
         if args.validation_prompts and accelerator.is_main_process and step % args.validation_steps == 0:
-            if ema is not None:
-                ema.store(trained)
-                ema.copy_to(trained)
             unwrap(transformer).eval()
-            validate(args, build_pipeline(), accelerator, step)
+            with averaged_weights(ema, trained):
+                validate(args, build_pipeline(), accelerator, step)
             unwrap(transformer).train()
-            if ema is not None:
-                ema.restore(trained)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
-        unwrap(transformer).eval()
-        name, pipeline, losses = args.hub_model_id or args.output_dir.name, build_pipeline(), task_losses.items()
-        if args.rank is not None:
-            save_lora(unwrap(transformer), args.output_dir)
-        else:
-            save_pretrained_atomically(pipeline, args.output_dir)
-        publish_run(
-            args,
-            pipeline,
-            measures=[
-                Measure(task, f"training loss ({args.loss_weighting})", x, "training data") for task, x in losses
-            ],
-            samples=draw_gallery(pipeline, args.validation_prompts, args.output_dir, name, args.seed),
-        )
+        publish()
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

@@ -16,9 +16,10 @@ from ..models.text_vq import TextVQModel
 
 # Arguments that say where things are, or are secrets, and not how the model was trained.
 _NOT_HYPERPARAMETERS = {
-    *("output_dir", "logging_dir", "cache_dir", "hub_token", "hub_model_id", "push_to_hub", "report_to"),
-    *("resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps", "validation_prompts"),
-    *("license", "data_license", "language"),
+    *("output_dir", "logging_dir", "cache_dir", "latents_file", "report_to"),
+    *("hub_token", "hub_model_id", "hub_strategy", "push_to_hub", "license", "data_license", "language"),
+    *("resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps"),
+    *("validation_prompts", "validation_labels"),
 }
 
 _TEMPLATE = """\
@@ -98,13 +99,6 @@ class Measure:
     unit: str = ""
 
 
-def add_card_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags for what a model card says and a run can't know."""
-    group.add_argument("--license", help="Licence of the weights, for the model card, such as apache-2.0.")
-    group.add_argument("--data_license", help="Licence and origin of the training data, for the model card.")
-    group.add_argument("--language", nargs="*", default=[], help="Languages of the captions, for the model card.")
-
-
 def training_card(
     args: argparse.Namespace,
     model: Any,
@@ -116,7 +110,7 @@ def training_card(
     """The model card of a training script's run.
 
     Args:
-        args: the script's arguments, with those of [`add_card_arguments`]. The Hub's token is never shown.
+        args: the script's arguments, with those of [`add_publishing_arguments`]. The Hub's token is never shown.
         model: what was trained: a pipeline with a ``transformer``, an [`ImageVQModel`] or a [`TextVQModel`].
         measures: what was measured at the end.
         samples: pictures for the gallery: path in the repository, and what it shows, such as the prompt.
@@ -214,6 +208,22 @@ def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
         }
+    if model.transformer.config.segments is None:
+        captions = model.transformer.config.caption_channels is not None
+        call = 'pipe("a caption")' if captions else "pipe(class_labels=0)"
+        return {
+            "pipeline_tag": "text-to-image" if captions else "unconditional-image-generation",
+            "tags": ["latent-diffusion", "flow-matching" if args.objective == "flow" else "gaussian-diffusion"],
+            "summary": "A diffusion transformer over the continuous latents of a VQ model, by diffusers_vqdit.",
+            "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
+            f"image = {call}.images[0]",
+            "intended_use": "Drawing pictures like those it was trained on, and further training. Not as evidence of "
+            "what a picture shows.",
+            "limits": "It knows its training data and nothing else: what lies outside of it is drawn wrongly, and "
+            "with no sign of doubt.",
+            "risks": _GENERATOR_RISKS,
+        }
     tasks = list(model.transformer.config.tasks or [])
     draws = not tasks or any("image" in task.split("->")[1].split("+") for task in tasks)
     return {
@@ -239,7 +249,8 @@ def _is_hub_id(name: str | None) -> bool:
 
 
 def _base_models(args: argparse.Namespace) -> list[str]:
-    names = [getattr(args, key, None) for key in ("pretrained_model_name_or_path", "image_vq", "text_vq")]
+    keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
+    names = [getattr(args, key, None) for key in keys]
     return [name for name in names if _is_hub_id(name)]
 
 

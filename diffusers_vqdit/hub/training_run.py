@@ -1,4 +1,4 @@
-"""The end of a training run: a gallery, the model card, and the upload."""
+"""What a training run publishes: a gallery, the model card, and the upload, at its end or with each checkpoint."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from ..provenance import save_generated
 from .model_card import Measure, training_card
 from .push import push_folder
 
+
+_run_logger = logging.get_logger(__name__)
 
 # What a run's folder has to publish; besides it has checkpoints to resume from, logs and encoded data.
 _PUBLISHED = [
@@ -20,10 +23,34 @@ _PUBLISHED = [
 _KEPT = ["checkpoint-*", "codes/*", "logs/*", "tmp-*"]
 
 
+def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of uploads, and of what a model card says and a run can't know."""
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
+    group.add_argument("--hub_token")
+    group.add_argument(
+        "--hub_strategy",
+        choices=["end", "every_save"],
+        default="end",
+        help="When to push: at the end, or with every checkpoint too.",
+    )
+    group.add_argument("--license", help="Licence of the weights, for the model card, such as apache-2.0.")
+    group.add_argument("--data_license", help="Licence and origin of the training data, for the model card.")
+    group.add_argument("--language", nargs="*", default=[], help="Languages of the captions, for the model card.")
+
+
 def draw_gallery(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], folder: Path, model_id: str, seed: int = 0
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    folder: Path,
+    model_id: str,
+    seed: int = 0,
+    argument: str = "prompt",
 ) -> dict[str, str]:
     """Draw prompts into ``samples/`` of a folder, with metadata that say that they are generated.
+
+    Args:
+        argument: of the pipeline's call, that takes them: ``"prompt"`` or ``"class_labels"``.
 
     Returns:
         the prompts by the path of their picture in the folder, for [`training_card`].
@@ -32,7 +59,7 @@ def draw_gallery(
     gallery = {}
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        images = pipeline(list(prompts), generator=generators).images
+        images = pipeline(**{argument: list(prompts)}, generator=generators).images
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = f"samples/{index}.png"
             save_generated(image, folder / path, model_id=model_id, description=prompt)
@@ -46,20 +73,33 @@ def publish_run(
     *,
     measures: Sequence[Measure] = (),
     samples: dict[str, str] | None = None,
+    step: int | None = None,
 ) -> None:
     """Write a run's model card; with ``--push_to_hub`` upload its weights, card and samples in one commit.
 
     Args:
-        args: the training script's arguments.
+        args: the training script's arguments, with those of [`add_publishing_arguments`].
         model, measures, samples: see [`training_card`]; the weights and samples are in ``args.output_dir`` already.
+        step: of a run that isn't at its end. It goes on where the upload fails, with a warning.
     """
     training_card(args, model, measures=measures, samples=samples).save(args.output_dir / "README.md")
-    if args.push_to_hub:
+    if not args.push_to_hub:
+        return
+    try:
         push_folder(
             args.output_dir,
             args.hub_model_id or args.output_dir.name,
             token=args.hub_token,
-            commit_message="End of training",
+            commit_message="End of training" if step is None else f"Training, step {step}",
             allow_patterns=_PUBLISHED,
             ignore_patterns=_KEPT,
         )
+    except Exception as error:
+        if step is None:
+            raise
+        _run_logger.warning(f"step {step} was not published: {error}")
+
+
+def publishes_checkpoints(args: argparse.Namespace) -> bool:
+    """Whether a run publishes with each of its checkpoints."""
+    return args.push_to_hub and args.hub_strategy == "every_save"

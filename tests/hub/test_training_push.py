@@ -9,8 +9,9 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
-from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTPipeline
+from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
 from diffusers_vqdit.hub.model_card import Measure, shown_command, training_card
 from diffusers_vqdit.provenance import GENERATED, digital_source_type
 from diffusers_vqdit.training_utils import tracker_config
@@ -90,6 +91,42 @@ def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
         assert ModelCard(files["README.md"].content.decode()).data.eval_results
     ImageVQModel.from_pretrained("alice/iv", cache_dir=tmp_path / "cache")
     TextVQModel.from_pretrained("alice/tv", cache_dir=tmp_path / "cache")
+
+
+def test_a_latent_pipeline_is_trained_and_pushed_with_every_checkpoint(
+    run, hub, client, image_vq, picture_folder, tmp_path
+):
+    image_vq.save_pretrained(tmp_path / "vq")
+    run(
+        "train_latent_dit",
+        f"{COMMON} --hub_strategy every_save --image_vq {tmp_path / 'vq'} --train_data_dir {picture_folder} "
+        "--label_column label --num_layers 1 --num_attention_heads 1 --attention_head_dim 16 "
+        "--validation_labels round square "
+        f"--output_dir {tmp_path / 'run'} --hub_model_id alice/latent --use_ema",
+    )
+    repository = hub.repositories["alice/latent"]
+    assert repository.log()[:2] == ["End of training", "Training, step 1"]
+    last = repository.resolve("main").files
+    before = repository.commits[repository.resolve("main").parent].files
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert last[weights].content != before[weights].content
+    card = ModelCard(last["README.md"].content.decode())
+    assert [one["text"] for one in card.data.widget] == ["round", "square"]
+    assert card.data.pipeline_tag == "unconditional-image-generation" and "flow-matching" in card.data.tags
+    pipe = VQDiTLatentPipeline.from_pretrained("alice/latent", cache_dir=tmp_path / "cache")
+    assert pipe.labels == {"round": 0, "square": 1}
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_published(run, hub, client, image_vq, picture_folder, tmp_path):
+    image_vq.save_pretrained(tmp_path / "vq")
+    arguments = (
+        f"{COMMON} --hub_strategy every_save --image_vq {tmp_path / 'vq'} --train_data_dir {picture_folder} "
+        "--num_layers 1 --num_attention_heads 1 --attention_head_dim 16 "
+        f"--output_dir {tmp_path / 'run'} --hub_model_id bob/latent"
+    )
+    with pytest.raises(HfHubHTTPError):  # alice's token has no right there
+        run("train_latent_dit", arguments)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize("command", [["a.py", "--hub_token", "secret"], ["a.py", "--hub_token=secret", "--x", "a b"]])

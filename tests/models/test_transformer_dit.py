@@ -76,7 +76,7 @@ def test_weights_saved_by_either_load_in_the_other(inputs, tmp_path, equal):
     close(ours(*inputs).sample, expected)
     ours.save_pretrained(tmp_path / "ours")
     back = DiTTransformer2DModel.from_pretrained(tmp_path / "ours").eval()
-    assert torch.equal(back(*inputs).sample, expected)
+    close(back(*inputs).sample, expected)
     stock.load_state_dict(ours.state_dict())
     ours.load_state_dict(stock.state_dict())
     close(ours(*inputs).sample, expected)
