@@ -56,13 +56,18 @@ def modulate(
     return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
-@lru_cache(maxsize=64)
 def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
     Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
     Vaswani et al. 2017, section 3.5).
     """
+    if torch.compiler.is_compiling():  # torch.export's tensors have no values: one that is kept spoils all later calls
+        return _sincos_positions(shape, trained_shape, dim)
+    return _kept_positions(shape, trained_shape, dim)
+
+
+def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
     part = dim // (2 * len(shape)) * 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
     axes = [torch.arange(n, dtype=torch.float64) * (base / n) for n, base in zip(shape, trained_shape, strict=True)]
@@ -71,3 +76,6 @@ def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim
         angle = coordinate.flatten()[:, None] * frequencies
         waves += [angle.sin(), angle.cos()]
     return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()
+
+
+_kept_positions = lru_cache(maxsize=64)(_sincos_positions)

@@ -93,6 +93,18 @@ def perplexity(share: torch.Tensor) -> torch.Tensor:
     return torch.exp(-(share * share.clamp_min(1e-10).log()).sum())
 
 
+def loaded_weight(module: nn.Embedding | nn.Linear) -> torch.Tensor:
+    """The weight of an embedding or of a linear layer without bias, also where offloading has taken it away.
+
+    Accelerate's hooks bring the weights of a module for its own call only, so they are read through one.
+    """
+    if module.weight.device.type != "meta":
+        return module.weight
+    if isinstance(module, nn.Embedding):
+        return module(torch.arange(module.num_embeddings))
+    return module(torch.eye(module.in_features, dtype=module.weight.dtype)).T
+
+
 def best_codes(vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None = None) -> torch.LongTensor:
     """Index (N,) of the row c of the codebook (K, D) with the largest z.c + offset for each vector z (N, D).
 
@@ -293,7 +305,7 @@ class VectorQuantizer(Quantizer):
     @property
     def codebook(self) -> torch.Tensor:
         """The code vectors (K, D) as they are looked up."""
-        weight = self.embedding.weight
+        weight = loaded_weight(self.embedding)
         return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
 
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:

@@ -12,6 +12,7 @@ from .quantizers import (
     VectorQuantizer,
     assignment_entropy,
     best_codes,
+    loaded_weight,
     perplexity,
 )
 
@@ -52,9 +53,9 @@ class SimVectorQuantizer(VectorQuantizer):
     @property
     def codebook(self) -> torch.Tensor:
         """The code vectors C W (K, D) as they are looked up."""
-        weight = self.projection.weight
+        weight, rows = loaded_weight(self.projection), loaded_weight(self.embedding)
         with torch.autocast(device_type=weight.device.type, enabled=False):
-            return F.linear(self.embedding.weight.float(), weight.float()).to(weight.dtype)
+            return F.linear(rows.float(), weight.float()).to(weight.dtype)
 
 
 class IndexBackpropagationQuantizer(Quantizer):
@@ -97,7 +98,7 @@ class IndexBackpropagationQuantizer(Quantizer):
     @property
     def codebook(self) -> torch.Tensor:
         """The code vectors (K, D) as they are looked up."""
-        weight = self.embedding.weight
+        weight = loaded_weight(self.embedding)
         return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
 
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:

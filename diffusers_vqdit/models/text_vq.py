@@ -74,6 +74,9 @@ class TextVQModel(CheckpointMixin, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # As `VQModel` has it: the codebook is read outside of a call of its own.
+    _skip_layerwise_casting_patterns = ["quantizers", "norm"]
+    _supports_group_offloading = False
 
     @register_to_config
     def __init__(

@@ -31,6 +31,12 @@ class VQDiTOutput(BaseOutput):
 
     sample: dict[str, torch.Tensor]
 
+    def __post_init__(self) -> None:
+        # `BaseOutput` takes a first field that is a dict for the fields themselves. What makes outputs anew, as
+        # Accelerate's mixed precision and torch.export do, knows no segments.
+        fields = self.sample
+        self["sample"] = fields["sample"] if isinstance(fields.get("sample"), dict) else fields
+
 
 class VQDiTBlock(nn.Module):
     """DiT's block with adaLN-zero (Peebles & Xie 2023, section 3.2), conditioned on the segment."""

@@ -413,3 +413,28 @@ def test_bad_segments_are_named(segment):
 def test_bad_segment_names_are_named(name):
     with pytest.raises(ValueError, match=f"segments: '{name}'"):
         VQDiTTransformer2DModel(**{**CONFIG, "segments": {name: SEGMENTS["image"]}})
+
+
+def test_its_output_can_be_made_anew(codes):
+    """As DistributedDataParallel, torch.export and Accelerate's mixed precision do."""
+    output = make()({"image": codes["image"]}, given={"text": codes["text"]})
+    assert output["sample"] is output.sample and output.to_tuple() == (output.sample,)
+    leaves, spec = torch.utils._pytree.tree_flatten(output)
+    for again in (torch.utils._pytree.tree_unflatten(leaves, spec), type(output)(dict(output))):
+        assert torch.equal(again.sample["image"], output.sample["image"]) and list(again.sample) == ["image"]
+
+
+def test_export_leaves_nothing_behind(codes):
+    class ImageLogits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, image, text):
+            return self.model({"image": image}, given={"text": text}).sample["image"]
+
+    wide = {"num_attention_heads": 3}  # of a size that no other test has positions for
+    model = ImageLogits(make(**wide))
+    exported = torch.export.export(model, (codes["image"], codes["text"])).module()
+    expected = model(codes["image"], codes["text"])  # on tensors with values again
+    torch.testing.assert_close(exported(codes["image"], codes["text"]), expected)
