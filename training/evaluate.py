@@ -35,11 +35,19 @@ COLUMNS = ["text", "text_zh", "keywords", "label", "emoji", "held_out"]
 CELL, CAPTION, TITLE = 112, 46, 210  # pixels in the picture: a cell's side, the height below it, the titles' width
 
 
+def measures(names: str) -> list[str]:
+    """The entries of `--tasks`: with commas, as a task that begins with ``->`` would be read as a flag."""
+    chosen = [name.strip() for name in names.split(",")]
+    if unknown := sorted(set(chosen) - set(MEASURES)):
+        raise argparse.ArgumentTypeError(f"{unknown} are not among {list(MEASURES)}")
+    return chosen
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a VQDiT pipeline on the emoji dataset.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: a folder or a Hub id.")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
-    parser.add_argument("--tasks", nargs="+", choices=list(MEASURES), default=list(MEASURES))
+    parser.add_argument("--tasks", type=measures, default=list(MEASURES), help=f"Of {', '.join(MEASURES)}; with commas.")
     parser.add_argument("--num_samples", type=int, default=236, help="Samples for each figure at the most.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")

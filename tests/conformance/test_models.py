@@ -253,4 +253,5 @@ class TestCodesDiTCompile(CodesDiT, TorchCompileTesterMixin):
     on_cpu = True
 
     def test_torch_compile_repeated_blocks(self):
-        super().test_torch_compile_repeated_blocks(recompile_limit=2)  # what is given, and what is generated
+        # What is given, the last block of it, which makes keys and values only, and what is generated.
+        super().test_torch_compile_repeated_blocks(recompile_limit=3)
