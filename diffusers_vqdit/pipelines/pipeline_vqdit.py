@@ -336,7 +336,14 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
         return passed
 
-    def _plan(self, passed: dict[str, Any], output: str | None, mask_image: Any, strength: float | None) -> Task:
+    def _plan(
+        self,
+        passed: dict[str, Any],
+        output: str | None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        output_type: str = "pil",
+    ) -> Task:
         """The task that the arguments mean, checked against those the checkpoint knows.
 
         What is passed and generated too is taken as partly known: texts with blanks, and pictures with a mask or a
@@ -380,14 +387,15 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
             elif name in generated and not (name == "image" and redrawn):
                 raise ValueError(f"output={output!r} asks for {name!r}, which you passed: it is given or generated")
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
-        self._check_task(task)
+        # What comes out as codes needs no tokenizer, unless it is partly known.
+        self._check_task(task, tuple(passed) if output_type == "latent" else task.segments)
         return task
 
-    def _check_task(self, task: Task) -> None:
-        """Raise a ValueError unless the checkpoint knows the task and has its tokenizers."""
+    def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
+        """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""
         check_task(task, self.transformer.config.tasks or [])
         needed = {"text": ("text_vq", "tokenizer"), "image": ("image_vq",), "label": ()}
-        for name in task.segments:
+        for name in task.segments if tokenized is None else tokenized:
             for component in needed[self._modality(name)]:
                 if getattr(self, component) is None:
                     raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
@@ -513,7 +521,7 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
         if guidance_scale is not None and (not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)):
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
         passed = self._passed(prompt, image, class_label, inputs)
-        task = self._plan(passed, output, mask_image, strength)
+        task = self._plan(passed, output, mask_image, strength, output_type)
         unconditional = str(Task((), task.generated))
         can_guide = bool(task.given) and unconditional in (self.transformer.config.tasks or [])
         if guidance_scale is None:
@@ -780,7 +788,7 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
             if prompt is None and image is None:
                 raise ValueError("prompt and image are None: there is nothing to classify")
             passed = self._passed(prompt, image, None, None)
-            self._plan(passed, "label", None, None)
+            self._plan(passed, "label")
             given = self._encode(passed)
             sizes = {name: len(codes) for name, codes in given.items()}
             if len(set(sizes.values())) > 1:

@@ -263,6 +263,17 @@ def test_a_checkpoint_without_texts_needs_no_text_components(pipeline, tmp_path)
         small("a red apple")
 
 
+def test_codes_come_out_without_a_tokenizer(pipeline):
+    bare = VQDiTPipeline(pipeline.transformer, pipeline.scheduler)
+    bare.set_progress_bar_config(disable=True)
+    codes = bare(output="image", output_type="latent").images
+    assert codes.shape == (1, 4, 4) and codes.max() < 32
+    with pytest.raises(ValueError, match="needs the component image_vq"):
+        bare(output="image")
+    with pytest.raises(ValueError, match="needs the component text_vq"):
+        bare("a red apple", output_type="latent")
+
+
 def test_scores_are_bounds_of_the_side_that_is_generated(pipeline):
     prompts = ["a red apple", "a blue box", "红苹果"]
     image = torch.rand(1, 3, 16, 16)
