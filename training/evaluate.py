@@ -47,7 +47,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a VQDiT pipeline on the emoji dataset.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: a folder or a Hub id.")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
-    parser.add_argument("--tasks", type=measures, default=list(MEASURES), help=f"Of {', '.join(MEASURES)}; with commas.")
+    parser.add_argument(
+        "--tasks", type=measures, default=list(MEASURES), help=f"Of {', '.join(MEASURES)}; with commas."
+    )
     parser.add_argument("--num_samples", type=int, default=236, help="Samples for each figure at the most.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")

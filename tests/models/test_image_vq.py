@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.utils import convert_to_fp32
 from diffusers import VQModel
 
@@ -89,6 +90,20 @@ QUANTIZERS = {
     "fsq": {"fsq_levels": (4, 4, 4), "vq_embed_dim": 3},
     "lfq": {"vq_embed_dim": 6, "codebook_norm": "l2", "entropy_weight": 0.1},
 }
+
+
+@pytest.mark.parametrize("quantizer_type", QUANTIZERS)
+def test_offloaded_layer_by_layer_it_gives_the_same(quantizer_type):
+    """As by `enable_sequential_cpu_offload`: a layer has its weights during its own call only."""
+    model = ImageVQModel(**CONFIG, quantizer_type=quantizer_type, **QUANTIZERS[quantizer_type]).eval()
+    sample = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        codes, expected = model.encode_codes(sample), model(sample).sample
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert {parameter.device.type for parameter in model.encoder.parameters()} == {"meta"}
+        assert torch.equal(model.encode_codes(sample), codes)
+        torch.testing.assert_close(model(sample).sample, expected)
+        torch.testing.assert_close(model.decode_codes(codes).sample, expected)
 
 
 @pytest.mark.parametrize("quantizer_type", QUANTIZERS)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from accelerate.utils import convert_to_fp32
 
 from diffusers_vqdit import TextVQModel
@@ -36,6 +37,16 @@ def test_accelerate_can_cast_the_output(text_vq, tokenizer):
     cast = convert_to_fp32(output)  # as the models that Accelerator prepares for mixed precision do
     assert cast.keys() == output.keys() and cast.logits.dtype == torch.float32
     assert torch.equal(cast.codes, output.codes)
+
+
+def test_offloaded_layer_by_layer_it_gives_the_same(text_vq, tokenizer):
+    batch = tokens(tokenizer, ["a red apple", "green"])
+    codes, vectors = text_vq.encode_codes(**batch), text_vq.embed(**batch)
+    logits = text_vq.decode_codes(codes)
+    cpu_offload(text_vq, execution_device=torch.device("cpu"))
+    assert torch.equal(text_vq.encode_codes(**batch), codes)
+    torch.testing.assert_close(text_vq.decode_codes(codes), logits)
+    torch.testing.assert_close(text_vq.embed(**batch), vectors)
 
 
 def test_embeddings_are_unit_vectors(text_vq, tokenizer):
