@@ -48,7 +48,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: a folder or a Hub id.")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.add_argument(
-        "--tasks", type=measures, default=list(MEASURES), help=f"Of {', '.join(MEASURES)}; with commas."
+        "--tasks",
+        type=measures,
+        default=list(MEASURES),
+        help=f"Of {', '.join(MEASURES)}; with commas, as in --tasks=->text,infilling.",
     )
     parser.add_argument("--num_samples", type=int, default=236, help="Samples for each figure at the most.")
     parser.add_argument("--batch_size", type=int, default=32)
