@@ -77,6 +77,61 @@ def test_a_pipeline_is_trained_pushed_and_drawn_from_bit_for_bit(run, hub, clien
     assert drawn.stdout.strip() == hashlib.sha256(images.numpy().tobytes()).hexdigest(), drawn.stderr
 
 
+LORA = """
+import hashlib, sys, torch
+import diffusers_vqdit
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+def draw():
+    generator = torch.Generator().manual_seed(5)
+    images = pipe("a red apple", num_inference_steps=3, generator=generator, output_type="pt").images
+    print(hashlib.sha256(images.numpy().tobytes()).hexdigest())
+draw()
+pipe.load_lora_weights(sys.argv[2], adapter_name="style")
+for scale in (0.0, 1.0):
+    pipe.set_adapters(["style"], [scale])
+    draw()
+pipe.unload_lora_weights()
+draw()
+"""
+
+
+def test_a_lora_is_trained_pushed_and_loaded_over_its_base(run, hub, client, pipeline, picture_folder, tmp_path):
+    pytest.importorskip("peft")
+    pipeline.push_to_hub("alice/base", token="hf_alice")
+    pipeline.save_pretrained(tmp_path / "base")
+    run(
+        "train_vqdit",
+        f"{COMMON} --pretrained_model_name_or_path alice/base --train_data_dir {picture_folder} --rank 2 "
+        f"--lora_alpha 32 --learning_rate 1e-1 --output_dir {tmp_path / 'run'} --hub_model_id alice/style "
+        "--tasks text->image --lr_warmup_steps 0",
+    )
+    files = published_files(hub, "alice/style")
+    assert set(files) - {".gitattributes"} == {"README.md", "pytorch_lora_weights.safetensors"}
+    card = ModelCard(files["README.md"].content.decode())
+    assert card.data.base_model == ["alice/base"] and "lora" in card.data.tags
+    assert 'pipe.load_lora_weights("alice/style")' in card.content
+
+    local = VQDiTPipeline.from_pretrained(tmp_path / "base")
+    local.set_progress_bar_config(disable=True)
+    expected = []
+    for lora in (None, tmp_path / "run"):
+        if lora is not None:
+            local.load_lora_weights(lora)
+        generator = torch.Generator().manual_seed(5)
+        images = local("a red apple", num_inference_steps=3, generator=generator, output_type="pt").images
+        expected.append(hashlib.sha256(images.numpy().tobytes()).hexdigest())
+    base, styled = expected
+    assert base != styled
+
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+    drawn = subprocess.run(
+        [sys.executable, "-c", LORA, "alice/base", "alice/style"], env=environment, capture_output=True, text=True
+    )
+    assert drawn.stdout.split() == [base, base, styled, base], drawn.stderr
+
+
 def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
     data = f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none"
     small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --resolution 16"
