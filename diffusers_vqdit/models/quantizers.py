@@ -226,7 +226,24 @@ def assignment_entropy(
     return sample_entropy + (mean * mean.clamp_min(1e-10).log()).sum()
 
 
-class VectorQuantizer(Quantizer):
+class CodebookQuantizer(Quantizer):
+    """A quantizer with a table of codes, `embedding`, whose `codebook_norm` is ``"none"`` or ``"l2"``."""
+
+    embedding: nn.Embedding
+    codebook_norm: str
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The code vectors (K, D) as they are looked up."""
+        weight = loaded_weight(self.embedding)
+        return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        self.check_codes(codes)
+        return F.embedding(codes, self.codebook)
+
+
+class VectorQuantizer(CodebookQuantizer):
     """Nearest code of a learned codebook, ||z - c_k||^2 -> min (van den Oord et al. 2017, eq. 1).
 
     loss = |sg(z) - c|^2 + beta |z - sg(c)|^2 (eq. 3, means over all channels) + entropy_weight (E[H(p)] - H(E[p])),
@@ -302,21 +319,11 @@ class VectorQuantizer(Quantizer):
             self.embedding.weight.requires_grad_(False)
             self.register_buffer("cluster_mean", self.embedding.weight.data / num_codes)
 
-    @property
-    def codebook(self) -> torch.Tensor:
-        """The code vectors (K, D) as they are looked up."""
-        weight = loaded_weight(self.embedding)
-        return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
-
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
         # A unit vector and its multiples have the same nearest unit code, so the vectors need no normalising here.
         self.check_vectors(vectors)
         flat = vectors.reshape(-1, self.code_dim)
         return nearest_codes(flat, self.codebook).view(vectors.shape[:-1])
-
-    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
-        self.check_codes(codes)
-        return F.embedding(codes, self.codebook)
 
     def keep(self, codes: torch.LongTensor) -> None:
         """Drop all codes but those (K',), which become the codes 0 to K' - 1."""

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .quantizers import (
     SEARCH_ELEMENTS,
-    Quantizer,
+    CodebookQuantizer,
     QuantizerOutput,
     VectorQuantizer,
     assignment_entropy,
@@ -58,7 +58,7 @@ class SimVectorQuantizer(VectorQuantizer):
             return F.linear(rows.float(), weight.float()).to(weight.dtype)
 
 
-class IndexBackpropagationQuantizer(Quantizer):
+class IndexBackpropagationQuantizer(CodebookQuantizer):
     """Code with the largest dot product, and a gradient through all of them (Shi et al. 2024, IBQ, section 3.2).
 
     With the soft assignment p = softmax(z.c_1, ..., z.c_K), the one-hot choice is i = onehot(argmax p) + p - sg(p),
@@ -95,19 +95,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.embedding = nn.Embedding(num_codes, code_dim)  # N(0, 1): codes of no length would have no say
 
-    @property
-    def codebook(self) -> torch.Tensor:
-        """The code vectors (K, D) as they are looked up."""
-        weight = loaded_weight(self.embedding)
-        return F.normalize(weight.float(), dim=1).to(weight.dtype) if self.codebook_norm == "l2" else weight
-
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
         self.check_vectors(vectors)
         return best_codes(vectors.reshape(-1, self.code_dim), self.codebook).view(vectors.shape[:-1])
-
-    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
-        self.check_codes(codes)
-        return F.embedding(codes, self.codebook)
 
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
         self.check_vectors(vectors)
