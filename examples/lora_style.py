@@ -4,11 +4,11 @@
     pip install -c constraints.txt -e ".[training,lora]"
     python examples/lora_style.py --output_dir outputs/twemoji
 
-Trains `training/train_vqdit.py --rank` on Twemoji pictures of emoji that the starter knows, then draws other emoji,
-which the LoRA has not seen, at scale 0 and 1 with the same seeds. It prints whether scale 0 is the starter bit for
-bit, and the share of pictures that are nearer to Twemoji's picture of their caption than to Noto's, and draws both
-above one another in ``lora.png``. Needs ``npm``, which fetches the pictures (61 MB); takes about ten minutes on two
-CPU cores.
+Trains `training/train_vqdit.py --rank` on Twemoji pictures of emoji that the starter knows. Then draws these emoji,
+and others that the LoRA has not seen, at scale 0 and 1 with the same seeds. It prints whether scale 0 is the starter
+bit for bit, and the share of pictures that are nearer to Twemoji's picture of their caption than to Noto's, and draws
+scale 0, scale 1 and Twemoji above one another in ``lora.png``, half of the columns seen. Needs ``npm``, which fetches
+the pictures (61 MB); takes about ten minutes on two CPU cores.
 
 Twemoji: copyright Twitter, Inc. and other contributors, CC-BY 4.0 (the npm package `emoji-datasource-twitter`).
 """
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Teach the starter another style with a LoRA.")
     parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
-    parser.add_argument("--num_train_pictures", type=int, default=400)
+    parser.add_argument("--num_train_pictures", type=int, default=80)
     parser.add_argument("--num_test_pictures", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max_train_steps", type=int, default=300)
@@ -56,8 +56,8 @@ def module(name: str):
     return loaded
 
 
-def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
-    """Write the pictures to train on as a folder with metadata.jsonl; return it, and the rows to test on."""
+def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, list[dict]]]:
+    """Write the pictures to train on as a folder with metadata.jsonl; return it, and captions to draw."""
     emoji = module("prepare_emoji")
     noto = load_training_dataset(
         dataset_name=args.dataset_name, split="train", image_column="image", columns=["text", "skin_tone", "label"]
@@ -83,7 +83,8 @@ def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
                 found.append({"row": index, "text": noto[index]["text"], "data": data})
             if len(found) == args.num_train_pictures + args.num_test_pictures:
                 break
-    train, test = found[: args.num_train_pictures], found[args.num_train_pictures :]
+    train, others = found[: args.num_train_pictures], found[args.num_train_pictures :]
+    test = [*train[: args.num_test_pictures], *others]
     lines = []
     for entry in train:
         (folder / f"{entry['row']}.png").write_bytes(entry["data"])
@@ -94,7 +95,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
         picture = Image.open(io.BytesIO(entry["data"])).resize((32, 32), Image.Resampling.LANCZOS)
         pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         entry |= {"twemoji": to_pixels(pixels), "noto": to_pixels(original)}
-    return folder, test
+    return folder, {"seen": test[: -len(others)], "not seen": others}
 
 
 def train(args: argparse.Namespace, folder: Path) -> None:
@@ -123,40 +124,46 @@ def draw(pipeline: VQDiTPipeline, captions: list[str]) -> torch.Tensor:
     return pipeline(captions, generator=generators, output_type="pt").images * 2 - 1
 
 
-def compare(args: argparse.Namespace, test: list[dict]) -> None:
+def compare(args: argparse.Namespace, drawn: dict[str, list[dict]]) -> None:
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipeline.set_progress_bar_config(disable=True)
-    captions = [entry["text"] for entry in test]
+    captions = [entry["text"] for group in drawn.values() for entry in group]
     base = draw(pipeline, captions)
     pipeline.load_lora_weights(str(args.output_dir), adapter_name="twemoji")
-    drawn = {}
+    pictures = {}
     for scale in (0.0, 1.0):
         pipeline.set_adapters(["twemoji"], [scale])
-        drawn[scale] = draw(pipeline, captions)
-    print("scale 0 is the starter bit for bit:", torch.equal(drawn[0.0], base))
-    real = {name: torch.stack([entry[name] for entry in test]) for name in ("twemoji", "noto")}
+        pictures[scale] = draw(pipeline, captions)
+    print("scale 0 is the starter bit for bit:", torch.equal(pictures[0.0], base))
+
+    def real(style: str) -> torch.Tensor:
+        return torch.stack([entry[style] for group in drawn.values() for entry in group])
+
     # Through the tokenizer, as both styles would be drawn at best.
     with torch.no_grad():
         best = {
-            name: pipeline.image_vq.decode_codes(pipeline.image_vq.encode_codes(pixels)).sample
-            for name, pixels in real.items()
+            style: pipeline.image_vq.decode_codes(pipeline.image_vq.encode_codes(real(style))).sample
+            for style in ("twemoji", "noto")
         }
-    for scale, pixels in drawn.items():
-        near = {name: (pixels - best[name]).square().flatten(1).sum(1) for name in best}
-        share = (near["twemoji"] < near["noto"]).double().mean().item()
-        print(f"scale {scale:g}: {100 * share:.1f} % of {len(test)} are nearer to Twemoji's picture than to Noto's")
+    for scale, pixels in pictures.items():
+        near = {style: (pixels - best[style]).square().flatten(1).sum(1) for style in best}
+        nearer, start = (near["twemoji"] < near["noto"]).double(), 0
+        for name, group in drawn.items():
+            part = nearer[start : start + len(group)]
+            print(f"scale {scale:g}: {100 * part.mean():.1f} % of {len(part)} captions {name} are nearer to Twemoji")
+            start += len(group)
 
-    def pictures(pixels: torch.Tensor) -> list[Image.Image]:
-        arrays = ((pixels[:12].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(array).resize((96, 96), Image.Resampling.NEAREST) for array in arrays]
-
-    rows = [*pictures(drawn[0.0]), *pictures(drawn[1.0]), *pictures(real["twemoji"])]
-    make_image_grid(rows, rows=3, cols=len(rows) // 3).save(args.output_dir / "lora.png")
-    print("captions:", "; ".join(captions[:12]))
+    shown = [*range(6), *range(len(drawn["seen"]), len(drawn["seen"]) + 6)]
+    tiles = []
+    for pixels in (pictures[0.0], pictures[1.0], real("twemoji")):
+        arrays = ((pixels[shown].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        tiles += [Image.fromarray(array).resize((96, 96), Image.Resampling.NEAREST) for array in arrays]
+    make_image_grid(tiles, rows=3, cols=len(shown)).save(args.output_dir / "lora.png")
+    print("captions:", "; ".join(captions[index] for index in shown))
 
 
 if __name__ == "__main__":
     args = parse_args()
-    folder, test = prepare(args)
+    folder, drawn = prepare(args)
     train(args, folder)
-    compare(args, test)
+    compare(args, drawn)
