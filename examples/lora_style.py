@@ -10,6 +10,9 @@ bit for bit, and the share of pictures that are nearer to Twemoji's picture of t
 scale 0, scale 1 and Twemoji above one another in ``lora.png``, half of the columns seen. Needs ``npm``, which fetches
 the pictures (61 MB); takes about ten minutes on two CPU cores.
 
+To expect: scale 0 is the starter bit for bit; at scale 1, 87.5 % of 32 captions seen and 31.2 % of 32 not seen are
+nearer to Twemoji (0 % of either at scale 0). The LoRA has 1.8 MB. What it drew is in ``docs/lora.png``.
+
 Twemoji: copyright Twitter, Inc. and other contributors, CC-BY 4.0 (the npm package `emoji-datasource-twitter`).
 """
 
@@ -38,10 +41,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
     parser.add_argument("--num_train_pictures", type=int, default=80)
-    parser.add_argument("--num_test_pictures", type=int, default=64)
+    parser.add_argument("--num_test_pictures", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--max_train_steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--max_train_steps", type=int, default=180)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--download_dir", type=Path, help="Folder with the npm package already fetched.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/twemoji"))
     args, more = parser.parse_known_args()
