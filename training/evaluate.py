@@ -3,6 +3,9 @@
 
     python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
+``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
+options are those of ``training/evaluate_tokenizer.py``.
+
 Takes about half an hour on two CPU cores; ``--tasks`` measures some of them. One sample is drawn for each caption or
 picture, from a seed of its own, and each share comes with its standard error. The captions and pictures are held-out
 compositions (a role and a skin tone that training never saw together) or, where it says so, training captions or the
@@ -14,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -695,4 +699,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    if any(argument.partition("=")[0] == "--tokenizer" for argument in sys.argv):
+        import evaluate_tokenizer
+
+        evaluate_tokenizer.main(evaluate_tokenizer.parse_args())
+    else:
+        main(parse_args())

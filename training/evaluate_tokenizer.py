@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """Measure an image tokenizer: PSNR, SSIM, code usage, perplexity, and the Frechet distance of its reconstructions.
 
-    accelerate launch training/evaluate_tokenizer.py \
-        --image_vq model_cards/vqdit-emoji --subfolder image_vq --dataset_name training/data/emoji.parquet
+    accelerate launch training/evaluate.py --tokenizer model_cards/vqdit-emoji --subfolder image_vq
 
-The pictures are shared between the processes. The Frechet distance needs features: ``--features inception`` for those
+``training/evaluate.py`` hands over to this script where ``--tokenizer`` is given. The pictures are shared between the processes. The Frechet distance needs features: ``--features inception`` for those
 of published figures (torch-fidelity, which downloads its weights), or any vision backbone of transformers, whose
 figures compare with one another only.
 """
@@ -24,9 +23,9 @@ from diffusers_vqdit.training_utils import decode_images, load_training_dataset
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure an image tokenizer.")
-    parser.add_argument("--image_vq", required=True, help="ImageVQModel or VQModel: a folder or a Hub id.")
+    parser.add_argument("--tokenizer", required=True, help="ImageVQModel or VQModel: a folder or a Hub id.")
     parser.add_argument("--subfolder", help="Of the tokenizer in a pipeline's folder.")
-    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file; by default the emoji dataset.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder.")
     parser.add_argument("--split", default="test")
@@ -37,12 +36,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", help="'inception', or a vision model of transformers: a Hub id or a folder.")
     parser.add_argument("--features_image_size", type=int, help="Side that pictures are resized to for that model.")
     parser.add_argument("--output_file", type=Path, help="JSON file for the figures.")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.dataset_name is None and args.train_data_dir is None:
+        args.dataset_name = "training/data/emoji.parquet"
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    model = ImageVQModel.from_pretrained(args.image_vq, subfolder=args.subfolder).to(accelerator.device)
+    model = ImageVQModel.from_pretrained(args.tokenizer, subfolder=args.subfolder).to(accelerator.device)
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.code_dataset import CodeDataset
+from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, psnr, to_pixels
 
 
@@ -271,10 +274,23 @@ def test_flags_are_frozen(script):
             "encode_dataset": "--image_vq x --output_dir x",
             "train_vqdit": "--codes_dir x --image_vq x",
             "train_latent_dit": "--dataset_name x --image_vq x",
-            "evaluate_tokenizer": "--image_vq x",
+            "evaluate_tokenizer": "--tokenizer x",
         }
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name
+
+
+def test_a_tokenizer_is_measured_on_any_pictures(root, image_vq, picture_folder, tmp_path):
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    options = ["--tokenizer", tmp_path / "image_vq", "--train_data_dir", picture_folder, "--split", "train"]
+    subprocess.run(
+        [sys.executable, root / "training/evaluate.py", *options, "--output_file", tmp_path / "figures.json"],
+        check=True,
+    )
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    pictures, _ = decode_images(dataset, "image", image_vq.config.sample_size)
+    expected = measure_image_tokenizer(image_vq, pictures)
+    assert json.loads((tmp_path / "figures.json").read_text()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_starter_dataset_can_be_loaded_as_a_user_would(root):
