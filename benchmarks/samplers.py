@@ -81,7 +81,8 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
 
 
 def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list[dict]:
-    data = evaluate.EmojiData.load(pipeline, args)
+    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
+    data = evaluate.EmojiData.load(pipeline.image_vq, resolution, args)
     rows, captions = data.train, data.texts(data.train)
 
     results = []

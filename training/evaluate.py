@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from diffusers_vqdit import Task, VQDiTPipeline
+from diffusers_vqdit import ImageVQModel, Task, VQDiTPipeline
 from diffusers_vqdit.code_dataset import encode_texts
 from diffusers_vqdit.image_utils import lower_resolution, resize
 from diffusers_vqdit.training_utils import code_usage, decode_images, load_training_dataset, psnr, ssim, to_pixels
@@ -92,19 +92,18 @@ class EmojiData:
     decoded: torch.Tensor
 
     @classmethod
-    def load(cls, pipeline: VQDiTPipeline, args: argparse.Namespace) -> "EmojiData":
+    def load(cls, image_vq: ImageVQModel, resolution: int, args: argparse.Namespace) -> "EmojiData":
         train, test = (
             load_training_dataset(dataset_name=args.dataset_name, split=split, image_column="image", columns=COLUMNS)
             for split in ("train", "test")
         )
-        resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
         pictures = torch.cat([decode_images(part, "image", resolution)[0] for part in (train, test)])
         columns = {name: [*train[name], *test[name]] for name in COLUMNS}
         test_rows = list(range(len(train), len(pictures)))
         composition = [row for row in test_rows if columns["held_out"][row] == "composition"]
         random.Random(args.seed).shuffle(composition)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
-        codes, decoded = reconstruct(pipeline, pictures, args.batch_size)
+        codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
         return cls(pictures, columns, chosen, composition[: args.num_samples], test_rows, codes, decoded)
 
     def real(self, rows: list[int]) -> torch.Tensor:
@@ -114,9 +113,16 @@ class EmojiData:
     def texts(self, rows: list[int], column: str = "text") -> list[str]:
         return [self.columns[column][row] for row in rows]
 
+    def distances(self, samples: torch.Tensor) -> torch.Tensor:
+        """(S, N) from samples, in [0, 1], to all pictures of the set."""
+        return torch.cdist((samples * 2 - 1).flatten(1).float().cpu(), self.decoded.flatten(1))
+
+    def nearest_rows(self, samples: torch.Tensor) -> list[int]:
+        return self.distances(samples).argmin(1).tolist()
+
     def nearest(self, samples: torch.Tensor, rows: list[int]) -> list[bool]:
         """Whether no picture of the set is nearer to a sample, in [0, 1], than its row's."""
-        distance = torch.cdist((samples * 2 - 1).flatten(1).float().cpu(), self.decoded.flatten(1))
+        distance = self.distances(samples)
         named = distance.gather(1, torch.tensor(rows)[:, None])[:, 0]
         # Two emoji may look the same: the named one must be as near as the nearest.
         return (named <= distance.min(1).values + 1e-4).tolist()
@@ -173,13 +179,13 @@ def sample(
 
 
 @torch.no_grad()
-def reconstruct(pipeline: VQDiTPipeline, pictures: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def reconstruct(image_vq: ImageVQModel, pictures: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of all pictures, and the pictures they decode to, in [-1, 1]."""
     codes, decoded = [], []
     for part in batched(len(pictures), batch_size, "Reconstructing"):
-        batch = pipeline.image_vq.encode_codes(to_pixels(pictures[part]).to(pipeline.image_vq.device))
+        batch = image_vq.encode_codes(to_pixels(pictures[part]).to(image_vq.device))
         codes.append(batch.cpu())
-        decoded.append(pipeline.image_vq.decode_codes(batch).sample.clamp(-1, 1).cpu())
+        decoded.append(image_vq.decode_codes(batch).sample.clamp(-1, 1).cpu())
     return torch.cat(codes), torch.cat(decoded)
 
 
@@ -231,10 +237,7 @@ def measure_label_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     names = list(pipeline.config.labels)
     labels = [names[i % len(names)] for i in range(args.num_samples)]
     drawn = sample(pipeline, args, len(labels), "label->image", class_label=labels, output="image")
-    distance = torch.cdist((drawn * 2 - 1).flatten(1).float().cpu(), data.decoded.flatten(1))
-    hits = [
-        data.columns["label"][row] == label for row, label in zip(distance.argmin(1).tolist(), labels, strict=True)
-    ]
+    hits = [data.columns["label"][row] == label for row, label in zip(data.nearest_rows(drawn), labels, strict=True)]
     return {"all labels, nearest picture has the label": share(hits)}
 
 
@@ -390,8 +393,7 @@ def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Names
     emoji = dict(zip(data.columns["text"], data.columns["emoji"], strict=True))
     figures = {}
     for name, drawn in (("both at once", pairs), ("->text, then text->image", chained)):
-        distance = torch.cdist((drawn["image"] * 2 - 1).flatten(1).float().cpu(), data.decoded.flatten(1))
-        found = list(zip(drawn["text"], distance.argmin(1).tolist(), strict=True))
+        found = list(zip(drawn["text"], data.nearest_rows(drawn["image"]), strict=True))
         of_emoji = [emoji.get(text) == data.columns["emoji"][row] for text, row in found]
         own = [text == data.columns["text"][row] for text, row in found]
         figures[f"{name}, nearest picture is of the caption's emoji"] = share(of_emoji)
@@ -689,7 +691,8 @@ def main(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
     output_dir.mkdir(parents=True, exist_ok=True)
-    data = EmojiData.load(pipeline, args)
+    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
+    data = EmojiData.load(pipeline.image_vq, resolution, args)
     report = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
     table = as_table(report)
     (output_dir / "evaluation.json").write_text(json.dumps(report, indent=2))

@@ -3,9 +3,10 @@
 
     accelerate launch training/evaluate.py --tokenizer model_cards/vqdit-emoji --subfolder image_vq
 
-``training/evaluate.py`` hands over to this script where ``--tokenizer`` is given. The pictures are shared between the processes. The Frechet distance needs features: ``--features inception`` for those
-of published figures (torch-fidelity, which downloads its weights), or any vision backbone of transformers, whose
-figures compare with one another only.
+``training/evaluate.py`` hands over to this script where ``--tokenizer`` is given. The pictures are shared between the
+processes. The Frechet distance needs features: ``--features inception`` for those of published figures
+(torch-fidelity, which downloads its weights), or any vision backbone of transformers, whose figures compare with one
+another only.
 """
 
 import argparse
