@@ -2,10 +2,9 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,19 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from diffusers.utils import BaseOutput, replace_example_docstring
+from transformers import PreTrainedTokenizerBase
 
-from ..image_utils import (
-    back_project,
-    check_pixels,
-    fill_with_surroundings,
-    join_tiles,
-    on_white,
-    resize,
-    split_tiles,
-    touched_patches,
-)
-from ..likelihood import LikelihoodOutput, code_log_probabilities, negative_elbo, stratified_masks
+from ..likelihood import code_log_probabilities
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task, check_task
+from .codes_mixin import CodesMixin
+from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin
 
-
-logger = logging.get_logger(__name__)
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
 
@@ -74,38 +62,8 @@ class VQDiTPipelineOutput(BaseOutput):
     segments: dict[str, Any] | None = None
 
 
-@dataclass
-class ClassificationOutput(BaseOutput):
-    """Output of [`VQDiTPipeline.classify`].
-
-    Args:
-        labels (`list[str]`): the most probable label of each sample.
-        probabilities (`torch.Tensor` of shape `(B, L)`): float32, rows sum to 1.
-        names (`list[str]`): the L labels, in the order of the columns.
-    """
-
-    labels: list[str]
-    probabilities: torch.Tensor
-    names: list[str]
-
-
-@dataclass
-class _Source:
-    """The picture that a generated one is made from.
-
-    Args:
-        pixels: (B, C, H, W) in [0, 1].
-        mask: (B, 1, H, W), ones where to repaint; None for a picture to enlarge or to repair.
-        tiles: how many tiles each picture was cut into, to enlarge it; None otherwise.
-    """
-
-    pixels: torch.Tensor
-    mask: torch.Tensor | None = None
-    tiles: int | None = None
-
-
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
@@ -170,155 +128,7 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
         return self._interrupt
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What is given
-
-    def _tokenize(self, prompt: list[str]) -> BatchEncoding:
-        """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
-        for text in prompt:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
-        length = self.text_vq.config.max_length
-        for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
-            if len(ids) > length:
-                logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
-        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return tokens.to(self._execution_device)
-
-    def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
-        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
-        tokens = self._tokenize(prompt)
-        return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
-
-    def _infill(self, prompt: list[str], segment: str) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
-        """What texts with blanks tell of a generated text.
-
-        Each ``<mask>`` is one token, and takes the place of the space before it. A code is known where the blanks
-        leave it the same whatever stands in them.
-
-        Returns:
-            codes (B, L) with the segment's vocabulary size where unknown, token ids (B, T), and which tokens are
-            known (B, T).
-        """
-        blank, pad = self.tokenizer.mask_token_id, self.tokenizer.pad_token_id
-        closed = [re.sub(rf"\s*{re.escape(self.tokenizer.mask_token)}", self.tokenizer.mask_token, t) for t in prompt]
-        tokens = self._tokenize(closed)
-        known = tokens.input_ids != blank
-        filled = [
-            self.text_vq.encode_codes(torch.where(known, tokens.input_ids, token), tokens.attention_mask)
-            for token in (pad, blank)
-        ]
-        per_code = filled[0].shape[1] * self.text_vq.config.downsample_factor // known.shape[1]
-        touched = (~known).unflatten(1, (-1, self.text_vq.config.downsample_factor)).any(-1)
-        touched = touched.repeat_interleave(per_code, dim=1) | (filled[0] != filled[1])
-        size = self.transformer.config.segments[segment]["vocab_size"]
-        return filled[0].masked_fill(touched, size), tokens.input_ids, known
-
-    def _has_blank(self, prompt: Any) -> bool:
-        """Whether a text asks to be filled in."""
-        mask = getattr(self.tokenizer, "mask_token", None)
-        texts = prompt if isinstance(prompt, list) else [prompt]
-        return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
-
-    def _own_size(self, image: PipelineImageInput) -> torch.Tensor:
-        """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
-        images = image if isinstance(image, list) else [image]
-        if all(isinstance(one, PIL.Image.Image) for one in images):
-            image = [on_white(one) for one in images]
-            sizes = {(one.height, one.width) for one in image}
-        else:
-            check_pixels(images, self.image_vq.config.in_channels)
-            sizes = {tuple(o.shape[-2:] if isinstance(o, torch.Tensor) else o.shape[-3:-1]) for o in images}
-        if len(sizes) > 1:
-            raise ValueError(f"the pictures of one call must have one size here, got {sorted(sizes)}")
-        height, width = sizes.pop()
-        return self.pixel_processor.preprocess(image, height=height, width=width).to(self._execution_device)
-
-    def _resolution(self, segment: str) -> tuple[int, int]:
-        """Height and width in pixels of a segment's pictures."""
-        height, width = self.transformer.config.segments[segment]["shape"]
-        return height * self.image_vq.downsample_factor, width * self.image_vq.downsample_factor
-
-    def encode_image(self, image: PipelineImageInput, segment: str = "image") -> torch.LongTensor:
-        """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
-        images = image if isinstance(image, list) else [image]
-        pictures = [one for one in images if isinstance(one, PIL.Image.Image)]
-        if len(pictures) == len(images):
-            image = [on_white(one) for one in pictures]
-        else:
-            check_pixels(images, self.image_vq.config.in_channels)
-        height, width = self._resolution(segment)
-        pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
-        return self.image_vq.encode_codes(pixels.to(self._execution_device))
-
-    def _encode_lowres(self, image: PipelineImageInput) -> tuple[torch.LongTensor, _Source]:
-        """Codes (B * T, h, w) of small pictures in T tiles each, and the pictures."""
-        pixels = self._own_size(image)
-        height, width = self._resolution("image_lowres")
-        factor = self.config.lowres_factor
-        tiles = split_tiles(2.0 * pixels - 1.0, (height // factor, width // factor))
-        codes = self.image_vq.encode_codes(resize(tiles, (height, width)))
-        return codes, _Source(pixels, tiles=len(tiles) // len(pixels))
-
-    def _encode_holes(
-        self, image: PipelineImageInput, mask_image: PipelineImageInput
-    ) -> tuple[torch.LongTensor, _Source]:
-        """Codes (B, h, w) of pictures, unknown where the mask touches them, and the pictures with their masks.
-
-        Two fillings of the holes are encoded, a smooth and a grey one: a code that tells them apart is one of the
-        hole's too.
-        """
-        pixels = self._own_size(image)
-        height, width = pixels.shape[-2:]
-        mask = self.mask_processor.preprocess(mask_image, height=height, width=width).to(pixels)
-        if len(mask) not in (1, len(pixels)):
-            raise ValueError(f"mask_image has {len(mask)} masks for {len(pixels)} pictures; give one, or one each")
-        mask = mask.expand(len(pixels), -1, -1, -1)
-        size, segment = self._resolution("image"), self.transformer.config.segments["image"]
-        smooth = fill_with_surroundings(2.0 * pixels - 1.0, mask)
-        codes, other = (
-            self.image_vq.encode_codes(resize(filled, size)) for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
-        )
-        unknown = touched_patches(mask, size, tuple(segment["shape"])) | (codes != other)
-        return codes.masked_fill(unknown, segment["vocab_size"]), _Source(pixels, mask)
-
-    def encode_label(self, class_label: list[int | str]) -> torch.LongTensor:
-        """Codes (B, 1) of labels, given by number or by name."""
-        size = self.transformer.config.segments["label"]["vocab_size"]
-        names = list(self.config.labels)
-        codes = []
-        for label in class_label:
-            if isinstance(label, str) and label in names:
-                codes.append(names.index(label))
-            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
-                codes.append(int(label))
-            else:
-                raise ValueError(
-                    f"class_label={label!r} must be a number in [0, {size}) or one of {names}, or a list of them"
-                )
-        return torch.tensor(codes, device=self._execution_device)[:, None]
-
-    def _modality(self, segment: str) -> str:
-        """What a segment holds: ``"image"``, ``"text"`` or ``"label"``."""
-        if segment == "label":
-            return "label"
-        return "image" if len(self.transformer.config.segments[segment]["shape"]) == 2 else "text"
-
-    def _encode(self, passed: dict[str, Any]) -> dict[str, torch.LongTensor]:
-        """Codes of what was passed, by segment."""
-        codes = {}
-        for name, value in passed.items():
-            modality = self._modality(name)
-            if modality == "image":
-                codes[name] = (
-                    self._encode_lowres(value)[0] if name == "image_lowres" else self.encode_image(value, name)
-                )
-            else:
-                encode = self.encode_prompt if modality == "text" else self.encode_label
-                codes[name] = encode(value if isinstance(value, list) else [value])
-        return codes
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Checks
+    # Before the first step
 
     def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
         """What is not None, by segment."""
@@ -431,6 +241,21 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
                 )
             codes[name] = value.to(self._execution_device)
         return codes
+
+    def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
+        """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
+        scheduler = self.scheduler
+        times = (
+            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
+            if self.transformer.config.time_conditioned
+            else None
+        )
+        fit = code_log_probabilities(
+            self.transformer, {"image": codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
+        )["image"]  # (B, N)
+        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
+        size = self.transformer.config.segments["image"]["vocab_size"]
+        return codes.flatten(1).scatter(1, worst, size).view_as(codes)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -660,294 +485,3 @@ class VQDiTPipeline(PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixi
         if not return_dict:
             return images, texts, labels
         return VQDiTPipelineOutput(images=images, texts=texts, labels=labels, segments=segments)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Likelihood
-
-    @torch.no_grad()
-    def score(
-        self,
-        task: str,
-        prompt: str | list[str] | None = None,
-        image: PipelineImageInput | None = None,
-        class_label: int | str | list[int | str] | None = None,
-        *,
-        inputs: dict[str, Any] | None = None,
-        num_samples: int = 32,
-        batch_size: int = 64,
-        generator: torch.Generator | None = None,
-    ) -> LikelihoodOutput:
-        """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
-
-        All candidates share the masks, so that their differences are known better than each bound
-        ([`~likelihood.negative_elbo`]). One on either side stands for all, as in the pictures of one prompt.
-
-        Args:
-            task: the arrow, such as ``"text->image"``.
-            prompt, image, class_label, inputs: what the task has on either side, as in [`__call__`].
-            num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
-            batch_size: candidates a forward pass.
-            generator: draws the masks, on the CPU; the same seed gives the same masks.
-
-        Returns:
-            [`~likelihood.LikelihoodOutput`]: ``nll`` and ``standard_error`` in nats, ``bits_per_code``.
-
-        Raises:
-            ValueError: if what is passed is not what the task has, or for an argument that doesn't fit.
-
-        Examples:
-            ```py
-            >>> output = pipe.score("image->text", ["a red apple", "a sailboat"], image)
-            >>> best = output.nll.argmin()
-            ```
-        """
-        arrow = Task.parse(task)
-        self._check_task(arrow)
-        passed = self._passed(prompt, image, class_label, inputs)
-        if sorted(passed) != sorted(arrow.segments):
-            raise ValueError(
-                f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
-            )
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-        codes = self._encode(passed)
-        sizes = {name: len(value) for name, value in codes.items()}
-        size = max(sizes.values())
-        if not set(sizes.values()) <= {1, size}:
-            raise ValueError(f"what is scored must have one batch size, or one that stands for all, got {sizes}")
-        given = {name: codes[name] for name in arrow.given}
-        prefix = None
-        if given:
-            # What is the same for all is encoded once.
-            shared = max(len(value) for value in given.values())
-            prefix = self.transformer.encode_prefix({n: v.expand(shared, *v.shape[1:]) for n, v in given.items()})
-        generated = {name: codes[name].expand(size, *codes[name].shape[1:]) for name in arrow.generated}
-        num_codes = sum(value[0].numel() for value in generated.values())
-        masks, ratios = stratified_masks(num_codes, num_samples, generator)
-        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
-        with self.progress_bar(total=len(masks) * -(-size // batch_size)) as progress_bar:
-            output = negative_elbo(
-                self.transformer,
-                generated,
-                prefix,
-                masks,
-                times=times,
-                batch_size=batch_size,
-                progress=progress_bar.update,
-            )
-        self.maybe_free_model_hooks()
-        return output
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Classification and retrieval
-
-    @torch.no_grad()
-    def classify(
-        self,
-        prompt: str | list[str] | None = None,
-        image: PipelineImageInput | None = None,
-        labels: list[str] | None = None,
-        *,
-        num_samples: int = 32,
-        batch_size: int = 64,
-        generator: torch.Generator | None = None,
-    ) -> ClassificationOutput:
-        """Label texts, pictures or both; among the checkpoint's labels, or for pictures among texts of your own.
-
-        The checkpoint's label is one code, so its distribution is exact: one forward pass. Texts of your own are
-        candidates for the caption: the softmax over them of the bound on log p(text | picture), with masks that all
-        share, less that on log p(text) where the checkpoint knows the task ``->text`` (PMI: a uniform prior). Without
-        it, frequent and short texts have an advantage.
-
-        Args:
-            prompt, image: what is given, as in [`__call__`]. Both: of one batch size.
-            labels: candidate texts, at least two, all different; None for the checkpoint's labels.
-            num_samples: masks, as in [`score`]; for `labels` only.
-            batch_size: candidates a forward pass; for `labels` only.
-            generator: draws the masks, on the CPU; for `labels` only.
-
-        Raises:
-            ValueError: for a task that the checkpoint was not trained for, or an argument that doesn't fit.
-
-        Examples:
-            ```py
-            >>> pipe.classify(image=image).labels[0]
-            >>> pipe.classify(image=image, labels=["a cat", "a dog"]).probabilities
-            ```
-        """
-        if labels is not None:
-            if image is None or prompt is not None:
-                raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
-            if not isinstance(labels, list) or len(labels) < 2 or len(set(labels)) < len(labels):
-                raise ValueError(f"labels={labels!r} must be a list of at least two different texts")
-            if not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-            scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
-            names = list(labels)
-        else:
-            if prompt is None and image is None:
-                raise ValueError("prompt and image are None: there is nothing to classify")
-            passed = self._passed(prompt, image, None, None)
-            self._plan(passed, "label")
-            given = self._encode(passed)
-            sizes = {name: len(codes) for name, codes in given.items()}
-            if len(set(sizes.values())) > 1:
-                raise ValueError(f"what is given must have one batch size, got {sizes}")
-            scores = all_masked(self.transformer, "label", given)[1][:, 0]  # (B, K)
-            names = self.decode_label(torch.arange(scores.shape[1])[:, None])
-        self.maybe_free_model_hooks()
-        probabilities = scores.softmax(-1).float().cpu()
-        best = [names[index] for index in probabilities.argmax(1).tolist()]
-        return ClassificationOutput(labels=best, probabilities=probabilities, names=names)
-
-    def _caption_nll(
-        self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
-        self._check_task(Task(("image",), ("text",)))
-        codes = self._encode(self._passed(texts, image, None, None))
-        text, pictures = codes["text"], codes["image"]
-        masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
-        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
-        options = {"times": times, "batch_size": batch_size}
-        prefixes = self.transformer.encode_prefix({"image": pictures})
-        # A picture's keys and values serve all texts.
-        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
-        nll = torch.stack([negative_elbo(self.transformer, {"text": text}, row, masks, **options).nll for row in rows])
-        if "->text" in (self.transformer.config.tasks or []):
-            nll = nll - negative_elbo(self.transformer, {"text": text}, None, masks, **options).nll
-        return nll
-
-    @torch.no_grad()
-    def index(
-        self,
-        prompt: list[str] | None = None,
-        image: PipelineImageInput | None = None,
-        *,
-        batch_size: int = 64,
-    ) -> GalleryIndex:
-        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts.
-
-        Args:
-            prompt, image: one of them: the items.
-            batch_size: items a forward pass.
-
-        Returns:
-            [`~retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
-
-        Raises:
-            ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.
-        """
-        if (prompt is None) == (image is None):
-            raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-        segment, query = ("text", "image") if image is None else ("image", "text")
-        items = self._passed(prompt, image, None, None)[segment]
-        if isinstance(items, list) and items:
-            parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-        else:
-            parts = [items]
-        codes = torch.cat([self._encode({segment: part})[segment] for part in parts])
-        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
-        self.maybe_free_model_hooks()
-        return output
-
-    @torch.no_grad()
-    def retrieve(
-        self,
-        query: str | list[str] | PipelineImageInput,
-        gallery: GalleryIndex,
-        top_k: int = 5,
-        *,
-        shortlist: int | None = None,
-        batch_size: int = 64,
-    ) -> RetrievalOutput:
-        """The items of a gallery that go best with each query: texts for pictures, pictures for texts.
-
-        Args:
-            query: texts for a gallery of pictures, pictures for one of texts.
-            gallery: from [`index`].
-            top_k: items a query.
-            shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
-                that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
-            batch_size: queries or candidates a forward pass.
-
-        Returns:
-            [`~retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
-
-        Raises:
-            ValueError: for an index of another model, or an argument that doesn't fit.
-
-        Examples:
-            ```py
-            >>> gallery = pipe.index(image=pictures)
-            >>> gallery.save("gallery.safetensors")
-            >>> best = pipe.retrieve("a red apple", gallery, top_k=3).indices[0]
-            ```
-        """
-        if not isinstance(gallery, GalleryIndex):
-            raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-        first = query[0] if isinstance(query, list) and query else query
-        if isinstance(first, str) != (gallery.query == "text"):
-            wanted = "texts" if gallery.query == "text" else "pictures"
-            raise ValueError(
-                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {type(first)}"
-            )
-        arguments = (query, None) if gallery.query == "text" else (None, query)
-        codes = self._encode(self._passed(*arguments, None, None))[gallery.query]
-        if shortlist is None:
-            shortlist = max(20, 2 * top_k) if isinstance(top_k, int) else 20  # a wrong top_k is named below
-        output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
-        self.maybe_free_model_hooks()
-        return output
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What is generated
-
-    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
-        """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
-        return self.image_processor.postprocess(self.image_vq.decode_codes(codes).sample, output_type=output_type)
-
-    def _finish(self, codes: torch.LongTensor, source: _Source, repeats: int, output_type: str) -> Any:
-        """Pictures of codes (B, h, w) that were made from others: pasted into them, or joined from tiles."""
-        drawn = self.image_vq.decode_codes(codes).sample.float()
-        pixels = source.pixels.repeat_interleave(repeats, dim=0)
-        size = tuple(pixels.shape[-2:])
-        if source.mask is None:
-            enlarged = join_tiles(drawn, size, self.config.lowres_factor)
-            return self.image_processor.postprocess(back_project(enlarged, 2.0 * pixels - 1.0), output_type)
-        repainted = resize(drawn, size) / 2 + 0.5
-        mask = source.mask.repeat_interleave(repeats, dim=0) > 0
-        return self.pixel_processor.postprocess(torch.where(mask, repainted, pixels), output_type)
-
-    def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
-        """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
-        scheduler = self.scheduler
-        times = (
-            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
-            if self.transformer.config.time_conditioned
-            else None
-        )
-        fit = code_log_probabilities(
-            self.transformer, {"image": codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
-        )["image"]  # (B, N)
-        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
-        size = self.transformer.config.segments["image"]["vocab_size"]
-        return codes.flatten(1).scatter(1, worst, size).view_as(codes)
-
-    def decode_text(
-        self, codes: torch.LongTensor, tokens: torch.LongTensor | None = None, known: torch.BoolTensor | None = None
-    ) -> list[str]:
-        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
-        decoded = self.text_vq.decode_codes(codes).argmax(-1)
-        if tokens is not None:
-            decoded = torch.where(known, tokens, decoded)
-        return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
-
-    def decode_label(self, codes: torch.LongTensor) -> list[str]:
-        """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
-        names = list(self.config.labels)
-        return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]

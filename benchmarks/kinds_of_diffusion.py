@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""Masked diffusion over codes beside Gaussian diffusion and flow matching over latents: quality, steps, time.
+
+    python benchmarks/kinds_of_diffusion.py \
+        --checkpoints outputs/masked outputs/flow outputs/v_prediction --output_dir outputs/kinds
+
+Checkpoints are pipelines of either class. A masked one is drawn with its own sampler; a latent one with each scheduler
+that its objective has in diffusers. For every number of steps it measures:
+
+* the share of samples whose nearest picture of the whole set is the one that the training caption names, judged as in
+  ``training/evaluate.py``, with its standard error;
+* the time of one picture, in batches, relative to the fastest row and step of the table.
+
+Steps needed are the fewest whose share is not more than two standard errors below the row's best. Each checkpoint's
+pictures of labels, at the most steps, come last. Writes ``kinds_of_diffusion.json`` and ``.md``.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+
+from diffusers_vqdit import VQDiTLatentPipeline
+from diffusers_vqdit.latents import downsample_factor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DIFFUSION = {
+    "DDPM": (DDPMScheduler, {}),
+    "DDIM": (DDIMScheduler, {}),
+    "DPM-Solver++ (2M)": (DPMSolverMultistepScheduler, {}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, {}),
+}
+AS_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW = {
+    "flow-match Euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "DPM-Solver++ (2M), flow": (DPMSolverMultistepScheduler, AS_FLOW),
+    "UniPC, flow": (UniPCMultistepScheduler, AS_FLOW),
+}
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare masked, Gaussian and flow-matching pipelines.")
+    parser.add_argument("--checkpoints", nargs="+", required=True, help="Pipelines: folders or Hub ids.")
+    parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
+    parser.add_argument("--num_samples", type=int, default=128, help="Captions, one sample each, and as many labels.")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--guidance_scale", type=float, help="By default each pipeline's own.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/kinds_of_diffusion"))
+    return parser.parse_args(input_args)
+
+
+def schedulers(pipeline: DiffusionPipeline) -> dict[str, Callable]:
+    """Name -> what makes the scheduler, of all that fit the pipeline's objective."""
+    config = pipeline.scheduler.config
+    if not isinstance(pipeline, VQDiTLatentPipeline):
+        return {f"masked, {config.sampler}": lambda: pipeline.scheduler}
+    if hasattr(pipeline.scheduler, "scale_noise"):
+        return {name: lambda c=c, o=o: c.from_config(config, **o) for name, (c, o) in FLOW.items()}
+    # A learned variance is for ancestral sampling; the others don't take it.
+    fixed = {"variance_type": "fixed_small"} if config.get("variance_type", "").startswith("learned") else {}
+    return {
+        name: lambda c=c, o=o: c.from_config(config, **o, **({} if c is DDPMScheduler else fixed))
+        for name, (c, o) in DIFFUSION.items()
+    }
+
+
+def draw(
+    pipeline: DiffusionPipeline, args: argparse.Namespace, steps: int, count: int, **given: list[str]
+) -> tuple[torch.Tensor, float]:
+    """Pictures in [0, 1] of `count` prompts or labels, each with its own seed, and the seconds of one."""
+    options = {"num_inference_steps": steps, "output_type": "pt"}
+    if args.guidance_scale is not None:
+        options["guidance_scale"] = args.guidance_scale
+    generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(count)]
+    parts, start = [], time.perf_counter()
+    for first in range(0, count, args.batch_size):
+        part = slice(first, first + args.batch_size)
+        cut = {name: values[part] for name, values in given.items()}
+        parts.append(pipeline(**cut, generator=generators[part], **options).images)
+    return torch.cat(parts), (time.perf_counter() - start) / count
+
+
+def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    latent = isinstance(pipeline, VQDiTLatentPipeline)
+    if latent:
+        image_vq, side = pipeline.vae, pipeline.transformer.config.sample_size
+    else:
+        image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments["image"]["shape"][0]
+    data = evaluate.EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
+    captions, labels = data.texts(data.train), data.texts(data.train, "label")
+    argument = "class_labels" if latent else "class_label"
+
+    name = Path(checkpoint).name
+    own, results = pipeline.scheduler, []
+    for scheduler, make in schedulers(pipeline).items():
+        pipeline.scheduler = make()
+        for steps in args.num_inference_steps:
+            samples, seconds = draw(pipeline, args, steps, len(captions), prompt=captions)
+            hits = evaluate.share(data.nearest(samples, data.train))
+            row = {"checkpoint": name, "scheduler": scheduler, "task": "text->image", "steps": steps, "share": hits}
+            results.append({**row, "seconds": seconds})
+            print(json.dumps(results[-1]), flush=True)
+            keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{steps}.png".replace(" ", "-"))
+    pipeline.scheduler = own
+    most = max(args.num_inference_steps)
+    samples, seconds = draw(pipeline, args, most, len(labels), **{argument: labels})
+    hits = [data.columns["label"][row] == label for row, label in zip(data.nearest_rows(samples), labels, strict=True)]
+    row = {"checkpoint": name, "scheduler": next(iter(schedulers(pipeline))), "task": "label->image", "steps": most}
+    results.append({**row, "share": evaluate.share(hits), "seconds": seconds})
+    print(json.dumps(results[-1]), flush=True)
+    keep_grid(samples, args.output_dir / f"{name}-labels.png")
+    for result in results:
+        result["parameters"] = sum(p.numel() for p in pipeline.transformer.parameters())
+    return results
+
+
+def keep_grid(samples: torch.Tensor, path: Path) -> None:
+    """Save the first pictures, to be looked at."""
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(samples[:32]))
+    blank = [pictures[0].copy() for _ in range(-len(pictures) % 8)]
+    pictures = [*pictures, *blank]
+    make_image_grid(pictures, rows=len(pictures) // 8, cols=8).save(path)
+
+
+def steps_needed(row: list[dict]) -> int:
+    """The fewest steps whose share is not more than two standard errors below the row's best."""
+    best = max(row, key=lambda one: one["share"]["value"])["share"]
+    enough = best["value"] - 2 * best["standard_error"]
+    return min(one["steps"] for one in row if one["share"]["value"] >= enough)
+
+
+def as_table(results: list[dict]) -> str:
+    """A row a checkpoint and scheduler, a column a number of steps; then the pictures of labels."""
+    drawn = [one for one in results if one["task"] == "text->image"]
+    columns = sorted({one["steps"] for one in drawn})
+    fastest = min(one["seconds"] for one in drawn)
+    head = [
+        "checkpoint",
+        "scheduler",
+        *(f"{steps} steps" for steps in columns),
+        "steps needed",
+        "time of a picture then",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * (len(columns) + 2) + "|"]
+    for key in dict.fromkeys((one["checkpoint"], one["scheduler"]) for one in drawn):
+        row = [one for one in drawn if (one["checkpoint"], one["scheduler"]) == key]
+        cells = [f"{100 * one['share']['value']:.1f} %" for one in sorted(row, key=lambda one: one["steps"])]
+        needed = steps_needed(row)
+        (then,) = (one["seconds"] for one in row if one["steps"] == needed)
+        lines.append(f"| {' | '.join([*key, *cells, str(needed), f'{then / fastest:.1f}x'])} |")
+    lines += [
+        "",
+        "| checkpoint | parameters | steps | label->image: nearest picture has the label |",
+        "|---|---:|---:|---:|",
+    ]
+    for one in results:
+        if one["task"] == "label->image":
+            value, error = 100 * one["share"]["value"], 100 * one["share"]["standard_error"]
+            size = f"{one['parameters'] / 1e6:.1f} M"
+            lines.append(f"| {one['checkpoint']} | {size} | {one['steps']} | {value:.1f} % (± {error:.1f}) |")
+    worst = max(0.5 / math.sqrt(one["share"]["count"]) for one in drawn)
+    return "\n".join([*lines, "", f"Standard errors of the shares are {100 * worst:.1f} points at the most."])
+
+
+def main(args: argparse.Namespace) -> None:
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "training" / "evaluate.py")
+    evaluate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = [one for checkpoint in args.checkpoints for one in measure(checkpoint, evaluate, args)]
+    (args.output_dir / "kinds_of_diffusion.json").write_text(json.dumps(results, indent=2) + "\n")
+    table = as_table(results)
+    (args.output_dir / "kinds_of_diffusion.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main(parse_args())

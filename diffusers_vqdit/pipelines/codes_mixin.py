@@ -1,0 +1,223 @@
+"""Pictures, texts and labels to codes and back."""
+
+import re
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import logging
+from transformers import BatchEncoding
+
+from ..image_utils import (
+    back_project,
+    check_pixels,
+    fill_with_surroundings,
+    join_tiles,
+    on_white,
+    resize,
+    split_tiles,
+    touched_patches,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PictureSource:
+    """The picture that a generated one is made from.
+
+    Args:
+        pixels: (B, C, H, W) in [0, 1].
+        mask: (B, 1, H, W), ones where to repaint; None for a picture to enlarge or to repair.
+        tiles: how many tiles each picture was cut into, to enlarge it; None otherwise.
+    """
+
+    pixels: torch.Tensor
+    mask: torch.Tensor | None = None
+    tiles: int | None = None
+
+
+class CodesMixin:
+    """The part of [`VQDiTPipeline`] that encodes what is given and decodes what is generated."""
+
+    def _tokenize(self, prompt: list[str]) -> BatchEncoding:
+        """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
+        for text in prompt:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
+        length = self.text_vq.config.max_length
+        for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
+            if len(ids) > length:
+                logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return tokens.to(self._execution_device)
+
+    def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
+        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
+        tokens = self._tokenize(prompt)
+        return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
+
+    def _infill(self, prompt: list[str], segment: str) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+        """What texts with blanks tell of a generated text.
+
+        Each ``<mask>`` is one token, and takes the place of the space before it. A code is known where the blanks
+        leave it the same whatever stands in them.
+
+        Returns:
+            codes (B, L) with the segment's vocabulary size where unknown, token ids (B, T), and which tokens are
+            known (B, T).
+        """
+        blank, pad = self.tokenizer.mask_token_id, self.tokenizer.pad_token_id
+        closed = [re.sub(rf"\s*{re.escape(self.tokenizer.mask_token)}", self.tokenizer.mask_token, t) for t in prompt]
+        tokens = self._tokenize(closed)
+        known = tokens.input_ids != blank
+        filled = [
+            self.text_vq.encode_codes(torch.where(known, tokens.input_ids, token), tokens.attention_mask)
+            for token in (pad, blank)
+        ]
+        per_code = filled[0].shape[1] * self.text_vq.config.downsample_factor // known.shape[1]
+        touched = (~known).unflatten(1, (-1, self.text_vq.config.downsample_factor)).any(-1)
+        touched = touched.repeat_interleave(per_code, dim=1) | (filled[0] != filled[1])
+        size = self.transformer.config.segments[segment]["vocab_size"]
+        return filled[0].masked_fill(touched, size), tokens.input_ids, known
+
+    def _has_blank(self, prompt: Any) -> bool:
+        """Whether a text asks to be filled in."""
+        mask = getattr(self.tokenizer, "mask_token", None)
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
+
+    def _own_size(self, image: PipelineImageInput) -> torch.Tensor:
+        """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
+        images = image if isinstance(image, list) else [image]
+        if all(isinstance(one, PIL.Image.Image) for one in images):
+            image = [on_white(one) for one in images]
+            sizes = {(one.height, one.width) for one in image}
+        else:
+            check_pixels(images, self.image_vq.config.in_channels)
+            sizes = {tuple(o.shape[-2:] if isinstance(o, torch.Tensor) else o.shape[-3:-1]) for o in images}
+        if len(sizes) > 1:
+            raise ValueError(f"the pictures of one call must have one size here, got {sorted(sizes)}")
+        height, width = sizes.pop()
+        return self.pixel_processor.preprocess(image, height=height, width=width).to(self._execution_device)
+
+    def _resolution(self, segment: str) -> tuple[int, int]:
+        """Height and width in pixels of a segment's pictures."""
+        height, width = self.transformer.config.segments[segment]["shape"]
+        return height * self.image_vq.downsample_factor, width * self.image_vq.downsample_factor
+
+    def encode_image(self, image: PipelineImageInput, segment: str = "image") -> torch.LongTensor:
+        """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
+        images = image if isinstance(image, list) else [image]
+        pictures = [one for one in images if isinstance(one, PIL.Image.Image)]
+        if len(pictures) == len(images):
+            image = [on_white(one) for one in pictures]
+        else:
+            check_pixels(images, self.image_vq.config.in_channels)
+        height, width = self._resolution(segment)
+        pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
+        return self.image_vq.encode_codes(pixels.to(self._execution_device))
+
+    def _encode_lowres(self, image: PipelineImageInput) -> tuple[torch.LongTensor, PictureSource]:
+        """Codes (B * T, h, w) of small pictures in T tiles each, and the pictures."""
+        pixels = self._own_size(image)
+        height, width = self._resolution("image_lowres")
+        factor = self.config.lowres_factor
+        tiles = split_tiles(2.0 * pixels - 1.0, (height // factor, width // factor))
+        codes = self.image_vq.encode_codes(resize(tiles, (height, width)))
+        return codes, PictureSource(pixels, tiles=len(tiles) // len(pixels))
+
+    def _encode_holes(
+        self, image: PipelineImageInput, mask_image: PipelineImageInput
+    ) -> tuple[torch.LongTensor, PictureSource]:
+        """Codes (B, h, w) of pictures, unknown where the mask touches them, and the pictures with their masks.
+
+        Two fillings of the holes are encoded, a smooth and a grey one: a code that tells them apart is one of the
+        hole's too.
+        """
+        pixels = self._own_size(image)
+        height, width = pixels.shape[-2:]
+        mask = self.mask_processor.preprocess(mask_image, height=height, width=width).to(pixels)
+        if len(mask) not in (1, len(pixels)):
+            raise ValueError(f"mask_image has {len(mask)} masks for {len(pixels)} pictures; give one, or one each")
+        mask = mask.expand(len(pixels), -1, -1, -1)
+        size, segment = self._resolution("image"), self.transformer.config.segments["image"]
+        smooth = fill_with_surroundings(2.0 * pixels - 1.0, mask)
+        codes, other = (
+            self.image_vq.encode_codes(resize(filled, size)) for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
+        )
+        unknown = touched_patches(mask, size, tuple(segment["shape"])) | (codes != other)
+        return codes.masked_fill(unknown, segment["vocab_size"]), PictureSource(pixels, mask)
+
+    def encode_label(self, class_label: list[int | str]) -> torch.LongTensor:
+        """Codes (B, 1) of labels, given by number or by name."""
+        size = self.transformer.config.segments["label"]["vocab_size"]
+        names = list(self.config.labels)
+        codes = []
+        for label in class_label:
+            if isinstance(label, str) and label in names:
+                codes.append(names.index(label))
+            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
+                codes.append(int(label))
+            else:
+                raise ValueError(
+                    f"class_label={label!r} must be a number in [0, {size}) or one of {names}, or a list of them"
+                )
+        return torch.tensor(codes, device=self._execution_device)[:, None]
+
+    def _modality(self, segment: str) -> str:
+        """What a segment holds: ``"image"``, ``"text"`` or ``"label"``."""
+        if segment == "label":
+            return "label"
+        return "image" if len(self.transformer.config.segments[segment]["shape"]) == 2 else "text"
+
+    def _encode(self, passed: dict[str, Any]) -> dict[str, torch.LongTensor]:
+        """Codes of what was passed, by segment."""
+        codes = {}
+        for name, value in passed.items():
+            modality = self._modality(name)
+            if modality == "image":
+                codes[name] = (
+                    self._encode_lowres(value)[0] if name == "image_lowres" else self.encode_image(value, name)
+                )
+            else:
+                encode = self.encode_prompt if modality == "text" else self.encode_label
+                codes[name] = encode(value if isinstance(value, list) else [value])
+        return codes
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is generated
+
+    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
+        """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
+        return self.image_processor.postprocess(self.image_vq.decode_codes(codes).sample, output_type=output_type)
+
+    def _finish(self, codes: torch.LongTensor, source: PictureSource, repeats: int, output_type: str) -> Any:
+        """Pictures of codes (B, h, w) that were made from others: pasted into them, or joined from tiles."""
+        drawn = self.image_vq.decode_codes(codes).sample.float()
+        pixels = source.pixels.repeat_interleave(repeats, dim=0)
+        size = tuple(pixels.shape[-2:])
+        if source.mask is None:
+            enlarged = join_tiles(drawn, size, self.config.lowres_factor)
+            return self.image_processor.postprocess(back_project(enlarged, 2.0 * pixels - 1.0), output_type)
+        repainted = resize(drawn, size) / 2 + 0.5
+        mask = source.mask.repeat_interleave(repeats, dim=0) > 0
+        return self.pixel_processor.postprocess(torch.where(mask, repainted, pixels), output_type)
+
+    def decode_text(
+        self, codes: torch.LongTensor, tokens: torch.LongTensor | None = None, known: torch.BoolTensor | None = None
+    ) -> list[str]:
+        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
+        decoded = self.text_vq.decode_codes(codes).argmax(-1)
+        if tokens is not None:
+            decoded = torch.where(known, tokens, decoded)
+        return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
+
+    def decode_label(self, codes: torch.LongTensor) -> list[str]:
+        """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
+        names = list(self.config.labels)
+        return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]

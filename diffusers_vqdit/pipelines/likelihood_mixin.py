@@ -1,0 +1,271 @@
+"""What a model of likelihoods does besides drawing: score, classify, retrieve."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import BaseOutput
+
+from ..likelihood import LikelihoodOutput, negative_elbo, stratified_masks
+from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
+from ..tasks import Task
+
+
+@dataclass
+class ClassificationOutput(BaseOutput):
+    """Output of [`VQDiTPipeline.classify`].
+
+    Args:
+        labels (`list[str]`): the most probable label of each sample.
+        probabilities (`torch.Tensor` of shape `(B, L)`): float32, rows sum to 1.
+        names (`list[str]`): the L labels, in the order of the columns.
+    """
+
+    labels: list[str]
+    probabilities: torch.Tensor
+    names: list[str]
+
+
+class LikelihoodMixin:
+    """The part of [`VQDiTPipeline`] that compares candidates: likelihoods, classification, retrieval."""
+
+    @torch.no_grad()
+    def score(
+        self,
+        task: str,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        class_label: int | str | list[int | str] | None = None,
+        *,
+        inputs: dict[str, Any] | None = None,
+        num_samples: int = 32,
+        batch_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> LikelihoodOutput:
+        """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
+
+        All candidates share the masks, so that their differences are known better than each bound
+        ([`~likelihood.negative_elbo`]). One on either side stands for all, as in the pictures of one prompt.
+
+        Args:
+            task: the arrow, such as ``"text->image"``.
+            prompt, image, class_label, inputs: what the task has on either side, as in [`__call__`].
+            num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
+            batch_size: candidates a forward pass.
+            generator: draws the masks, on the CPU; the same seed gives the same masks.
+
+        Returns:
+            [`~likelihood.LikelihoodOutput`]: ``nll`` and ``standard_error`` in nats, ``bits_per_code``.
+
+        Raises:
+            ValueError: if what is passed is not what the task has, or for an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> output = pipe.score("image->text", ["a red apple", "a sailboat"], image)
+            >>> best = output.nll.argmin()
+            ```
+        """
+        arrow = Task.parse(task)
+        self._check_task(arrow)
+        passed = self._passed(prompt, image, class_label, inputs)
+        if sorted(passed) != sorted(arrow.segments):
+            raise ValueError(
+                f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        codes = self._encode(passed)
+        sizes = {name: len(value) for name, value in codes.items()}
+        size = max(sizes.values())
+        if not set(sizes.values()) <= {1, size}:
+            raise ValueError(f"what is scored must have one batch size, or one that stands for all, got {sizes}")
+        given = {name: codes[name] for name in arrow.given}
+        prefix = None
+        if given:
+            # What is the same for all is encoded once.
+            shared = max(len(value) for value in given.values())
+            prefix = self.transformer.encode_prefix({n: v.expand(shared, *v.shape[1:]) for n, v in given.items()})
+        generated = {name: codes[name].expand(size, *codes[name].shape[1:]) for name in arrow.generated}
+        num_codes = sum(value[0].numel() for value in generated.values())
+        masks, ratios = stratified_masks(num_codes, num_samples, generator)
+        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
+        with self.progress_bar(total=len(masks) * -(-size // batch_size)) as progress_bar:
+            output = negative_elbo(
+                self.transformer,
+                generated,
+                prefix,
+                masks,
+                times=times,
+                batch_size=batch_size,
+                progress=progress_bar.update,
+            )
+        self.maybe_free_model_hooks()
+        return output
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Classification and retrieval
+
+    @torch.no_grad()
+    def classify(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        labels: list[str] | None = None,
+        *,
+        num_samples: int = 32,
+        batch_size: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> ClassificationOutput:
+        """Label texts, pictures or both; among the checkpoint's labels, or for pictures among texts of your own.
+
+        The checkpoint's label is one code, so its distribution is exact: one forward pass. Texts of your own are
+        candidates for the caption: the softmax over them of the bound on log p(text | picture), with masks that all
+        share, less that on log p(text) where the checkpoint knows the task ``->text`` (PMI: a uniform prior). Without
+        it, frequent and short texts have an advantage.
+
+        Args:
+            prompt, image: what is given, as in [`__call__`]. Both: of one batch size.
+            labels: candidate texts, at least two, all different; None for the checkpoint's labels.
+            num_samples: masks, as in [`score`]; for `labels` only.
+            batch_size: candidates a forward pass; for `labels` only.
+            generator: draws the masks, on the CPU; for `labels` only.
+
+        Raises:
+            ValueError: for a task that the checkpoint was not trained for, or an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> pipe.classify(image=image).labels[0]
+            >>> pipe.classify(image=image, labels=["a cat", "a dog"]).probabilities
+            ```
+        """
+        if labels is not None:
+            if image is None or prompt is not None:
+                raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
+            if not isinstance(labels, list) or len(labels) < 2 or len(set(labels)) < len(labels):
+                raise ValueError(f"labels={labels!r} must be a list of at least two different texts")
+            if not isinstance(batch_size, int) or batch_size < 1:
+                raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+            scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
+            names = list(labels)
+        else:
+            if prompt is None and image is None:
+                raise ValueError("prompt and image are None: there is nothing to classify")
+            passed = self._passed(prompt, image, None, None)
+            self._plan(passed, "label")
+            given = self._encode(passed)
+            sizes = {name: len(codes) for name, codes in given.items()}
+            if len(set(sizes.values())) > 1:
+                raise ValueError(f"what is given must have one batch size, got {sizes}")
+            scores = all_masked(self.transformer, "label", given)[1][:, 0]  # (B, K)
+            names = self.decode_label(torch.arange(scores.shape[1])[:, None])
+        self.maybe_free_model_hooks()
+        probabilities = scores.softmax(-1).float().cpu()
+        best = [names[index] for index in probabilities.argmax(1).tolist()]
+        return ClassificationOutput(labels=best, probabilities=probabilities, names=names)
+
+    def _caption_nll(
+        self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
+        self._check_task(Task(("image",), ("text",)))
+        codes = self._encode(self._passed(texts, image, None, None))
+        text, pictures = codes["text"], codes["image"]
+        masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
+        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
+        options = {"times": times, "batch_size": batch_size}
+        prefixes = self.transformer.encode_prefix({"image": pictures})
+        # A picture's keys and values serve all texts.
+        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
+        nll = torch.stack([negative_elbo(self.transformer, {"text": text}, row, masks, **options).nll for row in rows])
+        if "->text" in (self.transformer.config.tasks or []):
+            nll = nll - negative_elbo(self.transformer, {"text": text}, None, masks, **options).nll
+        return nll
+
+    @torch.no_grad()
+    def index(
+        self,
+        prompt: list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> GalleryIndex:
+        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts.
+
+        Args:
+            prompt, image: one of them: the items.
+            batch_size: items a forward pass.
+
+        Returns:
+            [`~retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
+
+        Raises:
+            ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.
+        """
+        if (prompt is None) == (image is None):
+            raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        segment, query = ("text", "image") if image is None else ("image", "text")
+        items = self._passed(prompt, image, None, None)[segment]
+        if isinstance(items, list) and items:
+            parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        else:
+            parts = [items]
+        codes = torch.cat([self._encode({segment: part})[segment] for part in parts])
+        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
+        self.maybe_free_model_hooks()
+        return output
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        query: str | list[str] | PipelineImageInput,
+        gallery: GalleryIndex,
+        top_k: int = 5,
+        *,
+        shortlist: int | None = None,
+        batch_size: int = 64,
+    ) -> RetrievalOutput:
+        """The items of a gallery that go best with each query: texts for pictures, pictures for texts.
+
+        Args:
+            query: texts for a gallery of pictures, pictures for one of texts.
+            gallery: from [`index`].
+            top_k: items a query.
+            shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
+                that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
+            batch_size: queries or candidates a forward pass.
+
+        Returns:
+            [`~retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
+
+        Raises:
+            ValueError: for an index of another model, or an argument that doesn't fit.
+
+        Examples:
+            ```py
+            >>> gallery = pipe.index(image=pictures)
+            >>> gallery.save("gallery.safetensors")
+            >>> best = pipe.retrieve("a red apple", gallery, top_k=3).indices[0]
+            ```
+        """
+        if not isinstance(gallery, GalleryIndex):
+            raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        first = query[0] if isinstance(query, list) and query else query
+        if isinstance(first, str) != (gallery.query == "text"):
+            wanted = "texts" if gallery.query == "text" else "pictures"
+            raise ValueError(
+                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {type(first)}"
+            )
+        arguments = (query, None) if gallery.query == "text" else (None, query)
+        codes = self._encode(self._passed(*arguments, None, None))[gallery.query]
+        if shortlist is None:
+            shortlist = max(20, 2 * top_k) if isinstance(top_k, int) else 20  # a wrong top_k is named below
+        output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
+        self.maybe_free_model_hooks()
+        return output
