@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.training_run import add_publishing_arguments, publish_run, publishes_checkpoints
+from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
 from diffusers_vqdit.image_losses import (
     ADVERSARIAL_LOSSES,
     BackboneFeatures,
@@ -50,6 +50,7 @@ from diffusers_vqdit.image_losses import (
     generator_loss,
 )
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     checkpoint_step,
@@ -105,25 +106,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_train_samples", type=int)
     data.add_argument("--cache_dir")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", type=Path, default=Path("outputs/image_vq"))
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--train_batch_size", type=int, default=32)
-    training.add_argument("--num_train_epochs", type=int, default=20)
-    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
-    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    training.add_argument("--gradient_checkpointing", action="store_true")
-    training.add_argument("--learning_rate", type=float, default=2e-3)
-    training.add_argument("--lr_scheduler", default="cosine")
-    training.add_argument("--lr_warmup_steps", type=int, default=100)
-    training.add_argument("--adam_beta1", type=float, default=0.9)
-    training.add_argument("--adam_beta2", type=float, default=0.99)
-    training.add_argument("--adam_weight_decay", type=float, default=0.0)
-    training.add_argument("--adam_epsilon", type=float, default=1e-8)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument("--use_ema", action="store_true")
-    training.add_argument("--ema_decay", type=float, default=0.998)
-    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add_training_arguments(
+        parser,
+        output_dir="outputs/image_vq",
+        train_batch_size=32,
+        num_train_epochs=20,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=100,
+        adam_beta2=0.99,
+        adam_weight_decay=0.0,
+        ema_decay=0.998,
+    )
 
     losses = parser.add_argument_group("losses")
     losses.add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2")
@@ -149,14 +143,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     losses.add_argument("--discriminator_learning_rate", type=float, default=1e-4)
     losses.add_argument("--discriminator_max_grad_norm", type=float, default=1.0)
 
-    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
-    keeping.add_argument("--checkpointing_steps", type=int, default=500)
-    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
-    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
-    keeping.add_argument("--validation_steps", type=int, default=500)
-    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
-    keeping.add_argument("--logging_dir", default="logs")
-    add_publishing_arguments(keeping)
+    add_keeping_arguments(parser)
     return parser.parse_args(input_args)
 
 

@@ -45,7 +45,7 @@ from transformers import (
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.training_run import add_publishing_arguments, draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.latent_training import (
     AlignmentProjector,
     alignment_loss,
@@ -54,6 +54,7 @@ from diffusers_vqdit.latent_training import (
     patch_features,
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, add_transformer_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     check_captions,
@@ -114,39 +115,23 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_train_samples", type=int)
     data.add_argument("--cache_dir")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", type=Path, default=Path("outputs/latent_dit"))
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--train_batch_size", type=int, default=64, help="Samples per device and micro-batch.")
-    training.add_argument("--num_train_epochs", type=int, default=100)
-    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
-    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    training.add_argument("--gradient_checkpointing", action="store_true")
-    training.add_argument("--learning_rate", type=float, default=1e-4)
-    training.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
-    training.add_argument("--lr_scheduler", default="constant_with_warmup")
-    training.add_argument("--lr_warmup_steps", type=int, default=200)
-    training.add_argument("--adam_beta1", type=float, default=0.9)
-    training.add_argument("--adam_beta2", type=float, default=0.999)
-    training.add_argument("--adam_weight_decay", type=float, default=0.0)
-    training.add_argument("--adam_epsilon", type=float, default=1e-8)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument("--use_ema", action="store_true")
-    training.add_argument("--ema_decay", type=float, default=0.9999)
-    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    training.add_argument("--allow_tf32", action="store_true")
-    training.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
+    training = add_training_arguments(
+        parser,
+        output_dir="outputs/latent_dit",
+        train_batch_size=64,
+        num_train_epochs=100,
+        learning_rate=1e-4,
+        lr_scheduler="constant_with_warmup",
+        lr_warmup_steps=200,
+        adam_beta2=0.999,
+        adam_weight_decay=0.0,
+        ema_decay=0.9999,
+    )
+    add_transformer_arguments(training)
 
-    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
-    keeping.add_argument("--checkpointing_steps", type=int, default=500)
-    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
-    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
+    keeping = add_keeping_arguments(parser)
     keeping.add_argument("--validation_prompts", nargs="*", default=[])
     keeping.add_argument("--validation_labels", nargs="*", default=[])
-    keeping.add_argument("--validation_steps", type=int, default=500)
-    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
-    keeping.add_argument("--logging_dir", default="logs")
-    add_publishing_arguments(keeping)
 
     args = parser.parse_args(input_args)
     if (args.dataset_name is None) == (args.train_data_dir is None):

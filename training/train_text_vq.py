@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.training_run import add_publishing_arguments, publish_run, publishes_checkpoints
+from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     check_captions,
@@ -78,34 +79,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Share of tokens replaced by random ones, so that rare tokens and new neighbours are learned too.",
     )
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", type=Path, default=Path("outputs/text_vq"))
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--train_batch_size", type=int, default=256)
-    training.add_argument("--num_train_epochs", type=int, default=30)
-    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
-    training.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    training.add_argument("--gradient_checkpointing", action="store_true")
-    training.add_argument("--learning_rate", type=float, default=2e-3)
-    training.add_argument("--lr_scheduler", default="cosine")
-    training.add_argument("--lr_warmup_steps", type=int, default=50)
-    training.add_argument("--adam_beta1", type=float, default=0.9)
-    training.add_argument("--adam_beta2", type=float, default=0.99)
-    training.add_argument("--adam_weight_decay", type=float, default=0.0)
-    training.add_argument("--adam_epsilon", type=float, default=1e-8)
-    training.add_argument("--max_grad_norm", type=float, default=1.0)
-    training.add_argument("--use_ema", action="store_true")
-    training.add_argument("--ema_decay", type=float, default=0.99)
-    training.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add_training_arguments(
+        parser,
+        output_dir="outputs/text_vq",
+        train_batch_size=256,
+        num_train_epochs=30,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=50,
+        adam_beta2=0.99,
+        adam_weight_decay=0.0,
+        ema_decay=0.99,
+    )
 
-    keeping = parser.add_argument_group("checkpoints, validation, tracking, publishing")
-    keeping.add_argument("--checkpointing_steps", type=int, default=500)
-    keeping.add_argument("--checkpoints_total_limit", type=int, default=2)
-    keeping.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
-    keeping.add_argument("--validation_steps", type=int, default=250)
-    keeping.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
-    keeping.add_argument("--logging_dir", default="logs")
-    add_publishing_arguments(keeping)
+    add_keeping_arguments(parser, validation_steps=250)
     return parser.parse_args(input_args)
 
 
