@@ -6,6 +6,7 @@
 Beside the package's five, those of vector-quantize-pytorch are dropped into the same model and loop where it is
 installed (pip install vector-quantize-pytorch), with options that match. All have about as many codes: `--num_codes`
 must be a power of two, and FSQ takes levels whose product is near it. All have the same seed and see the same batches.
+What ``quantizers.json`` in the output folder has already is kept, so that a run that was cut short goes on.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
     scalar = {"num_vq_embeddings": math.prod(levels), "vq_embed_dim": len(levels)}
     binary = {"num_vq_embeddings": args.num_codes, "vq_embed_dim": bits}
     ema = {"codebook_norm": "l2", "codebook_update": "ema", "codebook_init": "kmeans", "restart_threshold": 0.1}
-    entropy = {"entropy_weight": 0.1, "entropy_temperature": 1.0}
+    entropy = {"entropy_weight": 0.1}
     ours = {
         "vq": {**codebook, **ema},
         "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
@@ -208,25 +209,29 @@ def main(args: argparse.Namespace) -> None:
     if args.only and (unknown := set(args.only) - set(rows)):
         raise ValueError(f"--only {sorted(unknown)} must be among {list(rows)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    report: dict[str, list[dict]] = {}
+    figures_file = args.output_dir / "quantizers.json"
+    report: dict[str, list[dict]] = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
     for name, (options, make) in rows.items():
         if args.only and name not in args.only:
             continue
         for seed in args.seeds:
+            if seed in (run["seed"] for run in report.get(name, [])):
+                continue
             model, speed = train(options, make, pictures, seed, args)
             figures = measure_image_tokenizer(model, held_out)
             figures |= {"codes": options["num_vq_embeddings"], "images_per_second": speed, "seed": seed}
             report.setdefault(name, []).append(figures)
             print(name, json.dumps(figures))
-        shown = to_pixels(held_out[:16]).to(args.device)
-        with torch.no_grad():
-            decoded = model.decode_codes(model.encode_codes(shown)).sample
-        grid = make_image_grid(
-            VaeImageProcessor().postprocess(torch.cat([shown, decoded]).cpu()), rows=2, cols=len(shown)
-        )
-        grid.save(args.output_dir / f"{name.replace(', ', '-').replace(' ', '-')}.png")
-        (args.output_dir / "quantizers.json").write_text(json.dumps(report, indent=2) + "\n")
-        (args.output_dir / "quantizers.md").write_text(as_table(report) + "\n")
+            figures_file.write_text(json.dumps(report, indent=2) + "\n")
+            shown = to_pixels(held_out[:16]).to(args.device)
+            with torch.no_grad():
+                decoded = model.decode_codes(model.encode_codes(shown)).sample
+            grid = make_image_grid(
+                VaeImageProcessor().postprocess(torch.cat([shown, decoded]).cpu()), rows=2, cols=len(shown)
+            )
+            grid.save(args.output_dir / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+    report = {name: report[name] for name in rows if name in report}
+    (args.output_dir / "quantizers.md").write_text(as_table(report) + "\n")
     print(as_table(report))
 
 
