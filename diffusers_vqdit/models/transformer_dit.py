@@ -254,7 +254,8 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
         timestep = timestep.reshape(-1).expand(batch_size)
 
         # 1. Patches, and what the latents may see of the prefix
-        hidden = self.pos_embed(hidden_states)  # (B, N, D)
+        # Contiguous, or each of the blocks' norms would copy what the convolution has laid out by channels.
+        hidden = self.pos_embed(hidden_states).contiguous()  # (B, N, D)
         mask = None
         if prefix is not None and prefix.mask is not None:
             own = prefix.mask.new_ones(batch_size, 1, 1, hidden.shape[1])
