@@ -68,7 +68,7 @@ class VQDiTLatentPipeline(PluginPipelineMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel | TextVQModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         max_sequence_length: int = 77,
     ) -> None:
         super().__init__()
