@@ -11,8 +11,8 @@ that its objective has in diffusers. For every number of steps it measures:
   ``training/evaluate.py``, with its standard error;
 * the time of one picture, in batches, relative to the fastest row and step of the table.
 
-Steps needed are the fewest whose share is not more than two standard errors below the row's best. Each checkpoint's
-pictures of labels, at the most steps, come last. Writes ``kinds_of_diffusion.json`` and ``.md``.
+Steps needed are the fewest whose share is not more than two standard errors below the row's best. Pictures of held-out
+compositions and of labels, at the most steps, come last. Writes ``kinds_of_diffusion.json`` and ``.md``.
 """
 
 import argparse
@@ -48,6 +48,7 @@ DIFFUSION = {
     "UniPC": (UniPCMultistepScheduler, {}),
     "Euler": (EulerDiscreteScheduler, {}),
 }
+CAPTIONS, COMPOSITIONS, LABELS = "text->image", "text->image, held-out compositions", "label->image"
 AS_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 FLOW = {
     "flow-match Euler": (FlowMatchEulerDiscreteScheduler, {}),
@@ -76,7 +77,10 @@ def schedulers(pipeline: DiffusionPipeline) -> dict[str, Callable]:
     if not isinstance(pipeline, VQDiTLatentPipeline):
         return {f"masked, {config.sampler}": lambda: pipeline.scheduler}
     if hasattr(pipeline.scheduler, "scale_noise"):
-        return {name: lambda c=c, o=o: c.from_config(config, **o) for name, (c, o) in FLOW.items()}
+        return {
+            name: lambda c=c, o=o: c.from_config(config, **o, **({"flow_shift": config.shift} if o else {}))
+            for name, (c, o) in FLOW.items()
+        }
     # A learned variance is for ancestral sampling; the others don't take it.
     fixed = {"variance_type": "fixed_small"} if config.get("variance_type", "").startswith("learned") else {}
     return {
@@ -110,30 +114,34 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
     else:
         image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments["image"]["shape"][0]
     data = evaluate.EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
-    captions, labels = data.texts(data.train), data.texts(data.train, "label")
-    argument = "class_labels" if latent else "class_label"
+    name, own, results = Path(checkpoint).name, pipeline.scheduler, []
+    parameters = sum(p.numel() for p in pipeline.transformer.parameters())
+    count, most = len(data.train), max(args.num_inference_steps)
 
-    name = Path(checkpoint).name
-    own, results = pipeline.scheduler, []
+    def record(task: str, scheduler: str, steps: int, judge: Callable, **given: list[str]) -> None:
+        samples, seconds = draw(pipeline, args, steps, count, **given)
+        row = {"checkpoint": name, "parameters": parameters, "scheduler": scheduler, "task": task, "steps": steps}
+        results.append({**row, "share": evaluate.share(judge(samples)), "seconds": seconds})
+        print(json.dumps(results[-1]), flush=True)
+        keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{task}-{steps}.png".replace(" ", "-"))
+
     for scheduler, make in schedulers(pipeline).items():
         pipeline.scheduler = make()
         for steps in args.num_inference_steps:
-            samples, seconds = draw(pipeline, args, steps, len(captions), prompt=captions)
-            hits = evaluate.share(data.nearest(samples, data.train))
-            row = {"checkpoint": name, "scheduler": scheduler, "task": "text->image", "steps": steps, "share": hits}
-            results.append({**row, "seconds": seconds})
-            print(json.dumps(results[-1]), flush=True)
-            keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{steps}.png".replace(" ", "-"))
-    pipeline.scheduler = own
-    most = max(args.num_inference_steps)
-    samples, seconds = draw(pipeline, args, most, len(labels), **{argument: labels})
-    hits = [data.columns["label"][row] == label for row, label in zip(data.nearest_rows(samples), labels, strict=True)]
-    row = {"checkpoint": name, "scheduler": next(iter(schedulers(pipeline))), "task": "label->image", "steps": most}
-    results.append({**row, "share": evaluate.share(hits), "seconds": seconds})
-    print(json.dumps(results[-1]), flush=True)
-    keep_grid(samples, args.output_dir / f"{name}-labels.png")
-    for result in results:
-        result["parameters"] = sum(p.numel() for p in pipeline.transformer.parameters())
+            record(CAPTIONS, scheduler, steps, lambda x: data.nearest(x, data.train), prompt=data.texts(data.train))
+    pipeline.scheduler, count = own, len(data.composition)
+    scheduler = next(iter(schedulers(pipeline)))
+    new = data.texts(data.composition)
+    record(COMPOSITIONS, scheduler, most, lambda x: data.nearest(x, data.composition), prompt=new)
+    names = list(pipeline.labels if latent else pipeline.config.labels)
+    count = args.num_samples
+    labels = [names[i % len(names)] for i in range(count)]  # in turn, as in training/evaluate.py
+
+    def has_label(samples: torch.Tensor) -> list[bool]:
+        found = [data.columns["label"][row] for row in data.nearest_rows(samples)]
+        return [one == label for one, label in zip(found, labels, strict=True)]
+
+    record(LABELS, scheduler, most, has_label, **{"class_labels" if latent else "class_label": labels})
     return results
 
 
@@ -154,16 +162,10 @@ def steps_needed(row: list[dict]) -> int:
 
 def as_table(results: list[dict]) -> str:
     """A row a checkpoint and scheduler, a column a number of steps; then the pictures of labels."""
-    drawn = [one for one in results if one["task"] == "text->image"]
+    drawn = [one for one in results if one["task"] == CAPTIONS]
     columns = sorted({one["steps"] for one in drawn})
     fastest = min(one["seconds"] for one in drawn)
-    head = [
-        "checkpoint",
-        "scheduler",
-        *(f"{steps} steps" for steps in columns),
-        "steps needed",
-        "time of a picture then",
-    ]
+    head = ["checkpoint", "scheduler", *(f"{n} steps" for n in columns), "steps needed", "time of a picture then"]
     lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * (len(columns) + 2) + "|"]
     for key in dict.fromkeys((one["checkpoint"], one["scheduler"]) for one in drawn):
         row = [one for one in drawn if (one["checkpoint"], one["scheduler"]) == key]
@@ -171,16 +173,12 @@ def as_table(results: list[dict]) -> str:
         needed = steps_needed(row)
         (then,) = (one["seconds"] for one in row if one["steps"] == needed)
         lines.append(f"| {' | '.join([*key, *cells, str(needed), f'{then / fastest:.1f}x'])} |")
-    lines += [
-        "",
-        "| checkpoint | parameters | steps | label->image: nearest picture has the label |",
-        "|---|---:|---:|---:|",
-    ]
+    lines += ["", "| checkpoint | parameters | task, at the most steps | share |", "|---|---:|---|---:|"]
     for one in results:
-        if one["task"] == "label->image":
+        if one["task"] != CAPTIONS:
             value, error = 100 * one["share"]["value"], 100 * one["share"]["standard_error"]
-            size = f"{one['parameters'] / 1e6:.1f} M"
-            lines.append(f"| {one['checkpoint']} | {size} | {one['steps']} | {value:.1f} % (± {error:.1f}) |")
+            cells = [one["checkpoint"], f"{one['parameters'] / 1e6:.1f} M", one["task"]]
+            lines.append(f"| {' | '.join(cells)} | {value:.1f} % (± {error:.1f}) |")
     worst = max(0.5 / math.sqrt(one["share"]["count"]) for one in drawn)
     return "\n".join([*lines, "", f"Standard errors of the shares are {100 * worst:.1f} points at the most."])
 
