@@ -65,6 +65,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
         "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
         "simvq": {**codebook, "quantizer_type": "simvq", "gradient_estimator": "rotation"},
         "ibq": {**codebook, "quantizer_type": "ibq", **entropy},
+        "ibq, unit length": {**codebook, "quantizer_type": "ibq", "codebook_norm": "l2", **entropy},
         "fsq": {**scalar, "quantizer_type": "fsq", "fsq_levels": levels},
         "lfq": {**binary, "quantizer_type": "lfq", **entropy},
         "bsq": {**binary, "quantizer_type": "lfq", "codebook_norm": "l2", **entropy},
