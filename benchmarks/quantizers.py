@@ -6,12 +6,14 @@
 Beside the package's five, those of vector-quantize-pytorch are dropped into the same model and loop where it is
 installed (pip install vector-quantize-pytorch), with options that match. All have about as many codes: `--num_codes`
 must be a power of two, and FSQ takes levels whose product is near it. All have the same seed and see the same batches.
-What ``quantizers.json`` in the output folder has already is kept, so that a run that was cut short goes on.
+Speed is that of a training step of the whole model, relative to the first row's, all taking turns. What
+``quantizers.json`` in the output folder has already is kept, so that a run that was cut short goes on.
 """
 
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--max_train_steps", type=int, default=3000)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--speed_rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="Names of rows to compute; by default all.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -147,53 +150,76 @@ class Foreign(Quantizer):
         )
 
 
-def train(
-    options: dict, make: Callable[[], Quantizer] | None, pictures: torch.Tensor, seed: int, args: argparse.Namespace
-) -> tuple[ImageVQModel, float]:
-    """The trained model, and the pictures it trained on a second."""
-    torch.manual_seed(seed)
-    levels = len(args.block_out_channels)
-    model = ImageVQModel(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=args.block_out_channels,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        latent_channels=64,
-        sample_size=args.resolution,
-        **options,
-    )
-    if make is not None:
-        model.quantize = make()
-    model.train().to(args.device, memory_format=torch.channels_last)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=min(100, args.max_train_steps), num_training_steps=args.max_train_steps
-    )
-    batches = shuffled_batches(len(pictures), args.train_batch_size, seed=seed)
-    started = time.perf_counter()
-    for _ in range(args.max_train_steps):
-        sample = to_pixels(pictures[next(batches)]).to(args.device)
-        output = model(sample)
+class Training:
+    """A model with one of the quantizers, and its training."""
+
+    def __init__(
+        self,
+        options: dict,
+        make: Callable[[], Quantizer] | None,
+        pictures: torch.Tensor,
+        seed: int,
+        args: argparse.Namespace,
+    ) -> None:
+        torch.manual_seed(seed)
+        levels = len(args.block_out_channels)
+        self.model = ImageVQModel(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=args.block_out_channels,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            latent_channels=64,
+            sample_size=args.resolution,
+            **options,
+        )
+        if make is not None:
+            self.model.quantize = make()
+        self.model.train().to(args.device, memory_format=torch.channels_last)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.scheduler = get_scheduler(
+            "cosine",
+            self.optimizer,
+            num_warmup_steps=min(100, args.max_train_steps),
+            num_training_steps=args.max_train_steps,
+        )
+        self.pictures = pictures
+        self.batches = shuffled_batches(len(pictures), args.train_batch_size, seed=seed)
+
+    def step(self) -> None:
+        sample = to_pixels(self.pictures[next(self.batches)]).to(self.model.device)
+        output = self.model(sample)
         (F.mse_loss(output.sample, sample) + output.commit_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return model.eval(), args.max_train_steps * args.train_batch_size / (time.perf_counter() - started)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
 
 
-def as_table(report: dict[str, list[dict]]) -> str:
-    """The means over the seeds as a Markdown table."""
-    columns = {"codes": "{:.0f}", "psnr": "{:.2f}", "ssim": "{:.4f}", "usage": "{:.3f}", "perplexity": "{:.0f}"}
-    columns["images_per_second"] = "{:.0f}"
-    lines = ["| quantizer | codes | PSNR (dB) | SSIM | usage | perplexity | pictures/s |", "|---" + "|---:" * 6 + "|"]
-    for name, runs in report.items():
+def measure_speed(trainings: dict[str, Training], rounds: int) -> dict[str, float]:
+    """How many steps each takes in the time of one of the first: the median over rounds in which all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for turn in range(rounds + 2):
+        for name, training in trainings.items():
+            start = time.perf_counter()
+            training.step()
+            if training.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:  # the first ones initialise codebooks
+                times[name].append(time.perf_counter() - start)
+    first = next(iter(times.values()))
+    return {name: statistics.median(a / b for a, b in zip(first, own, strict=True)) for name, own in times.items()}
+
+
+def as_table(quality: dict[str, list[dict]], speed: dict[str, float]) -> str:
+    """The means over the seeds, and the speeds, as a Markdown table."""
+    columns = {"codes": "{:.0f}", "psnr": "{:.2f}", "ssim": "{:.3f}", "usage": "{:.3f}", "perplexity": "{:.0f}"}
+    lines = ["| quantizer | codes | PSNR (dB) | SSIM | usage | perplexity | speed |", "|---" + "|---:" * 6 + "|"]
+    for name, runs in quality.items():
         means = {column: sum(run[column] for run in runs) / len(runs) for column in columns}
-        lines.append(f"| {name} | " + " | ".join(form.format(means[c]) for c, form in columns.items()) + " |")
+        cells = [form.format(means[column]) for column, form in columns.items()]
+        lines.append(f"| {' | '.join([name, *cells, f'{speed[name]:.2f}x'])} |")
     return "\n".join(lines)
 
 
@@ -211,19 +237,20 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {sorted(unknown)} must be among {list(rows)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figures_file = args.output_dir / "quantizers.json"
-    report: dict[str, list[dict]] = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
-    for name, (options, make) in rows.items():
-        if args.only and name not in args.only:
-            continue
+    quality: dict[str, list[dict]] = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
+    chosen = {name: row for name, row in rows.items() if not args.only or name in args.only}
+    for name, (options, make) in chosen.items():
         for seed in args.seeds:
-            if seed in (run["seed"] for run in report.get(name, [])):
+            if seed in (run["seed"] for run in quality.get(name, [])):
                 continue
-            model, speed = train(options, make, pictures, seed, args)
+            training = Training(options, make, pictures, seed, args)
+            for _ in range(args.max_train_steps):
+                training.step()
+            model = training.model.eval()
             figures = measure_image_tokenizer(model, held_out)
-            figures |= {"codes": options["num_vq_embeddings"], "images_per_second": speed, "seed": seed}
-            report.setdefault(name, []).append(figures)
+            quality.setdefault(name, []).append({**figures, "codes": options["num_vq_embeddings"], "seed": seed})
             print(name, json.dumps(figures))
-            figures_file.write_text(json.dumps(report, indent=2) + "\n")
+            figures_file.write_text(json.dumps(quality, indent=2) + "\n")
             shown = to_pixels(held_out[:16]).to(args.device)
             with torch.no_grad():
                 decoded = model.decode_codes(model.encode_codes(shown)).sample
@@ -231,9 +258,13 @@ def main(args: argparse.Namespace) -> None:
                 VaeImageProcessor().postprocess(torch.cat([shown, decoded]).cpu()), rows=2, cols=len(shown)
             )
             grid.save(args.output_dir / f"{name.replace(', ', '-').replace(' ', '-')}.png")
-    report = {name: report[name] for name in rows if name in report}
-    (args.output_dir / "quantizers.md").write_text(as_table(report) + "\n")
-    print(as_table(report))
+    trainings = {
+        name: Training(options, make, pictures, args.seeds[0], args) for name, (options, make) in chosen.items()
+    }
+    speed = measure_speed(trainings, args.speed_rounds)
+    table = as_table({name: quality[name] for name in chosen}, speed)
+    (args.output_dir / "quantizers.md").write_text(table + "\n")
+    print(table)
 
 
 if __name__ == "__main__":
