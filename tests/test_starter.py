@@ -43,7 +43,7 @@ def measured(starter, root, script):
     evaluate = script("evaluate")
     options = ["--dataset_name", str(root / "training/data/emoji.parquet"), "--num_samples", "24", "--seed", "1"]
     args = evaluate.parse_args(["--pretrained_model_name_or_path", "x", *options])
-    return evaluate, args, evaluate.EmojiData.load(starter, args)
+    return evaluate, args, evaluate.EmojiData.load(starter.image_vq, 32, args)
 
 
 def test_its_tokenizers_keep_what_the_card_says(starter, folder, measured):

@@ -1,0 +1,66 @@
+"""The shipped checkpoint of flow matching over latents: complete, small, and what its card says."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from diffusers_vqdit import VQDiTLatentPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "model_cards" / "vqdit-emoji-latent"
+
+
+@pytest.fixture(scope="module")
+def starter(folder):
+    pipe = VQDiTLatentPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_it_is_complete_and_within_40_megabytes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    names = {str(path.relative_to(folder)) for path in files}
+    assert {"README.md", "model_index.json", "samples.png", "evaluation.json"} <= names
+
+
+def test_its_card_shows_the_figures_that_were_measured(folder, root, report):
+    path = root / "benchmarks" / "kinds_of_diffusion.py"
+    spec = importlib.util.spec_from_file_location("kinds_of_diffusion", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.as_table(report) in (folder / "README.md").read_text()
+
+
+def test_it_draws_what_the_card_says(starter, root, script, report):
+    evaluate = script("evaluate")
+    options = ["--dataset_name", str(root / "training/data/emoji.parquet"), "--num_samples", "24", "--seed", "1"]
+    args = evaluate.parse_args(["--pretrained_model_name_or_path", "x", *options])
+    data = evaluate.EmojiData.load(starter.vae, 32, args)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(24)]
+    options = {"num_inference_steps": 16, "generator": seeds, "output_type": "pt"}
+
+    def agrees(hits, task, steps):
+        (row,) = (
+            one for one in report if (one["task"], one["steps"], one["scheduler"]) == (task, steps, "flow-match Euler")
+        )
+        expected = row["share"]["value"]
+        deviation = math.sqrt(expected * (1 - expected) / 24)
+        return abs(sum(hits) / 24 - expected) <= 3.5 * deviation
+
+    drawn = starter(data.texts(data.train), **options).images
+    assert agrees(data.nearest(drawn, data.train), "text->image", 16)
+    labels = (list(starter.labels) * 3)[:24]
+    drawn = starter(class_labels=labels, **options).images
+    found = [data.columns["label"][row] for row in data.nearest_rows(drawn)]
+    assert agrees([a == b for a, b in zip(found, labels, strict=True)], "label->image", 32)
