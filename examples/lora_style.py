@@ -11,8 +11,8 @@ scale 0, scale 1 and Twemoji above one another in ``lora.png``, half of the colu
 the pictures (61 MB); takes about a quarter of an hour on one CPU core of two that are busy.
 
 To expect: scale 0 is the starter bit for bit; at scale 1 all of 32 captions seen are nearer to Twemoji's picture, and
-come out in its style, and 31.2 % of 32 not seen are nearer to it, whose shapes a LoRA of so few pictures spoils (0 % of
-either at scale 0). The LoRA has 1.8 MB. What it drew is in ``docs/lora.png``.
+come out in its style, and 31.2 % of 32 not seen are nearer to it, whose shapes a LoRA of so few pictures spoils (0 %
+of either at scale 0). The LoRA has 1.8 MB. What it drew is in ``docs/lora.png``.
 
 Twemoji: copyright Twitter, Inc. and other contributors, CC-BY 4.0 (the npm package `emoji-datasource-twitter`).
 """
