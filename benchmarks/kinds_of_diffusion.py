@@ -12,7 +12,8 @@ that its objective has in diffusers. For every number of steps it measures:
 * the time of one picture, in batches, relative to the fastest row and step of the table.
 
 Steps needed are the fewest whose share is not more than two standard errors below the row's best. Pictures of held-out
-compositions and of labels, at the most steps, come last. Writes ``kinds_of_diffusion.json`` and ``.md``.
+compositions and of labels, with the first scheduler at the most steps, come last. Writes ``kinds_of_diffusion.json``
+and ``.md``, and the first 32 pictures of each row to look at.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -41,19 +43,13 @@ from diffusers_vqdit.latents import downsample_factor
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DIFFUSION = {
-    "DDPM": (DDPMScheduler, {}),
-    "DDIM": (DDIMScheduler, {}),
-    "DPM-Solver++ (2M)": (DPMSolverMultistepScheduler, {}),
-    "UniPC": (UniPCMultistepScheduler, {}),
-    "Euler": (EulerDiscreteScheduler, {}),
-}
 CAPTIONS, COMPOSITIONS, LABELS = "text->image", "text->image, held-out compositions", "label->image"
-AS_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-FLOW = {
-    "flow-match Euler": (FlowMatchEulerDiscreteScheduler, {}),
-    "DPM-Solver++ (2M), flow": (DPMSolverMultistepScheduler, AS_FLOW),
-    "UniPC, flow": (UniPCMultistepScheduler, AS_FLOW),
+DIFFUSION = {
+    "DDPM": DDPMScheduler,
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++ (2M)": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+    "Euler": EulerDiscreteScheduler,
 }
 
 
@@ -71,38 +67,38 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
-def schedulers(pipeline: DiffusionPipeline) -> dict[str, Callable]:
-    """Name -> what makes the scheduler, of all that fit the pipeline's objective."""
+def schedulers(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Name -> scheduler, of all that fit the pipeline's objective."""
     config = pipeline.scheduler.config
     if not isinstance(pipeline, VQDiTLatentPipeline):
-        return {f"masked, {config.sampler}": lambda: pipeline.scheduler}
+        return {f"masked, {config.sampler}": pipeline.scheduler}
     if hasattr(pipeline.scheduler, "scale_noise"):
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
         return {
-            name: lambda c=c, o=o: c.from_config(config, **o, **({"flow_shift": config.shift} if o else {}))
-            for name, (c, o) in FLOW.items()
+            "flow-match Euler": FlowMatchEulerDiscreteScheduler.from_config(config),
+            "DPM-Solver++ (2M), flow": DPMSolverMultistepScheduler.from_config(config, **flow),
+            "UniPC, flow": UniPCMultistepScheduler.from_config(config, **flow),
         }
     # A learned variance is for ancestral sampling; the others don't take it.
     fixed = {"variance_type": "fixed_small"} if config.get("variance_type", "").startswith("learned") else {}
     return {
-        name: lambda c=c, o=o: c.from_config(config, **o, **({} if c is DDPMScheduler else fixed))
-        for name, (c, o) in DIFFUSION.items()
+        name: kind.from_config(config, **({} if kind is DDPMScheduler else fixed)) for name, kind in DIFFUSION.items()
     }
 
 
 def draw(
-    pipeline: DiffusionPipeline, args: argparse.Namespace, steps: int, count: int, **given: list[str]
+    pipeline: DiffusionPipeline, args: argparse.Namespace, steps: int, argument: str, values: list[str]
 ) -> tuple[torch.Tensor, float]:
-    """Pictures in [0, 1] of `count` prompts or labels, each with its own seed, and the seconds of one."""
+    """Pictures in [0, 1] of prompts or labels, each with its own seed, and the seconds of one."""
     options = {"num_inference_steps": steps, "output_type": "pt"}
     if args.guidance_scale is not None:
         options["guidance_scale"] = args.guidance_scale
-    generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(count)]
+    generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(len(values))]
     parts, start = [], time.perf_counter()
-    for first in range(0, count, args.batch_size):
+    for first in range(0, len(values), args.batch_size):
         part = slice(first, first + args.batch_size)
-        cut = {name: values[part] for name, values in given.items()}
-        parts.append(pipeline(**cut, generator=generators[part], **options).images)
-    return torch.cat(parts), (time.perf_counter() - start) / count
+        parts.append(pipeline(**{argument: values[part]}, generator=generators[part], **options).images)
+    return torch.cat(parts), (time.perf_counter() - start) / len(values)
 
 
 def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
@@ -114,34 +110,34 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
     else:
         image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments["image"]["shape"][0]
     data = evaluate.EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
-    name, own, results = Path(checkpoint).name, pipeline.scheduler, []
+    name, results = Path(checkpoint).name, []
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
-    count, most = len(data.train), max(args.num_inference_steps)
+    most = max(args.num_inference_steps)
 
-    def record(task: str, scheduler: str, steps: int, judge: Callable, **given: list[str]) -> None:
-        samples, seconds = draw(pipeline, args, steps, count, **given)
+    def record(task: str, scheduler: str, steps: int, argument: str, values: list[str], judge: Callable) -> None:
+        pipeline.scheduler = fitting[scheduler]
+        samples, seconds = draw(pipeline, args, steps, argument, values)
         row = {"checkpoint": name, "parameters": parameters, "scheduler": scheduler, "task": task, "steps": steps}
         results.append({**row, "share": evaluate.share(judge(samples)), "seconds": seconds})
         print(json.dumps(results[-1]), flush=True)
         keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{task}-{steps}.png".replace(" ", "-"))
 
-    for scheduler, make in schedulers(pipeline).items():
-        pipeline.scheduler = make()
-        for steps in args.num_inference_steps:
-            record(CAPTIONS, scheduler, steps, lambda x: data.nearest(x, data.train), prompt=data.texts(data.train))
-    pipeline.scheduler, count = own, len(data.composition)
-    scheduler = next(iter(schedulers(pipeline)))
-    new = data.texts(data.composition)
-    record(COMPOSITIONS, scheduler, most, lambda x: data.nearest(x, data.composition), prompt=new)
-    names = list(pipeline.labels if latent else pipeline.config.labels)
-    count = args.num_samples
-    labels = [names[i % len(names)] for i in range(count)]  # in turn, as in training/evaluate.py
+    def shows(rows: list[int]) -> Callable:
+        return lambda samples: data.nearest(samples, rows)
 
     def has_label(samples: torch.Tensor) -> list[bool]:
         found = [data.columns["label"][row] for row in data.nearest_rows(samples)]
         return [one == label for one, label in zip(found, labels, strict=True)]
 
-    record(LABELS, scheduler, most, has_label, **{"class_labels" if latent else "class_label": labels})
+    fitting = schedulers(pipeline)
+    for scheduler in fitting:
+        for steps in args.num_inference_steps:
+            record(CAPTIONS, scheduler, steps, "prompt", data.texts(data.train), shows(data.train))
+    first = next(iter(fitting))
+    record(COMPOSITIONS, first, most, "prompt", data.texts(data.composition), shows(data.composition))
+    names = list(pipeline.labels if latent else pipeline.config.labels)
+    labels = [names[i % len(names)] for i in range(args.num_samples)]  # in turn, as in training/evaluate.py
+    record(LABELS, first, most, "class_labels" if latent else "class_label", labels, has_label)
     return results
 
 

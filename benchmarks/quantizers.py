@@ -237,7 +237,15 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {sorted(unknown)} must be among {list(rows)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figures_file = args.output_dir / "quantizers.json"
-    quality: dict[str, list[dict]] = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
+    unlike = ("only", "seeds", "speed_rounds", "device", "output_dir")  # what may differ between runs that go together
+    settings = {name: value for name, value in vars(args).items() if name not in unlike}
+    kept = json.loads(figures_file.read_text()) if figures_file.is_file() else {"settings": settings, "quality": {}}
+    if kept["settings"] != settings:
+        raise ValueError(
+            f"--output_dir {args.output_dir} has figures of the settings {kept['settings']}, not of {settings}; "
+            "name another folder"
+        )
+    quality: dict[str, list[dict]] = kept["quality"]
     chosen = {name: row for name, row in rows.items() if not args.only or name in args.only}
     for name, (options, make) in chosen.items():
         for seed in args.seeds:
@@ -250,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
             figures = measure_image_tokenizer(model, held_out)
             quality.setdefault(name, []).append({**figures, "codes": options["num_vq_embeddings"], "seed": seed})
             print(name, json.dumps(figures))
-            figures_file.write_text(json.dumps(quality, indent=2) + "\n")
+            figures_file.write_text(json.dumps(kept, indent=2) + "\n")
             shown = to_pixels(held_out[:16]).to(args.device)
             with torch.no_grad():
                 decoded = model.decode_codes(model.encode_codes(shown)).sample
