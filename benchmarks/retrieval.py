@@ -3,11 +3,11 @@
 
     python benchmarks/retrieval.py
 
-Takes about five minutes on two CPU cores. With the starter: text queries of the test split's 307 pictures have recall@1
-80.1 % and recall@5 84.7 % (84.0 % with a shortlist of 5); pictures of 10,000 are indexed at 3,200 a second from their
-codes; a query of them takes 266 ms, all likelihoods 83 s, 310 times as long. Picture queries of 307 texts have 78.8 %
-and 84.4 %; among 10,000 a query takes 248 ms, all likelihoods 97 times as long. 71 of the 307 are emoji that training
-never saw, and hold recall down.
+Takes about five minutes on two CPU cores. With the starter: text queries of the test split's 307 pictures have
+recall@1 80.1 % and recall@5 84.7 % (84.0 % with a shortlist of 5); pictures of 10,000 are indexed at 3,200 a second
+from their codes; a query of them takes 266 ms, all likelihoods 83 s, 310 times as long. Picture queries of 307 texts
+have 78.8 % and 84.4 %; among 10,000 a query takes 248 ms, all likelihoods 97 times as long. 71 of the 307 are emoji
+that training never saw, and hold recall down.
 
 The gallery of 10,000 is drawn with repeats from the test split's codes: latency hardly depends on what the items are.
 One pass over all items, the least that ranking them by likelihood takes, is timed on 256 and scaled to their number.
