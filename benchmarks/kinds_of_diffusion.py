@@ -4,16 +4,17 @@
     python benchmarks/kinds_of_diffusion.py \
         --checkpoints outputs/masked outputs/flow outputs/v_prediction --output_dir outputs/kinds
 
-Checkpoints are pipelines of either class. A masked one is drawn with its own sampler; a latent one with each scheduler
-that its objective has in diffusers. For every number of steps it measures:
+Checkpoints are pipelines of either class. A masked one is drawn with its own sampler; a latent one with its own
+scheduler and then with the others that its objective has in diffusers. For every number of steps it measures:
 
 * the share of samples whose nearest picture of the whole set is the one that the training caption names, judged as in
   ``training/evaluate.py``, with its standard error;
 * the time of one picture, in batches, relative to the fastest row and step of the table.
 
-Steps needed are the fewest whose share is not more than two standard errors below the row's best. Pictures of held-out
-compositions and of labels, with the first scheduler at the most steps, come last. Writes ``kinds_of_diffusion.json``
-and ``.md``, and the first 32 pictures of each row to look at.
+Steps needed are the fewest whose share is not below the row's best by more than two standard errors of the
+difference. Pictures of labels are drawn at the most steps, with the number of different nearest pictures among them;
+those of held-out compositions with a checkpoint's own scheduler alone. Writes ``kinds_of_diffusion.json`` and
+``.md``, and the first 32 pictures of each row to look at.
 """
 
 import argparse
@@ -68,14 +69,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def schedulers(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Name -> scheduler, of all that fit the pipeline's objective."""
+    """Name -> scheduler, of all that fit the pipeline's objective, its own first."""
     config = pipeline.scheduler.config
     if not isinstance(pipeline, VQDiTLatentPipeline):
         return {f"masked, {config.sampler}": pipeline.scheduler}
     if hasattr(pipeline.scheduler, "scale_noise"):
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
+        euler = {
+            name: FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=stochastic)
+            for name, stochastic in (("flow-match Euler", False), ("flow-match Euler, stochastic", True))
+        }
+        own_first = sorted(
+            euler, key=lambda name: euler[name].config.stochastic_sampling != config.stochastic_sampling
+        )
         return {
-            "flow-match Euler": FlowMatchEulerDiscreteScheduler.from_config(config),
+            **{name: euler[name] for name in own_first},
             "DPM-Solver++ (2M), flow": DPMSolverMultistepScheduler.from_config(config, **flow),
             "UniPC, flow": UniPCMultistepScheduler.from_config(config, **flow),
         }
@@ -118,7 +126,8 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
         pipeline.scheduler = fitting[scheduler]
         samples, seconds = draw(pipeline, args, steps, argument, values)
         row = {"checkpoint": name, "parameters": parameters, "scheduler": scheduler, "task": task, "steps": steps}
-        results.append({**row, "share": evaluate.share(judge(samples)), "seconds": seconds})
+        different = len(set(data.nearest_rows(samples)))
+        results.append({**row, "share": evaluate.share(judge(samples)), "different": different, "seconds": seconds})
         print(json.dumps(results[-1]), flush=True)
         keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{task}-{steps}.png".replace(" ", "-"))
 
@@ -130,14 +139,14 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
         return [one == label for one, label in zip(found, labels, strict=True)]
 
     fitting = schedulers(pipeline)
+    names = list(pipeline.labels if latent else pipeline.config.labels)
+    labels = [names[i % len(names)] for i in range(args.num_samples)]  # in turn, as in training/evaluate.py
     for scheduler in fitting:
         for steps in args.num_inference_steps:
             record(CAPTIONS, scheduler, steps, "prompt", data.texts(data.train), shows(data.train))
-    first = next(iter(fitting))
-    record(COMPOSITIONS, first, most, "prompt", data.texts(data.composition), shows(data.composition))
-    names = list(pipeline.labels if latent else pipeline.config.labels)
-    labels = [names[i % len(names)] for i in range(args.num_samples)]  # in turn, as in training/evaluate.py
-    record(LABELS, first, most, "class_labels" if latent else "class_label", labels, has_label)
+        record(LABELS, scheduler, most, "class_labels" if latent else "class_label", labels, has_label)
+    own = next(iter(fitting))
+    record(COMPOSITIONS, own, most, "prompt", data.texts(data.composition), shows(data.composition))
     return results
 
 
@@ -150,33 +159,43 @@ def keep_grid(samples: torch.Tensor, path: Path) -> None:
 
 
 def steps_needed(row: list[dict]) -> int:
-    """The fewest steps whose share is not more than two standard errors below the row's best."""
-    best = max(row, key=lambda one: one["share"]["value"])["share"]
-    enough = best["value"] - 2 * best["standard_error"]
-    return min(one["steps"] for one in row if one["share"]["value"] >= enough)
+    """The fewest steps whose share is not below the row's best by more than two standard errors of the difference."""
+    best = max((one["share"] for one in row), key=lambda share: share["value"])
+
+    def enough(share: dict) -> bool:
+        error = math.hypot(best["standard_error"], share["standard_error"])
+        return best["value"] - share["value"] <= 2 * error
+
+    return min(one["steps"] for one in row if enough(one["share"]))
 
 
 def as_table(results: list[dict]) -> str:
-    """A row a checkpoint and scheduler, a column a number of steps; then the pictures of labels."""
+    """A row a checkpoint and scheduler: captions a column a number of steps, then labels; compositions below."""
     drawn = [one for one in results if one["task"] == CAPTIONS]
     columns = sorted({one["steps"] for one in drawn})
     fastest = min(one["seconds"] for one in drawn)
     head = ["checkpoint", "scheduler", *(f"{n} steps" for n in columns), "steps needed", "time of a picture then"]
-    lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * (len(columns) + 2) + "|"]
+    head += [f"labels, {columns[-1]} steps", "different pictures of them"]
+    lines = [f"| {' | '.join(head)} |", "|---|---" + "|---:" * (len(columns) + 4) + "|"]
     for key in dict.fromkeys((one["checkpoint"], one["scheduler"]) for one in drawn):
         row = [one for one in drawn if (one["checkpoint"], one["scheduler"]) == key]
-        cells = [f"{100 * one['share']['value']:.1f} %" for one in sorted(row, key=lambda one: one["steps"])]
+        cells = [percent(one["share"]) for one in sorted(row, key=lambda one: one["steps"])]
         needed = steps_needed(row)
         (then,) = (one["seconds"] for one in row if one["steps"] == needed)
-        lines.append(f"| {' | '.join([*key, *cells, str(needed), f'{then / fastest:.1f}x'])} |")
-    lines += ["", "| checkpoint | parameters | task, at the most steps | share |", "|---|---:|---|---:|"]
+        (labels,) = (r for r in results if r["task"] == LABELS and (r["checkpoint"], r["scheduler"]) == key)
+        cells += [str(needed), f"{then / fastest:.1f}x", percent(labels["share"]), str(labels["different"])]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
+    lines += ["", f"| checkpoint | parameters | held-out compositions, {columns[-1]} steps |", "|---|---:|---:|"]
     for one in results:
-        if one["task"] != CAPTIONS:
-            value, error = 100 * one["share"]["value"], 100 * one["share"]["standard_error"]
-            cells = [one["checkpoint"], f"{one['parameters'] / 1e6:.1f} M", one["task"]]
-            lines.append(f"| {' | '.join(cells)} | {value:.1f} % (± {error:.1f}) |")
+        if one["task"] == COMPOSITIONS:
+            cells = [one["checkpoint"], f"{one['parameters'] / 1e6:.1f} M", percent(one["share"])]
+            lines.append(f"| {' | '.join(cells)} |")
     worst = max(0.5 / math.sqrt(one["share"]["count"]) for one in drawn)
     return "\n".join([*lines, "", f"Standard errors of the shares are {100 * worst:.1f} points at the most."])
+
+
+def percent(share: dict) -> str:
+    return f"{100 * share['value']:.1f} %"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -98,6 +98,7 @@ SCHEDULERS = {
     "dpmsolver++": (DPMSolverMultistepScheduler(**LINEAR), 50, 0.03),
     "dpmsolver++-karras": (DPMSolverMultistepScheduler(**LINEAR, use_karras_sigmas=True), 50, 0.03),
     "dpmsolver++-flow": (DPMSolverMultistepScheduler(**FLOW), 50, 0.03),
+    "dpmsolver++-sde-flow": (DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"), 100, 0.03),
     "unipc": (UniPCMultistepScheduler(**LINEAR), 50, 0.03),
     "unipc-v": (UniPCMultistepScheduler(**V), 50, 0.03),
     "euler": (EulerDiscreteScheduler(**LINEAR), 100, 0.03),
@@ -209,7 +210,15 @@ def test_guidance_is_the_combination_of_two_predictions(pipe):
             torch.testing.assert_close(guided, free + 2.5 * (conditional - free), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler(), HeunDiscreteScheduler()])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        HeunDiscreteScheduler(),
+    ],
+)
 def test_samples_of_a_batch_are_those_drawn_alone(pipe, scheduler):
     pipe.scheduler = scheduler
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
