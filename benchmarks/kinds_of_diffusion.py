@@ -80,7 +80,7 @@ def schedulers(pipeline: DiffusionPipeline) -> dict[str, Any]:
             for name, stochastic in (("flow-match Euler", False), ("flow-match Euler, stochastic", True))
         }
         own_first = sorted(
-            euler, key=lambda name: euler[name].config.stochastic_sampling != config.stochastic_sampling
+            euler, key=lambda name: euler[name].config.stochastic_sampling != config.get("stochastic_sampling", False)
         )
         return {
             **{name: euler[name] for name in own_first},
