@@ -1,0 +1,1 @@
+"""What the training scripts share. Inference needs nothing of it."""

@@ -1,0 +1,62 @@
+"""Checks of arguments: each raises a ValueError that names the argument, the value it had and what is accepted."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def shown(value: Any, length: int = 120) -> str:
+    """A value as an error message shows it, cut to `length` characters and free of lone surrogates."""
+    text = repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """`value` as an int: any integer type but bool, from `low` to `high`, both included; None is no bound."""
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    if not fits or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name}={shown(value)} must be an integer{_bounds(low, high)}")
+    return int(value)
+
+
+def check_number(
+    name: str, value: Any, low: float | None = None, high: float | None = None, *, above: bool = False
+) -> float:
+    """`value` as a finite float from `low` to `high`, both included; None is no bound, `above` leaves `low` out."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if fits and low is not None:
+        fits = value > low if above else value >= low
+    if not fits or (high is not None and value > high):
+        raise ValueError(f"{name}={shown(value)} must be a finite number{_bounds(low, high, above)}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """`value` itself, which must be one of `choices`."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}={shown(value)} must be one of {list(choices)}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` itself, which must be True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)} must be True or False")
+    return value
+
+
+def check_integers(name: str, value: Any, low: int, length: int | None = None) -> list[int]:
+    """`value` as a list of integers of at least `low`; of `length` entries where that is given."""
+    if not isinstance(value, list | tuple) or not value or (length is not None and len(value) != length):
+        count = "one or more" if length is None else str(length)
+        raise ValueError(f"{name}={shown(value)} must be a list of {count} integers of at least {low}")
+    return [check_integer(f"{name}[{index}]", entry, low) for index, entry in enumerate(value)]
+
+
+def _bounds(low: float | None, high: float | None, above: bool = False) -> str:
+    if low is not None and high is not None:
+        return f" in {'(' if above else '['}{low}, {high}]"
+    if low is not None:
+        return f" above {low}" if above else f" of at least {low}"
+    return f" of at most {high}" if high is not None else ""
