@@ -146,6 +146,11 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return all_reduce(values)
 
 
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of all processes' `values`."""
+    return sum_over_processes(values) / (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in the order of their ranks; every process must bring as many."""
     if not (dist.is_available() and dist.is_initialized()):
