@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
 from diffusers_vqdit.image_utils import (
     back_project,
     fill_with_surroundings,
@@ -240,8 +240,10 @@ def test_any_pair_of_texts(pipe, tmp_path):
 
 def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pipe, monkeypatch):
     seen = []
-    step = pipe.scheduler.step
-    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: seen.append(k["temperature"]) or step(*a, **k))
+    step = MaskedDiffusionScheduler.step
+    monkeypatch.setattr(
+        MaskedDiffusionScheduler, "step", lambda *a, **k: seen.append(k["temperature"]) or step(*a, **k)
+    )
     pipe(image=picture())
     assert seen == [0.0] * 12
     for arguments, expected in (({"output": "text"}, None), ({"prompt": "x", "temperature": 0.3}, 0.3)):
