@@ -309,7 +309,7 @@ def alpha_mask(colour):
         (torch.tensor(LEFT), "uint8"),
         (np.full((24, 32), np.nan), "from nan"),
         (torch.full((24, 32), 1.5), "from 1.5"),
-        (-LEFT / 255.0, "from -1.0"),
+        (-(LEFT / 255.0), "from -1.0"),
         (np.zeros((0, 32)), r"\(0, 32\)"),
         (np.zeros((24, 32, 3)), "masks for 2 pictures|aspect"),
         (np.zeros((1, 24, 32, 3)), r"must have shape .*got \(1, 24, 32, 3\)"),

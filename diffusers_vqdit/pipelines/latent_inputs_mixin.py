@@ -45,6 +45,8 @@ class LatentInputsMixin:
             known_tensors=self._callback_tensor_inputs,
             **options,
         )
+        check_integer("num_inference_steps", options["num_inference_steps"], 1)  # here None is no default
+        check_number("guidance_scale", options["guidance_scale"])
         check_number("eta", eta, 0, 1)
         check_flag("force_not_quantize", force_not_quantize)
         if hasattr(self.scheduler, "next_event"):

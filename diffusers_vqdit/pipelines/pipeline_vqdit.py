@@ -31,8 +31,6 @@ from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin, check_lora
 
 
-logger = logging.get_logger(__name__)
-
 EXAMPLE_DOC_STRING = """
         Examples:
             ```py
@@ -110,7 +108,7 @@ class VQDiTPipeline(
         if isinstance(labels, dict):  # as they are saved
             labels = [labels[code] for code in sorted(labels, key=int)]
         if not labels and "label" in (transformer.config.get("segments") or {}):
-            logger.warning(
+            logging.get_logger(__name__).warning(
                 "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
                 "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
             )
@@ -158,10 +156,15 @@ class VQDiTPipeline(
         return self._interrupt
 
     def _encode_inputs(
-        self, task: Task, passed: dict[str, list], mask_image: torch.Tensor | None
-    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor], PictureSource | None, dict[str, list]]:
-        """Codes of what is given and of what is known of the generated side, by segment; the picture that another is
-        made from; and the tokens of texts with blanks."""
+        self,
+        task: Task,
+        passed: dict[str, list],
+        mask_image: torch.Tensor | None,
+        strength: float | None,
+        repeats: int,
+    ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], PictureSource | None, dict[str, list]]:
+        """The prefix of what is given, the codes of what is known of the generated side, the picture that another is
+        made from, and the tokens of texts with blanks; for each sample `repeats` times."""
         given, known, source, written = {}, {}, None, {}
         for name, value in passed.items():
             if name == "image_lowres":
@@ -181,7 +184,17 @@ class VQDiTPipeline(
                 f"not {'+'.join(task.generated)!r}"
             )
         given = {n: v if n == "image_lowres" else v.repeat_interleave(tiles, dim=0) for n, v in given.items()}
-        return given, known, source, written
+        prefix = self.transformer.encode_prefix(given) if given else None
+        if strength is not None:
+            known["image"] = self._forget(known["image"], strength, prefix)
+        if repeats > 1 and passed:
+            # Each sample's tiles stay together.
+            size = len(next(iter((given | known).values())))
+            rows = torch.arange(size).unflatten(0, (-1, 1, tiles)).expand(-1, repeats, -1).flatten()
+            prefix = prefix.select(rows) if prefix is not None else None
+            known = {name: codes[rows] for name, codes in known.items()}
+            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
+        return prefix, known, source, written
 
     def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
         """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
@@ -277,6 +290,9 @@ class VQDiTPipeline(
             check_logits(value, (free[name], logits[name]), guidance_scale)
         return guided
 
+    def _first(self, segments: dict[str, Any], modality: str) -> Any:
+        return next((value for name, value in segments.items() if self._modality(name) == modality), None)
+
     def _decode(
         self,
         codes: dict[str, torch.LongTensor],
@@ -337,8 +353,7 @@ class VQDiTPipeline(
                 size, by a checkpoint that has ``image_lowres``.
             class_label: given label or labels, by number or name.
             output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default
-                ``"image"`` with a mask or a strength, ``"text"`` when a picture or a blank is given, else
-                ``"image"``.
+                ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
             mask_image: one mask or one a picture, white where to repaint. The codes that white pixels change are
                 generated; black pixels come out as they went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
@@ -357,8 +372,8 @@ class VQDiTPipeline(
             output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
             return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
-                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling; codes still masked
-                are then decoded as last predicted, and stay masked in ``"latent"`` output.
+                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
+                codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
 
         Raises:
@@ -391,18 +406,8 @@ class VQDiTPipeline(
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
         # 2. Encode what is given, and what is known of the generated side
-        given, known, source, written = self._encode_inputs(task, passed, mask_image)
+        prefix, known, source, written = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
         tiles = source.tiles if source is not None and source.tiles is not None else 1
-        prefix = self.transformer.encode_prefix(given) if given else None
-        if strength is not None:
-            known["image"] = self._forget(known["image"], strength, prefix)
-        if num_images_per_prompt > 1:
-            # Each sample's tiles stay together.
-            rows = torch.arange(batch_size // num_images_per_prompt * tiles).unflatten(0, (-1, 1, tiles))
-            rows = rows.expand(-1, num_images_per_prompt, -1).flatten()
-            prefix = prefix.select(rows) if prefix is not None else None
-            known = {name: codes[rows] for name, codes in known.items()}
-            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(tiles)]
 
@@ -429,10 +434,7 @@ class VQDiTPipeline(
         else:
             codes = {n: torch.where(v == self._mask_token_id(n), predicted[n], v) for n, v in codes.items()}
             segments = self._decode(codes, source, written, num_images_per_prompt, output_type)
-        images, texts, labels = (
-            next((value for name, value in segments.items() if self._modality(name) == modality), None)
-            for modality in ("image", "text", "label")
-        )
+        images, texts, labels = (self._first(segments, modality) for modality in ("image", "text", "label"))
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels

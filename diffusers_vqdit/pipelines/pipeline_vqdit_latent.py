@@ -203,17 +203,41 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             return prediction
         return prediction[:, :channels]
 
+    def _repeated(self, value: torch.Tensor, total: int) -> torch.Tensor:
+        """A tensor of one row, or of one for each given sample, as `total` rows, equal ones next to one another."""
+        return value.to(self._execution_device).repeat_interleave(total // len(value), dim=0)
+
+    def _encode_inputs(
+        self, texts: list[str] | None, numbers: list[int] | None, total: int
+    ) -> tuple[torch.LongTensor, VQDiTPrefix | None]:
+        """Labels (total,), the one for none where there are none, and the texts as a prefix."""
+        free = [self.transformer.config.num_embeds_ada_norm]
+        labels = self._repeated(torch.tensor(free if numbers is None else numbers), total)
+        if texts is None:
+            return labels, None
+        return labels, self.transformer.encode_caption(*(self._repeated(v, total) for v in self.encode_prompt(texts)))
+
+    def _finish(self, drawn: torch.Tensor, pixels: torch.Tensor | None, mask: torch.Tensor | None, kind: str) -> Any:
+        """Pictures of drawn pixels (B, C, H, W) in [-1, 1], pasted into those that were repainted."""
+        if mask is None:
+            return self.image_processor.postprocess(drawn, output_type=kind)
+        repainted = cut_out(drawn, tuple(pixels.shape[2:])) / 2 + 0.5
+        pixels, mask = (self._repeated(value, len(drawn)) for value in (pixels, mask))
+        return self.pixel_processor.postprocess(torch.where(mask > 0, repainted, pixels), kind)
+
     def _encode_source(
-        self, pixels: torch.Tensor, mask: torch.Tensor | None, height: int, width: int
+        self, pixels: torch.Tensor, mask: torch.Tensor | None, height: int, width: int, total: int
     ) -> tuple[torch.Tensor, torch.BoolTensor | None]:
-        """Latents (B, C, h, w) of pictures in [0, 1] at their own size, and which of them their masks touch (B, 1, h,
-        w)."""
+        """Latents (total, C, h, w) of pictures in [0, 1] at their own size, and which of them their masks touch
+        (total, 1, h, w)."""
         inputs = 2.0 * pixels.to(self._execution_device) - 1.0
         if mask is None:
-            return encode_latents(self.vae, resize_pixels(inputs, (height, width), self.config.resize_mode)), None
+            inputs = resize_pixels(inputs, (height, width), self.config.resize_mode)
+            return self._repeated(encode_latents(self.vae, inputs), total), None
         mask = mask.to(inputs)
         source = encode_latents(self.vae, resize_pixels(fill_with_surroundings(inputs, mask), (height, width)))
-        return source, touched_patches(mask, (height, width), tuple(source.shape[2:]))[:, None]
+        hole = touched_patches(mask, (height, width), tuple(source.shape[2:]))[:, None]
+        return self._repeated(source, total), self._repeated(hole, total)
 
     def _begin(
         self,
@@ -306,17 +330,14 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
 
         Args:
             prompt: text or texts to draw.
-            class_labels: label or labels to draw, by number or name. Without prompt and labels, pictures are drawn
-                unconditionally.
+            class_labels: label or labels to draw, by number or name. Nothing given means unconditionally.
             image: pictures to begin from: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1].
             mask_image: one mask or one a picture, white where to repaint. Black pixels come out as they went in.
             strength: share of the noising that `image` goes through, in (0, 1]; by default 0.8, or 1 with a mask.
-            height, width: of the pictures in pixels; by default the trained size. With a mask the result has the
-                size of `image`.
-            guidance_scale: g of classifier-free guidance e_u + g (e_c - e_u) (Ho & Salimans 2022); 1 is none. Not
-                used where nothing is given.
-            num_inference_steps: steps of the scheduler.
-            num_images_per_prompt: samples for each given one, next to one another.
+            height, width: in pixels; by default the trained size. With a mask the result has the size of `image`.
+            guidance_scale: g of classifier-free guidance e_u + g (e_c - e_u) (Ho & Salimans 2022); 1 is none.
+            num_inference_steps: steps of the scheduler, up to 100,000.
+            num_images_per_prompt: samples for each given one, next to one another; 65,536 in all at the most.
             eta: eta of DDIM (Song et al. 2021, eq. 16); read by schedulers that have it.
             generator: one for the batch, or one a sample.
             latents: noise (B, C, h, w) of unit variance to begin from.
@@ -359,21 +380,10 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             tensor_inputs=tensor_inputs,
         )
         guidance_scale = guidance_scale if texts is not None or numbers is not None else 1.0
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        device = self._execution_device
+        self._guidance_scale, self._interrupt, device = guidance_scale, False, self._execution_device
 
-        # 2. Encode what is given, each sample `num_images_per_prompt` times
-        def repeated(value: torch.Tensor) -> torch.Tensor:
-            value = value.to(device)
-            return value.repeat_interleave(total // len(value) if len(value) == 1 else num_images_per_prompt, dim=0)
-
-        if numbers is not None:
-            labels = repeated(torch.tensor(numbers))
-        else:
-            labels = torch.full((total,), self.transformer.config.num_embeds_ada_norm, device=device)
-        prefix = None
-        if texts is not None:
-            prefix = self.transformer.encode_caption(*(repeated(value) for value in self.encode_prompt(texts)))
+        # 2. Encode what is given
+        labels, prefix = self._encode_inputs(texts, numbers, total)
 
         # 3. Noise, a scheduler of the call's own with its times, and the picture to begin from
         shape = (total, self.transformer.config.in_channels, height // factor, width // factor)
@@ -383,15 +393,9 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             noise = latents.to(device, torch.float32)
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(int(num_inference_steps), device=device)
-        source, hole = None, None
-        if pixels is not None:
-            source, hole = (
-                value if value is None else repeated(value)
-                for value in self._encode_source(pixels, mask, height, width)
-            )
+        source, hole = (None, None) if pixels is None else self._encode_source(pixels, mask, height, width, total)
         latents, timesteps = self._begin(scheduler, int(num_inference_steps), noise, source, hole, strength)
-        self._num_timesteps = len(timesteps)
-        accepted = inspect.signature(scheduler.step).parameters
+        self._num_timesteps, accepted = len(timesteps), inspect.signature(scheduler.step).parameters
 
         # 4. Denoise
         latents = self._denoise(
@@ -412,13 +416,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             images = latents
         else:
             drawn = decode_latents(self.vae, latents, force_not_quantize).float()
-            if mask is None:
-                images = self.image_processor.postprocess(drawn, output_type=output_type)
-            else:
-                repainted = cut_out(drawn, tuple(pixels.shape[2:])) / 2 + 0.5
-                images = self.pixel_processor.postprocess(
-                    torch.where(repeated(mask) > 0, repainted, repeated(pixels)), output_type
-                )
+            images = self._finish(drawn, pixels, mask, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
