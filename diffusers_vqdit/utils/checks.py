@@ -24,7 +24,10 @@ def check_number(
     name: str, value: Any, low: float | None = None, high: float | None = None, *, above: bool = False
 ) -> float:
     """`value` as a finite float from `low` to `high`, both included; None is no bound, `above` leaves `low` out."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        fits = False
     if fits and low is not None:
         fits = value > low if above else value >= low
     if not fits or (high is not None and value > high):
