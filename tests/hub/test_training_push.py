@@ -139,8 +139,9 @@ def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
     run("train_text_vq", f"{COMMON} {data} --output_dir {tmp_path / 'tv'} --hub_model_id alice/tv")
     images, texts = published_files(hub, "alice/iv"), published_files(hub, "alice/tv")
     weights = "diffusion_pytorch_model.safetensors"
-    assert {"README.md", "config.json", weights, "samples/step-000002.png"} <= set(images)
-    assert {"README.md", "config.json", weights, "tokenizer/tokenizer.json"} <= set(texts)
+    model, tokenizer = {".gitattributes", "README.md", "config.json", weights}, "tokenizer/tokenizer"
+    assert set(images) == model  # and not the validation pictures, which are the data's
+    assert set(texts) == {*model, f"{tokenizer}.json", f"{tokenizer}_config.json"}
     for files in (images, texts):
         assert not any(path.startswith("checkpoint") for path in files)
         assert ModelCard(files["README.md"].content.decode()).data.eval_results
