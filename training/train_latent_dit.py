@@ -478,7 +478,7 @@ def main(args: argparse.Namespace) -> None:
                 pipeline,
                 files=files,
                 measures=[Measure(args.objective, "training loss", smooth, "training data")] if smooth else [],
-                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument),
+                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
                 step=step,
             )
         transformer.train()

@@ -413,7 +413,9 @@ def main(args: argparse.Namespace) -> None:
                 measures=[
                     Measure(task, f"training loss ({args.loss_weighting})", x, "training data") for task, x in losses
                 ],
-                samples=draw_gallery(pipeline, args.validation_prompts, args.output_dir, name, args.seed),
+                samples=draw_gallery(
+                    pipeline, args.validation_prompts, args.output_dir, name, args.seed, hub_token=args.hub_token
+                ),
                 step=step,
             )
         unwrap(transformer).train()

@@ -24,7 +24,7 @@ _push_logger = logging.get_logger(__name__)
 # tokenizers and processors have besides the vocabulary.
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.[\w-]+?)?(?:-\d{5}-of-\d{5})?"
-    r"(?:\.[\w-]+?)?\.(?:safetensors|bin)(?:\.index(?:\.[\w-]+)?\.json)?"
+    r"(?:\.[\w-]+?)?\.(?:safetensors|bin|flashpack)(?:\.index(?:\.[\w-]+)?\.json)?"
 )
 _TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -40,25 +40,26 @@ def draw_gallery(
     model_id: str,
     seed: int = 0,
     argument: str = "prompt",
+    hub_token: str | None = None,
 ) -> dict[str, str]:
     """Draw prompts into ``samples/`` of a folder, with metadata that say that they are generated.
 
     Args:
         argument: of the pipeline's call, that takes them: ``"prompt"`` or ``"class_labels"``.
+        hub_token: a secret that no metadata shows.
 
     Returns:
         the prompts by the path of their picture in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    gallery = {}
+    gallery, secrets = {}, known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         images = pipeline(**{argument: list(prompts)}, generator=generators).images
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = f"samples/{index}.png"
-            save_generated(
-                image, folder / path, model_id=model_id, description=without_secrets(prompt, known_secrets())
-            )
+            shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))
+            save_generated(image, folder / path, model_id=shown_id, description=shown_prompt)
             gallery[path] = prompt
     return gallery
 

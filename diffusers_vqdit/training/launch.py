@@ -45,9 +45,9 @@ def asked_processes(command: list[str]) -> int | None:
 def check_launch() -> None:
     """See that as many processes train together as were asked for; called before Accelerate is set up.
 
-    Where ``torchrun`` has started several on a machine without an accelerator, Accelerate is told to use the CPUs: it would take
-    each of them for a run of its own. Where ``accelerate launch`` was asked for several and has started one, as it
-    does on CPUs, a warning says so.
+    Where ``torchrun`` has started several on a machine without an accelerator, Accelerate is told to use the CPUs: it
+    would take each of them for a run of its own. Where ``accelerate launch`` was asked for several and has started
+    one, as it does on CPUs, a warning says so.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if not torch.accelerator.is_available():
