@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 COMPILED = {"image_vq": ["Encoder", "Decoder"], "text_vq": ["ConvBlock", "ConvBlock"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
