@@ -21,8 +21,8 @@ LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerTy
 
 
 def is_due(step: int, every: int, last: int | None = None) -> bool:
-    """Whether what is done every so many steps, and at the `last` one, is done at this step; 0 means never."""
-    return every > 0 and (step % every == 0 or step == last)
+    """Whether what is done every so many steps, 0 for never, and at the `last` one, is done at this step."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def add_training_arguments(
@@ -79,7 +79,10 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
     """Add the flags of checkpoints, validation, trackers and uploads, and return their group."""
     group = parser.add_argument_group("checkpoints, validation, tracking, publishing")
     group.add_argument(
-        "--checkpointing_steps", type=non_negative_integer, default=500, help="Steps between checkpoints; 0: none."
+        "--checkpointing_steps",
+        type=non_negative_integer,
+        default=500,
+        help="Steps between checkpoints; 0: at the end only.",
     )
     group.add_argument(
         "--checkpoints_total_limit",
@@ -92,7 +95,7 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
         "--validation_steps",
         type=non_negative_integer,
         default=validation_steps,
-        help="Steps between validations; 0: none.",
+        help="Steps between validations; 0: at the end only.",
     )
     group.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
