@@ -229,6 +229,8 @@ def build_index(
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(codes), generator=generator)[:FIT_SIZE].to(codes.device)
     sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
+    if not sample.isfinite().all():
+        raise ValueError("the transformer's features of the gallery are not finite")
     mean = sample.mean(0)
     sample = sample - mean
     # The covariance has (N D)^2 entries, the Gram matrix of the sample as many as items squared; they share spectra.

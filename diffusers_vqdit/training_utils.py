@@ -26,6 +26,7 @@ from .image_utils import resize_image, to_rgb
 from .models.quantizers import mean_over_processes
 from .tasks import Task
 from .utils.checks import shown
+from .utils.redaction import known_secrets, without_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -226,10 +227,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
     """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None.
 
-    Without the Hub's token, which others would read in the tracker.
+    Without the Hub's token and other secrets, which others would read in the tracker.
     """
+    secrets = known_secrets(args.hub_token)
     kept = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    return {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in kept.items()}
+    return {n: v if isinstance(v, int | float) else without_secrets(str(v), secrets) for n, v in kept.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
