@@ -84,23 +84,6 @@ def check_batch(sizes: dict[str, int], num_images_per_prompt: int, generator: An
     return total
 
 
-def check_texts(name: str, texts: Any) -> list[str]:
-    """One or several texts as a list: each a string that isn't blank and that UTF-8 can hold."""
-    texts = texts if isinstance(texts, list) else [texts]
-    if not texts:
-        raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name} must be a non-empty string or a list of them, got {shown(text)}")
-        lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
-        if lone is not None:
-            raise ValueError(
-                f"{name}={shown(text)} has the lone surrogate U+{ord(lone):04X}, half a character: decode the text "
-                "as it was encoded"
-            )
-    return texts
-
-
 def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> list[int]:
     """One or several labels, by number or name, as a list of numbers in [0, size)."""
     labels = labels if isinstance(labels, list) else [labels]

@@ -7,7 +7,8 @@ import torch
 from ..image_utils import own_size, read_images, read_mask
 from ..tasks import Task, check_task
 from ..utils.checks import shown
-from .check_inputs import check_batch, check_call, check_labels, check_temperature, check_texts
+from ..utils.texts import check_texts
+from .check_inputs import check_batch, check_call, check_labels, check_temperature
 
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]

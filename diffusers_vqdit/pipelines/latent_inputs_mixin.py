@@ -7,7 +7,8 @@ import torch
 from ..image_utils import own_size, read_images, read_mask
 from ..latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
-from .check_inputs import MAX_SIDE, check_batch, check_call, check_labels, check_latents, check_texts
+from ..utils.texts import check_texts
+from .check_inputs import MAX_SIDE, check_batch, check_call, check_labels, check_latents
 
 
 class LatentInputsMixin:

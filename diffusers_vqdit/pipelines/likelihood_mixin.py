@@ -11,7 +11,8 @@ from ..likelihood import LikelihoodOutput, check_num_samples, negative_elbo, str
 from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
-from .check_inputs import check_batch, check_generator, check_texts
+from ..utils.texts import check_texts
+from .check_inputs import check_batch, check_generator
 
 
 @dataclass

@@ -14,23 +14,24 @@ _tokenizer_lock = threading.Lock()
 
 
 def check_texts(name: str, texts: Any) -> list[str]:
-    """`texts` as a list of strings: one string or a list of them, each with something to read.
+    """One or several texts as a list: each a string that isn't blank and that UTF-8 can hold.
 
     Raises:
-        ValueError: for an empty list, what is no string, an empty string, or one with lone surrogates, which no
-            encoding has.
+        ValueError: for an empty list, what is no string, an empty string, or one with lone surrogates.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list | tuple) or not texts:
-        raise ValueError(f"{name}={shown(texts)} must be a non-empty string or a list of them")
+    texts = texts if isinstance(texts, list) else [texts]
+    if not texts:
+        raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name} must be a non-empty string or a list of them, got {shown(text)}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name}={shown(text)} is no valid Unicode: {error.reason} at {error.start}") from None
-    return list(texts)
+        lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+        if lone is not None:
+            raise ValueError(
+                f"{name}={shown(text)} has the lone surrogate U+{ord(lone):04X}, half a character: decode the text "
+                "as it was encoded"
+            )
+    return texts
 
 
 def tokenize_to_length(
