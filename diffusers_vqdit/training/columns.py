@@ -1,0 +1,123 @@
+"""Columns of captions and labels: what they may hold, and labels as numbers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..utils.checks import shown
+
+
+def check_captions(captions: Iterable[Any], column: str) -> None:
+    """Raise a ValueError unless each caption is a string with some text, or a list of one or more of them.
+
+    The message names the column, and the first rows whose caption is missing or of another type.
+    """
+    missing, wrong = [], []
+    for row, value in enumerate(captions):
+        texts = value if isinstance(value, list | tuple) else [value]
+        if not texts or any(text is None for text in texts):
+            missing.append(row)
+        elif odd := [text for text in texts if not isinstance(text, str)]:
+            wrong.append((row, odd[0]))
+        elif not all(text.strip() for text in texts):
+            missing.append(row)
+    if wrong:
+        kinds = sorted({type(value).__name__ for _, value in wrong})
+        raise ValueError(
+            f"column {column!r} has {len(wrong)} rows of the type {' and '.join(kinds)}, the first are rows "
+            f"{[row for row, _ in wrong[:5]]} with {shown(wrong[0][1], 40)}; captions must be strings or lists of them"
+        )
+    if missing:
+        raise ValueError(f"column {column!r}: {len(missing)} rows have no caption, the first are rows {missing[:5]}")
+
+
+def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
+    """The captions of each row, one or several, after [`check_captions`]."""
+    captions = list(captions)
+    check_captions(captions, column)
+    return [[value] if isinstance(value, str) else list(value) for value in captions]
+
+
+def draw_captions(
+    captions: dict[str, list[list[str]]], rows: Iterable[int], generator: torch.Generator | None = None
+) -> list[str]:
+    """One caption for each of `rows`: a column drawn evenly, then one of its texts there."""
+    wordings, rows = list(captions.values()), list(rows)
+    columns = torch.randint(len(wordings), (len(rows),), generator=generator).tolist()
+    chosen = [wordings[column][row] for column, row in zip(columns, rows, strict=True)]
+    if max(map(len, chosen)) == 1:
+        return [texts[0] for texts in chosen]
+    shares = torch.rand(len(rows), generator=generator, dtype=torch.float64).tolist()
+    return [texts[int(share * len(texts))] for texts, share in zip(chosen, shares, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tuple[list[str], list[str]]:
+    """The name of each row's label, and all names in the order of their numbers.
+
+    Args:
+        values: strings or integers; with a `ClassLabel`, its integers.
+        column: the column's name, for messages.
+        feature: the column's feature. A `ClassLabel`'s names keep their order; others are sorted, integers as numbers.
+
+    Raises:
+        ValueError: for labels that are missing, of another type, or have white space around them; it names the rows.
+    """
+    known = list(feature.names) if hasattr(feature, "int2str") else None
+    names, wrong = [], []
+    for row, value in enumerate(values):
+        if known is not None and isinstance(value, int) and 0 <= value < len(known):
+            value = known[value]
+        elif known is not None or (isinstance(value, float) and not value.is_integer()):
+            wrong.append((row, value))
+            continue
+        elif isinstance(value, float):  # integers beside a missing one
+            value = int(value)
+        if isinstance(value, int) or (isinstance(value, str) and value and value == value.strip()):
+            names.append(str(value))
+        else:
+            wrong.append((row, value))
+    if wrong:
+        raise ValueError(
+            f"column {column!r}: {len(wrong)} rows have no label that can be used, the first are "
+            f"{', '.join(f'row {row} with {shown(value, 40)}' for row, value in wrong[:5])}; labels are strings "
+            "without white space around them, or integers"
+        )
+    if known is not None:
+        return names, known
+    found = set(names)
+    numbers = all(name.removeprefix("-").isdecimal() for name in found)
+    return names, sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
+
+
+def label_numbers(id2label: dict[int, str]) -> dict[str, int]:
+    """The number of each name; of a name with commas, its parts too, where no whole name is the same."""
+    parts = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
+    return {**parts, **{name: number for number, name in id2label.items()}}
+
+
+def encode_labels(
+    values: Iterable[Any], column: str, feature: Any = None, id2label: dict[int, str] | None = None, size: int = 0
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """Labels as numbers (N,) int64, and the names of all numbers.
+
+    Args:
+        values, column, feature: as in [`label_names`].
+        id2label: the known numbers and names, such as a pretrained pipeline's. Names that it lacks are added.
+        size: how many numbers are taken, where more are than have names.
+    """
+    names, order = label_names(values, column, feature)
+    id2label = dict(id2label or {})
+    numbers = label_numbers(id2label)
+    first = max([size - 1, *id2label]) + 1 if id2label else 0
+    wanted = order if not id2label else [name for name in order if name in set(names)]
+    for name in wanted:
+        if name not in numbers:
+            numbers[name] = first
+            id2label[first] = name
+            first += 1
+    return torch.tensor([numbers[name] for name in names]), id2label
