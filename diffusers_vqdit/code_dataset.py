@@ -17,6 +17,7 @@ from .models.image_vq import ImageVQModel
 from .models.text_vq import TextVQModel
 from .tasks import Task
 from .training_utils import check_captions, decode_images, to_pixels
+from .utils.texts import tokenize_to_length
 
 
 INDEX_FILE = "segments.json"
@@ -160,14 +161,9 @@ def encode_texts(texts: list[str], text_vq: TextVQModel, tokenizer, batch_size: 
     """Codes (N, L) int64 of `texts`, on the CPU."""
     codes = []
     for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(
-            texts[start : start + batch_size],
-            padding="max_length",
-            truncation=True,
-            max_length=text_vq.config.max_length,
-            return_tensors="pt",
-        ).to(text_vq.device)
-        codes.append(text_vq.encode_codes(tokens.input_ids, tokens.attention_mask).cpu())
+        part = texts[start : start + batch_size]
+        ids, mask, _ = tokenize_to_length(tokenizer, part, text_vq.config.max_length)
+        codes.append(text_vq.encode_codes(ids.to(text_vq.device), mask.to(text_vq.device)).cpu())
     return torch.cat(codes)
 
 

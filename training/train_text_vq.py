@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +42,7 @@ from diffusers_vqdit.training_utils import (
     tracker_config,
     unwrap,
 )
+from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
 
 
 logger = get_logger(__name__)
@@ -96,14 +97,26 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
+def text_normalizer(lower_case: bool) -> normalizers.Normalizer:
+    """One spelling for texts that look alike: composed characters (NFC), no invisible ones, single spaces."""
+    invisible = Regex(r"[\x{0}-\x{8}\x{E}-\x{1F}\x{7F}\x{AD}\x{200B}\x{2060}\x{FEFF}]")  # byte order mark, ...
+    steps = [normalizers.NFC(), normalizers.Replace(invisible, ""), normalizers.Replace(Regex(r"\s+"), " ")]
+    return normalizers.Sequence([*steps, normalizers.Strip(), *([normalizers.Lowercase()] if lower_case else [])])
+
+
 def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (lossless on any text) with a token for padding and one for a blank to fill in."""
+    """A byte-level BPE tokenizer with a token for padding and one for a blank to fill in.
+
+    It gives texts back as its normaliser writes them, in lower case where all captions are.
+    """
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = text_normalizer(lower_case=all(text == text.lower() for text in captions))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "<mask>"],
+        # Found after the normaliser has read the whole text: else it would strip the spaces beside a blank.
+        special_tokens=[AddedToken(token, normalized=True, special=True) for token in ("<pad>", "<mask>")],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -119,12 +132,10 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> Pr
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str], max_length: int) -> torch.Tensor:
     """Token ids (N, max_length) int64; says how many captions had to be cut."""
-    cut = sum(len(ids) > max_length for ids in tokenizer(captions).input_ids)
-    if cut:
+    ids, _, counts = tokenize_to_length(tokenizer, captions, max_length)
+    if cut := sum(count > max_length for count in counts):
         logger.warning(f"{cut} of {len(captions)} captions have more than max_length={max_length} tokens and are cut")
-    return tokenizer(
-        captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    ).input_ids
+    return ids
 
 
 @torch.no_grad()
@@ -135,7 +146,8 @@ def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: l
     decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
     texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
     model.train()
-    return {"validation/exact": sum(a == b for a, b in zip(texts, captions, strict=True)) / len(captions)}
+    exact = sum(text == normalized(tokenizer, truth) for text, truth in zip(texts, captions, strict=True))
+    return {"validation/exact": exact / len(captions)}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
-from transformers import BatchEncoding
 
 from ..image_utils import (
     back_project,
@@ -21,6 +20,8 @@ from ..image_utils import (
     split_tiles,
     touched_patches,
 )
+from ..utils.checks import shown
+from ..utils.texts import check_texts, tokenize_to_length
 
 
 logger = logging.get_logger(__name__)
@@ -44,22 +45,20 @@ class PictureSource:
 class CodesMixin:
     """The part of [`VQDiTPipeline`] that encodes what is given and decodes what is generated."""
 
-    def _tokenize(self, prompt: list[str]) -> BatchEncoding:
+    def _tokenize(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
-        for text in prompt:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
-        length = self.text_vq.config.max_length
-        for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
-            if len(ids) > length:
-                logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
-        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return tokens.to(self._execution_device)
+        prompt, length = check_texts("prompt", prompt), self.text_vq.config.max_length
+        ids, mask, counts = tokenize_to_length(self.tokenizer, prompt, length)
+        for text, count in zip(prompt, counts, strict=True):
+            if not count:
+                raise ValueError(f"prompt {shown(text)} has nothing to read")
+            if count > length:
+                logger.warning(f"prompt {text!r} has {count} tokens; only the first {length} are used")
+        return ids.to(self._execution_device), mask.to(self._execution_device)
 
     def encode_prompt(self, prompt: list[str]) -> torch.LongTensor:
         """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
-        tokens = self._tokenize(prompt)
-        return self.text_vq.encode_codes(tokens.input_ids, tokens.attention_mask)
+        return self.text_vq.encode_codes(*self._tokenize(prompt))
 
     def _infill(self, prompt: list[str], segment: str) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
         """What texts with blanks tell of a generated text.
@@ -73,17 +72,16 @@ class CodesMixin:
         """
         blank, pad = self.tokenizer.mask_token_id, self.tokenizer.pad_token_id
         closed = [re.sub(rf"\s*{re.escape(self.tokenizer.mask_token)}", self.tokenizer.mask_token, t) for t in prompt]
-        tokens = self._tokenize(closed)
-        known = tokens.input_ids != blank
+        tokens, attention_mask = self._tokenize(closed)
+        known = tokens != blank
         filled = [
-            self.text_vq.encode_codes(torch.where(known, tokens.input_ids, token), tokens.attention_mask)
-            for token in (pad, blank)
+            self.text_vq.encode_codes(torch.where(known, tokens, token), attention_mask) for token in (pad, blank)
         ]
         per_code = filled[0].shape[1] * self.text_vq.config.downsample_factor // known.shape[1]
         touched = (~known).unflatten(1, (-1, self.text_vq.config.downsample_factor)).any(-1)
         touched = touched.repeat_interleave(per_code, dim=1) | (filled[0] != filled[1])
         size = self.transformer.config.segments[segment]["vocab_size"]
-        return filled[0].masked_fill(touched, size), tokens.input_ids, known
+        return filled[0].masked_fill(touched, size), tokens, known
 
     def _has_blank(self, prompt: Any) -> bool:
         """Whether a text asks to be filled in."""

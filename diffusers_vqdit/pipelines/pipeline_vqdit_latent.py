@@ -21,6 +21,8 @@ from ..latents import decode_latents, downsample_factor, encode_latents
 from ..models.image_vq import ImageVQModel
 from ..models.layers import VQDiTPrefix
 from ..models.text_vq import TextVQModel
+from ..utils.checks import shown
+from ..utils.texts import check_texts, tokenize_to_length
 from .pipeline_utils import PluginPipelineMixin
 
 
@@ -129,21 +131,18 @@ class VQDiTLatentPipeline(PluginPipelineMixin, DiffusionPipeline):
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
-        for text in prompt:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"prompt must be a non-empty string or a list of them, got {text!r}")
-        ours = isinstance(self.text_encoder, TextVQModel)
+        prompt, ours = check_texts("prompt", prompt), isinstance(self.text_encoder, TextVQModel)
         length = self.text_encoder.config.max_length if ours else self.config.max_sequence_length
-        for text, ids in zip(prompt, self.tokenizer(prompt, verbose=False).input_ids, strict=True):
-            if len(ids) > length:
-                logger.warning(f"prompt {text!r} has {len(ids)} tokens; only the first {length} are used")
-        padding = "max_length" if ours else "longest"
-        tokens = self.tokenizer(prompt, padding=padding, truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(self._execution_device)
+        ids, mask, counts = tokenize_to_length(self.tokenizer, prompt, length, "max_length" if ours else "longest")
+        for text, count in zip(prompt, counts, strict=True):
+            if not count:
+                raise ValueError(f"prompt {shown(text)} has nothing to read")
+            if count > length:
+                logger.warning(f"prompt {text!r} has {count} tokens; only the first {length} are used")
+        ids, mask = ids.to(self._execution_device), mask.to(self._execution_device)
         if ours:
-            return self.text_encoder.encode_states(tokens.input_ids, tokens.attention_mask)
-        states = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return states, tokens.attention_mask.bool()
+            return self.text_encoder.encode_states(ids, mask)
+        return self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()
 
     def _own_size(self, image: PipelineImageInput) -> torch.Tensor:
         """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""

@@ -1,0 +1,72 @@
+"""Texts to token ids of one length, with any tokenizer of transformers."""
+
+import threading
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .checks import shown
+
+
+# A fast tokenizer holds the last call's truncation and padding: two threads that set others raise "Already borrowed".
+_tokenizer_lock = threading.Lock()
+
+
+def check_texts(name: str, texts: Any) -> list[str]:
+    """`texts` as a list of strings: one string or a list of them, each with something to read.
+
+    Raises:
+        ValueError: for an empty list, what is no string, an empty string, or one with lone surrogates, which no
+            encoding has.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list | tuple) or not texts:
+        raise ValueError(f"{name}={shown(texts)} must be a non-empty string or a list of them")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name} must be a non-empty string or a list of them, got {shown(text)}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}={shown(text)} is no valid Unicode: {error.reason} at {error.start}") from None
+    return list(texts)
+
+
+def tokenize_to_length(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, padding: str = "max_length"
+) -> tuple[torch.LongTensor, torch.LongTensor, list[int]]:
+    """Token ids (B, length) and their attention mask, both int64, and how many tokens each text has uncut.
+
+    What is longer is cut off. The tokenizer may be used by several threads at once.
+
+    Args:
+        tokenizer: of transformers; its special tokens stay where it cuts.
+        texts: strings.
+        length: tokens that are kept at most.
+        padding: ``"max_length"`` to `length`, or ``"longest"`` to the longest text that is left.
+    """
+    options = {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    with _tokenizer_lock:
+        tokens = tokenizer(texts, **options)
+        if tokens.encodings is None:  # a tokenizer in Python
+            counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        else:
+            counts = [sum(map(_content, [one, *one.overflowing])) + _special(one) for one in tokens.encodings]
+    return tokens.input_ids, tokens.attention_mask, counts
+
+
+def _special(encoding: Any) -> int:
+    """Tokens of an encoding that the tokenizer adds itself, such as the end of a text."""
+    added = zip(encoding.special_tokens_mask, encoding.attention_mask, strict=True)
+    return sum(special and attended for special, attended in added)
+
+
+def _content(encoding: Any) -> int:
+    return sum(encoding.attention_mask) - _special(encoding)
+
+
+def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text as a fast tokenizer reads it: after its normaliser, where it has one."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return normalizer.normalize_str(text) if normalizer is not None else text
