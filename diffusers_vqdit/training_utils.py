@@ -22,8 +22,8 @@ from PIL import Image, ImageOps
 
 from .image_utils import on_white
 from .tasks import Task
-from .training.columns import check_captions
-from .training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
+from .training.columns import check_captions  # noqa: F401
+from .training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels  # noqa: F401
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 # Data; its other functions stand in training/, and are given out here under their older place
 
 
-def decode_image(value: dict, resolution: int) -> torch.Tensor:
+def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
     """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
 
     Transparent pixels become white; the shorter side is resized to `resolution` and the centre is cropped.

@@ -1,11 +1,16 @@
 """Columns of captions and labels: what they may hold, and labels as numbers."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..utils.checks import shown
+from ..utils.texts import tokenize_to_length
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_captions(captions: Iterable[Any], column: str) -> None:
@@ -50,6 +55,16 @@ def draw_captions(
         return [texts[0] for texts in chosen]
     shares = torch.rand(len(rows), generator=generator, dtype=torch.float64).tolist()
     return [texts[int(share * len(texts))] for texts, share in zip(chosen, shares, strict=True)]
+
+
+def warn_of_cut(texts: list[str], tokenizer, length: int) -> None:
+    """One warning, with the count, where texts have more than `length` tokens."""
+    cut = 0
+    for start in range(0, len(texts), 1024):
+        counts = tokenize_to_length(tokenizer, texts[start : start + 1024], length)[2]
+        cut += sum(count > length for count in counts)
+    if cut:
+        logger.warning(f"{cut} of {len(texts)} captions have more than max_length={length} tokens and are cut")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -202,27 +202,35 @@ def decode_images(
     Raises:
         ValueError: if no picture could be read.
     """
+    pictures, rows = decode_rows(dataset, range(len(dataset)), image_column, resolution, resize_mode)
+    if not rows:
+        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
+    if len(rows) < len(dataset):
+        logger.warning(f"skipped {len(dataset) - len(rows)} of {len(dataset)} pictures that could not be read")
+    return pictures, rows
+
+
+def decode_rows(
+    dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
+) -> tuple[torch.Tensor, list[int]]:
+    """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
     from ..training_utils import decode_image  # that module gives out this one's names
 
-    pictures, rows = [], []
-    for row in range(len(dataset)):
+    pictures, read = [], []
+    for row in rows:
         value = None
         try:
             value = dataset[row][image_column]
             picture = decode_image(value, resolution, resize_mode=resize_mode)
         except Exception as error:  # whatever a picture raises: it is one of many
-            if row - len(rows) < MAX_NAMED:
+            if skipped < MAX_NAMED:
                 named = (value.get("path") if isinstance(value, dict) else None) or f"in row {row}"
                 logger.warning(f"skipped picture {named}: {type(error).__name__}: {error}")
+            skipped += 1
             continue
         pictures.append(((picture + 1.0) * 127.5).round().to(torch.uint8))
-        rows.append(row)
-    skipped = len(dataset) - len(rows)
-    if not rows:
-        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
-    if skipped:
-        logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
-    return torch.stack(pictures), rows
+        read.append(row)
+    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), read
 
 
 def to_pixels(pictures: torch.Tensor) -> torch.Tensor:

@@ -307,7 +307,9 @@ def _table(files: list[Path], rows: list[dict[str, Any]], classes: list[str] | N
                 raise ValueError(message) from error
             logger.warning(f"{message}; it is left out")
     image = [_source(path) for path in files]
-    dataset = Dataset(pa.table({"image": pa.array(image, pa.struct({"bytes": pa.binary(), "path": pa.string()}))} | arrays))
+    dataset = Dataset(
+        pa.table({"image": pa.array(image, pa.struct({"bytes": pa.binary(), "path": pa.string()}))} | arrays)
+    )
     dataset = dataset.cast_column("image", Image(decode=False))
     return dataset.cast_column("label", ClassLabel(names=classes)) if classes else dataset
 
@@ -325,5 +327,7 @@ def _utf8(text: str) -> str:
 
 
 def _archives(folder: Path) -> str:
-    archives = [name for name in _below(folder) if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))]
+    archives = [
+        name for name in _below(folder) if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
+    ]
     return f"; unpack {first_of(sorted(archives))}" if archives else ""

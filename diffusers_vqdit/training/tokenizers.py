@@ -18,9 +18,7 @@ def load_image_vq(name: str, *, cache_dir: str | None = None, **options) -> Imag
     return ImageVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
 
 
-def load_text_vq(
-    name: str, *, cache_dir: str | None = None, **options
-) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
+def load_text_vq(name: str, *, cache_dir: str | None = None, **options) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     """The text tokenizer in a folder or Hub repository, named as in [`load_image_vq`], and its `tokenizer`, which
     stands in the model's folder or, in a pipeline, beside it.
 
