@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ..models.transformer_vqdit import check_segments
+from ..models.config_checks import check_segments
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
 from .files import first_of
