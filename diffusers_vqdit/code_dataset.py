@@ -23,7 +23,7 @@ from .models.image_vq import ImageVQModel
 from .models.text_vq import TextVQModel
 from .tasks import Task
 from .training.code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
-from .training.columns import caption_lists, encode_labels, label_names, warn_of_cut
+from .training.columns import caption_lists, encode_labels, warn_of_cut
 from .training.data import decode_rows, to_pixels
 from .utils.checks import check_integer
 from .utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, tokenizer_fingerprint
@@ -111,12 +111,12 @@ def encode_dataset(
         )
     codes_of_labels = None
     if label_column is not None:
-        feature = dataset.features[label_column]
-        names, order = label_names(dataset[label_column], label_column, feature)
-        labels = list(labels or order)
-        if unknown := [name for name in order if name in set(names) - set(labels)]:
+        known, values = dict(enumerate(labels or [])), dataset[label_column]
+        codes_of_labels, names = encode_labels(values, label_column, dataset.features[label_column], known)
+        if known and len(names) > len(known):
+            unknown = list(names.values())[len(known) :]
             raise ValueError(f"column {label_column!r}: the labels {unknown[:5]} are not among {labels}")
-        codes_of_labels, _ = encode_labels(names, label_column, id2label=dict(enumerate(labels)))
+        labels = list(names.values())
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ class CodeDataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         index = read_index(folder)
         self.segments: dict[str, dict] = index["segments"]
         self.labels: list[str] = index["labels"]
@@ -269,6 +269,21 @@ class CodeDataset:
 
     def __len__(self) -> int:
         return len(next(iter(self.codes.values())))
+
+    def check_tokenizers(self, image_vq=None, text_vq=None, tokenizer=None) -> None:
+        """Raise a ValueError that names the tokenizers that did not make these codes; None is not checked."""
+        checks = {"image_vq": model_fingerprint, "text_vq": model_fingerprint, "tokenizer": tokenizer_fingerprint}
+        models = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+        other = [
+            name
+            for name, model in models.items()
+            if model is not None and self.fingerprints.get(name) not in (None, checks[name](model))
+        ]
+        if other:
+            raise ValueError(
+                f"the codes in {str(self.folder)!r} were made by another {' and '.join(other)} than the one given; "
+                "give the one that made them, or encode the data again"
+            )
 
     def batch(
         self, rows: torch.Tensor, task: Task, *, generator: torch.Generator | None = None

@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ..models.config_checks import check_segments
+from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
-from .files import first_of
+from .image_folder import first_of
 
 
 logger = logging.getLogger(__name__)
@@ -80,14 +80,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     segments, labels = index.get("segments"), index.get("labels")
     need(isinstance(segments, dict) and len(segments) > 0, "segments", segments, "an object of one or more segments")
     for name, segment in segments.items():
-        need(isinstance(segment, dict), f"segments[{name!r}]", segment, "an object with vocab_size and shape")
-        need(type(segment.get("shared_with", "")) is str, f"segments[{name!r}].shared_with", segment, "a segment")
-        for number in [segment.get("vocab_size"), *(segment.get("shape") or [] if _is_list(segment) else [])]:
-            need(type(number) is int and 0 < number < 2**31, f"segments[{name!r}]", segment, "of positive integers")
-    try:
-        check_segments(segments)
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from error
+        entry = f"segments[{name!r}]"
+        need(SEGMENT_NAME.fullmatch(name) is not None, "segments", name, "named with letters, digits and underscores")
+        need(isinstance(segment, dict), entry, segment, "an object with vocab_size and shape")
+        shape, size = segment.get("shape"), segment.get("vocab_size")
+        need(isinstance(shape, list) and len(shape) in (1, 2), f"{entry}.shape", shape, "[n] or [h, w]")
+        for number in (size, *shape):
+            need(type(number) is int and 0 < number < 2**31, entry, segment, "of positive integers")
+        if "shared_with" in segment:
+            other = segments.get(segment["shared_with"]) if isinstance(segment["shared_with"], str) else None
+            fits = isinstance(other, dict) and "shared_with" not in other and other.get("vocab_size") == size
+            need(fits, f"{entry}.shared_with", segment["shared_with"], f"a segment with vocab_size={size} of its own")
     need(isinstance(labels, list) and all(type(x) is str for x in labels), "labels", labels, "a list of strings")
     need(len(set(labels)) == len(labels), "labels", labels, "different names")
     if "label" in segments:
@@ -117,10 +120,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         need(Path(shard["file"]).name == shard["file"], "shards", shard, "files in this folder")
     need(len({shard["file"] for shard in shards}) == len(shards), "shards", shards, "different files")
     return index
-
-
-def _is_list(segment: dict[str, Any]) -> bool:
-    return isinstance(segment.get("shape"), list)
 
 
 def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path]:

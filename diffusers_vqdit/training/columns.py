@@ -109,14 +109,14 @@ def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tupl
     return names, sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
 
 
-def label_numbers(id2label: dict[int, str]) -> dict[str, int]:
-    """The number of each name; of a name with commas, its parts too, where no whole name is the same."""
-    parts = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
-    return {**parts, **{name: number for number, name in id2label.items()}}
-
-
 def encode_labels(
-    values: Iterable[Any], column: str, feature: Any = None, id2label: dict[int, str] | None = None, size: int = 0
+    values: Iterable[Any],
+    column: str,
+    feature: Any = None,
+    id2label: dict[int, str] | None = None,
+    *,
+    size: int = 0,
+    comma_names: bool = False,
 ) -> tuple[torch.Tensor, dict[int, str]]:
     """Labels as numbers (N,) int64, and the names of all numbers.
 
@@ -124,15 +124,17 @@ def encode_labels(
         values, column, feature: as in [`label_names`].
         id2label: the known numbers and names, such as a pretrained pipeline's. Names that it lacks are added.
         size: how many numbers are taken, where more are than have names.
+        comma_names: whether a known name with commas is several, as in DiT's pipelines. Whole names come first.
     """
     names, order = label_names(values, column, feature)
     id2label = dict(id2label or {})
-    numbers = label_numbers(id2label)
+    numbers = {}
+    if comma_names:
+        numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
+    numbers |= {name: number for number, name in id2label.items()}
     first = max([size - 1, *id2label]) + 1 if id2label else 0
-    wanted = order if not id2label else [name for name in order if name in set(names)]
-    for name in wanted:
+    for name in order if not id2label else [name for name in order if name in set(names)]:
         if name not in numbers:
-            numbers[name] = first
-            id2label[first] = name
+            numbers[name], id2label[first] = first, name
             first += 1
     return torch.tensor([numbers[name] for name in names]), id2label

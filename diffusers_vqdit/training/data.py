@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .files import list_image_files, read_image_folder
+from .image_folder import list_image_files, read_image_folder
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def load_training_dataset(
             ``.parquet`` file.
         dataset_config_name: the dataset's configuration, if it has several.
         train_data_dir: a folder of pictures, with metadata or class folders for captions and labels
-            ([`~training.files.read_image_folder`]).
+            ([`~training.image_folder.read_image_folder`]).
         split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
             source without the split asked for is refused.
         columns: the columns that must be there.
