@@ -166,18 +166,21 @@ def _without_magic(path: str, cache_dir: str | None) -> str:
     """A path of the same file or folder that `datasets` doesn't take for a pattern or a chain of URLs."""
     from datasets import config
 
-    path = os.path.abspath(path)
-    if not glob.has_magic(path) and "::" not in path and "{" not in path:
-        return path
-    # The time and size stand in the name, as the cache of what is read goes by the path.
-    state = os.stat(path)
-    name = hashlib.sha256(f"{path} {state.st_mtime_ns} {state.st_size}".encode("utf-8", "surrogateescape")).hexdigest()
-    link = Path(cache_dir or config.HF_DATASETS_CACHE) / "links" / (name[:32] + Path(path).suffix)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        link.symlink_to(path)
-    except FileExistsError:
-        pass  # made by an earlier run, or by another process
+    path = Path(os.path.abspath(path))
+    if not glob.has_magic(str(path)) and "::" not in str(path) and "{" not in str(path):
+        return str(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    # Times and sizes stand in the name, as the cache of what is read goes by the path.
+    state = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
+    name = hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    link = Path(cache_dir or config.HF_DATASETS_CACHE) / "links" / (name + path.suffix)
+    for file in files:  # a folder's link would be resolved
+        here = link / file.relative_to(path) if path.is_dir() else link
+        here.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            here.symlink_to(file)
+        except FileExistsError:
+            pass  # made by an earlier run, or by another process
     return str(link)
 
 

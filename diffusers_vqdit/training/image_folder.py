@@ -299,7 +299,9 @@ def _table(files: list[Path], rows: list[dict[str, Any]], classes: list[str] | N
         try:
             arrays[_utf8(name)] = pa.array(values)
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-            kinds = {type(value).__name__: row for row, value in reversed(list(enumerate(values)))}
+            kinds: dict[str, int] = {}
+            for row, value in enumerate(values):
+                kinds.setdefault(type(value).__name__, row)
             message = f"column {name!r} has values of several types, or of one that a table can't have: " + ", ".join(
                 f"{kind} (first in row {row})" for kind, row in kinds.items()
             )
