@@ -164,8 +164,6 @@ def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[
     known = {f"{name}{suffix}": name for name in segments for suffix in SUFFIXES}
     if unknown := sorted(set(table.column_names) - set(known)):
         raise ValueError(f"{str(path)!r} has the columns {unknown}, which are no segments: it has {sorted(segments)}")
-    if len(set(table.column_names)) < len(table.column_names):
-        raise ValueError(f"{str(path)!r} has two columns of one name: {table.column_names}")
     if missing := sorted(set(segments) - set(table.column_names)):
         raise ValueError(f"{str(path)!r} lacks the columns of the segments {missing}")
     found = {}

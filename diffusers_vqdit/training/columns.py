@@ -123,11 +123,14 @@ def encode_labels(
     Args:
         values, column, feature: as in [`label_names`].
         id2label: the known numbers and names, such as a pretrained pipeline's. Names that it lacks are added.
-        size: how many numbers are taken, where more are than have names.
+        size: how many numbers are taken, where more are than have names. Without any name, labels that are such
+            numbers are taken as they are.
         comma_names: whether a known name with commas is several, as in DiT's pipelines. Whole names come first.
     """
     names, order = label_names(values, column, feature)
     id2label = dict(id2label or {})
+    if not id2label and size > 1 and all(name.isdecimal() and int(name) < size for name in order):
+        id2label = {int(name): name for name in order}
     numbers = {}
     if comma_names:
         numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}

@@ -90,3 +90,5 @@ def test_new_names_come_after_the_known_numbers():
     numbers, names = encode_labels(["b", "z", "c"], "x", None, {0: "a", 1: "b"})
     assert numbers.tolist() == [1, 3, 2] and names == {0: "a", 1: "b", 2: "c", 3: "z"}
     assert encode_labels(["z"], "x", None, {0: "a"}, size=10)[1] == {0: "a", 10: "z"}
+    assert encode_labels([7, 3], "x", None, {}, size=10)[0].tolist() == [7, 3]  # numbers without names
+    assert encode_labels([7, 3], "x")[0].tolist() == [1, 0]
