@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .image_folder import list_image_files, read_image_folder
+from .image_folder import holds_pictures_only, read_image_folder
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def load_splits(
         file = glob.escape(_without_magic(dataset_name, cache_dir))
         table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
     elif Path(dataset_name).is_dir():
-        if _holds_pictures_only(Path(dataset_name)):
+        if holds_pictures_only(Path(dataset_name)):
             table = read_image_folder(dataset_name, columns, output_dir)
         else:
             table = load_dataset(_without_magic(dataset_name, cache_dir), dataset_config_name, cache_dir=cache_dir)
@@ -154,14 +154,6 @@ def choose_validation_split(splits: dict, validation_split: str | None) -> str:
     return validation_split
 
 
-def _holds_pictures_only(folder: Path) -> bool:
-    """Whether a folder is one for [`read_image_folder`]: it has pictures, and no tables but their metadata."""
-    tables = {".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".py", ".tar", ".zip", ".h5", ".lance"}
-    names = [Path(name) for _, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    others = [name for name in names if name.suffix.lower() in tables and name.stem != "metadata"]
-    return not others and bool(list_image_files(Path(os.path.abspath(folder)))[0])
-
-
 def _without_magic(path: str, cache_dir: str | None) -> str:
     """A path of the same file or folder that `datasets` doesn't take for a pattern or a chain of URLs."""
     from datasets import config
@@ -220,10 +212,11 @@ def decode_rows(
     from ..training_utils import decode_image  # that module gives out this one's names
 
     pictures, read = [], []
+    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
     for row in rows:
         value = None
         try:
-            value = dataset[row][image_column]
+            value = column[row][image_column]
             picture = decode_image(value, resolution, resize_mode=resize_mode)
         except Exception as error:  # whatever a picture raises: it is one of many
             if skipped < MAX_NAMED:

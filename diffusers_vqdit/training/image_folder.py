@@ -13,9 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..utils.checks import shown
 
 
@@ -43,9 +40,7 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
     Hidden files and folders are left out, and each folder is read once, however many links lead to it. Folders that a
     training run wrote, `output_dir` among them, are left out with a warning.
     """
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    extensions = {*ImageFolder.EXTENSIONS, ".avif"}
+    extensions = _picture_extensions()
     pictures, metadata, own, odd = [], [], [], []
     output = output_dir.resolve() if output_dir is not None else None
     seen, folders, links = set(), [folder], []
@@ -97,6 +92,27 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
     return sorted(pictures), sorted(metadata)
 
 
+def holds_pictures_only(folder: Path) -> bool:
+    """Whether a folder is one for [`read_image_folder`]: it has pictures, and no tables but their metadata."""
+    tables = {".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".py", ".tar", ".zip", ".h5", ".lance"}
+    pictures = False
+    for place, folders, names in os.walk(folder):
+        if Path(place) != folder and _is_run(Path(place)):
+            folders.clear()
+            continue
+        for name in map(Path, names):
+            if name.suffix.lower() in tables and name.name not in METADATA_FILES:
+                return False
+            pictures = pictures or name.suffix.lower() in _picture_extensions()
+    return pictures
+
+
+def _picture_extensions() -> set[str]:
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    return {*ImageFolder.EXTENSIONS, ".avif"}
+
+
 def _is_run(folder: Path) -> bool:
     """Whether a training run of this package, or diffusers' `save_pretrained`, wrote the folder."""
     if any((folder / name).is_file() for name in _RUN_FILES):
@@ -127,6 +143,9 @@ def _below(folder: Path) -> list[str]:
 def read_metadata(path: Path, skipped: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a metadata file with their numbers, from 1; what is no row is told in `skipped`."""
     if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             return list(enumerate(pq.read_table(path).to_pylist(), 1))
         except (pa.ArrowException, OSError) as error:
@@ -289,6 +308,7 @@ def _described(folder: Path, pictures: list[Path], metadata: list[Path]) -> tupl
 
 def _table(files: list[Path], rows: list[dict[str, Any]], classes: list[str] | None, columns: Iterable[str]):
     """A `datasets.Dataset` of files and their rows."""
+    import pyarrow as pa
     from datasets import ClassLabel, Dataset, Image
 
     arrays = {}

@@ -205,6 +205,41 @@ def test_damaged_folders_are_refused_by_name(folder, name):
     assert str(folder) in str(error.value)
 
 
+ODD = [None, True, -1, 0, 1.5, float("nan"), 2**70, "", "x", [], [0], {}, {"x": 1}]
+
+
+def test_no_odd_value_in_the_index_is_taken(folder):
+    """Each entry of the index in turn is replaced by each odd value."""
+    path = folder / "segments.json"
+    content = json.loads(path.read_text())
+
+    def places(value, *keys):
+        if keys:
+            yield keys
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, one in inner:
+            yield from places(one, *keys, key)
+
+    tried = 0
+    for *keys, last in places(content):
+        for value in ODD:
+            changed = json.loads(json.dumps(content))
+            inner = changed
+            for key in keys:
+                inner = inner[key]
+            # What can't be known from the folder: other names, fingerprints, a factor, how the data was read.
+            named = (keys == ["labels"] or "fingerprints" in (*keys, last)) and value in ("", "x", {}, {"x": 1})
+            free = (last == "settings" and isinstance(value, dict)) or (last == "lowres_factor" and value == 2**70)
+            if free or (named and (isinstance(value, str) or value == {})) or inner[last] == value:
+                continue
+            inner[last] = value
+            path.write_text(json.dumps(changed))
+            with pytest.raises(ValueError, match="segments.json|codes-0000|is no complete folder"):
+                CodeDataset(folder)
+            tried += 1
+    assert tried > 300
+
+
 def test_columns_that_are_missing_or_unknown(folder):
     path = folder / "codes-00001.parquet"
     table = pq.read_table(path)

@@ -5,6 +5,8 @@ import os
 import unicodedata
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from diffusers_vqdit.training.data import load_splits, load_training_dataset
@@ -98,6 +100,40 @@ def test_names_of_files_mean_nothing(tmp_path, suffix):
         assert list(dataset["text"]) == ODD_FILES
 
 
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=20)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(folder=NAMES, names=st.sets(NAMES, min_size=1, max_size=4), texts=st.lists(NAMES, min_size=4, max_size=4))
+def test_any_name_and_any_text_come_back(tmp_path_factory, folder, names, texts):
+    folder = tmp_path_factory.mktemp("any") / f"x{folder}"
+    files = [f"x{name}.png" for name in sorted(names)]
+    # Two names that only spell an accent differently may be one file.
+    files = list({unicodedata.normalize("NFC", name): name for name in files}.values())
+    rows = [{"file_name": name, "text": text} for name, text in zip(files, texts, strict=False)]
+    for index, name in enumerate(files):
+        draw(folder / name, index)
+    assert sorted(paths(read(folder))) == sorted(str(folder / name) for name in files)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    dataset = read(folder)
+    assert paths(dataset) == [str(folder / name) for name in files]
+    assert list(dataset["text"]) == [row["text"] for row in rows]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=200), suffix=st.sampled_from(["jsonl", "csv", "parquet"]), cut=st.integers(0, 60))
+def test_no_metadata_makes_the_reading_fail_unnamed(tmp_path_factory, data, suffix, cut):
+    folder = tmp_path_factory.mktemp("any")
+    draw(folder / "1.png")
+    good = b"file_name,text\n1.png,one\n" if suffix == "csv" else json.dumps(GOOD).encode() + b"\n"
+    for content in (good + data, data + b"\n" + good, good[:cut] + data):
+        (folder / f"metadata.{suffix}").write_bytes(content)
+        try:
+            assert set(paths(read(folder))) == {str(folder / "1.png")}
+        except ValueError as error:
+            assert "metadata." in str(error)
+
+
 @pytest.mark.parametrize("name", ["a[1].parquet", "b::c.parquet", "{x}.parquet", "e*.PARQUET", "p #%20.parquet"])
 def test_parquet_files_of_any_name(tmp_path, name):
     from datasets import Dataset
@@ -119,6 +155,15 @@ def test_a_folder_of_tables_with_brackets_in_its_name(tmp_path):
     os.rename(tmp_path / "plain.parquet", tmp_path / "set [2]" / "train.parquet")
     options = {"dataset_name": str(tmp_path / "set [2]"), "cache_dir": str(tmp_path / "cache")}
     assert list(load_training_dataset(**options)["text"]) == ["a", "b"]
+
+
+def test_a_folder_of_pictures_by_its_name_as_a_dataset(tmp_path, caplog):
+    draw(tmp_path / "1.png")
+    draw(tmp_path / "run" / "samples" / "2.png")
+    (tmp_path / "run" / "model_index.json").write_text("{}")
+    (tmp_path / "run" / "codes.parquet").write_text("")
+    assert paths(load_training_dataset(dataset_name=str(tmp_path), image_column="image")) == [str(tmp_path / "1.png")]
+    assert len([r for r in caplog.records if "training runs wrote" in r.message]) == 1
 
 
 def test_a_file_name_that_is_no_text_is_read(tmp_path):
