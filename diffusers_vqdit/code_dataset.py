@@ -88,21 +88,9 @@ def encode_dataset(
         ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown, or
             no picture can be read.
     """
-    if image_column is None and caption_column is None:
-        raise ValueError("give image_column, caption_column or both: there is nothing to encode")
-    if image_column is not None and image_vq is None:
-        raise ValueError(f"image_column={image_column!r} needs image_vq")
-    if caption_column is not None and (text_vq is None or tokenizer is None):
-        raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
     wordings = [caption_column, *(prompt_columns or [])] if caption_column is not None else []
     text_columns = text_columns or []
-    if text_columns and caption_column is None:
-        raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
-    for column in text_columns:
-        if column in RESERVED or column == caption_column:
-            raise ValueError(f"text_columns={text_columns!r}: {column!r} can't name a segment of its own")
-    if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
-        raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
+    _check_columns(image_column, caption_column, text_columns, image_vq, text_vq, tokenizer, lowres_factor, resolution)
     batch_size, shard_size = check_integer("batch_size", batch_size, 1), check_integer("shard_size", shard_size, 1)
     texts = {column: caption_lists(dataset[column], column) for column in dict.fromkeys([*wordings, *text_columns])}
     if text_vq is not None and texts:
@@ -111,12 +99,7 @@ def encode_dataset(
         )
     codes_of_labels = None
     if label_column is not None:
-        known, values = dict(enumerate(labels or [])), dataset[label_column]
-        codes_of_labels, names = encode_labels(values, label_column, dataset.features[label_column], known)
-        if known and len(names) > len(known):
-            unknown = list(names.values())[len(known) :]
-            raise ValueError(f"column {label_column!r}: the labels {unknown[:5]} are not among {labels}")
-        labels = list(names.values())
+        codes_of_labels, labels = _encode_label_column(dataset, label_column, labels)
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -166,10 +149,9 @@ def encode_dataset(
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
     if skipped:
         logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
-    models = {"image_vq": image_vq if image_column else None, "text_vq": text_vq if caption_column else None}
-    fingerprints = {name: model_fingerprint(model) for name, model in models.items() if model is not None}
-    if caption_column is not None:
-        fingerprints["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    fingerprints = _fingerprints(
+        image_vq if image_column else None, *((text_vq, tokenizer) if texts else (None, None))
+    )
     settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
     write_index(
         output_dir,
@@ -183,6 +165,48 @@ def encode_dataset(
         },
     )
     return output_dir
+
+
+def _check_columns(
+    image_column: str | None,
+    caption_column: str | None,
+    text_columns: list[str],
+    image_vq: ImageVQModel | None,
+    text_vq: TextVQModel | None,
+    tokenizer,
+    lowres_factor: int | None,
+    resolution: int,
+) -> None:
+    if image_column is None and caption_column is None:
+        raise ValueError("give image_column, caption_column or both: there is nothing to encode")
+    if image_column is not None and image_vq is None:
+        raise ValueError(f"image_column={image_column!r} needs image_vq")
+    if caption_column is not None and (text_vq is None or tokenizer is None):
+        raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
+    if text_columns and caption_column is None:
+        raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
+    for column in text_columns:
+        if column in RESERVED or column == caption_column:
+            raise ValueError(f"text_columns={text_columns!r}: {column!r} can't name a segment of its own")
+    if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
+        raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
+
+
+def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+    """Codes (N,) of a column of labels, and the names of all codes, which are `labels` if there are any."""
+    known = dict(enumerate(labels or []))
+    codes, names = encode_labels(dataset[column], column, dataset.features[column], known)
+    if known and len(names) > len(known):
+        unknown = list(names.values())[len(known) :]
+        raise ValueError(f"column {column!r}: the labels {unknown[:5]} are not among {labels}")
+    return codes, list(names.values())
+
+
+def _fingerprints(image_vq: ImageVQModel | None, text_vq: TextVQModel | None, tokenizer) -> dict[str, str]:
+    """The fingerprints of what there is."""
+    checks = {"image_vq": model_fingerprint, "text_vq": model_fingerprint, "tokenizer": tokenizer_fingerprint}
+    models = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+    return {name: checks[name](model) for name, model in models.items() if model is not None}
 
 
 def _encode_pictures(
@@ -272,13 +296,8 @@ class CodeDataset:
 
     def check_tokenizers(self, image_vq=None, text_vq=None, tokenizer=None) -> None:
         """Raise a ValueError that names the tokenizers that did not make these codes; None is not checked."""
-        checks = {"image_vq": model_fingerprint, "text_vq": model_fingerprint, "tokenizer": tokenizer_fingerprint}
-        models = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
-        other = [
-            name
-            for name, model in models.items()
-            if model is not None and self.fingerprints.get(name) not in (None, checks[name](model))
-        ]
+        found = _fingerprints(image_vq, text_vq, tokenizer)
+        other = [name for name, value in found.items() if self.fingerprints.get(name, value) != value]
         if other:
             raise ValueError(
                 f"the codes in {str(self.folder)!r} were made by another {' and '.join(other)} than the one given; "
