@@ -101,10 +101,7 @@ def encode_dataset(
     if label_column is not None:
         codes_of_labels, labels = _encode_label_column(dataset, label_column, labels)
 
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for old in [output_dir / INDEX_FILE, *output_dir.glob("codes-*.parquet")]:
-        old.unlink(missing_ok=True)
+    output_dir = _emptied(Path(output_dir))
     generator = torch.Generator().manual_seed(0)
     digest, segments, shards, skipped = hashlib.sha256(), {}, [], 0
     if label_column is not None:
@@ -129,8 +126,7 @@ def encode_dataset(
         for column, lists in texts.items():
             chosen = [lists[row] for row in rows]
             digest.update(json.dumps([column, chosen]).encode())
-            flat = encode_texts([text for row in chosen for text in row], text_vq, tokenizer, batch_size)
-            encoded[column] = flat.split([len(row) for row in chosen])  # each (V, L)
+            encoded[column] = _encode_lists(chosen, text_vq, tokenizer, batch_size)
         for name, column in {"text": caption_column, **{name: name for name in text_columns}}.items():
             if column is None:
                 continue
@@ -149,9 +145,7 @@ def encode_dataset(
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
     if skipped:
         logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
-    fingerprints = _fingerprints(
-        image_vq if image_column else None, *((text_vq, tokenizer) if texts else (None, None))
-    )
+    used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
     settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
     write_index(
         output_dir,
@@ -160,7 +154,7 @@ def encode_dataset(
             "labels": labels if label_column is not None else [],
             "lowres_factor": lowres_factor,
             "settings": settings if image_column is not None else {},
-            "fingerprints": {"data": digest.hexdigest(), **fingerprints},
+            "fingerprints": {"data": digest.hexdigest(), **_fingerprints(*used)},
             "shards": shards,
         },
     )
@@ -200,6 +194,22 @@ def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tupl
         unknown = list(names.values())[len(known) :]
         raise ValueError(f"column {column!r}: the labels {unknown[:5]} are not among {labels}")
     return codes, list(names.values())
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, made if need be, without an earlier index and its shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [folder / INDEX_FILE, *folder.glob("codes-*.parquet")]:
+        old.unlink(missing_ok=True)
+    return folder
+
+
+def _encode_lists(
+    lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int
+) -> tuple[torch.Tensor, ...]:
+    """Codes (V, L) of the texts of each row."""
+    codes = encode_texts([text for row in lists for text in row], text_vq, tokenizer, batch_size)
+    return list(codes.split([len(row) for row in lists]))
 
 
 def _fingerprints(image_vq: ImageVQModel | None, text_vq: TextVQModel | None, tokenizer) -> dict[str, str]:
