@@ -1,14 +1,20 @@
 """A dataset of codes on disk: written once by the tokenizers, read by transformer training, which then never runs one.
 
 A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet
-column is one segment's codes in row-major order; ``{segment}_prompts`` holds several variants (wordings of a text,
-slightly moved pictures) for use where the segment is given. ``segments.json`` tells each segment's ``vocab_size`` and
-``shape``, the names of the labels, and how many times smaller ``image_lowres`` is.
+column is one segment's codes in row-major order. ``{segment}_prompts`` holds several variants (wordings of a text,
+slightly moved pictures) for use where the segment is given, ``{segment}_variants`` those of a text with several
+captions for use where it is generated, too. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, the
+names of the labels, how many times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the
+data and the tokenizers (``fingerprints``) and the shards with theirs.
 """
 
+import hashlib
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -17,11 +23,16 @@ from .models.image_vq import ImageVQModel
 from .models.text_vq import TextVQModel
 from .schedulers.samplers import Generators, uniform
 from .tasks import Task
-from .training_utils import check_captions, decode_images, to_pixels
+from .training.code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
+from .training.columns import caption_lists, encode_labels, warn_of_cut
+from .training.data import decode_rows, to_pixels
+from .utils.checks import check_integer
+from .utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, tokenizer_fingerprint
 from .utils.texts import tokenize_to_length
 
 
-INDEX_FILE = "segments.json"
+logger = logging.getLogger(__name__)
+
 # Segments that are not made from a column of texts.
 RESERVED = ("image", "image_lowres", "text", "label")
 
@@ -43,6 +54,7 @@ def encode_dataset(
     labels: list[str] | None = None,
     image_augmentations: int = 0,
     lowres_factor: int | None = None,
+    resize_mode: str = "crop",
     batch_size: int = 64,
     shard_size: int = 100_000,
 ) -> Path:
@@ -55,107 +67,179 @@ def encode_dataset(
         resolution: side of the square pictures given to `image_vq`, in pixels.
         image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
         image_column: becomes the segment ``image``.
-        caption_column: becomes the segment ``text``, the caption that the model learns to write.
+        caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
+            list of captions, of which one is drawn each time; so it is with the other columns of texts.
         prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
         text_columns: more texts, each a segment of its column's name.
         label_column: becomes the segment ``label``.
-        labels: the names of the labels in the order of their codes; by default those in the data, sorted.
+        labels: the names of the labels in the order of their codes; by default those in the data, in the order of
+            [`~training.columns.label_names`].
         image_augmentations: so many copies of each picture, slightly moved and scaled
             ([`~image_utils.shift_and_scale`]), are used beside it where the picture is given.
         lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
             again by bicubic interpolation before it is encoded.
+        resize_mode: how a picture becomes square: ``"crop"`` or ``"pad"``.
+        batch_size: pictures or texts that are encoded at once.
+        shard_size: rows of a parquet file.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown.
+        ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown, or
+            no picture can be read.
     """
-    from datasets import Dataset
+    wordings = [caption_column, *(prompt_columns or [])] if caption_column is not None else []
+    text_columns = text_columns or []
+    _check_columns(image_column, caption_column, text_columns, image_vq, text_vq, tokenizer, lowres_factor, resolution)
+    batch_size, shard_size = check_integer("batch_size", batch_size, 1), check_integer("shard_size", shard_size, 1)
+    texts = {column: caption_lists(dataset[column], column) for column in dict.fromkeys([*wordings, *text_columns])}
+    if text_vq is not None and texts:
+        warn_of_cut(
+            [text for lists in texts.values() for row in lists for text in row], tokenizer, text_vq.config.max_length
+        )
+    codes_of_labels = None
+    if label_column is not None:
+        codes_of_labels, labels = _encode_label_column(dataset, label_column, labels)
 
+    output_dir = _emptied(Path(output_dir))
+    generator = torch.Generator().manual_seed(0)
+    digest, segments, shards, skipped = hashlib.sha256(), {}, [], 0
+    if label_column is not None:
+        segments["label"] = {"vocab_size": len(labels), "shape": [1]}
+    starts = range(0, len(dataset), shard_size)
+    for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
+        rows = list(range(start, min(start + shard_size, len(dataset))))
+        columns: dict[str, list[torch.Tensor]] = {}
+        if image_column is not None:
+            pictures, rows = decode_rows(dataset, rows, image_column, resolution, resize_mode, skipped)
+            skipped += min(start + shard_size, len(dataset)) - start - len(rows)
+            if not rows:
+                continue
+            digest.update(tensor_sha256(pictures).encode())
+            batches = pictures.split(batch_size)
+            columns |= _encode_pictures(batches, image_vq, image_augmentations, lowres_factor, generator)
+            shape = list(columns["image"][0].shape)
+            segments["image"] = {"vocab_size": image_vq.num_codes, "shape": shape}
+            if lowres_factor is not None:
+                segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
+        encoded = {}
+        for column, lists in texts.items():
+            chosen = [lists[row] for row in rows]
+            digest.update(json.dumps([column, chosen]).encode())
+            encoded[column] = _encode_lists(chosen, text_vq, tokenizer, batch_size)
+        for name, column in {"text": caption_column, **{name: name for name in text_columns}}.items():
+            if column is None:
+                continue
+            columns[name] = [codes[0] for codes in encoded[column]]
+            shared = {"shared_with": "text"} if name != "text" else {}
+            segments[name] = {"vocab_size": text_vq.num_codes, "shape": list(columns[name][0].shape), **shared}
+            if any(len(row) > 1 for row in texts[column]):
+                columns[f"{name}_variants"] = encoded[column]
+        if wordings:
+            columns["text_prompts"] = [torch.cat(one) for one in zip(*(encoded[c] for c in wordings), strict=True)]
+        if codes_of_labels is not None:
+            columns["label"] = list(codes_of_labels[rows].split(1))
+            digest.update(tensor_sha256(codes_of_labels[rows]).encode())
+        shards.append(write_shard(output_dir / f"codes-{len(shards):05d}.parquet", columns))
+    if not shards:
+        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
+    if skipped:
+        logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
+    used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
+    settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
+    write_index(
+        output_dir,
+        {
+            "segments": segments,
+            "labels": labels if label_column is not None else [],
+            "lowres_factor": lowres_factor,
+            "settings": settings if image_column is not None else {},
+            "fingerprints": {"data": digest.hexdigest(), **_fingerprints(*used)},
+            "shards": shards,
+        },
+    )
+    return output_dir
+
+
+def _check_columns(
+    image_column: str | None,
+    caption_column: str | None,
+    text_columns: list[str],
+    image_vq: ImageVQModel | None,
+    text_vq: TextVQModel | None,
+    tokenizer,
+    lowres_factor: int | None,
+    resolution: int,
+) -> None:
     if image_column is None and caption_column is None:
         raise ValueError("give image_column, caption_column or both: there is nothing to encode")
     if image_column is not None and image_vq is None:
         raise ValueError(f"image_column={image_column!r} needs image_vq")
     if caption_column is not None and (text_vq is None or tokenizer is None):
         raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
-
-    segments: dict[str, dict] = {}
-    if label_column is not None:
-        feature = dataset.features[label_column]
-        names = feature.int2str(dataset[label_column]) if hasattr(feature, "int2str") else dataset[label_column]
-        labels = labels or (feature.names if hasattr(feature, "names") else sorted(set(map(str, names))))
-        unknown = sorted({str(name) for name in names} - set(labels))
-        if unknown:
-            raise ValueError(f"column {label_column!r}: the labels {unknown[:5]} are not among {labels}")
-        label_codes = [labels.index(str(name)) for name in names]
-        segments["label"] = {"vocab_size": len(labels), "shape": [1]}
-    wordings = [caption_column, *(prompt_columns or [])] if caption_column is not None else []
-    text_columns = text_columns or []
     if text_columns and caption_column is None:
         raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
     for column in text_columns:
         if column in RESERVED or column == caption_column:
             raise ValueError(f"text_columns={text_columns!r}: {column!r} can't name a segment of its own")
-    for column in {*wordings, *text_columns}:
-        check_captions(dataset[column], column)
     if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
         raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
-    generator = torch.Generator().manual_seed(0)
 
-    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
-        return image_vq.encode_codes(pixels.to(image_vq.device)).cpu()
 
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for old in [output_dir / INDEX_FILE, *output_dir.glob("codes-*.parquet")]:
+def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+    """Codes (N,) of a column of labels, and the names of all codes, which are `labels` if there are any."""
+    known = dict(enumerate(labels or []))
+    codes, names = encode_labels(dataset[column], column, dataset.features[column], known)
+    if known and len(names) > len(known):
+        unknown = list(names.values())[len(known) :]
+        raise ValueError(f"column {column!r}: the labels {unknown[:5]} are not among {labels}")
+    return codes, list(names.values())
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, made if need be, without an earlier index and its shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [folder / INDEX_FILE, *folder.glob("codes-*.parquet")]:
         old.unlink(missing_ok=True)
+    return folder
 
-    starts = range(0, len(dataset), shard_size)
-    for shard, start in enumerate(tqdm(starts, desc="Encoding", disable=len(starts) < 2)):
-        part = dataset.select(range(start, min(start + shard_size, len(dataset))))
-        rows = list(range(len(part)))
-        columns: dict[str, list] = {}
-        if image_column is not None:
-            pictures, rows = decode_images(part, image_column, resolution)
-            batches = [to_pixels(batch) for batch in pictures.split(batch_size)]
-            codes = torch.cat([encode_pixels(batch) for batch in batches])
-            segments["image"] = {"vocab_size": image_vq.num_codes, "shape": list(codes.shape[1:])}
-            columns["image"] = codes.flatten(1).tolist()
-            if image_augmentations:
-                moved = [
-                    torch.cat([encode_pixels(shift_and_scale(batch, generator)) for batch in batches])
-                    for _ in range(image_augmentations)
-                ]
-                columns["image_prompts"] = torch.stack([codes, *moved], 1).flatten(1).tolist()
-            if lowres_factor is not None:
-                lowres = torch.cat([encode_pixels(lower_resolution(batch, lowres_factor)) for batch in batches])
-                segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
-                columns["image_lowres"] = lowres.flatten(1).tolist()
-        encoded = {}
-        for column in dict.fromkeys([*wordings, *text_columns]):
-            texts = [part[column][row] for row in rows] if len(rows) < len(part) else list(part[column])
-            encoded[column] = encode_texts(texts, text_vq, tokenizer, batch_size)
-        if wordings:
-            segments["text"] = {"vocab_size": text_vq.num_codes, "shape": list(encoded[caption_column].shape[1:])}
-            columns["text"] = encoded[caption_column].tolist()
-            columns["text_prompts"] = torch.stack([encoded[c] for c in wordings], 1).flatten(1).tolist()
-        for column in text_columns:
-            segments[column] = {**segments["text"], "shared_with": "text"}
-            columns[column] = encoded[column].tolist()
-        if label_column is not None:
-            columns["label"] = [[label_codes[start + row]] for row in rows]
-        path = output_dir / f"codes-{shard:05d}.parquet"
-        Dataset.from_dict(columns).to_parquet(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
 
-    index = {
-        "segments": segments,
-        "labels": labels if label_column is not None else [],
-        "lowres_factor": lowres_factor,
-    }
-    (output_dir / INDEX_FILE).write_text(json.dumps(index, indent=2, ensure_ascii=False))
-    return output_dir
+def _encode_lists(
+    lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int
+) -> tuple[torch.Tensor, ...]:
+    """Codes (V, L) of the texts of each row."""
+    codes = encode_texts([text for row in lists for text in row], text_vq, tokenizer, batch_size)
+    return list(codes.split([len(row) for row in lists]))
+
+
+def _fingerprints(image_vq: ImageVQModel | None, text_vq: TextVQModel | None, tokenizer) -> dict[str, str]:
+    """The fingerprints of what there is."""
+    checks = {"image_vq": model_fingerprint, "text_vq": model_fingerprint, "tokenizer": tokenizer_fingerprint}
+    models = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+    return {name: checks[name](model) for name, model in models.items() if model is not None}
+
+
+def _encode_pictures(
+    batches: Iterable[torch.Tensor],
+    image_vq: ImageVQModel,
+    image_augmentations: int,
+    lowres_factor: int | None,
+    generator: torch.Generator,
+) -> dict[str, list[torch.Tensor]]:
+    """Columns of codes (h, w) of uint8 pictures, of moved copies and of smaller ones."""
+
+    def encode(change=lambda pixels: pixels) -> torch.Tensor:
+        return torch.cat([image_vq.encode_codes(change(to_pixels(x)).to(image_vq.device)).cpu() for x in batches])
+
+    codes = encode()
+    columns = {"image": list(codes)}
+    if image_augmentations:
+        moved = [encode(lambda pixels: shift_and_scale(pixels, generator)) for _ in range(image_augmentations)]
+        columns["image_prompts"] = list(torch.stack([codes, *moved], 1))
+    if lowres_factor is not None:
+        columns["image_lowres"] = list(encode(lambda pixels: lower_resolution(pixels, lowres_factor)))
+    return columns
 
 
 def encode_texts(texts: list[str], text_vq: TextVQModel, tokenizer, batch_size: int = 64) -> torch.Tensor:
@@ -178,48 +262,66 @@ class CodeDataset:
         segments (`dict`): name -> ``{"vocab_size", "shape"}``.
         labels (`list[str]`): names of the label codes.
         lowres_factor (`int`, *optional*): how many times smaller ``image_lowres`` is.
+        settings (`dict`): how pictures were read: ``resolution``, ``resize_mode``, ``image_augmentations``. Empty
+            without pictures, and in folders of older versions.
+        fingerprints (`dict[str, str]`): SHA-256 of ``data``, ``image_vq``, ``text_vq`` and ``tokenizer``, as far as
+            there are any.
+        fingerprint (`str`): SHA-256 of the index, which names those of all shards.
 
     Raises:
-        ValueError: if the folder is not a complete folder of codes, or a code is out of range.
+        ValueError: if the folder is not a complete folder of codes, a file is damaged, or codes are missing, no
+            integers or out of range; the message names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from datasets import load_dataset
-
-        folder = Path(folder)
-        if not (folder / INDEX_FILE).is_file():
-            raise ValueError(f"{str(folder)!r} is no complete folder of codes: there is no {INDEX_FILE} in it")
-        index = json.loads((folder / INDEX_FILE).read_text())
+        self.folder = folder = Path(folder)
+        index = read_index(folder)
         self.segments: dict[str, dict] = index["segments"]
         self.labels: list[str] = index["labels"]
         self.lowres_factor: int | None = index["lowres_factor"]
-        files = sorted(str(path) for path in folder.glob("codes-*.parquet"))
-        table = load_dataset("parquet", data_files=files, split="train").with_format("numpy")
-        self.codes: dict[str, torch.Tensor] = {}
+        self.settings: dict = index["settings"]
+        self.fingerprints: dict[str, str] = index["fingerprints"]
+        self.fingerprint = file_sha256(folder / INDEX_FILE)
+        listed = [shard["rows"] for shard in index["shards"]] if index["shards"] is not None else None
+        paths = check_shards(folder, index["shards"])
+        shards = [
+            read_shard(path, self.segments, rows)
+            for path, rows in zip(paths, listed or [None] * len(paths), strict=True)
+        ]
+        columns = {name: [shard[name] for shard in shards if name in shard] for name in shards[0] | shards[-1]}
+        for name, parts in columns.items():
+            if len(parts) < len(shards):
+                raise ValueError(f"{str(folder)!r}: some of the shards have a column {name!r} and others don't")
+        self.codes = {name: torch.cat([codes for codes, _ in columns[name]]) for name in self.segments}
+        # Rows with fewer variants than others are filled up with zeros; `counts` says how many are real.
         self.prompts: dict[str, torch.Tensor] = {}
-        for name, segment in self.segments.items():
-            small = torch.int16 if segment["vocab_size"] < 2**15 else torch.int32
-            codes = torch.from_numpy(table[name][:]).to(small)
-            if codes.min() < 0 or codes.max() >= segment["vocab_size"]:
-                raise ValueError(
-                    f"segment {name!r} has codes from {codes.min()} to {codes.max()}; "
-                    f"they must be in [0, {segment['vocab_size']})"
-                )
-            self.codes[name] = codes.unflatten(1, segment["shape"])
-            if f"{name}_prompts" in table.column_names:
-                prompts = torch.from_numpy(table[f"{name}_prompts"][:]).to(small)
-                self.prompts[name] = prompts.unflatten(1, (-1, *segment["shape"]))
+        self.variants: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        for suffix, kept in (("_prompts", self.prompts), ("_variants", self.variants)):
+            for name in self.segments:
+                if name + suffix in columns:
+                    kept[name], self._counts[name + suffix] = _padded(columns[name + suffix])
 
     def __len__(self) -> int:
         return len(next(iter(self.codes.values())))
+
+    def check_tokenizers(self, image_vq=None, text_vq=None, tokenizer=None) -> None:
+        """Raise a ValueError that names the tokenizers that did not make these codes; None is not checked."""
+        found = _fingerprints(image_vq, text_vq, tokenizer)
+        other = [name for name, value in found.items() if self.fingerprints.get(name, value) != value]
+        if other:
+            raise ValueError(
+                f"the codes in {str(self.folder)!r} were made by another {' and '.join(other)} than the one given; "
+                "give the one that made them, or encode the data again"
+            )
 
     def batch(
         self, rows: torch.Tensor, task: Task, *, generator: Generators = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The given and the generated codes of `rows` for `task`: two dicts of name -> (B, *shape) int64.
 
-        A given segment with several variants is drawn from them, by `generator` or by one a row; a generated one is
-        always the first.
+        A given segment with several variants is drawn from them, by `generator` or by one a row. A generated one is
+        always the first, but for a text whose rows have several captions, of which one is drawn.
 
         Raises:
             ValueError: if the task has a segment that the data lacks.
@@ -227,12 +329,27 @@ class CodeDataset:
         for name in task.segments:
             if name not in self.segments:
                 raise ValueError(f"task {str(task)!r}: the data has no segment {name!r}, only {sorted(self.segments)}")
-        given = {}
-        for name in task.given:
-            if name in self.prompts:
-                variants = self.prompts[name]
-                choice = (uniform(rows.shape, generator, rows.device) * variants.shape[1]).long()
-                given[name] = variants[rows, choice].long()
-            else:
-                given[name] = self.codes[name][rows].long()
-        return given, {name: self.codes[name][rows].long() for name in task.generated}
+
+        def drawn(name: str, suffixes: tuple[str, ...]) -> torch.Tensor:
+            for suffix in suffixes:
+                variants = (self.prompts if suffix == "_prompts" else self.variants).get(name)
+                if variants is not None:
+                    counts = self._counts[name + suffix][rows]
+                    choice = (uniform(rows.shape, generator, rows.device) * counts).long()
+                    return variants[rows, choice].long()
+            return self.codes[name][rows].long()
+
+        given = {name: drawn(name, ("_prompts", "_variants")) for name in task.given}
+        return given, {name: drawn(name, ("_variants",)) for name in task.generated}
+
+
+def _padded(parts: list[tuple[torch.Tensor, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variants (N, V, *shape) of shards' codes (M, *shape), and their counts (N,)."""
+    counts = torch.cat([torch.from_numpy(sizes) for _, sizes in parts])
+    codes = torch.cat([codes for codes, _ in parts])
+    most = int(counts.max())
+    if bool((counts == most).all()):
+        return codes.unflatten(0, (-1, most)), counts
+    padded = codes.new_zeros(len(counts), most, *codes.shape[1:])
+    padded[torch.arange(most) < counts[:, None]] = codes
+    return padded, counts

@@ -4,10 +4,8 @@ The Accelerate loops themselves stand in full in ``training/``.
 """
 
 import argparse
-import io
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,190 +18,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from PIL import Image
 
-from .image_utils import resize_image, to_rgb
 from .models.quantizers import mean_over_processes
 from .tasks import Task
-from .utils.checks import shown
+from .training.columns import check_captions  # noqa: F401
+from .training.data import decode_image, decode_images, load_training_dataset, shuffled_batches, to_pixels  # noqa: F401
 from .utils.redaction import known_secrets, without_secrets
 
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def load_training_dataset(
-    *,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    columns: Iterable[str] = (),
-    image_column: str | None = None,
-    max_samples: int | None = None,
-    cache_dir: str | None = None,
-):
-    """Load a `datasets.Dataset` from a Hub name, a local parquet file, or an image folder with ``metadata.jsonl``.
-
-    Args:
-        dataset_name: a Hub dataset, a folder that `datasets` can load, or the path of a ``.parquet`` file.
-        dataset_config_name: the dataset's configuration, if it has several.
-        train_data_dir: an image folder, with ``metadata.jsonl`` for captions and labels.
-        split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
-            source without the split asked for is refused.
-        columns: the columns that must be there.
-        image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_image`], which
-            skips broken files.
-        max_samples: keep the first so many rows.
-        cache_dir: where `datasets` keeps its cache.
-
-    Raises:
-        ValueError: if neither or both sources are given, or if a column or the split is missing; the message lists
-            the ones there are.
-    """
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(
-            f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
-            f"train_data_dir={train_data_dir!r}"
-        )
-    if train_data_dir is not None:
-        if not Path(train_data_dir).is_dir():
-            raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
-        table = load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
-    elif dataset_name.endswith(".parquet"):
-        if not Path(dataset_name).is_file():
-            raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
-        table = load_dataset("parquet", data_files=dataset_name, cache_dir=cache_dir)
-    else:
-        table = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
-
-    if "split" in next(iter(table.values())).column_names:
-        everything = table[next(iter(table))]
-        labels = everything["split"]
-        rows = [index for index, value in enumerate(labels) if value == split]
-        if not rows:
-            raise ValueError(f"split={split!r} is not in the data's split column: it has {sorted(set(labels))}")
-        dataset = everything.select(rows)
-    elif split in table:
-        dataset = table[split]
-    else:
-        raise ValueError(f"split={split!r} is not in the data: it has {sorted(table)}")
-
-    wanted = [*columns, *([image_column] if image_column else [])]
-    for column in wanted:
-        if column not in dataset.column_names:
-            raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
-    if image_column:
-        dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-    if max_samples is not None:
-        dataset = dataset.select(range(min(max_samples, len(dataset))))
-    return dataset
-
-
-def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
-    """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
-
-    Args:
-        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
-        resolution: height and width of the result.
-        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
-            white.
-
-    Raises:
-        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
-            read as RGB ([`~image_utils.to_rgb`]).
-    """
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and path is None:
-        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
-    # A pipe would block, and Pillow would say of a folder that it may not be read.
-    if data is None and not os.path.isfile(path):
-        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
-    try:
-        Image.init()
-        # EPS pictures are programs that Ghostscript runs, for as long as they like.
-        formats = [name for name in Image.ID if name != "EPS"]
-        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
-    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
-        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
-    with picture:
-        picture = resize_image(to_rgb(picture), (resolution, resolution), resize_mode)
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def decode_images(dataset, image_column: str, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """Decode every picture of a dataset once, leaving out the broken ones with a warning that names the file.
-
-    Returns:
-        a uint8 tensor (N, 3, resolution, resolution) and the row numbers it holds.
-
-    Raises:
-        ValueError: if no picture could be read.
-    """
-    pictures, rows = [], []
-    for row, value in enumerate(dataset[image_column]):
-        try:
-            picture = decode_image(value, resolution)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
-            logger.warning(f"skipped picture {value.get('path') or row}: {error}")
-            continue
-        pictures.append(((picture + 1.0) * 127.5).round().to(torch.uint8))
-        rows.append(row)
-    skipped = len(dataset) - len(rows)
-    if not rows:
-        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
-    if skipped:
-        logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
-    return torch.stack(pictures), rows
-
-
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1.0
-
-
-def check_captions(captions: list[str | None], column: str) -> None:
-    """Raise a ValueError that names the first rows whose caption is missing or empty."""
-    missing = [row for row, text in enumerate(captions) if not isinstance(text, str) or not text.strip()]
-    if missing:
-        raise ValueError(f"column {column!r}: {len(missing)} rows have no caption, the first are rows {missing[:5]}")
-
-
-def shuffled_batches(
-    size: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[torch.Tensor]:
-    """Endless index batches of a dataset held in memory: each epoch in an order of its own, drawn from (seed, epoch).
-
-    The batch at a given step is the same in a run that was never stopped and in one resumed at `start`. The batches of
-    the ranks are disjoint parts of one global batch. An epoch's remainder is carried into the next epoch, so that
-    small datasets work with any batch size.
-    """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    global_batch = batch_size * world_size
-    orders: dict[int, torch.Tensor] = {}
-
-    def order(epoch: int) -> torch.Tensor:
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        return orders[epoch]
-
-    step = start
-    while True:
-        first = step * global_batch + rank * batch_size
-        yield torch.tensor([int(order(i // size)[i % size]) for i in range(first, first + batch_size)])
-        step += 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -116,3 +118,84 @@ def test_codes_out_of_range_and_unknown_segments_are_named(encoded):
     index.write_text(index.read_text().replace('"vocab_size": 64', '"vocab_size": 2'))
     with pytest.raises(ValueError, match=r"segment 'text' has codes .* must be in \[0, 2\)"):
         CodeDataset(folder)
+
+
+def test_codes_know_their_tokenizers_and_data(encoded, image_vq, text_vq, tokenizer):
+    _, folder = encoded()
+    codes = CodeDataset(folder)
+    codes.check_tokenizers(image_vq, text_vq, tokenizer)
+    assert codes.settings == {"resolution": 16, "resize_mode": "crop", "image_augmentations": 0}
+    assert set(codes.fingerprints) == {"data", "image_vq", "text_vq", "tokenizer"}
+    assert CodeDataset(encoded("again")[1]).fingerprints == codes.fingerprints
+    other = CodeDataset(encoded("other", change=lambda data: data.select(range(9, -1, -1)))[1])
+    assert other.fingerprints["data"] != codes.fingerprints["data"] and other.fingerprint != codes.fingerprint
+    with torch.no_grad():
+        image_vq.encoder.conv_in.bias[0] += 1e-3
+    with pytest.raises(ValueError, match="were made by another image_vq than the one given"):
+        codes.check_tokenizers(image_vq, None, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["apple"])
+    with pytest.raises(ValueError, match="were made by another image_vq and tokenizer than"):
+        codes.check_tokenizers(image_vq, None, tokenizer)
+
+
+def test_one_of_several_captions_is_drawn_on_either_side(encoded, text_vq, tokenizer):
+    several = [["a dot", "a spot", "a point"], ["green"]] * 5
+
+    def change(data):
+        return data.remove_columns("text").add_column("text", several).add_column("more", ["one"] * 10)
+
+    _, folder = encoded(change=change, prompt_columns=["more"], shard_size=4)
+    codes = CodeDataset(folder)
+    rows = torch.tensor([0, 1] * 300)
+    given, generated = (
+        codes.batch(rows, Task.parse(task), generator=torch.Generator().manual_seed(0))[side]["text"]
+        for side, task in enumerate(["text->image", "image->text"])
+    )
+    expected = {
+        text: encode_texts([text], text_vq, tokenizer)[0] for text in ["a dot", "a spot", "a point", "green", "one"]
+    }
+
+    def shares(drawn):
+        return {text: float((drawn == code).all(1).float().mean()) for text, code in expected.items()}
+
+    for text, share in shares(given[::2]).items():
+        assert share == pytest.approx(0.0 if text == "green" else 0.25, abs=0.13), text
+    for text, share in shares(generated[::2]).items():
+        assert share == pytest.approx(1 / 3 if text in several[0] else 0.0, abs=0.14), text
+    assert shares(generated[1::2])["green"] == 1.0 and shares(given[1::2])["one"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_shard_without_a_readable_picture_is_left_out(encoded, picture_folder, caplog):
+    for index in (4, 5, 6, 7):
+        (picture_folder / f"{index}.png").write_bytes(b"broken")
+    _, folder = encoded(shard_size=2)
+    assert len(CodeDataset(folder)) == 6 and len(list(folder.glob("codes-*.parquet"))) == 3
+    assert "skipped 4 of 10 pictures" in caplog.text and "5.png" in caplog.text
+    for index in range(10):
+        (picture_folder / f"{index}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="none of the 10 pictures could be read"):
+        encoded()
+
+
+def test_labels_keep_the_order_of_a_class_label_and_numbers_sort_as_numbers(encoded):
+    from datasets import ClassLabel
+
+    def classes(data):
+        return (
+            data.remove_columns("label")
+            .add_column("label", [2, 0] * 5)
+            .cast_column("label", ClassLabel(names=["z", "y", "a"]))
+        )
+
+    codes = CodeDataset(encoded(change=classes)[1])
+    assert codes.labels == ["z", "y", "a"] and codes.codes["label"][:2, 0].tolist() == [2, 0]
+    numbers = CodeDataset(encoded(change=lambda d: d.remove_columns("label").add_column("label", [10, 9] * 5))[1])
+    assert numbers.labels == ["9", "10"] and numbers.codes["label"][:2, 0].tolist() == [1, 0]
+
+
+def test_texts_that_are_cut_are_counted_once(encoded, caplog):
+    encoded(change=lambda d: d.remove_columns("text").add_column("text", ["long " * 30] * 10), shard_size=3)
+    assert [r.message for r in caplog.records if "are cut" in r.message] == [
+        "10 of 10 captions have more than max_length=12 tokens and are cut"
+    ]

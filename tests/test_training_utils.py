@@ -1,5 +1,7 @@
 import argparse
+import io
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,45 @@ def test_a_corrupt_file_is_skipped_with_its_name(picture_folder, caplog):
     pictures, rows = decode_images(dataset, "image", 16)
     assert len(pictures) == len(rows) == 8
     assert "3.png" in caplog.text and "5.png" in caplog.text and "skipped 2 of 10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("x"), ValueError("x"), SyntaxError("x"), AttributeError("x"), MemoryError("x"), struct.error("x")]
+    + [Image.DecompressionBombError("x"), RecursionError("x"), OverflowError("x"), ZeroDivisionError("x")],
+)
+def test_whatever_a_picture_raises_it_is_skipped(picture_folder, caplog, monkeypatch, error):
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    read = decode_image
+
+    def broken(value, *args, **options):
+        if Path(value["path"]).stem in "24":
+            raise error
+        return read(value, *args, **options)
+
+    monkeypatch.setattr("diffusers_vqdit.training_utils.decode_image", broken)
+    assert decode_images(dataset, "image", 16)[1] == [0, 1, 3, 5, 6, 7, 8, 9]
+    assert "2.png" in caplog.text and type(error).__name__ in caplog.text and "skipped 2 of 10" in caplog.text
+
+
+def test_many_broken_pictures_are_named_up_to_twenty(caplog):
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    values = [{"bytes": buffer.getvalue(), "path": None}, None, {"bytes": None, "path": None}]
+    values += [{"bytes": b"broken", "path": f"{index}.png"} for index in range(40)]
+    column = pa.array(values, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    dataset = Dataset(pa.table({"image": column})).cast_column("image", ImageFeature(decode=False))
+    pictures, rows = decode_images(dataset, "image", 4)
+    assert rows == [0] and pictures.shape == (1, 3, 4, 4)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 21 and messages[-1] == "skipped 42 of 43 pictures that could not be read"
+    assert "in row 1: " in messages[0] and "in row 2: " in messages[1] and "0.png: " in messages[2]
+    with pytest.raises(ValueError, match="column 'image': none of the 42 pictures could be read"):
+        decode_images(dataset.select(range(1, 43)), "image", 4)
 
 
 def test_the_split_column_selects_rows(root):

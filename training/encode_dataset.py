@@ -12,11 +12,10 @@ The emoji take about a minute on two CPU cores.
 import argparse
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from diffusers_vqdit import ImageVQModel, TextVQModel
 from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
-from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,
@@ -33,10 +32,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     parser.add_argument("--split", default="train")
     parser.add_argument(
-        "--image_vq", type=model_name, help="ImageVQModel: a folder or a Hub id. Without one, no pictures are encoded."
+        "--image_vq",
+        type=model_name,
+        help="ImageVQModel, or a pipeline: folder or Hub id. Without, no pictures.",
     )
     parser.add_argument(
-        "--text_vq", type=model_name, help="TextVQModel with its tokenizer. Without one, no captions are encoded."
+        "--text_vq", type=model_name, help="TextVQModel with its tokenizer, or a pipeline. Without, no captions."
     )
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
@@ -54,6 +55,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resolution", type=positive_integer, help="In pixels; by default the ImageVQModel's sample size."
+    )
+    parser.add_argument(
+        "--resize_mode", choices=["crop", "pad"], default="crop", help="How pictures that are not square become so."
     )
     parser.add_argument("--batch_size", type=positive_integer, default=64)
     parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
@@ -80,10 +84,12 @@ def main(args: argparse.Namespace) -> None:
         image_column=image_column,
         max_samples=args.max_samples,
         cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
     )
-    image_vq = ImageVQModel.from_pretrained(args.image_vq).to(args.device).eval() if args.image_vq else None
-    text_vq = TextVQModel.from_pretrained(args.text_vq).to(args.device).eval() if args.text_vq else None
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer") if args.text_vq else None
+    image_vq = load_image_vq(args.image_vq, cache_dir=args.cache_dir).to(args.device).eval() if args.image_vq else None
+    text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
+    if text_vq is not None:
+        text_vq.to(args.device).eval()
     encode_dataset(
         dataset,
         args.output_dir,
@@ -98,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
         label_column=args.label_column,
         image_augmentations=args.image_augmentations,
         lowres_factor=args.lowres_factor,
+        resize_mode=args.resize_mode,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )

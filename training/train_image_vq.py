@@ -50,7 +50,9 @@ from diffusers_vqdit.image_losses import (
     generator_loss,
 )
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
+from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
 from diffusers_vqdit.training_utils import (
     averaged_weights,
@@ -58,7 +60,6 @@ from diffusers_vqdit.training_utils import (
     code_usage,
     decode_images,
     find_checkpoint,
-    load_training_dataset,
     parameter_groups,
     psnr,
     save_checkpoint,
@@ -111,8 +112,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset_config_name")
     data.add_argument("--train_data_dir", help="Image folder.")
     data.add_argument("--image_column", default="image")
-    data.add_argument("--validation_split", default="test", help="Split for the PSNR; 'none' takes training pictures.")
+    data.add_argument(
+        "--validation_split",
+        help="Split for the PSNR, by default test if there is one; 'none' takes training pictures.",
+    )
     data.add_argument("--resolution", type=positive_integer, default=32)
+    data.add_argument(
+        "--resize_mode", choices=["crop", "pad"], default="crop", help="How pictures that are not square become so."
+    )
     data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
 
@@ -247,24 +254,27 @@ def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. Pictures, decoded once and kept as bytes
-    def read(split: str) -> torch.Tensor:
-        dataset = load_training_dataset(
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            train_data_dir=args.train_data_dir,
-            split=split,
-            image_column=args.image_column,
-            max_samples=args.max_train_samples,
-            cache_dir=args.cache_dir,
-        )
-        return decode_images(dataset, args.image_column, args.resolution)[0]
-
-    pictures = read("train")
-    held_out = pictures[:256] if args.validation_split == "none" else read(args.validation_split)
+    splits = load_splits(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
+    )
+    args.validation_split = choose_validation_split(splits, args.validation_split)
+    names = ["train"] if args.validation_split == "none" else ["train", args.validation_split]
+    datasets = [
+        take_split(splits, name, image_column=args.image_column, max_samples=args.max_train_samples) for name in names
+    ]
+    pictures, *others = (
+        decode_images(dataset, args.image_column, args.resolution, resize_mode=args.resize_mode)[0]
+        for dataset in datasets
+    )
+    held_out = others[0] if others else pictures[:256]
 
     # 2. Model
     if args.pretrained_model_name_or_path is not None:
-        model = ImageVQModel.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+        model = load_image_vq(args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32)
     else:
         levels = len(args.block_out_channels)
         model = ImageVQModel(

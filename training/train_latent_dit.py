@@ -31,21 +31,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.latent_training import (
@@ -57,7 +50,10 @@ from diffusers_vqdit.latent_training import (
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
+from diffusers_vqdit.training.latent_files import latents_identity, load_latents, save_latents
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
     add_training_arguments,
@@ -66,7 +62,6 @@ from diffusers_vqdit.training_arguments import (
 )
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    check_captions,
     checkpoint_step,
     decode_images,
     find_checkpoint,
@@ -101,9 +96,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", type=model_name, help="Latent pipeline to finetune: a folder or a Hub id."
     )
     models.add_argument(
-        "--image_vq", type=model_name, help="ImageVQModel for training from scratch: a folder or a Hub id."
+        "--image_vq",
+        type=model_name,
+        help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
     )
-    models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer beside it, for captions.")
+    models.add_argument(
+        "--text_vq", type=model_name, help="TextVQModel with its tokenizer, for captions, in the same way."
+    )
     models.add_argument("--text_encoder", type=model_name, help="Frozen transformers text encoder, for captions.")
     models.add_argument("--num_layers", type=positive_integer, default=12)
     models.add_argument("--num_attention_heads", type=positive_integer, default=6)
@@ -136,6 +135,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--label_column")
     data.add_argument(
         "--resolution", type=positive_integer, help="Pixels of a side; by default what the VQ was trained for."
+    )
+    data.add_argument(
+        "--resize_mode",
+        choices=["crop", "pad"],
+        help="How pictures that are not square become so; by default as in the pretrained pipeline, or crop.",
     )
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
     data.add_argument("--latents_file", type=Path, help="safetensors file: read if it is there, else written.")
@@ -181,23 +185,38 @@ def load_components(args: argparse.Namespace) -> dict:
     if args.pretrained_model_name_or_path is not None:
         pipeline = VQDiTLatentPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
         labels = {int(number): name for number, name in pipeline.config.id2label.items()}
-        return {**pipeline.components, "id2label": labels, "max_sequence_length": pipeline.config.max_sequence_length}
+        return {
+            **pipeline.components,
+            "transformer": as_trainable(pipeline.transformer),
+            "id2label": labels,
+            "max_sequence_length": pipeline.config.max_sequence_length,
+            "resize_mode": args.resize_mode or pipeline.config.resize_mode,
+        }
     text_encoder, tokenizer = None, None
     if args.text_vq is not None:
-        text_encoder = TextVQModel.from_pretrained(args.text_vq)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer")
+        text_encoder, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir)
     elif args.text_encoder is not None:
         text_encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
         tokenizer = AutoTokenizer.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
     return {
         "transformer": None,
-        "vae": ImageVQModel.from_pretrained(args.image_vq),
+        "vae": load_image_vq(args.image_vq, cache_dir=args.cache_dir),
         "scheduler": make_scheduler(args),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
         "id2label": {},
         "max_sequence_length": 77,
+        "resize_mode": args.resize_mode or "crop",
     }
+
+
+def as_trainable(transformer: DiTTransformer2DModel) -> VQDiTTransformer2DModel:
+    """Our model with the weights of a stock one, as diffusers' `DiTPipeline` has it, and the same outputs."""
+    if isinstance(transformer, VQDiTTransformer2DModel):
+        return transformer
+    ours = VQDiTTransformer2DModel.from_config(transformer.config)
+    ours.load_state_dict(transformer.state_dict())
+    return ours.share_embedder() if ours._embedders_are_equal() else ours
 
 
 def make_scheduler(args: argparse.Namespace):
@@ -218,35 +237,21 @@ def training_scheduler(args: argparse.Namespace, scheduler):
     return (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_config(scheduler.config)
 
 
-def encode_labels(names: list, id2label: dict[int, str]) -> tuple[torch.Tensor, dict[int, str]]:
-    """Numbers (N,) of labels, and the names of the numbers, which are the known ones if there are any."""
-    names = [str(name) for name in names]
-    id2label = id2label or dict(enumerate(sorted(set(names))))
-    numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
-    if unknown := sorted(set(names) - set(numbers)):
-        raise ValueError(f"label_column has {unknown[:5]}, which the pretrained pipeline's labels lack")
-    return torch.tensor([numbers[name] for name in names]), id2label
-
-
 @torch.no_grad()
 def cache_latents(args: argparse.Namespace, vae, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from or written to ``--latents_file``."""
-    variants = 2 if args.random_flip else 1
-    side = pictures.shape[-1] // downsample_factor(vae)
-    if args.latents_file is not None and args.latents_file.is_file():
-        latents = load_file(args.latents_file)["latents"]
-        if latents.shape[:2] != (len(pictures), variants) or latents.shape[-1] != side:
-            raise ValueError(
-                f"latents_file={str(args.latents_file)!r} has {tuple(latents.shape)}, but the data makes "
-                f"{(len(pictures), variants, '...', side, side)}; delete it or name another"
-            )
-        return latents
+    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from ``--latents_file`` if it is there."""
+    identity = latents_identity(vae, pictures, args.random_flip) if args.latents_file is not None else {}
+    if args.latents_file is not None and args.latents_file.exists():
+        return load_latents(args.latents_file, identity)
     parts = []
     for part in tqdm(pictures.split(64), desc="Latents"):
         pixels = to_pixels(part.to(device))
-        both = [pixels, pixels.flip(-1)][:variants]
+        both = [pixels, pixels.flip(-1)][: 2 if args.random_flip else 1]
         parts.append(torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1))
-    return torch.cat(parts)
+    latents = torch.cat(parts)
+    if args.latents_file is not None:
+        save_latents(args.latents_file, latents, identity)
+    return latents
 
 
 @torch.no_grad()
@@ -345,26 +350,36 @@ def main(args: argparse.Namespace) -> None:
         image_column=args.image_column,
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
     )
     resolution = args.resolution
     if resolution is None:
         size = vae.config.sample_size
         resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
-    pictures, rows = decode_images(dataset, args.image_column, resolution)
-    dataset = dataset.select(rows)
-    captions = {column: list(dataset[column]) for column in args.caption_columns}
-    for column, texts in captions.items():
-        check_captions(texts, column)
+    captions = {column: caption_lists(dataset[column], column) for column in args.caption_columns}
+    if captions:
+        every = [text for lists in captions.values() for row in lists for text in row]
+        ours = isinstance(parts["text_encoder"], TextVQModel)
+        warn_of_cut(
+            every,
+            parts["tokenizer"],
+            parts["text_encoder"].config.max_length if ours else parts["max_sequence_length"],
+        )
     labels, id2label = None, parts["id2label"]
     if args.label_column is not None:
-        labels, id2label = encode_labels(dataset[args.label_column], id2label)
+        known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
+        feature, values = dataset.features[args.label_column], dataset[args.label_column]
+        labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
+        if transformer is not None and max(id2label) >= known:
+            logger.info(f"labels new to the pipeline: {[name for n, name in id2label.items() if n >= known]}")
+            transformer = transformer.with_num_embeds_ada_norm(max(id2label) + 1)
+    pictures, rows = decode_images(dataset, args.image_column, resolution, resize_mode=parts["resize_mode"])
+    captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
+    labels = labels[rows] if labels is not None else None
 
     # 2. Latents, normalised by their own statistics unless the VQ's config has some
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # the others read the file, if there is to be one
         latents = cache_latents(args, vae, pictures, device)
-        if args.latents_file is not None and not args.latents_file.is_file() and accelerator.is_main_process:
-            args.latents_file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"latents": latents}, args.latents_file)
     if args.pretrained_model_name_or_path is None and vae.config.latents_mean is None:
         mean, std = measure_latents(latents.flatten(0, 1).split(1024))
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
@@ -497,11 +512,7 @@ def main(args: argparse.Namespace) -> None:
             batch_labels = torch.where(drop, null_label, labels[rows])
         conditions = {}
         if captions:
-            columns = (uniform(rows.shape, generator, rows.device) * len(captions)).long().tolist()
-            wordings = list(captions.values())
-            states, mask = encoder_pipeline.encode_prompt(
-                [wordings[column][row] for column, row in zip(columns, rows.tolist(), strict=True)]
-            )
+            states, mask = encoder_pipeline.encode_prompt(draw_captions(captions, rows, generator))
             drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
             mask = mask.to(device) & ~drop[:, None].to(device)
             conditions = {"encoder_hidden_states": states.to(device), "encoder_attention_mask": mask}

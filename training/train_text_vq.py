@@ -30,14 +30,15 @@ from diffusers_vqdit.hub.model_card import Measure
 from diffusers_vqdit.hub.push import saved_files
 from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
+from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    check_captions,
     checkpoint_step,
     find_checkpoint,
-    load_training_dataset,
     parameter_groups,
     row_generators,
     save_checkpoint,
@@ -81,7 +82,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset_config_name")
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     data.add_argument("--caption_columns", nargs="+", default=["text"])
-    data.add_argument("--validation_split", default="test", help="Split for round trips; 'none': training captions.")
+    data.add_argument(
+        "--validation_split", help="Split for round trips, by default test if there is one; 'none': training captions."
+    )
     data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
     data.add_argument(
@@ -141,19 +144,11 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> Pr
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str], max_length: int) -> torch.Tensor:
-    """Token ids (N, max_length) int64; says how many captions had to be cut."""
-    ids, _, counts = tokenize_to_length(tokenizer, captions, max_length)
-    if cut := sum(count > max_length for count in counts):
-        logger.warning(f"{cut} of {len(captions)} captions have more than max_length={max_length} tokens and are cut")
-    return ids
-
-
 @torch.no_grad()
 def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
     """Share of captions that come back exactly as text."""
     model.eval()
-    tokens = tokenize(tokenizer, captions, model.config.max_length)
+    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
     decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
     texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
     model.train()
@@ -177,25 +172,27 @@ def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. Captions and tokenizer
+    splits = load_splits(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        columns=args.caption_columns,
+        cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
+    )
+    args.validation_split = choose_validation_split(splits, args.validation_split)
+
     def read(split: str) -> list[str]:
-        dataset = load_training_dataset(
-            dataset_name=args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            train_data_dir=args.train_data_dir,
-            split=split,
-            columns=args.caption_columns,
-            max_samples=args.max_train_samples,
-            cache_dir=args.cache_dir,
-        )
-        for column in args.caption_columns:
-            check_captions(dataset[column], column)
-        return [text for column in args.caption_columns for text in dataset[column]]
+        dataset = take_split(splits, split, columns=args.caption_columns, max_samples=args.max_train_samples)
+        lists = [caption_lists(dataset[column], column) for column in args.caption_columns]
+        return [text for column in lists for row in column for text in row]
 
     captions = read("train")
     held_out = captions if args.validation_split == "none" else read(args.validation_split)
     if args.pretrained_model_name_or_path is not None:
-        model = TextVQModel.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.pretrained_model_name_or_path, subfolder="tokenizer")
+        model, tokenizer = load_text_vq(
+            args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32
+        )
     else:
         tokenizer = train_tokenizer(captions, args.tokenizer_vocab_size, args.max_length)
         model = TextVQModel(
@@ -212,7 +209,8 @@ def main(args: argparse.Namespace) -> None:
             codebook_norm=args.codebook_norm,
             restart_threshold=args.restart_threshold,
         )
-    tokens = tokenize(tokenizer, captions, model.config.max_length)
+    warn_of_cut(captions, tokenizer, model.config.max_length)
+    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
 
     # 2. Model
     model.train()

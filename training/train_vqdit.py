@@ -33,14 +33,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
 
-from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training.columns import encode_labels
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
     add_training_arguments,
@@ -90,11 +91,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--revision", help="Revision of the pretrained pipeline.")
     models.add_argument("--variant", help="Variant of the pretrained pipeline's files, such as fp16.")
     models.add_argument(
-        "--image_vq", type=model_name, help="ImageVQModel for training from scratch: a folder or a Hub id."
+        "--image_vq",
+        type=model_name,
+        help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
     )
-    models.add_argument(
-        "--text_vq", type=model_name, help="TextVQModel with its tokenizer beside it: a folder or a Hub id."
-    )
+    models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer, in the same way.")
     models.add_argument("--num_layers", type=positive_integer, default=8)
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
@@ -126,7 +127,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="Moved copies of each picture, used where it is given.",
     )
-    data.add_argument("--lowres_factor", type=integer(2), default=2, help="How many times smaller image_lowres is.")
+    data.add_argument(
+        "--lowres_factor",
+        type=integer(2),
+        help="How many times smaller image_lowres is; by default as in the codes or the pretrained pipeline, or 2.",
+    )
+    data.add_argument(
+        "--resize_mode",
+        choices=["crop", "pad"],
+        help="How pictures that are not square become so; by default as in the codes or the pretrained pipeline, or "
+        "crop.",
+    )
     data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
     data.add_argument(
@@ -172,43 +183,85 @@ def load_components(args: argparse.Namespace) -> dict:
         pipeline = VQDiTPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
         )
-        return {**pipeline.components, "labels": list(pipeline.config.labels)}
-    text_vq, tokenizer = None, None
-    if args.text_vq is not None:
-        text_vq = TextVQModel.from_pretrained(args.text_vq)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.text_vq, subfolder="tokenizer")
-    image_vq = ImageVQModel.from_pretrained(args.image_vq) if args.image_vq is not None else None
+        reading = {name: pipeline.config[name] for name in ("lowres_factor", "resize_mode")}
+        return {**pipeline.components, "labels": list(pipeline.config.labels), **reading}
+    text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     return {
-        "image_vq": image_vq,
+        "image_vq": load_image_vq(args.image_vq, cache_dir=args.cache_dir) if args.image_vq else None,
         "text_vq": text_vq,
         "tokenizer": tokenizer,
         "transformer": None,
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
         "labels": [],
+        "lowres_factor": args.lowres_factor or 2,
+        "resize_mode": args.resize_mode or "crop",
     }
+
+
+def settle_reading(args: argparse.Namespace, parts: dict, codes: CodeDataset | None) -> None:
+    """How pictures are read, in `parts`, for the saved pipeline: as in the codes, or as the arguments say.
+
+    Raises:
+        ValueError: if these differ, or the pretrained pipeline knows low resolution by another factor.
+    """
+    given = {"lowres_factor": args.lowres_factor, "resize_mode": args.resize_mode}
+    if codes is not None:
+        found = {"lowres_factor": codes.lowres_factor, "resize_mode": codes.settings.get("resize_mode")}
+        for name, value in found.items():
+            if None not in (value, given[name]) and value != given[name]:
+                raise ValueError(f"{name}={given[name]!r}, but the codes in {args.codes_dir!r} have {value!r}")
+        given = found
+    known = parts["transformer"].config.segments if parts["transformer"] is not None else {}
+    if "image_lowres" in known and given["lowres_factor"] not in (None, parts["lowres_factor"]):
+        raise ValueError(
+            f"lowres_factor={given['lowres_factor']}, but the pretrained pipeline's is {parts['lowres_factor']}"
+        )
+    parts |= {name: value for name, value in given.items() if value is not None}
 
 
 def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accelerator: Accelerator) -> CodeDataset:
     """Read the folder of codes, after writing it from pictures and captions where that is what was given."""
     if args.codes_dir is not None:
-        return CodeDataset(args.codes_dir)
+        codes = CodeDataset(args.codes_dir)
+        codes.check_tokenizers(parts["image_vq"], parts["text_vq"], parts["tokenizer"])
+        known = parts["labels"]
+        if "label" in segments and known and codes.labels[: len(known)] != known:
+            raise ValueError(
+                f"the codes in {args.codes_dir!r} have the labels {codes.labels}, but the pretrained pipeline has "
+                f"{known}: theirs must come first, in their order; or give the data itself, not its codes"
+            )
+        settle_reading(args, parts, codes)
+        return codes
+    settle_reading(args, parts, None)
     text_columns = sorted(segments - set(RESERVED))
     image_column = args.image_column if segments & {"image", "image_lowres"} else None
     caption_column = args.caption_column if text_columns or "text" in segments else None
     label_column = args.label_column if "label" in segments else None
+    prompt_columns = args.prompt_columns if caption_column is not None else []
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
-        columns=[c for c in (caption_column, label_column, *args.prompt_columns, *text_columns) if c is not None],
+        columns=[c for c in (caption_column, label_column, *prompt_columns, *text_columns) if c is not None],
         image_column=image_column,
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
     )
     folder = args.output_dir / "codes"
     if accelerator.is_main_process:
-        shape = parts["transformer"].config.segments["image"]["shape"] if parts["transformer"] is not None else None
-        resolution = shape[0] * parts["image_vq"].downsample_factor if shape else parts["image_vq"].config.sample_size
+        labels = None
+        if label_column is not None:
+            # Names that a pretrained pipeline lacks come after its own.
+            feature, known = dataset.features[label_column], dict(enumerate(parts["labels"]))
+            labels = list(encode_labels(dataset[label_column], label_column, feature, known)[1].values())
+        resolution = 0
+        if image_column is not None and parts["image_vq"] is not None:
+            known = parts["transformer"].config.segments if parts["transformer"] is not None else {}
+            image_vq = parts["image_vq"]
+            resolution = image_vq.config.sample_size
+            if "image" in known:
+                resolution = known["image"]["shape"][0] * image_vq.downsample_factor
         for name in ("image_vq", "text_vq"):
             if parts[name] is not None:
                 parts[name].to(accelerator.device)
@@ -221,12 +274,13 @@ def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accele
             tokenizer=parts["tokenizer"],
             image_column=image_column,
             caption_column=caption_column,
-            prompt_columns=args.prompt_columns,
+            prompt_columns=prompt_columns,
             text_columns=text_columns,
             label_column=label_column,
-            labels=parts["labels"] or None,
+            labels=labels,
             image_augmentations=args.image_augmentations,
-            lowres_factor=args.lowres_factor if "image_lowres" in segments else None,
+            lowres_factor=parts["lowres_factor"] if "image_lowres" in segments else None,
+            resize_mode=parts["resize_mode"],
         )
     accelerator.wait_for_everyone()
     return CodeDataset(folder)
@@ -295,7 +349,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
         )
-    labels = parts.pop("labels") or codes.labels
+    known_labels = parts.pop("labels")
+    labels = codes.labels if "label" in names or not known_labels else known_labels
 
     # 2. Transformer
     transformer = parts["transformer"]
@@ -312,6 +367,14 @@ def main(args: argparse.Namespace) -> None:
         )
     else:
         known = transformer.config.segments
+        if "label" in known and "label" in segments and len(labels) > known["label"]["vocab_size"]:
+            if args.rank is not None:
+                raise ValueError(
+                    f"the labels {labels[len(known_labels) :]} are new to the pipeline; a LoRA can't add them: drop "
+                    "--rank"
+                )
+            transformer = transformer.with_vocab_size("label", len(labels))
+            known = transformer.config.segments
         for name, segment in segments.items():
             if name in known and known[name] != segment:
                 raise ValueError(

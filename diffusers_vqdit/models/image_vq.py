@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.checkpoint_mixin import ModelCheckpointMixin
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
 from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
@@ -56,7 +56,7 @@ class ImageVQOutput(CastableOutput):
     perplexity: torch.Tensor | None = None
 
 
-class ImageVQModel(CheckpointMixin, VQModel):
+class ImageVQModel(ModelCheckpointMixin, VQModel):
     """A diffusers `VQModel` with codes: ``encode_codes`` and ``decode_codes``, and a quantizer made for training.
 
     Every `VQModel` checkpoint loads and gives the same latents, codes and pictures. The arguments of `VQModel` mean

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.checkpoint_mixin import ModelCheckpointMixin
 from .outputs import CastableOutput
 from .quantizers import VectorQuantizer
 
@@ -50,7 +50,7 @@ class ConvBlock(nn.Module):
         return hidden_states + self.proj(F.gelu(inner))
 
 
-class TextVQModel(CheckpointMixin, ModelMixin, ConfigMixin):
+class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     """A VQ-VAE over token ids.
 
     `downsample_factor` tokens share a position, and each position has `num_codebooks` residual codes (Zeghidour et al.

@@ -14,8 +14,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
+from .growth_mixin import GrowthMixin
 from .layers import VQDiTPrefix, modulate, sincos_positions
 from .transformer_dit import LatentDiT
 
@@ -81,7 +82,7 @@ def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Ten
     return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)
 
 
-class VQDiTTransformer2DModel(CheckpointMixin, LatentDiT):
+class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike

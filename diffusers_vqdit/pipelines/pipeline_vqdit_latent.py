@@ -98,6 +98,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         names = {str(number): name for number, name in (id2label or {}).items()}
         self.register_to_config(id2label=names, max_sequence_length=max_sequence_length, resize_mode=resize_mode)
         self.labels = {part.strip(): int(number) for number, name in names.items() for part in name.split(",")}
+        self.labels |= {name: int(number) for number, name in names.items()}  # "cat, dog" may be one name
         self.image_processor = VaeImageProcessor(vae_scale_factor=downsample_factor(vae))
         # Pictures as they are, for pasting: in [0, 1], at their own size.
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)

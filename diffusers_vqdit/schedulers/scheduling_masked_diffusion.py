@@ -8,7 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from ..hub.checkpoint_mixin import CheckpointMixin
+from ..hub.checkpoint_mixin import ComponentCheckpointMixin
 from .samplers import (
     Generators,
     draw,
@@ -52,7 +52,7 @@ class MaskedDiffusionEvent:
     steps_left: torch.LongTensor
 
 
-class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
+class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigMixin):
     """Masked diffusion over codes in [0, K), K being the mask (Austin et al. 2021; Sahoo et al. 2024, MDLM).
 
     At time t in [0, 1] a code is still visible with probability alpha(t): all are at 0, none at 1. Each row of a

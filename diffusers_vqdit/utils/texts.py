@@ -53,18 +53,18 @@ def tokenize_to_length(
         if tokens.encodings is None:  # a tokenizer in Python
             counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
         else:
-            counts = [sum(map(_content, [one, *one.overflowing])) + _special(one) for one in tokens.encodings]
+            counts = [sum(map(_own_tokens, [one, *one.overflowing])) + _added_tokens(one) for one in tokens.encodings]
     return tokens.input_ids, tokens.attention_mask, counts
 
 
-def _special(encoding: Any) -> int:
+def _added_tokens(encoding: Any) -> int:
     """Tokens of an encoding that the tokenizer adds itself, such as the end of a text."""
     added = zip(encoding.special_tokens_mask, encoding.attention_mask, strict=True)
     return sum(special and attended for special, attended in added)
 
 
-def _content(encoding: Any) -> int:
-    return sum(encoding.attention_mask) - _special(encoding)
+def _own_tokens(encoding: Any) -> int:
+    return sum(encoding.attention_mask) - _added_tokens(encoding)
 
 
 def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

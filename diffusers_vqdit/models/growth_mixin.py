@@ -1,0 +1,63 @@
+"""Copies of a transformer that know more: more codes of a segment, more labels."""
+
+
+class GrowthMixin:
+    """The part of [`VQDiTTransformer2DModel`] that makes larger copies of it, for finetuning."""
+
+    def with_vocab_size(self, name: str, size: int) -> "GrowthMixin":
+        """A copy whose segment has more codes, for training with more labels. Known codes keep their weights.
+
+        New codes begin with fresh embeddings and logits of zero; the mask is the row after them. Segments that share
+        the embeddings of this one have as many codes.
+
+        Args:
+            name: a segment with embeddings of its own.
+            size: its new ``vocab_size``.
+
+        Raises:
+            ValueError: for an unknown segment, a shared one, or a size that is not larger than the known one.
+        """
+        known = self.config.segments.get(name) if self.config.segments else None
+        if known is None or "shared_with" in known:
+            raise ValueError(f"name={name!r} must be a segment with embeddings of its own")
+        old = known["vocab_size"]
+        if not isinstance(size, int) or size <= old:
+            raise ValueError(f"size={size!r} must be an integer above {old}, the known vocab_size of {name!r}")
+        config = dict(self.config)
+        config["segments"] = {
+            other: {**segment, "vocab_size": size} if name in (other, segment.get("shared_with")) else segment
+            for other, segment in self.config.segments.items()
+        }
+        model = type(self).from_config(config)
+        state = self.state_dict()
+        for key in (f"code_embeddings.{name}.weight", f"heads.{name}.weight", f"heads.{name}.bias"):
+            grown = model.state_dict()[key].to(state[key])
+            grown[:old] = state[key][:old]
+            grown[size:] = state[key][old:]  # the mask's row, which heads have not
+            state[key] = grown
+        model.load_state_dict(state)
+        return model.to(self.device, self.dtype).train(self.training)
+
+    def with_num_embeds_ada_norm(self, size: int) -> "GrowthMixin":
+        """A copy with embeddings for more labels, new ones fresh. Known labels, and none, give what they gave.
+
+        Args:
+            size: the new number of labels; no label is the row after them.
+
+        Raises:
+            ValueError: if the model has segments, or not fewer labels.
+        """
+        old = self.config.num_embeds_ada_norm
+        if self.config.segments is not None or not isinstance(size, int) or size <= old:
+            raise ValueError(f"size={size!r} must be an integer above num_embeds_ada_norm={old}, with segments=None")
+        model = type(self).from_config({**self.config, "num_embeds_ada_norm": size})
+        state = self.state_dict()
+        fresh = model.state_dict()
+        for key in [key for key in state if key.endswith("class_embedder.embedding_table.weight")]:
+            grown = fresh[key].to(state[key])
+            grown[:old], grown[size:] = state[key][:old], state[key][old:]
+            state[key] = grown
+        model.load_state_dict(state)
+        if self.has_shared_embedder:
+            model.share_embedder()
+        return model.to(self.device, self.dtype).train(self.training)

@@ -1,0 +1,199 @@
+"""The files of a folder of codes: parquet shards, and an index that says what must be in them."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from ..tasks import SEGMENT_NAME
+from ..utils.checks import check_integer, shown
+from ..utils.fingerprints import file_sha256
+from .image_folder import first_of
+
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "segments.json"
+# Beside a segment's codes: several variants a row, for use where it is given and where it is generated.
+SUFFIXES = ("", "_prompts", "_variants")
+
+
+def replace_file(unfinished: Path, path: Path) -> None:
+    """Move a file to its place when its bytes are on the disk."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_shard(path: Path, columns: dict[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
+    """Write each column's rows of codes, of any shape, and return the shard's entry in the index."""
+    arrays = {}
+    for name, rows in columns.items():
+        sizes = [row.numel() for row in rows]
+        values = torch.cat([row.flatten() for row in rows]).to(torch.int32).numpy()
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+    unfinished = path.with_suffix(".tmp")
+    pq.write_table(pa.table(arrays), unfinished)
+    replace_file(unfinished, path)
+    return {"file": path.name, "rows": len(rows), "sha256": file_sha256(path)}
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index, which makes the folder complete."""
+    unfinished = (folder / INDEX_FILE).with_suffix(".tmp")
+    unfinished.write_text(json.dumps(index, indent=2, ensure_ascii=False), encoding="utf-8")
+    replace_file(unfinished, folder / INDEX_FILE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder of codes, after checks of all it says but for the shards' codes.
+
+    Raises:
+        ValueError: if it is missing, or something in it can't be; the message names the file and the entry.
+    """
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is no complete folder of codes: there is no {INDEX_FILE} in it")
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON file: {error}") from error
+
+    def need(holds: bool, entry: str, value: Any, kind: str) -> None:
+        if not holds:
+            raise ValueError(f"{str(path)!r}: {entry}={shown(value, 60)} must be {kind}")
+
+    need(isinstance(index, dict), "the index", index, "a JSON object")
+    segments, labels = index.get("segments"), index.get("labels")
+    need(isinstance(segments, dict) and len(segments) > 0, "segments", segments, "an object of one or more segments")
+    for name, segment in segments.items():
+        entry = f"segments[{name!r}]"
+        need(SEGMENT_NAME.fullmatch(name) is not None, "segments", name, "named with letters, digits and underscores")
+        need(isinstance(segment, dict), entry, segment, "an object with vocab_size and shape")
+        shape, size = segment.get("shape"), segment.get("vocab_size")
+        need(isinstance(shape, list) and len(shape) in (1, 2), f"{entry}.shape", shape, "[n] or [h, w]")
+        for number in (size, *shape):
+            need(type(number) is int and 0 < number < 2**31, entry, segment, "of positive integers")
+        if "shared_with" in segment:
+            other = segments.get(segment["shared_with"]) if isinstance(segment["shared_with"], str) else None
+            fits = isinstance(other, dict) and "shared_with" not in other and other.get("vocab_size") == size
+            need(fits, f"{entry}.shared_with", segment["shared_with"], f"a segment with vocab_size={size} of its own")
+    need(isinstance(labels, list) and all(type(x) is str for x in labels), "labels", labels, "a list of strings")
+    need(len(set(labels)) == len(labels), "labels", labels, "different names")
+    if "label" in segments:
+        size = segments["label"]["vocab_size"]
+        need(len(labels) == size, "labels", labels, f"the names of the {size} codes of the segment 'label'")
+    factor = index.get("lowres_factor")
+    need(factor is None or (type(factor) is int and factor >= 2), "lowres_factor", factor, "null or at least 2")
+
+    if "shards" not in index and "fingerprints" not in index:
+        logger.warning(
+            f"{str(folder)!r} was written by an older version: that its files are whole, and of these tokenizers, "
+            "can't be checked"
+        )
+        return {**index, "fingerprints": {}, "settings": {}, "shards": None}
+    prints, settings, shards = index.get("fingerprints"), index.get("settings"), index.get("shards")
+    need(
+        isinstance(prints, dict) and all(type(x) is str for x in prints.values()),
+        "fingerprints",
+        prints,
+        "an object of strings",
+    )
+    need(isinstance(settings, dict), "settings", settings, "an object")
+    need(isinstance(shards, list) and len(shards) > 0, "shards", shards, "a list of one or more shards")
+    for shard in shards:
+        whole = isinstance(shard, dict) and type(shard.get("file")) is str and type(shard.get("sha256")) is str
+        need(whole and type(shard.get("rows")) is int and shard["rows"] > 0, "shards", shard, "file, rows and sha256")
+        need(Path(shard["file"]).name == shard["file"], "shards", shard, "files in this folder")
+    need(len({shard["file"] for shard in shards}) == len(shards), "shards", shards, "different files")
+    return index
+
+
+def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path]:
+    """The shards' paths, which must be the listed ones, whole; None lists those of an older version.
+
+    Raises:
+        ValueError: that names the shards that are missing, not listed, or changed.
+    """
+    there = sorted(path.name for path in folder.glob("codes-*.parquet"))
+    if shards is None:
+        if not there:
+            raise ValueError(f"{str(folder)!r} is no complete folder of codes: there is no shard in it")
+        return [folder / name for name in there]
+    listed = [shard["file"] for shard in shards]
+    if missing := [name for name in listed if not (folder / name).is_file()]:
+        raise ValueError(f"{str(folder)!r}: the shards {first_of(missing)} are missing, which {INDEX_FILE} lists")
+    if extra := sorted(set(there) - set(listed)):
+        raise ValueError(f"{str(folder)!r}: the shards {first_of(extra)} are not listed in {INDEX_FILE}")
+    changed = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
+    if changed:
+        raise ValueError(
+            f"{str(folder)!r}: the shards {first_of(changed)} are damaged or were changed: their SHA-256 is not the "
+            f"one in {INDEX_FILE}; encode the data again"
+        )
+    return [folder / name for name in listed]
+
+
+def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
+    """Each column's codes (M, *shape), int16 or int32, and how many variants a row has, (rows,).
+
+    Raises:
+        ValueError: that names the file and the column, if codes are missing, no integers or out of range.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{str(path)!r} is no parquet file that can be read: {error}") from error
+    if rows is not None:
+        check_integer(f"rows of {str(path)!r}", table.num_rows, rows, rows)
+    if not table.num_rows:
+        raise ValueError(f"{str(path)!r} has no rows")
+    known = {f"{name}{suffix}": name for name in segments for suffix in SUFFIXES}
+    if unknown := sorted(set(table.column_names) - set(known)):
+        raise ValueError(f"{str(path)!r} has the columns {unknown}, which are no segments: it has {sorted(segments)}")
+    if missing := sorted(set(segments) - set(table.column_names)):
+        raise ValueError(f"{str(path)!r} lacks the columns of the segments {missing}")
+    found = {}
+    for column in table.column_names:
+        segment = segments[known[column]]
+        codes, sizes = _read_codes(table[column], f"{str(path)!r}: segment {column!r}", segment["vocab_size"])
+        length = int(np.prod(segment["shape"]))
+        fits = sizes == length if column in segments else (sizes > 0) & (sizes % length == 0)
+        if not fits.all():
+            row = int(np.flatnonzero(~fits)[0])
+            several = "" if column in segments else "a multiple of "
+            raise ValueError(
+                f"{str(path)!r}: segment {column!r} has {sizes[row]} codes in row {row}, not {several}{length}"
+            )
+        found[column] = (codes.view(-1, *segment["shape"]), sizes // length)
+    return found
+
+
+def _read_codes(column: pa.ChunkedArray, named: str, vocab_size: int) -> tuple[torch.Tensor, np.ndarray]:
+    """All codes of a column (M,), checked before they are narrowed, and the number in each row."""
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_integer(kind.value_type):
+        raise ValueError(f"{named} has {kind}; codes must be lists of integers")
+    values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type)
+    if column.null_count or values.null_count:
+        raise ValueError(f"{named} has missing codes")
+    span = pc.min_max(values).as_py() if len(values) else {"min": 0, "max": 0}
+    if span["min"] < 0 or span["max"] >= vocab_size:
+        raise ValueError(f"{named} has codes from {span['min']} to {span['max']}; they must be in [0, {vocab_size})")
+    small = np.int16 if vocab_size <= 2**15 else np.int32
+    codes = np.array(values.to_numpy(), dtype=small)  # a copy that may be written to
+    return torch.from_numpy(codes), pc.list_value_length(column).to_numpy().astype(np.int64)

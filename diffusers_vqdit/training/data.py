@@ -1,0 +1,299 @@
+"""Datasets for training: where they come from, their pictures as tensors, and the order in which they are seen."""
+
+import glob
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..image_utils import resize_image, to_rgb
+from ..utils.checks import shown
+from .image_folder import holds_pictures_only, read_image_folder
+
+
+logger = logging.getLogger(__name__)
+
+MAX_NAMED = 20  # skipped pictures that are named one by one
+
+
+class MissingSplitError(ValueError):
+    """The data has no split of the name asked for."""
+
+
+def load_splits(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    columns: Iterable[str] = (),
+    cache_dir: str | None = None,
+    output_dir: str | os.PathLike | None = None,
+) -> dict:
+    """All splits of a source, each a `datasets.Dataset`; the arguments are those of [`load_training_dataset`].
+
+    Where the data comes as one table with a ``split`` column, its values are the splits.
+    """
+    from datasets import load_dataset
+
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
+            f"train_data_dir={train_data_dir!r}"
+        )
+    if train_data_dir is not None:
+        if not Path(train_data_dir).is_dir():
+            raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
+        table = read_image_folder(train_data_dir, columns, output_dir)
+    elif dataset_name.lower().endswith(".parquet"):
+        if not Path(dataset_name).is_file():
+            raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
+        file = glob.escape(_without_magic(dataset_name, cache_dir))
+        table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
+    elif Path(dataset_name).is_dir():
+        if holds_pictures_only(Path(dataset_name)):
+            table = read_image_folder(dataset_name, columns, output_dir)
+        else:
+            table = load_dataset(_without_magic(dataset_name, cache_dir), dataset_config_name, cache_dir=cache_dir)
+    else:
+        table = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+
+    everything = next(iter(table.values()))
+    if "split" not in everything.column_names:
+        return dict(table)
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(everything["split"]):
+        rows.setdefault(value, []).append(row)
+    return {value: everything.select(rows[value]) for value in rows}
+
+
+def load_training_dataset(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    columns: Iterable[str] = (),
+    image_column: str | None = None,
+    max_samples: int | None = None,
+    cache_dir: str | None = None,
+    output_dir: str | os.PathLike | None = None,
+):
+    """Load a `datasets.Dataset` from a Hub name, a local parquet file, or a folder of pictures.
+
+    Args:
+        dataset_name: a Hub dataset, a folder that `datasets` can load or one of pictures, or the path of a
+            ``.parquet`` file.
+        dataset_config_name: the dataset's configuration, if it has several.
+        train_data_dir: a folder of pictures, with metadata or class folders for captions and labels
+            ([`~training.image_folder.read_image_folder`]).
+        split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
+            source without the split asked for is refused.
+        columns: the columns that must be there.
+        image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_images`], which
+            skips broken files.
+        max_samples: keep the first so many rows.
+        cache_dir: where `datasets` keeps its cache.
+        output_dir: the folder that the run writes; pictures in it are not read.
+
+    Raises:
+        ValueError: if neither or both sources are given, or if a column or the split is missing; the message lists
+            the ones there are.
+    """
+    splits = load_splits(
+        dataset_name=dataset_name,
+        dataset_config_name=dataset_config_name,
+        train_data_dir=train_data_dir,
+        columns=columns,
+        cache_dir=cache_dir,
+        output_dir=output_dir,
+    )
+    return take_split(splits, split, columns=columns, image_column=image_column, max_samples=max_samples)
+
+
+def take_split(
+    splits: dict,
+    split: str,
+    *,
+    columns: Iterable[str] = (),
+    image_column: str | None = None,
+    max_samples: int | None = None,
+):
+    """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
+    from datasets import Image
+
+    if split not in splits:
+        raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
+    dataset = splits[split]
+    for column in [*columns, *([image_column] if image_column else [])]:
+        if column not in dataset.column_names:
+            raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
+    if image_column:
+        dataset = dataset.cast_column(image_column, Image(decode=False))
+    if max_samples is not None:
+        dataset = dataset.select(range(min(max_samples, len(dataset))))
+    return dataset
+
+
+def choose_validation_split(splits: dict, validation_split: str | None) -> str:
+    """The split to measure on, ``"none"`` for the training data: ``test`` by default, where there is one.
+
+    Raises:
+        MissingSplitError: if the one asked for is not there.
+    """
+    if validation_split is None:
+        if "test" in splits:
+            return "test"
+        logger.warning(f"the data has no test split, only {sorted(map(str, splits))}: measuring on training data")
+        return "none"
+    if validation_split != "none" and validation_split not in splits:
+        raise MissingSplitError(
+            f"validation_split={validation_split!r} is not in the data: it has {sorted(map(str, splits))}; 'none' "
+            "measures on training data"
+        )
+    return validation_split
+
+
+def _without_magic(path: str, cache_dir: str | None) -> str:
+    """A path of the same file or folder that `datasets` doesn't take for a pattern or a chain of URLs."""
+    from datasets import config
+
+    path = Path(os.path.abspath(path))
+    if not glob.has_magic(str(path)) and "::" not in str(path) and "{" not in str(path):
+        return str(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    # Times and sizes stand in the name, as the cache of what is read goes by the path.
+    state = [f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files]
+    name = hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    link = Path(cache_dir or config.HF_DATASETS_CACHE) / "links" / (name + path.suffix)
+    for file in files:  # a folder's link would be resolved
+        here = link / file.relative_to(path) if path.is_dir() else link
+        here.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            here.symlink_to(file)
+        except FileExistsError:
+            pass  # made by an earlier run, or by another process
+    return str(link)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
+    """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
+
+    Args:
+        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
+        resolution: height and width of the result.
+        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
+            white.
+
+    Raises:
+        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
+            read as RGB ([`~image_utils.to_rgb`]).
+    """
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    if data is None and path is None:
+        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
+    # A pipe would block, and Pillow would say of a folder that it may not be read.
+    if data is None and not os.path.isfile(path):
+        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
+    try:
+        Image.init()
+        # EPS pictures are programs that Ghostscript runs, for as long as they like.
+        formats = [name for name in Image.ID if name != "EPS"]
+        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
+    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
+        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
+    with picture:
+        picture = resize_image(to_rgb(picture), (resolution, resolution), resize_mode)
+        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def decode_images(
+    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop"
+) -> tuple[torch.Tensor, list[int]]:
+    """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
+
+    Args:
+        dataset: with an undecoded picture column.
+        image_column: the column's name.
+        resolution: side of the pictures in pixels.
+        resize_mode: ``"crop"`` or ``"pad"``, as in [`decode_image`].
+
+    Returns:
+        a uint8 tensor (N, 3, resolution, resolution) and the row numbers it holds.
+
+    Raises:
+        ValueError: if no picture could be read.
+    """
+    pictures, rows = decode_rows(dataset, range(len(dataset)), image_column, resolution, resize_mode)
+    if not rows:
+        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
+    if len(rows) < len(dataset):
+        logger.warning(f"skipped {len(dataset) - len(rows)} of {len(dataset)} pictures that could not be read")
+    return pictures, rows
+
+
+def decode_rows(
+    dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
+) -> tuple[torch.Tensor, list[int]]:
+    """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
+    pictures, read = [], []
+    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+    for row in rows:
+        value = None
+        try:
+            value = column[row][image_column]
+            picture = decode_image(value, resolution, resize_mode=resize_mode)
+        except Exception as error:  # whatever a picture raises: it is one of many
+            if skipped < MAX_NAMED:
+                named = (value.get("path") if isinstance(value, dict) else None) or f"in row {row}"
+                logger.warning(f"skipped picture {named}: {type(error).__name__}: {error}")
+            skipped += 1
+            continue
+        pictures.append(((picture + 1.0) * 127.5).round().to(torch.uint8))
+        read.append(row)
+    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), read
+
+
+def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def shuffled_batches(
+    size: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[torch.Tensor]:
+    """Endless index batches of a dataset held in memory: each epoch in an order of its own, drawn from (seed, epoch).
+
+    The batch at a given step is the same in a run that was never stopped and in one resumed at `start`. The batches of
+    the ranks are disjoint parts of one global batch. An epoch's remainder is carried into the next epoch, so that
+    small datasets work with any batch size.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    global_batch = batch_size * world_size
+    orders: dict[int, torch.Tensor] = {}
+
+    def order(epoch: int) -> torch.Tensor:
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        return orders[epoch]
+
+    step = start
+    while True:
+        first = step * global_batch + rank * batch_size
+        yield torch.tensor([int(order(i // size)[i % size]) for i in range(first, first + batch_size)])
+        step += 1

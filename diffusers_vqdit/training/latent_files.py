@@ -1,0 +1,56 @@
+"""A file of latents for the next run, which says what they were made from."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..utils.fingerprints import model_fingerprint, tensor_sha256
+from .code_files import replace_file
+
+
+def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: bool) -> dict[str, str]:
+    """What latents depend on: the pictures (N, 3, H, W) uint8, the tokenizer, and whether mirrored ones are there."""
+    return {
+        "pictures": tensor_sha256(pictures),
+        "resolution": str(pictures.shape[-1]),
+        "random_flip": str(random_flip),
+        "vae": model_fingerprint(vae),
+    }
+
+
+def save_latents(path: Path, latents: torch.Tensor, identity: dict[str, str]) -> None:
+    """Write latents (N, variants, C, h, w), under a temporary name until the file is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    save_file({"latents": latents}, unfinished, metadata={**identity, "latents": tensor_sha256(latents)})
+    replace_file(unfinished, path)
+
+
+def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
+    """The latents that [`save_latents`] wrote.
+
+    Raises:
+        ValueError: if the file is damaged, or its latents are of other data or another tokenizer; it names which.
+    """
+    named = f"latents_file={str(path)!r}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            latents = file.get_tensor("latents")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{named} is damaged, or no file of latents ({error}); delete it or name another") from error
+    if "latents" not in metadata:
+        raise ValueError(
+            f"{named} is from an older version, and doesn't say what it was made from; delete it or name another"
+        )
+    # Another resolution makes other pictures; the reason is named alone.
+    differing = [name for name in identity if metadata.get(name) != identity[name]]
+    if "resolution" in differing:
+        differing = [name for name in differing if name != "pictures"]
+    if differing:
+        raise ValueError(f"{named} was made with other {' and '.join(differing)}; delete it or name another")
+    if metadata["latents"] != tensor_sha256(latents):
+        raise ValueError(f"{named} is damaged: its latents' SHA-256 is not the one in it; delete it or name another")
+    return latents

@@ -1,0 +1,151 @@
+"""Folders of weights: a save that replaces what was there, and checks of what is written and read."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+# As diffusers and transformers name them: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`,
+# `model-00001-of-00002.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+_WEIGHT_FILE = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(\.(?P<before>[^.]+?))?(-\d{5}-of-\d{5})?"
+    r"(\.(?P<after>[^.]+))?\.(safetensors|bin)(?P<index>\.index(\.(?P<of_index>[^.]+))?\.json)?"
+)
+
+
+def weight_file_of(name: str) -> tuple[str, str] | None:
+    """The stem and the variant (``""`` for none) of a weight file, a shard or a shards' index; None for other files.
+
+    transformers calls the same weights ``model`` in safetensors and ``pytorch_model`` in pickles: one stem here.
+    """
+    match = _WEIGHT_FILE.fullmatch(name)
+    if match is None:
+        return None
+    stem = match["stem"] if match["stem"] == "diffusion_pytorch_model" else "model"
+    return stem, match["before"] or match["after"] or match["of_index"] or ""
+
+
+def remove_replaced_weights(folder: Path, written: Iterable[Path]) -> list[Path]:
+    """Remove the weight files that a save has replaced: others of the same stem and variant beside what was written.
+
+    Left alone, an older file of another form, such as shards beside a whole file or ``.bin`` beside safetensors, would
+    be loaded in place of the new one. Other variants and all other files stay.
+
+    Args:
+        folder: what was saved to; `written` lies in it or in its subfolders.
+        written: the files of the new save, weights and others.
+
+    Returns:
+        what was removed.
+    """
+    written = {Path(folder, path).absolute() for path in written}
+    kinds = {(path.parent, kind) for path in written if (kind := weight_file_of(path.name))}
+    removed = []
+    for parent in {parent for parent, _ in kinds}:
+        for path in sorted(parent.iterdir()):
+            if path not in written and path.is_file() and (parent, weight_file_of(path.name)) in kinds:
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+@contextmanager
+def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to save to, whose files are moved into `folder` at the end, with [`remove_replaced_weights`].
+
+    Whatever fails before that, `folder` stays as it was.
+
+    Raises:
+        ValueError: if `folder` is a file.
+        OSError: if it can't be written; the message says that what it held is still whole.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder, which may be a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        try:
+            yield Path(unfinished)
+            files = [path for path in sorted(Path(unfinished).rglob("*")) if path.is_file()]
+            for path in files:
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{folder} could not be written ({error}); what it held before is still whole") from error
+        except RuntimeError as error:
+            if "unexpected pos" not in str(error):  # torch.save's words for a full disk
+                raise
+            raise OSError(
+                f"{folder} could not be written, its disk is full ({error}); what it held before is still whole"
+            ) from error
+        written = [folder / path.relative_to(unfinished) for path in files]
+        for path, target in zip(files, written, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    remove_replaced_weights(folder, written)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:
+    """Raise a ValueError that names the first of an owner's tensors with NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{owner}: {name!r} has no values, as its weights are offloaded; load or save them without offloading "
+                "(pipe.remove_all_hooks(), no device_map to disk)"
+            )
+        tensor = tensor.detach()
+        low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()  # NaN, if there is one
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{owner}: {name!r} holds NaN or infinity; its weights are of no use")
+
+
+def check_weights(
+    expected: Mapping[str, torch.Tensor], files: Iterable[tuple[str, Mapping[str, torch.Tensor]]], *, shapes: bool
+) -> None:
+    """Compare the weights of a checkpoint with what a model of its config has.
+
+    Args:
+        expected: the model's own tensors; of these, only names, shapes and dtypes are read.
+        files: names and tensors of the checkpoint's files.
+        shapes: whether shapes must agree.
+
+    Raises:
+        ValueError: that names the file and the tensor, if one is missing, has another shape or kind of number, or
+            isn't finite.
+    """
+    missing, names = dict.fromkeys(expected), []
+    for file, tensors in files:
+        names.append(str(file))
+        for name, tensor in tensors.items():
+            own = expected.get(name)
+            if own is None:
+                continue
+            missing.pop(name, None)
+            if shapes and tensor.shape != own.shape:
+                raise ValueError(
+                    f"{file}: {name!r} has shape {tuple(tensor.shape)}, but by the config it must have "
+                    f"{tuple(own.shape)}"
+                )
+            if _kind(tensor) != _kind(own):
+                raise ValueError(f"{file}: {name!r} is {tensor.dtype}, but must be a {_kind(own)} tensor")
+        check_finite({name: tensors[name] for name in tensors.keys() & expected.keys()}, str(file))
+    if missing:
+        some = ", ".join(map(repr, list(missing)[:4])) + (", ..." if len(missing) > 4 else "")
+        raise ValueError(
+            f"{', '.join(names)}: {len(missing)} of the {len(expected)} tensors that the config asks for are missing: "
+            f"{some}; the weights are another model's or not whole, or the config isn't theirs"
+        )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating-point"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"

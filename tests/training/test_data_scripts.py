@@ -1,0 +1,207 @@
+"""What the training scripts make of data, tokenizers and pipelines as users have them; a step or two each."""
+
+import json
+import logging
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
+
+from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.utils.fingerprints import model_fingerprint
+
+
+@pytest.fixture
+def run(script):
+    def run(name, arguments):
+        module = script(name)
+        module.main(module.parse_args(arguments.split()))
+
+    return run
+
+
+@pytest.fixture
+def tokenizers(image_vq, text_vq, tokenizer, tmp_path):
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    text_vq.save_pretrained(tmp_path / "text_vq")
+    tokenizer.save_pretrained(tmp_path / "text_vq" / "tokenizer")
+    return f"--image_vq {tmp_path / 'image_vq'} --text_vq {tmp_path / 'text_vq'}"
+
+
+TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --report_to none --train_batch_size 4"
+TINY += " --max_train_steps 1"
+FINETUNE = "--report_to none --train_batch_size 4 --max_train_steps 1"
+
+
+def change_rows(folder, change):
+    """Rewrite the rows of metadata.jsonl, each given with its number."""
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [{**row, **change(index, row)} for index, row in enumerate(rows)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_texts_alone(run, tokenizers, picture_folder, tmp_path):
+    text_vq = tokenizers.split()[-1]
+    run(
+        "train_vqdit",
+        f"--train_data_dir {picture_folder} --text_vq {text_vq} --tasks=->text {TINY} --output_dir {tmp_path / 'out'}",
+    )
+    pipe = VQDiTPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.image_vq is None and len(pipe(output="text", num_inference_steps=1).texts) == 1
+
+
+def test_how_pictures_are_read_reaches_the_pipeline(run, tokenizers, picture_folder, tmp_path):
+    data = f"--train_data_dir {picture_folder} --tasks image_lowres->image"
+    run("train_vqdit", f"{data} {tokenizers} {TINY} --lowres_factor 4 --resize_mode pad --output_dir {tmp_path / 'a'}")
+    run(
+        "encode_dataset",
+        f"--train_data_dir {picture_folder} {tokenizers} --lowres_factor 4 --resize_mode pad "
+        f"--output_dir {tmp_path / 'codes'}",
+    )
+    codes = f"--codes_dir {tmp_path / 'codes'} --tasks image_lowres->image"
+    run("train_vqdit", f"{codes} {tokenizers} {TINY} --output_dir {tmp_path / 'b'}")
+    tuned = f"--pretrained_model_name_or_path {tmp_path / 'a'} {FINETUNE} --output_dir {tmp_path / 'c'}"
+    run("train_vqdit", f"{data} {tuned}")
+    for name in "abc":
+        config = VQDiTPipeline.from_pretrained(tmp_path / name).config
+        assert (config.lowres_factor, config.resize_mode) == (4, "pad"), name
+    for flag, message in [
+        ("--lowres_factor 2", "lowres_factor=2, but the "),
+        ("--resize_mode crop", "resize_mode='crop'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run("train_vqdit", f"{codes} {tokenizers} {TINY} {flag} --output_dir {tmp_path / 'x'}")
+    with pytest.raises(ValueError, match="lowres_factor=2, but the pretrained pipeline's is 4"):
+        run("train_vqdit", f"{data} {tuned} --lowres_factor 2")
+
+
+def test_new_labels_are_added_to_a_pretrained_pipeline(run, tokenizers, picture_folder, tmp_path):
+    data = f"--train_data_dir {picture_folder} --label_column label --tasks label->image,->image"
+    run("train_vqdit", f"{data} {tokenizers} {TINY} --output_dir {tmp_path / 'base'}")
+    change_rows(picture_folder, lambda index, row: {"label": "oval"} if index == 3 else {})
+    tuned = f"{data} --pretrained_model_name_or_path {tmp_path / 'base'} {FINETUNE} --learning_rate 0"
+    run("train_vqdit", f"{tuned} --output_dir {tmp_path / 'mine'}")
+    base, mine = (VQDiTPipeline.from_pretrained(tmp_path / name) for name in ("base", "mine"))
+    assert base.config.labels == ["round", "square"] and mine.config.labels == ["round", "square", "oval"]
+    masked, labels = {"image": torch.full((2, 4, 4), 32)}, {"label": torch.tensor([[0], [1]])}
+    with torch.no_grad():  # the learning rate was zero
+        before, after = (pipe.transformer(masked, given=labels).sample["image"] for pipe in (base, mine))
+    assert torch.equal(before, after)
+    with pytest.raises(ValueError, match=r"the labels \['oval'\] are new to the pipeline; a LoRA can't add them"):
+        run("train_vqdit", f"{tuned} --rank 2 --output_dir {tmp_path / 'lora'}")
+
+
+def test_codes_of_other_tokenizers_or_labels_are_refused(run, tokenizers, image_vq, picture_folder, tmp_path):
+    data = f"--train_data_dir {picture_folder} --label_column label"
+    run("encode_dataset", f"{data} {tokenizers} --output_dir {tmp_path / 'codes'}")
+    run("train_vqdit", f"{data} {tokenizers} {TINY} --tasks label->image --output_dir {tmp_path / 'base'}")
+    codes = f"--codes_dir {tmp_path / 'codes'} --tasks label->image --output_dir {tmp_path / 'x'}"
+    run("train_vqdit", f"{codes} --pretrained_model_name_or_path {tmp_path / 'base'} {FINETUNE}")
+    with torch.no_grad():
+        image_vq.encoder.conv_in.bias[0] += 1
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    with pytest.raises(ValueError, match="made by another image_vq than the one given"):
+        run("train_vqdit", f"{codes} {tokenizers} {TINY}")
+    index = tmp_path / "codes" / "segments.json"
+    index.write_text(index.read_text().replace('"round"', '"tall"'))
+    with pytest.raises(ValueError, match=r"labels \['tall', 'square'\], but the pretrained pipeline has \['round'"):
+        run("train_vqdit", f"{codes} --pretrained_model_name_or_path {tmp_path / 'base'} {FINETUNE}")
+
+
+def test_tokenizers_are_found_where_people_have_them(pipeline, tokenizers, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    # The cache of the Hub as it is after a download; nothing else is asked here.
+    hub = tmp_path / "hub" / "models--someone--pipe"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    pipeline.save_pretrained(hub / "snapshots" / ("0" * 40))
+    image, text = model_fingerprint(pipeline.image_vq), model_fingerprint(pipeline.text_vq)
+    for name in [tmp_path / "pipe", tmp_path / "pipe" / "{}", "someone/pipe", "someone/pipe/{}"]:
+        options = {"cache_dir": str(tmp_path / "hub")}
+        assert model_fingerprint(load_image_vq(str(name).format("image_vq"), **options)) == image
+        model, tokenizer = load_text_vq(str(name).format("text_vq"), **options)
+        assert model_fingerprint(model) == text and tokenizer.get_vocab() == pipeline.tokenizer.get_vocab(), name
+    load_text_vq(str(tmp_path / "text_vq"))  # a folder of train_text_vq.py
+    pipeline.text_vq.save_pretrained(tmp_path / "lone" / "model")
+    with pytest.raises(ValueError, match="lone/model' has no tokenizer"):
+        load_text_vq(str(tmp_path / "lone" / "model"))
+
+
+@pytest.mark.parametrize("name", ["image_vq", "text_vq"])
+def test_data_without_a_test_split(run, picture_folder, tmp_path, caplog, monkeypatch, name):
+    caplog.set_level(logging.WARNING)
+    small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 4 --num_vq_embeddings 8 --resolution 16"
+    if name == "text_vq":
+        small = "--tokenizer_vocab_size 300 --hidden_size 8 --num_codes 16"
+        change_rows(picture_folder, lambda index, row: {"text": [row["text"], "second"]})
+    arguments = f"--train_data_dir {picture_folder} {small} {FINETUNE} --output_dir {tmp_path / 'out'}"
+    run(f"train_{name}", arguments)
+    assert "no test split, only ['train']: measuring on training data" in caplog.text
+    assert "train" in (tmp_path / "out" / "README.md").read_text()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("decoded before the check")
+
+    monkeypatch.setattr("diffusers_vqdit.training.data.decode_image", refuse)
+    with pytest.raises(ValueError, match=r"validation_split='dev' is not in the data: it has \['train'\]"):
+        run(f"train_{name}", f"{arguments} --validation_split dev")
+
+
+def test_a_pipeline_of_diffusers_is_finetuned(run, picture_folder, tmp_path):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=2,
+        norm_num_groups=4,
+    ).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    index = tmp_path / "dit" / "model_index.json"  # where the published ones have their labels
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"0": "round, circle", "1": "square"}}))
+    change_rows(picture_folder, lambda index, row: {"label": ["circle", "square", "oval"][index % 3]})
+    run(
+        "train_latent_dit",
+        f"--pretrained_model_name_or_path {tmp_path / 'dit'} --train_data_dir {picture_folder} --label_column label "
+        f"--objective epsilon --learn_sigma --learning_rate 0 {FINETUNE} --output_dir {tmp_path / 'out'}",
+    )
+    pipe = VQDiTLatentPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipe.transformer, VQDiTTransformer2DModel)
+    assert pipe.labels == {"round, circle": 0, "round": 0, "circle": 0, "square": 1, "oval": 2}
+    latents, times = torch.randn(3, 4, 4, 4), torch.tensor([1, 500, 999])
+    with torch.no_grad():
+        before = transformer(latents, times, torch.tensor([0, 1, 2])).sample
+        after = pipe.transformer(latents, times, torch.tensor([0, 1, 3])).sample
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_latents_are_kept_for_the_same_pictures_only(run, tokenizers, picture_folder, tmp_path, caplog):
+    change_rows(picture_folder, lambda index, row: {"text": ["a dot", "word " * 30]})
+    file = tmp_path / "kept" / "latents.safetensors"
+    arguments = (
+        f"--train_data_dir {picture_folder} --caption_columns text {tokenizers} {TINY} --patch_size 1 "
+        f"--latents_file {file} --output_dir {tmp_path / 'out'}"
+    )
+    run("train_latent_dit", arguments)
+    written = file.stat().st_mtime_ns
+    run("train_latent_dit", arguments)
+    assert file.stat().st_mtime_ns == written
+    assert "10 of 20 captions have more than max_length=12 tokens" in caplog.text
+    with pytest.raises(ValueError, match="was made with other random_flip; delete it"):
+        run("train_latent_dit", f"{arguments} --random_flip")
+    Image.new("RGB", (32, 32), "black").save(picture_folder / "3.png")
+    with pytest.raises(ValueError, match="was made with other pictures; delete it"):
+        run("train_latent_dit", arguments)
