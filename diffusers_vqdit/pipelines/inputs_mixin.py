@@ -104,6 +104,7 @@ class InputsMixin:
                 raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
         arguments = {"text": "prompt", "label": "class_label"}
+        passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
         for name, value in passed.items():
             if isinstance(value, list) and not value:
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")

@@ -226,8 +226,6 @@ class LikelihoodMixin:
             parts = [items]
         codes = torch.cat([self._encode({segment: part})[segment] for part in parts])
         output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
-        if not output.features.isfinite().all():
-            raise ValueError("the transformer's features of the gallery are not finite")
         self.maybe_free_model_hooks()
         return output
 
