@@ -72,7 +72,7 @@ class InputsMixin:
     def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
+                f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
 
