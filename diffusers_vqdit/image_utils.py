@@ -103,7 +103,7 @@ def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Ten
     Raises:
         ValueError: if they are not all of one of these kinds, or there is none, or one that can't be read.
     """
-    images = image if isinstance(image, list) else [image]
+    images = image if isinstance(image, list | tuple) else [image]
     if not images:
         raise ValueError("image=[] is an empty list; give at least one, or None")
     if all(isinstance(one, Image.Image) for one in images):
@@ -191,7 +191,7 @@ def read_mask(mask_image: Any, size: tuple[int, int], count: int) -> torch.Tenso
     """
     planes = [
         plane
-        for one in (mask_image if isinstance(mask_image, list) else [mask_image])
+        for one in (mask_image if isinstance(mask_image, list | tuple) else [mask_image])
         for plane in ([_grey_mask(one)] if isinstance(one, Image.Image) else _mask_planes(one))
     ]
     if len(planes) not in (1, count):

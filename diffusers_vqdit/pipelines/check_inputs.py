@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
@@ -84,9 +85,14 @@ def check_batch(sizes: dict[str, int], num_images_per_prompt: int, generator: An
     return total
 
 
+def as_list(value: Any) -> list:
+    """One or several of something as a list."""
+    return list(value) if isinstance(value, list | tuple | range) else [value]
+
+
 def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> list[int]:
     """One or several labels, by number or name, as a list of numbers in [0, size)."""
-    labels = labels if isinstance(labels, list) else [labels]
+    labels = as_list(labels.tolist() if isinstance(labels, np.ndarray) and labels.ndim == 1 else labels)
     if not labels:
         raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
     found = []

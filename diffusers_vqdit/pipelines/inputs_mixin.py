@@ -73,7 +73,7 @@ class InputsMixin:
     def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
+                f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
 
@@ -105,6 +105,7 @@ class InputsMixin:
                 raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
         arguments = {"text": "prompt", "label": "class_label"}
+        passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
         for name, value in passed.items():
             if isinstance(value, list) and not value:
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")

@@ -52,7 +52,7 @@ class LatentInputsMixin:
         check_flag("force_not_quantize", force_not_quantize)
         if hasattr(self.scheduler, "next_event"):
             raise ValueError(
-                f"scheduler is a {type(self.scheduler).__name__}, which is for codes; this pipeline needs a scheduler "
+                f"scheduler is {type(self.scheduler).__name__}, which is for codes; this pipeline needs a scheduler "
                 "of Gaussian diffusion or flow matching, such as DDIMScheduler"
             )
         factor = downsample_factor(self.vae)

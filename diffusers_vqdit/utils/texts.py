@@ -19,7 +19,7 @@ def check_texts(name: str, texts: Any) -> list[str]:
     Raises:
         ValueError: for an empty list, what is no string, an empty string, or one with lone surrogates.
     """
-    texts = texts if isinstance(texts, list) else [texts]
+    texts = list(texts) if isinstance(texts, list | tuple) else [texts]
     if not texts:
         raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
     for text in texts:

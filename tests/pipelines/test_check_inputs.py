@@ -14,8 +14,8 @@ LONE = "a \ud83d dog"
 NOT_INTEGERS = [0, -1, 1.5, 2.0, "3", True, None, float("nan"), [2], np.float64(2), 10**9]
 NOT_NUMBERS = ["3", float("nan"), float("inf"), -float("inf"), [1.0], True, 10**400, 1j, np.array([1.0, 2.0])]
 NOT_FLAGS = [1, 0, "True", None, np.bool_(True), []]
-NOT_TEXTS = ["", "  ", 3, [], ["a dog", ""], ["a dog", None], LONE, ["a", "\udc00"], b"a dog", ("a", "b"), {"a": 1}]
-NOT_LABELS = [-1, 3, 1.0, True, "car", "", [], [0, "car"], LONE, [None], (0, 1)]
+NOT_TEXTS = ["", "  ", 3, [], ["a dog", ""], ["a dog", None], LONE, ["a", "\udc00"], b"a dog", ("a", 1), {"a": 1}]
+NOT_LABELS = [-1, 3, 1.0, True, "car", "", [], [0, "car"], LONE, [None], (0, 5), np.array([[0, 1]]), np.array([0.5])]
 NOT_GENERATORS = [0, 1, "cpu", True, np.random.default_rng(0), [], [0], [torch.Generator(), None]]
 NOT_IMAGES = [
     "cat.png",
@@ -252,9 +252,8 @@ def test_logits_that_are_not_finite_stop_at_the_step(pipeline):
         lambda: pipeline.score("text->image", "a dog", PICTURE),
         lambda: pipeline.classify(image=PICTURE),
         lambda: pipeline.classify(image=PICTURE, labels=["a dog", "a cat"]),
-        lambda: pipeline.index(image=[PICTURE]),
     ):
-        with pytest.raises(ValueError, match="the transformer's (logits|features of the gallery) are not finite"):
+        with pytest.raises(ValueError, match="the transformer's logits are not finite"):
             call()
     assert steps == []
 

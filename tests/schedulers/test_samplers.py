@@ -141,3 +141,16 @@ def test_the_beginnings_of_a_halton_order_are_spread_more_evenly_than_random_one
         mine = unevenness(halton_order((size, size)), count)
         theirs = sorted(unevenness(other, count) for other in others)
         assert mine <= theirs[10] and mine < theirs[100]  # among the best twentieth; half of them are worse
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_codes_are_in_range_whatever_the_logits_are(value):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 5, 64, 100):
+        logits = torch.randn(200, size, generator=generator)
+        logits[torch.rand(200, size, generator=generator) < 0.3] = value
+        logits[:20] = value
+        noise = torch.rand(200, generator=generator, dtype=torch.float64)
+        for temperature in (0, 1e-6, 1.0, 1e6):
+            codes, _ = draw(logits, noise, temperature)
+            assert codes.min() >= 0 and codes.max() < size
