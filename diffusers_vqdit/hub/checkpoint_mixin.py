@@ -146,11 +146,14 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
             cause = error
             while cause.__context__ is not None:
                 cause = cause.__context__
-            raise OSError(f"{str(error).strip()} It is not whole, or no file of weights: {_first_line(cause)}") from error
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise OSError(f"{str(error).strip()} It is not whole, or no file of weights: {reason}") from error
 
     def _fix_state_dict_keys_on_load(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         # Called by diffusers with what a file holds, before anything else is done with it.
-        if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        if not isinstance(state_dict, Mapping) or not all(
+            isinstance(value, torch.Tensor) for value in state_dict.values()
+        ):
             raise ValueError(f"the file of weights must hold tensors by name, got a {type(state_dict).__name__}")
         super()._fix_state_dict_keys_on_load(state_dict)
 
@@ -236,10 +239,6 @@ def _check_shard_indices(folder: Path, variant: str | None) -> None:
 def _subclass_names(cls: type) -> set[str]:
     names = {subclass.__name__ for subclass in cls.__subclasses__()}
     return names.union(*(_subclass_names(subclass) for subclass in cls.__subclasses__()))
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _without_numpy(value: Any) -> Any:
