@@ -161,13 +161,11 @@ class GalleryIndex:
             raise ValueError(f"codes must have shape (G, *shape) with one item or more, got {tuple(self.codes.shape)}")
         if self.codes.min() < 0:
             raise ValueError(f"codes must not be negative, got {int(self.codes.min())}")
-        size, rank = len(self.codes), self.features.shape[-1] if self.features.ndim == 2 else "R"
+        size, rank = len(self.codes), self.features.shape[-1] if self.features.ndim else 0
         for name, shape in (("features", (size, rank)), ("bias", (size,)), ("basis", ("N * D", rank))):
             found = tuple(getattr(self, name).shape)
-            if len(found) != len(shape) or any(a != b for a, b in zip(found, shape, strict=True) if b != "N * D"):
-                raise ValueError(
-                    f"{name} must have shape {shape} beside {size} codes and {rank} features, got {found}"
-                )
+            if len(found) != len(shape) or any(b not in (a, "N * D") for a, b in zip(found, shape, strict=True)):
+                raise ValueError(f"{name} must have shape {shape}, as there are {size} items, got {found}")
         check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
 
     def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:
@@ -270,10 +268,14 @@ def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransforme
     if segment not in segments:
         raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
     shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
-    fits = isinstance(codes, torch.Tensor) and codes.dtype == torch.int64 and codes.ndim == 1 + len(shape)
+    fits = (
+        isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim == 1 + len(shape)
+    )
     if not fits or codes.shape[1:] != shape or not len(codes):
         found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, torch.Tensor) else shown(codes)
-        raise ValueError(f"{name} must be int64 codes (B, {', '.join(map(str, shape))}) of {segment!r}, got {found}")
+        raise ValueError(
+            f"{name} must be int64 or int32 codes (B, {', '.join(map(str, shape))}) of {segment!r}, got {found}"
+        )
     if codes.min() < 0 or codes.max() >= size:
         raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
 
@@ -314,6 +316,7 @@ def build_index(
     """
     batch_size = check_integer("batch_size", batch_size, 1)
     check_items("codes", codes, transformer, segment)
+    codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
     way = max(ways, key=sizes.get)
@@ -382,6 +385,7 @@ def retrieve(
     if gallery.model != fingerprint(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
     check_items("query", query, transformer, gallery.query)
+    query = query.long()
     batch_size = check_integer("batch_size", batch_size, 1)
     if not isinstance(top_k, Integral) or isinstance(top_k, bool) or not 1 <= top_k <= len(gallery):
         raise ValueError(f"top_k={shown(top_k)} must be an integer from 1 to the {len(gallery)} items of the gallery")
@@ -390,13 +394,19 @@ def retrieve(
     top_k, shortlist = int(top_k), min(int(shortlist), len(gallery))
     tasks = transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
+    way = Task.parse(gallery.way)
+    expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * transformer.inner_dim
+    if way not in ways or len(gallery.basis) != expected:
+        raise ValueError(
+            f"gallery has the way {gallery.way!r} and a basis of {len(gallery.basis)} rows; this model has the ways "
+            f"{[str(one) for one in ways]}, and {expected} rows there: index the gallery with this model"
+        )
     known = {Task.parse(task) for task in tasks}
     free = {
         way: all_masked(transformer, way.generated[0]) if Task((), way.generated) in known else None for way in ways
     }
 
     # 1. Shortlist, and the query's own log p while its states are at hand
-    way = Task.parse(gallery.way)
     forward = Task((gallery.query,), (gallery.segment,))
     places, scores = [], []
     for part in query.split(batch_size):
