@@ -268,14 +268,11 @@ def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransforme
     if segment not in segments:
         raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
     shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
-    fits = (
-        isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim == 1 + len(shape)
-    )
+    fits = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim > 1
     if not fits or codes.shape[1:] != shape or not len(codes):
         found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, torch.Tensor) else shown(codes)
-        raise ValueError(
-            f"{name} must be int64 or int32 codes (B, {', '.join(map(str, shape))}) of {segment!r}, got {found}"
-        )
+        expected = f"(B, {', '.join(map(str, shape))}) of {segment!r}"
+        raise ValueError(f"{name} must be int64 or int32 codes {expected}, got {found}")
     if codes.min() < 0 or codes.max() >= size:
         raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
 

@@ -54,8 +54,8 @@ class CheckpointMixin:
         found = check_integer("_format_version", config_dict.get("_format_version", 1), 1)
         if found > FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint of {cls.__name__} has format version {found}, but the installed diffusers_vqdit "
-                f"reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier revision of the checkpoint"
+                f"_format_version={found}: this checkpoint of {cls.__name__} has format version {found}, but the installed "
+                f"diffusers_vqdit reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier revision of the checkpoint"
             )
         defaults = config_dict.get("_use_default_values", [])
         if not isinstance(defaults, list | tuple | set):
@@ -118,7 +118,7 @@ class ComponentCheckpointMixin(CheckpointMixin):
         """
         found = config_dict.get("_class_name", cls.__name__)
         bases = [base.__name__ for base in cls.__mro__ if hasattr(base, "config_name")]
-        if found not in bases and found not in cls._saved_class_names and found not in _subclass_names(cls):
+        if found not in [*bases, *cls._saved_class_names, *_subclass_names(cls)]:
             raise ValueError(f"_class_name={shown(found)} must be {cls.__name__!r}, or a class that it extends")
         return super().extract_init_dict(config_dict, **kwargs)
 
