@@ -165,7 +165,10 @@ class GalleryIndex:
         for name, shape in (("features", (size, rank)), ("bias", (size,)), ("basis", ("N * D", rank))):
             found = tuple(getattr(self, name).shape)
             if len(found) != len(shape) or any(b not in (a, "N * D") for a, b in zip(found, shape, strict=True)):
-                raise ValueError(f"{name} must have shape {shape}, as there are {size} items, got {found}")
+                raise ValueError(
+                    f"{name} must have shape {shape} beside codes {tuple(self.codes.shape)} and features "
+                    f"{tuple(self.features.shape)}, got {found}"
+                )
         check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
 
     def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:

@@ -54,8 +54,9 @@ class CheckpointMixin:
         found = check_integer("_format_version", config_dict.get("_format_version", 1), 1)
         if found > FORMAT_VERSION:
             raise ValueError(
-                f"_format_version={found}: this checkpoint of {cls.__name__} has format version {found}, but the installed "
-                f"diffusers_vqdit reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier revision of the checkpoint"
+                f"_format_version={found}: this checkpoint of {cls.__name__} has format version {found}, but the "
+                f"installed diffusers_vqdit reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier "
+                "revision of the checkpoint"
             )
         defaults = config_dict.get("_use_default_values", [])
         if not isinstance(defaults, list | tuple | set):
