@@ -18,21 +18,33 @@ import os
 import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from diffusers.utils import BaseOutput
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .likelihood import check_logits
 from .models.transformer_vqdit import VQDiTTransformer2DModel
 from .tasks import Task, check_task
+from .utils.checks import check_integer, shown
+from .utils.weight_files import check_finite
 
 
 NUM_FEATURES = 256
 FIT_SIZE = 1024  # items that the principal components are fitted to
 SEARCH_CHUNK = 65_536  # items of the gallery a matrix product
+# A gallery's fields, and what they may be.
+GALLERY_STRINGS = ("segment", "query", "way", "model")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+GALLERY_TENSORS = {
+    "codes": (torch.int16, torch.int32, torch.int64),
+    "features": _FLOATS,
+    "bias": _FLOATS,
+    "basis": _FLOATS,
+}
 
 
 @dataclass
@@ -119,6 +131,9 @@ class GalleryIndex:
         features (`torch.Tensor` of shape `(G, R)`): float16.
         bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
         basis (`torch.Tensor` of shape `(N * D, R)`): float16, orthonormal columns.
+
+    Raises:
+        ValueError: if a field has another type, dtype or shape, isn't finite, or doesn't fit the others.
     """
 
     segment: str
@@ -132,18 +147,56 @@ class GalleryIndex:
 
     def __post_init__(self) -> None:
         self._faiss = None
+        for name in GALLERY_STRINGS:
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")
+        ways = [str(Task(one, other)) for one, other in self._sides()] if self.segment != self.query else []
+        if self.way not in ways:
+            raise ValueError(
+                f"way={self.way!r} must be a task between segment={self.segment!r} and query={self.query!r}: "
+                f"{' or '.join(ways) or 'they must differ'}"
+            )
+        for name, dtypes in GALLERY_TENSORS.items():
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+                found = value.dtype if isinstance(value, torch.Tensor) else shown(value)
+                raise ValueError(f"{name} must be a tensor of one of {list(dtypes)}, got {found}")
+        if self.codes.ndim < 2 or not self.codes.numel():
+            raise ValueError(f"codes must have shape (G, *shape) with one item or more, got {tuple(self.codes.shape)}")
+        if self.codes.min() < 0:
+            raise ValueError(f"codes must not be negative, got {int(self.codes.min())}")
+        size, rank = len(self.codes), self.features.shape[-1] if self.features.ndim else 0
+        for name, shape in (("features", (size, rank)), ("bias", (size,)), ("basis", ("N * D", rank))):
+            found = tuple(getattr(self, name).shape)
+            if len(found) != len(shape) or any(b not in (a, "N * D") for a, b in zip(found, shape, strict=True)):
+                raise ValueError(
+                    f"{name} must have shape {shape} beside codes {tuple(self.codes.shape)} and features "
+                    f"{tuple(self.features.shape)}, got {found}"
+                )
+        check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
+
+    def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:
+        return [((self.segment,), (self.query,)), ((self.query,), (self.segment,))]
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, under a temporary name until it is complete."""
-        path = Path(path)
+        """Write one safetensors file, under a temporary name until it is complete and on the disk.
+
+        Raises:
+            ValueError: if `path` isn't one of a file in a folder that is there.
+        """
+        path = _path(path)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {name: getattr(self, name).contiguous() for name in ("codes", "features", "bias", "basis")}
         metadata = {name: getattr(self, name) for name in ("segment", "query", "way", "model")}
         try:
             save_file(tensors, temporary, metadata=metadata)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -153,20 +206,41 @@ class GalleryIndex:
         """Read what [`save`] wrote.
 
         Raises:
-            ValueError: if the file is no gallery's index.
+            ValueError: if there is no such file, or it is no gallery's index, not whole, or doesn't fit together.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-            if not {"segment", "query", "way", "model"} <= set(metadata) or "features" not in names:
-                raise ValueError(f"{str(path)!r} is no index of a gallery; write one with GalleryIndex.save")
-            tensors = {name: file.get_tensor(name) for name in names}
-        return cls(**{name: metadata[name] for name in ("segment", "query", "way", "model")}, **tensors)
+        path = _path(path)
+        if not path.is_file():
+            raise ValueError(f"path={str(path)!r} is no file; give one that GalleryIndex.save wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{str(path)!r} is no whole safetensors file ({error})") from error
+        names = (*GALLERY_STRINGS, *GALLERY_TENSORS)
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"{str(path)!r} is no index of a gallery, it lacks {', '.join(missing)}; write one with "
+                "GalleryIndex.save"
+            )
+        try:
+            return cls(**{name: found[name] for name in names})
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
 
     def search(self, queries: torch.Tensor, count: int) -> torch.LongTensor:
         """The `count` items (B, count) with the largest inner products with `queries` (B, R), best first.
 
         By faiss's exact inner-product index where faiss is installed, else by matrix products a chunk at a time.
+
+        Raises:
+            ValueError: if `queries` has another shape or isn't finite, or `count` isn't in [1, len(self)].
         """
+        rank = self.features.shape[1]
+        if not isinstance(queries, torch.Tensor) or queries.ndim != 2 or queries.shape[1] != rank:
+            found = tuple(queries.shape) if isinstance(queries, torch.Tensor) else shown(queries)
+            raise ValueError(f"queries must be a tensor (B, {rank}), got {found}")
+        check_finite({"queries": queries}, "the search")
+        count = check_integer("count", count, 1, len(self))
         queries = queries.float().cpu()
         if find_spec("faiss") is not None:
             import faiss
@@ -187,6 +261,27 @@ class GalleryIndex:
             best, order = best.topk(min(count, best.shape[1]))
             places = places.gather(1, order)
         return places
+
+
+def _path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"path={shown(path)} must be a path to a file")
+    return Path(path)
+
+
+def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransformer2DModel, segment: str) -> None:
+    """Raise a ValueError unless there are codes (B, *shape) of a segment, one item or more."""
+    segments = transformer.config.segments or {}
+    if segment not in segments:
+        raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
+    shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
+    fits = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim > 1
+    if not fits or codes.shape[1:] != shape or not len(codes):
+        found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, torch.Tensor) else shown(codes)
+        expected = f"(B, {', '.join(map(str, shape))}) of {segment!r}"
+        raise ValueError(f"{name} must be int64 or int32 codes {expected}, got {found}")
+    if codes.min() < 0 or codes.max() >= size:
+        raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
 
 
 def _vectors(transformer: VQDiTTransformer2DModel, way: Task, segment: str, codes: torch.LongTensor) -> torch.Tensor:
@@ -221,8 +316,11 @@ def build_index(
         batch_size: items a forward pass.
 
     Raises:
-        ValueError: if the checkpoint knows no task between the two segments that ranks items.
+        ValueError: if the checkpoint knows no task between the two segments that ranks items, or codes don't fit.
     """
+    batch_size = check_integer("batch_size", batch_size, 1)
+    check_items("codes", codes, transformer, segment)
+    codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
     way = max(ways, key=sizes.get)
@@ -278,7 +376,9 @@ def retrieve(
     Raises:
         ValueError: if the index is another model's, or `top_k` or `shortlist` doesn't fit.
     """
-    segments = transformer.config.segments
+    if not isinstance(gallery, GalleryIndex):
+        raise ValueError(f"gallery={shown(gallery)} must be a GalleryIndex, such as pipe.index makes")
+    segments = transformer.config.segments or {}
     for name in (gallery.segment, gallery.query):
         if name not in segments:
             raise ValueError(f"gallery has the segment {name!r}; this model has {list(segments)}")
@@ -290,20 +390,29 @@ def retrieve(
         )
     if gallery.model != fingerprint(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(gallery):
-        raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the {len(gallery)} items of the gallery")
-    if not isinstance(shortlist, int) or isinstance(shortlist, bool) or shortlist < top_k:
-        raise ValueError(f"shortlist={shortlist!r} must be an integer of at least top_k={top_k}")
-    shortlist = min(shortlist, len(gallery))
+    check_items("query", query, transformer, gallery.query)
+    query = query.long()
+    batch_size = check_integer("batch_size", batch_size, 1)
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or not 1 <= top_k <= len(gallery):
+        raise ValueError(f"top_k={shown(top_k)} must be an integer from 1 to the {len(gallery)} items of the gallery")
+    if not isinstance(shortlist, Integral) or isinstance(shortlist, bool) or shortlist < top_k:
+        raise ValueError(f"shortlist={shown(shortlist)} must be an integer of at least top_k={top_k}")
+    top_k, shortlist = int(top_k), min(int(shortlist), len(gallery))
     tasks = transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
+    way = Task.parse(gallery.way)
+    expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * transformer.inner_dim
+    if way not in ways or len(gallery.basis) != expected:
+        raise ValueError(
+            f"gallery has the way {gallery.way!r} and a basis of {len(gallery.basis)} rows; this model has the ways "
+            f"{[str(one) for one in ways]}, and {expected} rows there: index the gallery with this model"
+        )
     known = {Task.parse(task) for task in tasks}
     free = {
         way: all_masked(transformer, way.generated[0]) if Task((), way.generated) in known else None for way in ways
     }
 
     # 1. Shortlist, and the query's own log p while its states are at hand
-    way = Task.parse(gallery.way)
     forward = Task((gallery.query,), (gallery.segment,))
     places, scores = [], []
     for part in query.split(batch_size):

@@ -1,8 +1,11 @@
 """Retrieval against sums that are computed plainly, and its index on disk."""
 
+import math
+import threading
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_vqdit import GalleryIndex, retrieval
 from diffusers_vqdit.retrieval import build_index, directions, retrieve
@@ -154,3 +157,118 @@ def test_an_index_of_another_model_or_vocabulary_is_refused(transformer):
     index.segment = "sketch"
     with pytest.raises(ValueError, match="gallery has the segment 'sketch'"):
         retrieve(transformer, query, index, top_k=1, shortlist=2)
+
+
+STRINGS = ("segment", "query", "way", "model")
+
+
+def damaged(tensors, strings):
+    """Galleries that are not whole: what is wrong, and the tensors and strings."""
+    for name in tensors:
+        yield name, {key: value for key, value in tensors.items() if key != name}, strings
+        yield name, {**tensors, name: tensors[name].bool()}, strings
+        yield name, {**tensors, name: tensors[name][None]}, strings
+        if name != "codes":
+            yield name, {**tensors, name: tensors[name][:, :-1] if name == "features" else tensors[name][:-1]}, strings
+            for value in (math.nan, math.inf):
+                yield name, {**tensors, name: torch.full_like(tensors[name], value)}, strings
+            yield name, {**tensors, name: torch.zeros_like(tensors[name], dtype=torch.int32)}, strings
+    for name in STRINGS:
+        yield name, tensors, {key: value for key, value in strings.items() if key != name}
+        yield name, tensors, {**strings, name: ""}
+    for value in ("text", "image->image", "text->label", "->image", "x->y"):
+        yield "way", tensors, {**strings, "way": value}
+    yield "way", tensors, {**strings, "query": "image"}
+    for value in (tensors["codes"] - 100, tensors["codes"][:0], tensors["codes"].float(), tensors["codes"].flatten()):
+        yield "codes", {**tensors, "codes": value}, strings
+
+
+def test_a_damaged_gallery_is_refused_by_the_name_of_its_field(transformer, tmp_path):
+    path = tmp_path / "gallery.safetensors"
+    build_index(transformer, items("image", 8), "image", "text").save(path)
+    index, tensors = GalleryIndex.load(path), load_file(path)
+    strings = {name: getattr(index, name) for name in STRINGS}
+    count = 0
+    for name, some, texts in damaged(tensors, strings):
+        if name == "basis" and some.get("basis") is not None and some["basis"].shape[0] == len(tensors["basis"]) - 1:
+            continue  # told when it meets the model, below
+        save_file({key: value.contiguous() for key, value in some.items()}, path, metadata=texts)
+        with pytest.raises(ValueError, match=name) as error:
+            GalleryIndex.load(path)
+        assert str(path) in str(error.value)
+        count += 1
+    assert count >= 35
+    index.basis = index.basis[:-1]
+    with pytest.raises(ValueError, match="basis of"):
+        retrieve(transformer, items("text", 2), index, top_k=1, shortlist=1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_file_that_is_not_whole_is_named(transformer, tmp_path, share):
+    path = tmp_path / "gallery.safetensors"
+    build_index(transformer, items("image", 8), "image", "text").save(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="gallery.safetensors' is no whole"):
+        GalleryIndex.load(path)
+
+
+@pytest.mark.parametrize("path", [3, None, "", "no-such-file", "."])
+def test_what_is_no_path_to_a_gallery_is_named(transformer, path):
+    with pytest.raises(ValueError, match="path="):
+        GalleryIndex.load(path)
+    if path != "no-such-file":
+        with pytest.raises(ValueError, match="path="):
+            build_index(transformer, items("image", 2), "image", "text").save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("top_k", value) for value in (0, -1, 9, 1.5, "1", True, None)),
+        *(("shortlist", value) for value in (0, 1, 2.5, "9", True, None)),
+        *(("batch_size", value) for value in (0, -1, 1.5, None)),
+        *(("gallery", value) for value in (None, "gallery.safetensors", {})),
+        *(("query", value) for value in (None, "a dot", torch.zeros(2, 12), torch.zeros(2, 4, 4, dtype=torch.int64))),
+        *(("query", torch.full((1, 12), value)) for value in (-1, 64)),
+        ("query", torch.zeros(0, 12, dtype=torch.int64)),
+    ],
+)
+def test_bad_arguments_of_retrieve_are_named(transformer, name, value):
+    index = build_index(transformer, items("image", 8), "image", "text")
+    given = {"query": items("text", 2), "gallery": index, "top_k": 2, "shortlist": 4, "batch_size": 2, name: value}
+    with pytest.raises(ValueError, match=name):
+        retrieve(transformer, given.pop("query"), given.pop("gallery"), **given)
+
+
+def test_bad_arguments_of_index_and_search_are_named(transformer):
+    for codes in (None, torch.zeros(2, 4, 4), items("text", 2), items("image", 2) + 32, items("image", 2)[:0]):
+        with pytest.raises(ValueError, match="codes"):
+            build_index(transformer, codes, "image", "text")
+    index = build_index(transformer, items("image", 8), "image", "text")
+    rank = index.features.shape[1]
+    for queries in (None, torch.zeros(rank), torch.zeros(1, rank + 1), torch.full((1, rank), math.nan)):
+        with pytest.raises(ValueError, match="queries"):
+            index.search(queries, 1)
+    for count in (0, 9, 1.5, None, True):
+        with pytest.raises(ValueError, match="count"):
+            index.search(torch.zeros(1, rank), count)
+
+
+def test_threads_share_a_model(transformer):
+    """Each thread's states are its own, though the head is one."""
+    given = [items("text", 2, seed=seed) for seed in range(4)]
+    expected = [retrieval.all_masked(transformer, "image", {"text": codes})[0] for codes in given]
+    wrong = []
+
+    def work(number):
+        for _ in range(20):
+            states = retrieval.all_masked(transformer, "image", {"text": given[number]})[0]
+            if not torch.equal(states, expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -54,8 +54,9 @@ class CheckpointMixin:
         found = check_integer("_format_version", config_dict.get("_format_version", 1), 1)
         if found > FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint of {cls.__name__} has format version {found}, but the installed diffusers_vqdit "
-                f"reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier revision of the checkpoint"
+                f"_format_version={found}: this checkpoint of {cls.__name__} has format version {found}, but the "
+                f"installed diffusers_vqdit reads versions up to {FORMAT_VERSION}: upgrade it, or load an earlier "
+                "revision of the checkpoint"
             )
         defaults = config_dict.get("_use_default_values", [])
         if not isinstance(defaults, list | tuple | set):
@@ -120,7 +121,7 @@ class ComponentCheckpointMixin(CheckpointMixin):
         """
         found = config_dict.get("_class_name", cls.__name__)
         bases = [base.__name__ for base in cls.__mro__ if hasattr(base, "config_name")]
-        if found not in bases and found not in cls._saved_class_names and found not in _subclass_names(cls):
+        if found not in [*bases, *cls._saved_class_names, *_subclass_names(cls)]:
             raise ValueError(f"_class_name={shown(found)} must be {cls.__name__!r}, or a class that it extends")
         return super().extract_init_dict(config_dict, **kwargs)
 
@@ -148,9 +149,8 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
             cause = error
             while cause.__context__ is not None:
                 cause = cause.__context__
-            raise OSError(
-                f"{str(error).strip()} It is not whole, or no file of weights: {_first_line(cause)}"
-            ) from error
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise OSError(f"{str(error).strip()} It is not whole, or no file of weights: {reason}") from error
 
     def _fix_state_dict_keys_on_load(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         # Called by diffusers with what a file holds, before anything else is done with it.
@@ -242,10 +242,6 @@ def _check_shard_indices(folder: Path, variant: str | None) -> None:
 def _subclass_names(cls: type) -> set[str]:
     names = {subclass.__name__ for subclass in cls.__subclasses__()}
     return names.union(*(_subclass_names(subclass) for subclass in cls.__subclasses__()))
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _without_numpy(value: Any) -> Any:

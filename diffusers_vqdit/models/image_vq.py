@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import ModelCheckpointMixin
+from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
 from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
@@ -87,6 +88,9 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         entropy_weight, entropy_temperature: of the entropy loss.
         fsq_levels: levels of each of FSQ's channels. `vq_embed_dim` must be their number, and `num_vq_embeddings`
             their product; with ``"lfq"`` it must be 2^vq_embed_dim.
+
+    Raises:
+        ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.
     """
 
     _supports_gradient_checkpointing = True
@@ -126,8 +130,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         fsq_levels: tuple[int, ...] | None = None,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
-        if len(pixel_range) != 2 or not pixel_range[0] < pixel_range[1]:
-            raise ValueError(f"pixel_range={pixel_range!r} must be (lowest, highest)")
+        parameters = inspect.signature(ImageVQModel.__init__).parameters
+        check_image_vq(self.config, QUANTIZER_OPTIONS, {name: one.default for name, one in parameters.items()})
         # VQModel's own __init__ makes the stock quantizer and the stock blocks only.
         super(VQModel, self).__init__()
         code_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
@@ -136,17 +140,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
             "layers_per_block": layers_per_block,
             "norm_num_groups": norm_num_groups,
         }
-        if "MaskGITDownBlock2D" in down_block_types or "MaskGITUpBlock2D" in up_block_types:
-            for name, value, expected in (
-                ("down_block_types", set(down_block_types), {"MaskGITDownBlock2D"}),
-                ("up_block_types", set(up_block_types), {"MaskGITUpBlock2D"}),
-                ("act_fn", act_fn, "silu"),
-                ("norm_type", norm_type, "group"),
-                ("mid_block_add_attention", mid_block_add_attention, False),
-                ("vq_embed_dim", code_dim, latent_channels),
-            ):
-                if value != expected:
-                    raise ValueError(f"{name}={value!r} must be {expected!r} with MaskGIT's blocks")
+        if MASKGIT_BLOCKS[0] in down_block_types:
             self.encoder = MaskGITEncoder(in_channels, latent_channels, **widths)
             self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
             self.decoder = MaskGITDecoder(latent_channels, out_channels, **widths)
@@ -383,21 +377,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
 
 def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) -> Quantizer:
-    """The quantizer that the arguments of [`ImageVQModel`] ask for.
-
-    Raises:
-        ValueError: if the type is unknown, or an argument doesn't suit it.
-    """
-    if quantizer_type not in QUANTIZER_OPTIONS:
-        raise ValueError(f"quantizer_type={quantizer_type!r} must be one of {tuple(QUANTIZER_OPTIONS)}")
-    taken = {name: options.pop(name) for name in QUANTIZER_OPTIONS[quantizer_type]}
-    parameters = inspect.signature(ImageVQModel.__init__).parameters
-    for name, value in options.items():
-        if value != parameters[name].default:
-            raise ValueError(
-                f"{name}={value!r} has no meaning with quantizer_type={quantizer_type!r}, which takes "
-                f"{', '.join(taken)}"
-            )
+    """The quantizer that the arguments of [`ImageVQModel`] ask for."""
+    taken = {name: options[name] for name in QUANTIZER_OPTIONS[quantizer_type]}
     if quantizer_type == "vq":
         return VectorQuantizer(num_codes, code_dim, **taken)
     if quantizer_type == "simvq":
@@ -405,17 +386,8 @@ def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) ->
     if quantizer_type == "ibq":
         return IndexBackpropagationQuantizer(num_codes, code_dim, **taken)
     if quantizer_type == "lfq":
-        quantizer = LookupFreeQuantizer(code_dim, **taken)
-    else:
-        if taken["fsq_levels"] is None:
-            raise ValueError("fsq_levels is missing: give the number of levels of each channel, such as (8, 5, 5)")
-        quantizer = FiniteScalarQuantizer(tuple(taken["fsq_levels"]))
-    if (quantizer.num_codes, quantizer.code_dim) != (num_codes, code_dim):
-        raise ValueError(
-            f"num_vq_embeddings={num_codes} and vq_embed_dim={code_dim} must be {quantizer.num_codes} and "
-            f"{quantizer.code_dim} with quantizer_type={quantizer_type!r} and fsq_levels={taken.get('fsq_levels')}"
-        )
-    return quantizer
+        return LookupFreeQuantizer(code_dim, **taken)
+    return FiniteScalarQuantizer(taken["fsq_levels"])
 
 
 def _ramp(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .config_checks import check_blocks
+
 
 class MaskGITResnetBlock(nn.Module):
     """Residual block whose shortcut, where the width changes, is a projection of the block's *output*.
@@ -97,6 +99,7 @@ class MaskGITEncoder(nn.Module):
         layers_per_block: int,
         norm_num_groups: int,
     ) -> None:
+        check_blocks(block_out_channels, layers_per_block, norm_num_groups, in_channels, out_channels)
         super().__init__()
         last = block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1, bias=False)
@@ -134,6 +137,7 @@ class MaskGITDecoder(nn.Module):
         layers_per_block: int,
         norm_num_groups: int,
     ) -> None:
+        check_blocks(block_out_channels, layers_per_block, norm_num_groups, in_channels, out_channels)
         super().__init__()
         last = block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch.utils.checkpoint import checkpoint
 
+from .config_checks import check_quantizer
+
 
 SEARCH_ELEMENTS = 2**22  # scores held at once by the search: 16 MiB of float32
 
@@ -48,6 +50,7 @@ class Quantizer(nn.Module, ABC):
     """
 
     def __init__(self, num_codes: int, code_dim: int) -> None:
+        check_quantizer(num_codes=num_codes, code_dim=code_dim)
         super().__init__()
         self.num_codes = num_codes
         self.code_dim = code_dim
@@ -301,17 +304,18 @@ class VectorQuantizer(CodebookQuantizer):
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
     ) -> None:
+        check_quantizer(
+            beta=beta,
+            codebook_norm=codebook_norm,
+            codebook_update=codebook_update,
+            codebook_init=codebook_init,
+            ema_decay=ema_decay,
+            restart_threshold=restart_threshold,
+            gradient_estimator=gradient_estimator,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+        )
         super().__init__(num_codes, code_dim)
-        for name, value, choices in (
-            ("codebook_norm", codebook_norm, ("none", "l2")),
-            ("codebook_update", codebook_update, ("gradient", "ema")),
-            ("codebook_init", codebook_init, ("uniform", "data", "kmeans")),
-            ("gradient_estimator", gradient_estimator, ("straight_through", "rotation")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} must be one of {choices}")
-        if not 0 <= restart_threshold < 1:
-            raise ValueError(f"restart_threshold={restart_threshold} must be in [0, 1)")
         self.beta = beta
         self.codebook_norm = codebook_norm
         self.codebook_update = codebook_update

@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .config_checks import check_quantizer
 from .quantizers import (
     SEARCH_ELEMENTS,
     CodebookQuantizer,
@@ -86,9 +87,13 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
     ) -> None:
+        check_quantizer(
+            beta=beta,
+            codebook_norm=codebook_norm,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+        )
         super().__init__(num_codes, code_dim)
-        if codebook_norm not in ("none", "l2"):
-            raise ValueError(f"codebook_norm={codebook_norm!r} must be one of ('none', 'l2')")
         self.beta = beta
         self.codebook_norm = codebook_norm
         self.entropy_weight = entropy_weight

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..utils.checks import check_integer
+from .config_checks import MAX_CODES, check_quantizer
 from .quantizers import (
     SEARCH_ELEMENTS,
     Quantizer,
@@ -36,12 +38,10 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     def __init__(self, levels: tuple[int, ...]) -> None:
-        if not levels or any(not isinstance(level, int) or level < 3 for level in levels):
-            raise ValueError(
-                f"levels={levels!r} must be integers of 3 or more, such as (8, 5, 5, 5); for two levels take LFQ"
-            )
+        check_quantizer(levels=levels)
+        levels = tuple(int(level) for level in levels)
         super().__init__(math.prod(levels), len(levels))
-        self.levels = tuple(levels)
+        self.levels = levels
 
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         levels = torch.tensor(self.levels, device=device)
@@ -118,10 +118,14 @@ class LookupFreeQuantizer(Quantizer):
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
     ) -> None:
-        if not 1 <= code_dim <= 24:
-            raise ValueError(f"code_dim={code_dim} must be in [1, 24]: the use of all 2^code_dim codes is counted")
-        if codebook_norm not in ("none", "l2"):
-            raise ValueError(f"codebook_norm={codebook_norm!r} must be one of ('none', 'l2')")
+        # The use of all 2^code_dim codes is counted.
+        code_dim = check_integer("code_dim", code_dim, 1, MAX_CODES.bit_length() - 1)
+        check_quantizer(
+            beta=beta,
+            codebook_norm=codebook_norm,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+        )
         super().__init__(2**code_dim, code_dim)
         self.beta = beta
         self.codebook_norm = codebook_norm

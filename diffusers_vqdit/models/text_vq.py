@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import ModelCheckpointMixin
+from .config_checks import check_text_vq
 from .outputs import CastableOutput
 from .quantizers import VectorQuantizer
 
@@ -71,6 +72,9 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         hidden_size, num_layers, kernel_size: width, depth and window (odd) of the encoder and the decoder.
         beta, codebook_norm, codebook_update, codebook_init, ema_decay, restart_threshold: see
             [`~models.quantizers.VectorQuantizer`].
+
+    Raises:
+        ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.
     """
 
     _supports_gradient_checkpointing = True
@@ -99,14 +103,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         restart_threshold: float = 0.05,
     ) -> None:
         super().__init__()
-        if max_length % downsample_factor:
-            raise ValueError(f"max_length={max_length} must be a multiple of downsample_factor={downsample_factor}")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} must be odd")
-        if not 0 <= pad_token_id < vocab_size:
-            raise ValueError(f"pad_token_id={pad_token_id} must be in [0, {vocab_size})")
-        if num_codebooks > 1 and codebook_norm == "l2":
-            raise ValueError("num_codebooks > 1 needs codebook_norm='none': residuals have no unit length")
+        check_text_vq(self.config)
         patch = downsample_factor * hidden_size
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.encoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))

@@ -16,6 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..hub.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
+from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
 from .layers import VQDiTPrefix, modulate, sincos_positions
 from .transformer_dit import LatentDiT
@@ -107,9 +108,12 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         caption_channels: for ``segments=None``: channels of the text encoder's states; None for no captions.
 
     Raises:
-        ValueError: if a segment lacks its size or shape, or has a name that no module can have.
+        ValueError: if an argument has a wrong type, is out of range or doesn't fit the others; a segment lacks its
+            size or shape, or has a name that no module can have; a task has a segment that there is not.
     """
 
+    # What diffusers called DiT's checkpoints before `DiTTransformer2DModel`.
+    _saved_class_names = ("Transformer2DModel",)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["VQDiTBlock", "DiTBlock"]
     _repeated_blocks = ["VQDiTBlock", "DiTBlock"]
@@ -140,6 +144,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         freq_shift: float = 1.0,
         caption_channels: int | None = None,
     ) -> None:
+        check_transformer(self.config)
         if segments is None:
             self._build_latent(
                 freq_shift,
@@ -163,7 +168,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
             )
             return
         super(DiTTransformer2DModel, self).__init__()
-        check_segments(segments)
         dim = num_attention_heads * attention_head_dim
         self.inner_dim = dim
         self.gradient_checkpointing = False
@@ -211,6 +215,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         Raises:
             ValueError: for a segment that the model has already, or one that can't be used.
         """
+        if self.config.segments is None or not isinstance(segments, dict):
+            raise ValueError("segments must be a dict, and the model one with segments")
         if known := sorted(set(segments) & set(self.config.segments)):
             raise ValueError(f"segments: the model has {known} already")
         config = dict(self.config)
@@ -405,34 +411,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
                 part = part[where]  # (M, D)
             sample[name] = self.heads[self._table(name)](modulate(self.norm_out, part, shift, scale))  # (.., K)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
-
-
-def check_segments(segments: dict[str, dict[str, Any]]) -> None:
-    """Raise a ValueError that names the segment whose name, vocabulary size or shape can't be used."""
-    if not segments:
-        raise ValueError("segments={} has no segment; use segments=None for continuous latents")
-    for name, segment in segments.items():
-        # Segments name modules, so that a module's own attributes (`type`, `keys`) are taken.
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"segments: {name!r} can't be a segment's name; use letters, digits and underscores")
-        if unknown := set(segment) - {"vocab_size", "shape", "shared_with"}:
-            raise ValueError(f"segments[{name!r}]: unknown {sorted(unknown)}; it takes vocab_size, shape, shared_with")
-        size, shape = segment.get("vocab_size"), segment.get("shape")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"segments[{name!r}]: vocab_size={size!r} must be a positive integer")
-        if (
-            not isinstance(shape, list | tuple)
-            or len(shape) not in (1, 2)
-            or any(not isinstance(n, int) or n < 1 for n in shape)
-        ):
-            raise ValueError(f"segments[{name!r}]: shape={shape!r} must be [n] or [h, w] with positive integers")
-        if "shared_with" in segment:
-            other = segments.get(segment["shared_with"])
-            if other is None or "shared_with" in other or other.get("vocab_size") != size:
-                raise ValueError(
-                    f"segments[{name!r}]: shared_with={segment['shared_with']!r} must be another segment with "
-                    f"vocab_size={size} and embeddings of its own"
-                )
 
 
 def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..hub.checkpoint_mixin import ComponentCheckpointMixin
+from ..utils.checks import check_choice, check_integer, check_integers, check_number, shown
 from .samplers import (
     Generators,
     draw,
@@ -19,6 +20,31 @@ from .samplers import (
     uniform,
     within_entropy_bound,
 )
+
+
+MAX_STEPS = 100_000
+# Logits are divided by the temperature in float32.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def check_temperature(name: str, value: float) -> float:
+    """`value` as a float: 0, or from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`."""
+    value = check_number(name, value, 0, MAX_TEMPERATURE)
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"{name}={value} must be 0 or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]")
+    return value
+
+
+def check_tensor(name: str, value: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {shown(value)}")
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raise a ValueError for logits (M, K) that are no distributions. Minus infinity forbids a code, but not all."""
+    if logits.numel() and not logits.amax(-1).isfinite().all():
+        raise ValueError("model_output is not finite: it has NaN, infinity or no possible code where codes are masked")
 
 
 @dataclass
@@ -93,22 +119,16 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         remask: float = 0.0,
         guidance_schedule: str = "constant",
     ) -> None:
-        if masking not in ("cosine", "linear"):
-            raise ValueError(f"masking={masking!r} must be 'cosine' or 'linear'")
-        if sampler not in ("ancestral", "confidence", "halton", "entropy_bound"):
-            raise ValueError(f"sampler={sampler!r} must be 'ancestral', 'confidence', 'halton' or 'entropy_bound'")
-        if temperature < 0 or choice_temperature < 0:
-            raise ValueError(
-                f"temperature={temperature} and choice_temperature={choice_temperature} must not be negative"
-            )
-        if not entropy_bound >= 0:
-            raise ValueError(f"entropy_bound={entropy_bound!r} must not be negative")
-        if not 0 <= remask <= 1:
-            raise ValueError(f"remask={remask!r} must be in [0, 1]")
+        check_choice("masking", masking, ("cosine", "linear"))
+        check_choice("sampler", sampler, ("ancestral", "confidence", "halton", "entropy_bound"))
+        check_temperature("temperature", temperature)
+        check_number("choice_temperature", choice_temperature, 0, MAX_TEMPERATURE)
+        if entropy_bound != math.inf:  # all at once
+            check_number("entropy_bound", entropy_bound, 0)
+        check_number("remask", remask, 0, 1)
         if remask and sampler != "ancestral":
             raise ValueError(f"remask={remask!r} needs sampler='ancestral', got sampler={sampler!r}; use remask=0")
-        if guidance_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"guidance_schedule={guidance_schedule!r} must be 'constant', 'linear' or 'cosine'")
+        check_choice("guidance_schedule", guidance_schedule, ("constant", "linear", "cosine"))
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
 
@@ -182,7 +202,9 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         Raises:
             ValueError: for codes that are no integers or out of range, or times outside [0, 1].
         """
-        if original_samples.is_floating_point() or original_samples.ndim != 2:
+        mask_token_id = check_integer("mask_token_id", mask_token_id, 1)
+        check_tensor("original_samples", original_samples)
+        if original_samples.dtype not in _INTEGERS or original_samples.ndim != 2:
             raise ValueError(
                 f"original_samples must be integer codes (B, N), got {original_samples.dtype} of shape "
                 f"{tuple(original_samples.shape)}"
@@ -190,6 +212,8 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         if not isinstance(timesteps, torch.Tensor) or timesteps.shape != original_samples.shape[:1]:
             got = tuple(timesteps.shape) if isinstance(timesteps, torch.Tensor) else repr(timesteps)
             raise ValueError(f"timesteps must be a tensor of shape ({len(original_samples)},), got {got}")
+        if timesteps.is_complex() or timesteps.dtype == torch.bool:
+            raise ValueError(f"timesteps must be numbers in [0, 1], got {timesteps.dtype}")
         if timesteps.numel() and not (timesteps.min() >= 0 and timesteps.max() <= 1):
             raise ValueError(f"timesteps must be in [0, 1], got {timesteps.min()} to {timesteps.max()}")
         if original_samples.numel() and (original_samples.min() < 0 or original_samples.max() >= mask_token_id):
@@ -205,12 +229,14 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
     # Sampling
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Times 1, 1 - 1/n, ..., 1/n; the last step goes to 0."""
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer of at least 1")
-        self.num_inference_steps = num_inference_steps
-        steps = torch.arange(num_inference_steps, 0, -1, dtype=torch.float64)
-        self.timesteps = (steps / num_inference_steps).float().to(device)
+        """Times 1, 1 - 1/n, ..., 1/n; the last step goes to 0.
+
+        Raises:
+            ValueError: if `num_inference_steps` is no integer from 1 to `MAX_STEPS`.
+        """
+        self.num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        steps = torch.arange(self.num_inference_steps, 0, -1, dtype=torch.float64)
+        self.timesteps = (steps / self.num_inference_steps).float().to(device)
 
     def scale_model_input(self, sample: torch.LongTensor, timestep: torch.Tensor | None = None) -> torch.LongTensor:
         """Codes need no scaling; here for interchange with other schedulers."""
@@ -220,10 +246,13 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         """Steps from this time to 0, this one among them."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before sampling")
-        steps = float(timestep) * self.num_inference_steps
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be one of set_timesteps' times")
+        time = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
+        steps = check_number("timestep", time) * self.num_inference_steps
         if abs(steps - round(steps)) > 1e-3 or not 1 <= round(steps) <= self.num_inference_steps:
             raise ValueError(
-                f"timestep={float(timestep)} must be one of the {self.num_inference_steps} that set_timesteps made, "
+                f"timestep={float(time)} must be one of the {self.num_inference_steps} that set_timesteps made, "
                 f"from 1 down to 1/{self.num_inference_steps}"
             )
         return round(steps)
@@ -262,6 +291,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or masked does not fit.
         """
         steps = self._steps_left(timestep)
+        check_tensor("masked", masked)
         if masked.dtype != torch.bool or masked.ndim != 2:
             raise ValueError(f"masked must be bool (B, N), got {masked.dtype} of shape {tuple(masked.shape)}")
         batch_size, device = len(masked), masked.device
@@ -317,10 +347,13 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
 
         Raises:
             ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or shapes or codes don't
-                fit.
+                fit, or `model_output` has NaN, infinity or rows of minus infinity.
         """
         temperature = self.config.temperature if temperature is None else temperature
+        check_temperature("temperature", temperature)
         steps = self._steps_left(timestep)
+        check_tensor("model_output", model_output)
+        check_tensor("sample", sample)
         if model_output.ndim != 3 or sample.shape != model_output.shape[:2]:
             raise ValueError(
                 f"model_output must be (B, N, K) and sample (B, N), got {tuple(model_output.shape)} and "
@@ -335,12 +368,14 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         if sample.numel() and (sample.min() < 0 or sample.max() > mask_token_id):
             raise ValueError(f"sample must be in [0, {mask_token_id}], got {sample.min()} to {sample.max()}")
         for name, value in (("revealed", revealed), ("known", known)):
+            if value is not None:
+                check_tensor(name, value)
             if value is not None and (value.dtype != torch.bool or value.shape != sample.shape):
                 raise ValueError(
                     f"{name} must be bool of shape {tuple(sample.shape)}, got {value.dtype} of shape "
                     f"{tuple(value.shape)}"
                 )
-        shape = tuple(shape) if shape is not None else sample.shape[1:]
+        shape = tuple(check_integers("shape", shape, 1)) if shape is not None else tuple(sample.shape[1:])
         if math.prod(shape) != sample.shape[1]:
             raise ValueError(f"shape={tuple(shape)} must have {sample.shape[1]} cells, as many as sample has codes")
         times = torch.tensor([steps - 1, steps], dtype=torch.float64) / self.num_inference_steps
@@ -351,6 +386,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         code_noise = uniform(sample.shape, generator, sample.device)
         reveal_noise = uniform(sample.shape, generator, sample.device)
         logits = model_output[masked]  # (M, K)
+        check_logits(logits)
         codes, log_probabilities = draw(logits, code_noise[masked], temperature)
         original = sample.masked_scatter(masked, codes)
 

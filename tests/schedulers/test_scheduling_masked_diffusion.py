@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -541,3 +542,45 @@ def test_bad_input_is_named():
         scheduler.add_noise(codes + 4, torch.tensor([0.5, 0.5]), mask_token_id=4)
     with pytest.raises(ValueError, match="float32"):
         scheduler.add_noise(torch.zeros(2, 3), torch.tensor([0.5, 0.5]), mask_token_id=4)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "4", None, True, [4], math.nan, 100_001, 10**9, torch.tensor(4)])
+def test_bad_numbers_of_steps_are_named(steps):
+    with pytest.raises(ValueError, match="num_inference_steps="):
+        MaskedDiffusionScheduler().set_timesteps(steps)
+
+
+def test_numpy_steps_are_taken():
+    scheduler = MaskedDiffusionScheduler()
+    scheduler.set_timesteps(np.int64(4))
+    assert scheduler.timesteps.tolist() == [1.0, 0.75, 0.5, 0.25] and type(scheduler.num_inference_steps) is int
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-1, 1e-45, 1e-7, 1e7, math.nan, math.inf, "1", True)),
+        *(("timestep", value) for value in ("1", None, math.nan, True, torch.ones(2), torch.tensor([]))),
+        *((name, value) for name in ("model_output", "sample") for value in (None, [[0]], 3)),
+        *((name, value) for name in ("revealed", "known") for value in (True, [[True] * 3] * 2)),
+        *(("shape", value) for value in ("3", 3, (1.5, 2), (-1, -3), (True, 3), ())),
+        *(("generator", value) for value in (7, "seed", [torch.Generator()] * 3)),
+        *(("model_output", torch.zeros(2, 3, 4).index_fill_(2, torch.tensor([1]), v)) for v in (math.nan, math.inf)),
+        ("model_output", torch.full((2, 3, 4), -math.inf)),
+    ],
+)
+def test_bad_arguments_of_a_step_are_named(name, value):
+    scheduler = MaskedDiffusionScheduler()
+    scheduler.set_timesteps(4)
+    given = {"model_output": torch.zeros(2, 3, 4), "timestep": 1.0, "sample": torch.full((2, 3), 4), name: value}
+    with pytest.raises(ValueError, match=name):
+        scheduler.step(given.pop("model_output"), given.pop("timestep"), given.pop("sample"), **given)
+
+
+def test_only_what_is_drawn_must_be_finite():
+    scheduler = MaskedDiffusionScheduler()
+    scheduler.set_timesteps(1)
+    logits = torch.zeros(1, 2, 4)
+    logits[0, 0] = math.nan  # of a visible code
+    logits[0, 1, :3] = -math.inf  # forbids codes
+    assert scheduler.step(logits, 1.0, torch.tensor([[2, 4]])).prev_sample.tolist() == [[2, 3]]
