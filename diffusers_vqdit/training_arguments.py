@@ -37,7 +37,13 @@ def add_training_arguments(
     group.add_argument("--adam_beta2", type=float, default=adam_beta2)
     group.add_argument("--adam_weight_decay", type=float, default=adam_weight_decay)
     group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 clips nothing.")
+    group.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=3,
+        help="A step whose loss or gradients are not finite is skipped; so many in a row stop the run, 0 for never.",
+    )
     group.add_argument("--use_ema", action="store_true")
     group.add_argument("--ema_decay", type=float, default=ema_decay)
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
@@ -54,10 +60,12 @@ def add_transformer_arguments(group: argparse._ArgumentGroup) -> None:
 def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int = 500) -> argparse._ArgumentGroup:
     """Add the flags of checkpoints, validation, trackers and uploads, and return their group."""
     group = parser.add_argument_group("checkpoints, validation, tracking, publishing")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
-    group.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
-    group.add_argument("--validation_steps", type=int, default=validation_steps)
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="0: at the end only.")
+    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="0 keeps all.")
+    group.add_argument(
+        "--resume_from_checkpoint", help="'latest', the name of a checkpoint in output_dir, or the path of another."
+    )
+    group.add_argument("--validation_steps", type=int, default=validation_steps, help="0: at the end only.")
     group.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
     add_publishing_arguments(group)
