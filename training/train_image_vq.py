@@ -300,9 +300,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         ema.to(accelerator.device)
 
     # 4. Resume
-    states = {"ema": ema} if ema is not None else {}
+    more_states = {"ema": ema} if ema is not None else {}
     if adversarial:
-        states["lecam"] = lecam
+        more_states["lecam"] = lecam
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
     named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
     named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
@@ -313,7 +313,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "training data": fingerprint(pictures),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measures = run.begin(checkpoint, identity=identity, args=args, states=states)
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
     step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("image_vq", config=tracker_config(args))
@@ -446,7 +446,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 identity=run.identity,
                 settings=run.settings,
                 measures={"validation": measured, "picture": picture, "skipped_steps": run.skipped_steps},
-                states=states,
+                states=more_states,
             )
             if stop:
                 break

@@ -426,7 +426,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         check_drawable(build_pipeline(), argument, flag, wanted)
 
     # 5. Resume
-    states = {"ema": ema} if ema is not None else {}
+    more_states = {"ema": ema} if ema is not None else {}
     named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
     named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
     identity = {
@@ -440,7 +440,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "labels": id2label,
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measures = run.begin(checkpoint, identity=identity, args=args, states=states)
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
     step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("vqdit-latent", config=tracker_config(args))
@@ -555,7 +555,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 identity=run.identity,
                 settings=run.settings,
                 measures={"loss": smooth, "skipped_steps": run.skipped_steps},
-                states=states,
+                states=more_states,
             )
             if stop:
                 break

@@ -222,7 +222,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         ema.to(accelerator.device)
 
     # 4. Resume
-    states = {"ema": ema} if ema is not None else {}
+    more_states = {"ema": ema} if ema is not None else {}
     identity = {
         "script": "train_text_vq",
         "use_ema": args.use_ema,
@@ -232,7 +232,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "training data": fingerprint(tokens),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    run.begin(checkpoint, identity=identity, args=args, states=states)
+    run.begin(checkpoint, identity=identity, args=args, states=more_states)
     step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("text_vq", config=tracker_config(args))
@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 identity=run.identity,
                 settings=run.settings,
                 measures={"skipped_steps": run.skipped_steps},
-                states=states,
+                states=more_states,
             )
             if stop:
                 break

@@ -357,7 +357,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
 
     # 4. Resume
-    states = {"ema": ema} if ema is not None else {}
+    more_states = {"ema": ema} if ema is not None else {}
     identity = {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
@@ -370,7 +370,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "labels": labels,
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measures = run.begin(checkpoint, identity=identity, args=args, states=states)
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
     step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("vqdit", config=tracker_config(args))
@@ -478,7 +478,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 identity=run.identity,
                 settings=run.settings,
                 measures={"task_losses": task_losses, "skipped_steps": run.skipped_steps},
-                states=states,
+                states=more_states,
             )
             if stop:
                 break
