@@ -225,8 +225,8 @@ def main(args: argparse.Namespace) -> None:
     with training_run(
         accelerator,
         args.output_dir,
-        folders=("samples"),
-        files=("README.md", "config.json"),
+        folders=["samples"],
+        files=["README.md", "config.json"],
         max_skipped_steps=args.max_skipped_steps,
     ) as run:
         train(args, accelerator, run)

@@ -259,8 +259,8 @@ def main(args: argparse.Namespace) -> None:
     with training_run(
         accelerator,
         args.output_dir,
-        folders=("samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"),
-        files=("README.md", "model_index.json", "pipeline.py"),
+        folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
+        files=["README.md", "model_index.json", "pipeline.py"],
         max_skipped_steps=args.max_skipped_steps,
     ) as run:
         train(args, accelerator, run)

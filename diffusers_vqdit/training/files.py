@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -186,7 +186,7 @@ def _component(name: str) -> tuple[str, str] | None:
     return found["stem"].removeprefix("pytorch_"), variants[0] if variants else ""
 
 
-def check_kind(output_dir: Path, folders: tuple[str, ...], files: tuple[str, ...]) -> None:
+def check_kind(output_dir: Path, folders: Sequence[str], files: Sequence[str]) -> None:
     """Raise a ValueError where a file stands in the place of a folder that the run will write, or the reverse."""
     for name in folders:
         if (output_dir / name).exists() and not (output_dir / name).is_dir():
