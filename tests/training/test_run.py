@@ -232,6 +232,22 @@ def test_no_norm_clips_nothing_and_is_measured(accelerator, tmp_path, max_grad_n
     torch.testing.assert_close(before - model.weight, torch.full((2, 2), expected), rtol=1e-5, atol=1e-5)
 
 
+def test_overflows_of_fp16_are_its_own_business(tmp_path, monkeypatch):
+    """They lower the scale and skip the step, uncounted; a loss that is not finite is counted."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    accelerator = Accelerator()
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    with training_run(accelerator, tmp_path) as run:
+        for factor, stepping, skipped in ((1e20, False, 0), (1.0, True, 0), (math.nan, False, 1), (1.0, True, 1)):
+            weight, scale = model.weight.clone(), accelerator.scaler.get_scale()
+            assert one_step(run, optimizer, model, factor)[1] is stepping
+            run.end_step(1)
+            assert torch.equal(model.weight, weight) is not stepping and run.skipped_steps == skipped
+            assert (accelerator.scaler.get_scale() < scale) is not stepping
+
+
 def test_zero_is_never():
     assert [step for step in range(1, 7) if due(step, 3)] == [3, 6]
     assert not any(due(step, 0) for step in range(1, 7))
