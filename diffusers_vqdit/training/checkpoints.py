@@ -297,14 +297,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
         logger.warning(f"{checkpoint} has no {random_states}: it was written by fewer processes")
     accelerator.load_state(str(checkpoint))
     for name, part in (states or {}).items():
-        with safe_open(checkpoint / f"{name}.safetensors", "pt", device=str(accelerator.device)) as file:
+        with safe_open(checkpoint / f"{name}.safetensors", "pt") as file:
             state = json.loads(file.metadata()["state"])
             lists: dict[str, dict[int, torch.Tensor]] = {}
             for key in file.keys():
                 if entry := re.fullmatch(r"(.+)\[(\d+)\]", key):
-                    lists.setdefault(entry[1], {})[int(entry[2])] = file.get_tensor(key)
+                    lists.setdefault(entry[1], {})[int(entry[2])] = file.get_tensor(key).to(accelerator.device)
                 else:
-                    state[key] = file.get_tensor(key)
+                    state[key] = file.get_tensor(key).to(accelerator.device)
         part.load_state_dict(
             state | {stem: [v for _, v in sorted(entries.items())] for stem, entries in lists.items()}
         )
