@@ -274,5 +274,7 @@ class LeCam(nn.Module):
         real, made = real.float(), made.float()
         for average, logits in ((self.real_mean, real), (self.made_mean, made)):
             total = sum_over_processes(torch.stack([logits.detach().sum(), logits.new_tensor(logits.numel())]))
-            average.lerp_(total[0] / total[1], 1 - self.decay)
+            mean = total[0] / total[1]
+            # A step that is not finite is skipped, and must leave nothing behind.
+            average.lerp_(torch.where(torch.isfinite(mean), mean, average), 1 - self.decay)
         return F.relu(real - self.made_mean).square().mean() + F.relu(self.real_mean - made).square().mean()

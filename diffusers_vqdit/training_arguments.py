@@ -20,11 +20,6 @@ from .utils.arguments import (
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
 
-def is_due(step: int, every: int, last: int | None = None) -> bool:
-    """Whether what is done every so many steps, 0 for never, and at the `last` one, is done at this step."""
-    return step == last or (every > 0 and step % every == 0)
-
-
 def add_training_arguments(
     parser: argparse.ArgumentParser,
     *,
@@ -62,6 +57,12 @@ def add_training_arguments(
     group.add_argument(
         "--max_grad_norm", type=non_negative_number, default=1.0, help="Longer gradients are scaled to it; 0: never."
     )
+    group.add_argument(
+        "--max_skipped_steps",
+        type=non_negative_integer,
+        default=3,
+        help="A step whose loss or gradients are not finite is skipped; so many in a row stop the run, 0 for never.",
+    )
     group.add_argument("--use_ema", action="store_true")
     group.add_argument("--ema_decay", type=decay, default=ema_decay)
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
@@ -90,7 +91,9 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
         default=2,
         help="How many checkpoints are kept, the newest; 0: all.",
     )
-    group.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
+    group.add_argument(
+        "--resume_from_checkpoint", help="'latest', the name of a checkpoint in output_dir, or the path of another."
+    )
     group.add_argument(
         "--validation_steps",
         type=non_negative_integer,

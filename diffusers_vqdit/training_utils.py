@@ -1,4 +1,4 @@
-"""What the training scripts share: reading a dataset, checkpoints that survive a kill, parameter groups.
+"""What the training scripts share: reading a dataset, parameter groups, moving averages, measures.
 
 The Accelerate loops themselves stand in full in ``training/``.
 """
@@ -6,29 +6,25 @@ The Accelerate loops themselves stand in full in ``training/``.
 import argparse
 import logging
 import math
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 from .models.quantizers import mean_over_processes
 from .tasks import Task
+from .training.checkpoints import find_checkpoint, save_checkpoint  # noqa: F401 (kept for who imports them here)
 from .training.columns import check_captions  # noqa: F401
 from .training.data import decode_image, decode_images, load_training_dataset, shuffled_batches, to_pixels  # noqa: F401
+from .training.files import checkpoint_step, checkpoints, save_pretrained_atomically  # noqa: F401
 from .utils.redaction import known_secrets, without_secrets
 
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_PREFIX = "checkpoint-"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,66 +55,6 @@ def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bo
     return {n: v if isinstance(v, int | float) else without_secrets(str(v), secrets) for n, v in kept.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints in `output_dir`, oldest first."""
-    found = [p for p in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
-
-
-def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, step: int, *, total_limit: int | None = None
-) -> Path:
-    """Save the Accelerate state as ``checkpoint-{step}`` under a temporary name, rename it, then drop the oldest ones.
-
-    A run killed while it writes leaves the older checkpoints as they were.
-    """
-    output_dir = Path(output_dir)
-    final = output_dir / f"{CHECKPOINT_PREFIX}{step}"
-    unfinished = output_dir / f"tmp-{final.name}"
-    if accelerator.is_main_process and unfinished.exists():
-        shutil.rmtree(unfinished)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if final.exists():
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        if total_limit is not None:
-            for old in checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means: ``latest`` (None when there is none) or a name or path.
-
-    Raises:
-        ValueError: if the checkpoint named is not there.
-    """
-    if resume_from_checkpoint is None:
-        return None
-    if resume_from_checkpoint == "latest":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
-    path = Path(output_dir) / Path(resume_from_checkpoint).name
-    if not path.is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint={resume_from_checkpoint!r} is not in {output_dir}: it has "
-            f"{[p.name for p in checkpoints(output_dir)]}"
-        )
-    return path
-
-
 @contextmanager
 def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Give parameters their moving averages until the end of the ``with`` block; without an EMA nothing changes."""
@@ -132,21 +68,6 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
         yield
     finally:
         ema.restore(parameters)
-
-
-def save_pretrained_atomically(model, folder: str | Path, **kwargs) -> None:
-    """`model.save_pretrained(folder)` under a temporary name, moved into place file by file when it is complete."""
-    folder = Path(folder)
-    unfinished = folder.with_name(f"tmp-{folder.name}")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    model.save_pretrained(unfinished, **kwargs)
-    for path in sorted(unfinished.rglob("*")):
-        if path.is_file():
-            target = folder / path.relative_to(unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    shutil.rmtree(unfinished)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,23 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, Task, VQDiTTransformer2DModel
 from diffusers_vqdit.training_utils import (
     check_captions,
-    checkpoints,
     code_usage,
     decode_image,
     decode_images,
     draw_task,
-    find_checkpoint,
     load_training_dataset,
     masked_diffusion_loss,
     parameter_groups,
     psnr,
-    save_checkpoint,
     set_dropout,
     shuffled_batches,
     ssim,
@@ -184,21 +180,6 @@ def test_decay_is_for_matrices_only(transformer):
     names = {id(p): name for name, p in transformer.named_parameters()}
     assert all(names[id(p)].endswith("weight") and "embedding" not in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
-
-
-def test_checkpoints_are_renamed_when_complete_and_limited(tmp_path):
-    accelerator = Accelerator()
-    accelerator.prepare(torch.nn.Linear(2, 2))
-    (tmp_path / "tmp-checkpoint-5").mkdir()  # what a killed run leaves
-    for step in (5, 10, 15):
-        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-15"]
-    assert not list(tmp_path.glob("tmp-*"))
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-15"
-    assert find_checkpoint(tmp_path, "checkpoint-10").name == "checkpoint-10"
-    assert find_checkpoint(tmp_path / "empty", "latest") is None
-    with pytest.raises(ValueError, match="'checkpoint-7' is not in .*'checkpoint-10', 'checkpoint-15'"):
-        find_checkpoint(tmp_path, "checkpoint-7")
 
 
 def test_psnr_and_ssim():

@@ -50,20 +50,19 @@ from diffusers_vqdit.image_losses import (
     generator_loss,
 )
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
+from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.run import TrainingRun, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    checkpoint_step,
     code_usage,
     decode_images,
-    find_checkpoint,
     parameter_groups,
     psnr,
-    save_checkpoint,
-    save_pretrained_atomically,
     shuffled_batches,
     to_pixels,
     tracker_config,
@@ -250,8 +249,18 @@ def main(args: argparse.Namespace) -> None:
         step_scheduler_with_optimizer=False,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    with training_run(
+        accelerator,
+        args.output_dir,
+        folders=["samples"],
+        files=["README.md", "config.json"],
+        max_skipped_steps=args.max_skipped_steps,
+    ) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. Pictures, decoded once and kept as bytes
     splits = load_splits(
@@ -320,18 +329,26 @@ def main(args: argparse.Namespace) -> None:
         perceptual.to(accelerator.device)
     if adversarial:
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
-        accelerator.register_for_checkpointing(lecam.to(accelerator.device))
+        lecam.to(accelerator.device)
     if ema is not None:
         ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
 
     # 4. Resume
-    step = 0
+    more_states = {"ema": ema} if ema is not None else {}
+    if adversarial:
+        more_states["lecam"] = lecam
+    named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
+    named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
+    named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
+    identity = {
+        "script": "train_image_vq",
+        **{name: getattr(args, name) for name in named},
+        "model": plain_config(unwrap(model)),
+        "training data": fingerprint(pictures),
+    }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
-        logger.info(f"resumed from {checkpoint}")
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
+    step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("image_vq", config=tracker_config(args))
     parameters = sum(p.numel() for p in unwrap(model).parameters())
@@ -347,7 +364,8 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    started, seen, measured = time.time(), 0, {}
+    started, seen, stop = time.time(), 0, False
+    measured = measures.get("validation", {})
 
     def publish(step: int | None = None) -> None:
         """Save the model and its card, and push them where that is asked for."""
@@ -398,10 +416,10 @@ def main(args: argparse.Namespace) -> None:
                 loss = loss + weight * logs["generator"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                logs["gradient_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
+                logs["gradient_norm"] = norm
+                if stepped:
+                    lr_scheduler.step()
             optimizer.zero_grad()
 
             # The discriminator, which starts earlier, so that its first advice is worth something
@@ -414,26 +432,24 @@ def main(args: argparse.Namespace) -> None:
                     told = told + args.lecam_weight * logs["lecam"]
                 accelerator.backward(told)
                 if accelerator.sync_gradients:
-                    logs["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
-                        discriminator.parameters(), args.discriminator_max_grad_norm or math.inf
+                    logs["discriminator_gradient_norm"], _ = run.optimizer_step(
+                        discriminator_optimizer, discriminator.parameters(), told, args.discriminator_max_grad_norm
                     )
-                discriminator_optimizer.step()
                 discriminator_optimizer.zero_grad()
         seen += len(sample) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
 
         step += 1
-        if ema is not None:
+        run.end_step(step)
+        if ema is not None and stepped:
             ema.step(model.parameters())
-        values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in (loss, *logs.values())])
-        total, *values = accelerator.reduce(values, "mean").tolist()
-        if not math.isfinite(total):
-            raise RuntimeError(f"the loss is {total} at step {step}: lower --learning_rate or check the data")
-        logs = dict(zip(logs, values, strict=True))
+        values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in logs.values()])
+        logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
         logs |= {
             "usage": output.usage.item(),
             "perplexity": output.perplexity.item(),
+            "skipped_steps": run.skipped_steps,
             "images_per_second": seen / (time.time() - started),
         }
         progress.update(1)
@@ -447,22 +463,34 @@ def main(args: argparse.Namespace) -> None:
             }
         )
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-        if is_due(step, args.checkpointing_steps, max_steps):
-            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-        if accelerator.is_main_process and is_due(step, args.validation_steps, max_steps):
+        if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):
                 measured, grid = validate(unwrap(model), held_out, args, step)
             accelerator.log(measured, step=step)
             log_picture(accelerator, grid, step)
             logger.info(f"step {step}: {measured}")
-        saved = is_due(step, args.checkpointing_steps) and step < max_steps
-        if accelerator.is_main_process and publishes_checkpoints(args) and saved:
-            publish(step)
+        stop = run.stop_requested()
+        if stop or due(step, args.checkpointing_steps) or step == max_steps:
+            save_checkpoint(
+                accelerator,
+                args.output_dir,
+                step,
+                total_limit=args.checkpoints_total_limit,
+                run=run.id,
+                identity=run.identity,
+                settings=run.settings,
+                measures={"validation": measured, "skipped_steps": run.skipped_steps},
+                states=more_states,
+            )
+            if stop:
+                break
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                publish(step)
     progress.close()
 
     # 6. Save
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not stop:
         publish()
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()

@@ -50,26 +50,24 @@ from diffusers_vqdit.latent_training import (
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
+from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.latent_files import latents_identity, load_latents, save_latents
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
     add_training_arguments,
     add_transformer_arguments,
-    is_due,
 )
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    checkpoint_step,
     decode_images,
-    find_checkpoint,
     load_training_dataset,
     parameter_groups,
     row_generators,
-    save_checkpoint,
-    save_pretrained_atomically,
     shuffled_batches,
     to_pixels,
     tracker_config,
@@ -332,9 +330,19 @@ def main(args: argparse.Namespace) -> None:
         step_scheduler_with_optimizer=False,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    with training_run(
+        accelerator,
+        args.output_dir,
+        folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
+        files=["README.md", "model_index.json", "pipeline.py"],
+        max_skipped_steps=args.max_skipped_steps,
+    ) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     device = accelerator.device
 
     # 1. Pictures, labels, captions
@@ -450,15 +458,30 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     if ema is not None:
         ema.to(device)
-        accelerator.register_for_checkpointing(ema)
+
+    wanted, argument, flag = args.validation_prompts, "prompt", "validation_prompts"
+    if args.validation_labels:
+        wanted, argument, flag = args.validation_labels, "class_labels", "validation_labels"
+    if accelerator.is_main_process:
+        check_drawable(build_pipeline(), argument, flag, wanted)
 
     # 5. Resume
-    step = 0
+    more_states = {"ema": ema} if ema is not None else {}
+    named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
+    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
+    identity = {
+        "script": "train_latent_dit",
+        **{name: getattr(args, name) for name in named},
+        "transformer": plain_config(transformer),
+        "scheduler": plain_config(scheduler),
+        "training data": fingerprint(pictures, captions, labels),
+        "image_vq": fingerprint(vae),
+        "text encoder": fingerprint(parts["text_encoder"]),
+        "labels": id2label,
+    }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
-        logger.info(f"resumed from {checkpoint}")
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
+    step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("vqdit-latent", config=tracker_config(args))
     parameters = sum(p.numel() for p in transformer.parameters())
@@ -477,7 +500,7 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    smooth, started, seen = None, time.time(), 0
+    smooth, started, seen, stop = measures.get("loss"), time.time(), 0, False
 
     def publish(step: int | None = None) -> None:
         """Save the pipeline and its card, and push them where that is asked for."""
@@ -485,15 +508,14 @@ def main(args: argparse.Namespace) -> None:
         with averaged_weights(ema, transformer.parameters()):
             pipeline = build_pipeline()
             files = save_pretrained_atomically(pipeline, args.output_dir)
-            wanted, argument = args.validation_prompts, "prompt"
-            if args.validation_labels:
-                wanted, argument = args.validation_labels, "class_labels"
             name = published_name(args)
             publish_run(
                 args,
                 pipeline,
                 files=files,
-                measures=[Measure(args.objective, "training loss", smooth, "training data")] if smooth else [],
+                measures=[Measure(args.objective, "training loss", smooth, "training data")]
+                if smooth is not None
+                else [],
                 samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
                 step=step,
             )
@@ -534,43 +556,54 @@ def main(args: argparse.Namespace) -> None:
                 loss = loss + args.alignment_weight * alignment
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
+                if stepped:
+                    lr_scheduler.step()
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
         logs = {name: accelerator.reduce(value, "mean").item() for name, value in logs.items()}
-        if not math.isfinite(logs["loss"]):
-            raise RuntimeError(f"the loss is {logs['loss']} at step {step}: lower --learning_rate or check the data")
-        smooth = logs["loss"] if smooth is None else 0.99 * smooth + 0.01 * logs["loss"]
+        if math.isfinite(logs["loss"]):
+            smooth = logs["loss"] if smooth is None else 0.99 * smooth + 0.01 * logs["loss"]
         if not accelerator.sync_gradients:
             continue
 
         step += 1
-        if ema is not None:
+        run.end_step(step)
+        if ema is not None and stepped:
             ema.step(transformer.parameters())
         progress.update(1)
         speed = seen / (time.time() - started)
-        progress.set_postfix({"loss": f"{smooth:.4f}", "images/s": f"{speed:.0f}"})
-        rate = lr_scheduler.get_last_lr()[0]
-        accelerator.log({**logs, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step)
-        if is_due(step, args.checkpointing_steps, max_steps):
-            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
-                publish(step)
-        wanted = args.validation_prompts or args.validation_labels
-        if wanted and accelerator.is_main_process and is_due(step, args.validation_steps):
+        progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
+        accelerator.log({**logs, "images_per_second": speed}, step=step)
+        if wanted and accelerator.is_main_process and due(step, args.validation_steps):
             transformer.eval()
             with averaged_weights(ema, transformer.parameters()):
                 validate(args, build_pipeline(), accelerator, step)
             transformer.train()
+        stop = run.stop_requested()
+        if stop or due(step, args.checkpointing_steps) or step == max_steps:
+            save_checkpoint(
+                accelerator,
+                args.output_dir,
+                step,
+                total_limit=args.checkpoints_total_limit,
+                run=run.id,
+                identity=run.identity,
+                settings=run.settings,
+                measures={"loss": smooth, "skipped_steps": run.skipped_steps},
+                states=more_states,
+            )
+            if stop:
+                break
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                publish(step)
     progress.close()
 
     # 7. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not stop:
         publish()
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()

@@ -27,22 +27,20 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.push import saved_files
 from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
+from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.run import TrainingRun, due, training_run
 from diffusers_vqdit.training.tokenizers import load_text_vq
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    checkpoint_step,
-    find_checkpoint,
     parameter_groups,
     row_generators,
-    save_checkpoint,
-    save_pretrained_atomically,
     shuffled_batches,
     tracker_config,
     unwrap,
@@ -168,8 +166,18 @@ def main(args: argparse.Namespace) -> None:
         step_scheduler_with_optimizer=False,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    with training_run(
+        accelerator,
+        args.output_dir,
+        folders=["tokenizer"],
+        files=["README.md", "config.json"],
+        max_skipped_steps=args.max_skipped_steps,
+    ) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. Captions and tokenizer
     splits = load_splits(
@@ -236,15 +244,20 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     if ema is not None:
         ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
 
     # 4. Resume
-    step = 0
+    more_states = {"ema": ema} if ema is not None else {}
+    identity = {
+        "script": "train_text_vq",
+        "use_ema": args.use_ema,
+        "random_token_probability": args.random_token_probability,
+        "model": plain_config(unwrap(model)),
+        "tokenizer": fingerprint(tokenizer.get_vocab()),
+        "training data": fingerprint(tokens),
+    }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
-        logger.info(f"resumed from {checkpoint}")
+    run.begin(checkpoint, identity=identity, args=args, states=more_states)
+    step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("text_vq", config=tracker_config(args))
     parameters = sum(p.numel() for p in unwrap(model).parameters())
@@ -261,13 +274,13 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    started, seen, measured = time.time(), 0, {}
+    started, seen, measured, stop = time.time(), 0, {}, False
 
     def publish(model: TextVQModel, step: int | None = None) -> None:
         """Save the model and its card, and push them where that is asked for."""
-        files = save_pretrained_atomically(model, args.output_dir) or saved_files(model, args.output_dir)
-        saved = tokenizer.save_pretrained(args.output_dir / "tokenizer")
-        files = [*files, *(f"tokenizer/{Path(path).name}" for path in saved if Path(path).is_file())]
+        files = save_pretrained_atomically(model, args.output_dir)
+        saved = save_pretrained_atomically(tokenizer, args.output_dir / "tokenizer")
+        files = [*files, *(f"tokenizer/{name}" for name in saved)]
         split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
         dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
         exact = validate(model, tokenizer, held_out)["validation/exact"]
@@ -288,26 +301,26 @@ def main(args: argparse.Namespace) -> None:
             loss = cross_entropy + output.commit_loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
+                if stepped:
+                    lr_scheduler.step()
             optimizer.zero_grad()
         seen += len(batch) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
 
         step += 1
-        if ema is not None:
+        run.end_step(step)
+        if ema is not None and stepped:
             ema.step(model.parameters())
         losses = accelerator.reduce(torch.stack([cross_entropy, output.commit_loss]).detach(), "mean").tolist()
-        if not all(map(math.isfinite, losses)):
-            raise RuntimeError(f"the loss is {sum(losses)} at step {step}: lower --learning_rate or check the data")
         logs = {
             "cross_entropy": losses[0],
             "commitment": losses[1],
             "usage": output.usage.item(),
             "perplexity": output.perplexity.item(),
+            "gradient_norm": norm,
+            "skipped_steps": run.skipped_steps,
             "captions_per_second": seen / (time.time() - started),
         }
         progress.update(1)
@@ -320,24 +333,36 @@ def main(args: argparse.Namespace) -> None:
                 **{name.removeprefix("validation/"): f"{value:.3f}" for name, value in measured.items()},
             }
         )
-        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "gradient_norm": float(norm)}, step=step)
-        if is_due(step, args.checkpointing_steps, max_steps):
-            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-        if accelerator.is_main_process and is_due(step, args.validation_steps, max_steps):
+        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):
                 measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
-        saved = is_due(step, args.checkpointing_steps) and step < max_steps
-        if accelerator.is_main_process and publishes_checkpoints(args) and saved:
-            with averaged_weights(ema, model.parameters()):
-                publish(unwrap(model).eval(), step)
-            model.train()
+        stop = run.stop_requested()
+        if stop or due(step, args.checkpointing_steps) or step == max_steps:
+            save_checkpoint(
+                accelerator,
+                args.output_dir,
+                step,
+                total_limit=args.checkpoints_total_limit,
+                run=run.id,
+                identity=run.identity,
+                settings=run.settings,
+                measures={"skipped_steps": run.skipped_steps},
+                states=more_states,
+            )
+            if stop:
+                break
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                with averaged_weights(ema, model.parameters()):
+                    publish(unwrap(model).eval(), step)
+                model.train()
     progress.close()
 
     # 6. Save
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not stop:
         if ema is not None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()

@@ -28,7 +28,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -39,26 +38,29 @@ from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import encode_labels
+from diffusers_vqdit.training.files import (
+    full_disk_named,
+    move_into_place,
+    save_pretrained_atomically,
+    scratch_folder,
+)
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
     add_training_arguments,
     add_transformer_arguments,
-    is_due,
 )
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    checkpoint_step,
     draw_task,
-    find_checkpoint,
     load_training_dataset,
     masked_diffusion_loss,
     parameter_groups,
     row_generators,
-    save_checkpoint,
-    save_pretrained_atomically,
     set_dropout,
     shuffled_batches,
     step_generator,
@@ -74,6 +76,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     share,
 )
+from diffusers_vqdit.utils.weight_files import check_finite
 
 
 logger = get_logger(__name__)
@@ -286,18 +289,19 @@ def load_codes(args: argparse.Namespace, parts: dict, segments: set[str], accele
     return CodeDataset(folder)
 
 
-def save_lora(transformer: VQDiTTransformer2DModel, folder: Path) -> None:
-    """Write the LoRA as diffusers' pipelines load it, under a temporary name first."""
+def save_lora(transformer: VQDiTTransformer2DModel, folder: Path) -> list[str]:
+    """Write the LoRA as diffusers' pipelines load it, in place of an earlier one once it is whole; names the file."""
     from peft.utils import get_peft_model_state_dict
 
-    unfinished = folder / "tmp-lora"
-    VQDiTPipeline.save_lora_weights(
-        unfinished,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
-    (unfinished / LORA_WEIGHT_NAME_SAFE).replace(folder / LORA_WEIGHT_NAME_SAFE)
-    unfinished.rmdir()
+    layers = get_peft_model_state_dict(transformer)
+    check_finite(layers, "the LoRA is not saved")
+    with scratch_folder(folder) as scratch, full_disk_named("the LoRA", folder):
+        VQDiTPipeline.save_lora_weights(
+            scratch,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+        return move_into_place(scratch, folder)
 
 
 def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Accelerator, step: int) -> None:
@@ -335,9 +339,19 @@ def main(args: argparse.Namespace) -> None:
         step_scheduler_with_optimizer=False,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    with training_run(
+        accelerator,
+        args.output_dir,
+        folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
+        files=["README.md", "model_index.json", "pipeline.py"],
+        max_skipped_steps=args.max_skipped_steps,
+    ) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. Tasks, tokenizers, codes
     tasks = parse_tasks(args.tasks)
@@ -427,18 +441,29 @@ def main(args: argparse.Namespace) -> None:
     transformer, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     if ema is not None:
         ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
 
     def build_pipeline() -> VQDiTPipeline:
         return VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "labels": labels})
 
+    if accelerator.is_main_process:
+        check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
+
     # 4. Resume
-    step = 0
+    more_states = {"ema": ema} if ema is not None else {}
+    identity = {
+        "script": "train_vqdit",
+        **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
+        "tasks": {str(task): weight for task, weight in tasks},
+        "segments": segments,
+        "transformer": plain_config(unwrap(transformer)),
+        "scheduler": plain_config(scheduler),
+        "training data": fingerprint(codes.codes, codes.prompts, codes.variants),
+        **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        "labels": labels,
+    }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
-        logger.info(f"resumed from {checkpoint}")
+    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
+    step = run.step
     if accelerator.is_main_process and accelerator.log_with:
         accelerator.init_trackers("vqdit", config=tracker_config(args))
 
@@ -458,8 +483,8 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    task_losses: dict[str, float] = {}
-    started, seen = time.time(), 0
+    task_losses: dict[str, float] = measures.get("task_losses", {})
+    started, seen, stop = time.time(), 0, False
 
     def publish(step: int | None = None) -> None:
         """Save the pipeline, or the LoRA, and its card, and push them where that is asked for."""
@@ -467,8 +492,7 @@ def main(args: argparse.Namespace) -> None:
         with averaged_weights(ema, trained):
             name, pipeline, losses = published_name(args), build_pipeline(), task_losses.items()
             if args.rank is not None:
-                save_lora(unwrap(transformer), args.output_dir)
-                files = [LORA_WEIGHT_NAME_SAFE]
+                files = save_lora(unwrap(transformer), args.output_dir)
             else:
                 files = save_pretrained_atomically(pipeline, args.output_dir)
             publish_run(
@@ -508,44 +532,63 @@ def main(args: argparse.Namespace) -> None:
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm)
+                if stepped:
+                    lr_scheduler.step()
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
         average = accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(average):
-            raise RuntimeError(f"the loss is {average} at step {step}: lower --learning_rate or check the data")
-        task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
+        if math.isfinite(average):
+            task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
         if not accelerator.sync_gradients:
             continue
 
         step += 1
-        if ema is not None:
+        run.end_step(step)
+        if ema is not None and stepped:
             ema.step(trained)
         progress.update(1)
         rate = lr_scheduler.get_last_lr()[0]
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
         accelerator.log(
-            {f"loss/{task}": average, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step
+            {
+                f"loss/{task}": average,
+                "lr": rate,
+                "gradient_norm": norm,
+                "skipped_steps": run.skipped_steps,
+                "images_per_second": speed,
+            },
+            step=step,
         )
-        if is_due(step, args.checkpointing_steps, max_steps):
-            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
-                publish(step)
-        if args.validation_prompts and accelerator.is_main_process and is_due(step, args.validation_steps):
+        if args.validation_prompts and accelerator.is_main_process and due(step, args.validation_steps):
             unwrap(transformer).eval()
             with averaged_weights(ema, trained):
                 validate(args, build_pipeline(), accelerator, step)
             unwrap(transformer).train()
+        stop = run.stop_requested()
+        if stop or due(step, args.checkpointing_steps) or step == max_steps:
+            save_checkpoint(
+                accelerator,
+                args.output_dir,
+                step,
+                total_limit=args.checkpoints_total_limit,
+                run=run.id,
+                identity=run.identity,
+                settings=run.settings,
+                measures={"task_losses": task_losses, "skipped_steps": run.skipped_steps},
+                states=more_states,
+            )
+            if stop:
+                break
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
+                publish(step)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not stop:
         publish()
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 
-# As diffusers and transformers name them: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`,
+# As diffusers, transformers and peft name them: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`,
 # `model-00001-of-00002.fp16.safetensors`, `model.safetensors.index.fp16.json`.
 _WEIGHT_FILE = re.compile(
-    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(\.(?P<before>[^.]+?))?(-\d{5}-of-\d{5})?"
+    r"(?P<stem>diffusion_pytorch_model|pytorch_lora_weights|pytorch_model|model)(\.(?P<before>[^.]+?))?(-\d{5}-of-\d{5})?"
     r"(\.(?P<after>[^.]+))?\.(safetensors|bin)(?P<index>\.index(\.(?P<of_index>[^.]+))?\.json)?"
 )
 
@@ -27,7 +27,7 @@ def weight_file_of(name: str) -> tuple[str, str] | None:
     match = _WEIGHT_FILE.fullmatch(name)
     if match is None:
         return None
-    stem = match["stem"] if match["stem"] == "diffusion_pytorch_model" else "model"
+    stem = "model" if match["stem"] == "pytorch_model" else match["stem"]
     return stem, match["before"] or match["after"] or match["of_index"] or ""
 
 

@@ -1,0 +1,222 @@
+"""All four training scripts when they are killed, stopped, given bad gradients, and started twice."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from diffusers_vqdit.training.checkpoints import read_manifest, verify_checkpoint
+from diffusers_vqdit.training.files import checkpoints
+from diffusers_vqdit.training.run import TrainingRun
+
+
+SCRIPTS = ["train_image_vq", "train_text_vq", "train_vqdit", "train_latent_dit"]
+SMALL = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --dropout 0.1"
+
+
+@pytest.fixture
+def arguments(image_vq, text_vq, tokenizer, picture_folder, tmp_path):
+    """The arguments of a small run of each script, as a function of its output folder."""
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    text_vq.save_pretrained(tmp_path / "text_vq")
+    tokenizer.save_pretrained(tmp_path / "text_vq" / "tokenizer")
+    options = {
+        "train_image_vq": "--validation_split none --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 4 "
+        "--resolution 16 --num_vq_embeddings 16 --validation_steps 3 --adversarial_weight 0.5 --adversarial_start 2 "
+        "--lecam_weight 0.01 --discriminator_channels 4 --discriminator_layers 2",
+        "train_text_vq": "--validation_split none --tokenizer_vocab_size 300 --num_codes 32 --hidden_size 8",
+        "train_vqdit": f"--image_vq {tmp_path}/image_vq --text_vq {tmp_path}/text_vq --tasks text->image:2,->image:1 "
+        f"{SMALL} --gradient_accumulation_steps 2",
+        "train_latent_dit": f"--image_vq {tmp_path}/image_vq --label_column label {SMALL}",
+    }
+
+    def arguments(name, folder, more=""):
+        return (
+            f"--train_data_dir {picture_folder} --output_dir {tmp_path / folder} --report_to none --use_ema "
+            f"--ema_decay 0.9 --train_batch_size 4 --max_train_steps 6 --checkpointing_steps 2 {options[name]} {more}"
+        ).split()
+
+    return arguments
+
+
+@pytest.fixture
+def run(script, arguments):
+    def run(name, folder, more="", **patches):
+        module = script(name)
+        for attribute, value in patches.items():
+            setattr(module, attribute, value)
+        module.main(module.parse_args(arguments(name, folder, more)))
+
+    return run
+
+
+def results(folder):
+    """The weights that a run ended with, by file and name, and its card but for the command and the folder's name."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).as_posix()
+        if not name.startswith(("checkpoint-", "older-")):
+            found |= {f"{name} {key}": value for key, value in load_file(path).items()}
+    card = (folder / "README.md").read_text().replace(folder.name, "out")
+    return found, card.replace(" --resume_from_checkpoint latest", "")
+
+
+def assert_same(folder, other):
+    (weights, card), (others, other_card) = results(folder), results(other)
+    assert weights.keys() == others.keys() and weights
+    assert not [name for name, value in weights.items() if not torch.equal(value, others[name])]
+    assert card == other_card
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_that_was_stopped_anywhere_ends_bit_identical(run, tmp_path, monkeypatch, name):
+    """By SIGTERM, in a step, beside a damaged checkpoint, in the final save: as an unbroken run."""
+    run(name, "whole")
+    end_step = TrainingRun.end_step
+
+    def stopped(self, step):
+        end_step(self, step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == 5:
+            raise Killed
+
+    monkeypatch.setattr(TrainingRun, "end_step", stopped)
+    got = []
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        run(name, "broken", "--checkpoints_total_limit 0")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert got == [signal.SIGTERM]
+    assert [path.name for path in checkpoints(tmp_path / "broken")] == ["checkpoint-2", "checkpoint-3"]
+    with pytest.raises(Killed):
+        run(name, "broken", "--checkpoints_total_limit 0 --resume_from_checkpoint latest")
+    (tmp_path / "broken" / "checkpoint-4" / "optimizer.bin").write_bytes(b"")
+    monkeypatch.undo()
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(name, "broken", "--resume_from_checkpoint latest", save_pretrained_atomically=killed)
+    assert verify_checkpoint(tmp_path / "broken" / "checkpoint-6").step == 6
+    assert not (tmp_path / "broken" / "README.md").exists()
+    run(name, "broken", "--resume_from_checkpoint latest")
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gradients_that_are_not_finite_leave_nothing_behind(run, tmp_path, monkeypatch, name):
+    backward, calls, bad = Accelerator.backward, [], {4, 5}  # at a checkpointing step, in all scripts
+
+    def spoiled(self, loss, **kwargs):
+        backward(self, loss, **kwargs)
+        calls.append(loss)
+        if len(calls) in bad or "always" in bad:
+            for model in self._models:
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.flatten()[0] = float("nan")
+
+    monkeypatch.setattr(Accelerator, "backward", spoiled)
+    run(name, "out")
+    before, _ = results(tmp_path / "out")
+    assert all(torch.isfinite(value).all() for value in before.values() if value.is_floating_point())
+    skipped = read_manifest(checkpoints(tmp_path / "out")[-1]).measures["skipped_steps"]
+    assert 1 <= skipped <= 2
+
+    bad.add("always")
+    with pytest.raises(RuntimeError, match="3 steps in a row, up to step 3. Lower --learning_rate"):
+        run(name, "out")
+    after, _ = results(tmp_path / "out")
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        run(name, "out", "--max_skipped_steps 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_must_not_change_is_refused(run, tmp_path, caplog, name):
+    changes = {
+        "train_image_vq": ("--reconstruction_loss l1", "reconstruction_loss='l2', which is now 'l1'"),
+        "train_text_vq": ("--num_codes 40", "model.num_codes=32, which is now 40"),
+        "train_vqdit": ("--loss_weighting nelbo", "loss_weighting='flat', which is now 'nelbo'"),
+        "train_latent_dit": ("--objective v_prediction", "objective='flow', which is now 'v_prediction'"),
+    }
+    change, message = changes[name]
+    run(name, "out", "--max_train_steps 2")
+    with pytest.raises(ValueError, match=message):
+        run(name, "out", f"{change} --resume_from_checkpoint latest")
+    with pytest.raises(ValueError, match="training data="):
+        run(name, "out", "--max_train_samples 8 --resume_from_checkpoint latest")
+    run(name, "out", "--train_batch_size 2 --max_train_steps 3 --resume_from_checkpoint latest")
+    assert "train_batch_size=4, which is now 2" in caplog.text
+    run(name, "out", "--max_train_steps 1 --checkpointing_steps 0 --validation_steps 0")  # anew, in the same folder
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("older-checkpoints/*/*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train_vqdit", "--tasks=->image:1 --validation_prompts dot", "validation_prompts=.'dot'. can't be drawn"),
+        ("train_latent_dit", "--validation_labels round cube", "validation_labels=.'round', 'cube'. can't be drawn"),
+        ("train_latent_dit", "--validation_prompts dot", "validation_prompts=.'dot'. can't be drawn"),
+    ],
+)
+def test_validation_is_tried_before_the_first_step(run, tmp_path, monkeypatch, name, change, message):
+    monkeypatch.setattr(TrainingRun, "begin", None)
+    with pytest.raises(ValueError, match=message):
+        run(name, "out", change)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has a folder 'README.md'"):
+        run(name, "out", load_training_dataset=None)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_and_one_that_is_interrupted(run, root, arguments, tmp_path):
+    """SIGKILL and Ctrl-C at any moment: the second ends by its signal, after a checkpoint; then both are resumed."""
+    name, more = "train_text_vq", "--max_train_steps 300 --checkpointing_steps 50 --checkpoints_total_limit 0"
+    resume = f"{more} --resume_from_checkpoint latest"
+
+    def start(more, step):
+        command = [sys.executable, root / "training" / f"{name}.py", *arguments(name, "broken", more)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / "broken" / f"checkpoint-{step}").is_dir():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0.0, 0.1))
+        return process
+
+    process = start(more, 50)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(resume, 150)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT
+    last = checkpoints(tmp_path / "broken")[-1]
+    assert verify_checkpoint(last).step < 300 and ".lock" not in os.listdir(tmp_path / "broken")
+    run(name, "broken", resume)
+    run(name, "whole", more)
+    assert_same(tmp_path / "whole", tmp_path / "broken")
