@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..schedulers.scheduling_masked_diffusion import MAX_STEPS
 from ..utils.checks import check_choice, check_flag, check_integer, check_number, shown
 
 
-MAX_STEPS = 100_000
 MAX_SAMPLES = 65_536  # of one call
 MAX_SIDE = 65_536  # pixels
-TEMPERATURES = (1e-6, 1e6)  # beyond them logits become infinite, or all alike
 
 
 def check_call(
@@ -107,15 +106,6 @@ def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> 
                 "list of them"
             )
     return found
-
-
-def check_temperature(temperature: float | None) -> None:
-    """0 for the likeliest code, or a number that divides logits without making them infinite or all alike."""
-    if temperature is None or (check_number("temperature", temperature, 0) or 0.0) == 0.0:
-        return
-    low, high = TEMPERATURES
-    if not low <= temperature <= high:
-        raise ValueError(f"temperature={shown(temperature)} must be 0 or a finite number in [{low}, {high}]")
 
 
 def check_latents(latents: Any, shape: Iterable[int]) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 
 from ..image_utils import own_size, read_images, read_mask
+from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
 from ..utils.texts import check_texts
-from .check_inputs import check_batch, check_call, check_labels, check_temperature
+from .check_inputs import check_batch, check_call, check_labels
 
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
@@ -49,7 +50,8 @@ class InputsMixin:
             known_tensors=self._callback_tensor_inputs,
             **options,
         )
-        check_temperature(temperature)
+        if temperature is not None:
+            check_temperature("temperature", temperature)
         self._check_scheduler()
         task = self._plan(passed, output, mask_image, strength, output_type)
         if guidance_scale not in (None, 1.0) and not self._can_guide(task):

@@ -41,7 +41,7 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must be a torch.Tensor, got {shown(value)}")
 
 
-def check_logits(logits: torch.Tensor) -> None:
+def check_model_output(logits: torch.Tensor) -> None:
     """Raise a ValueError for logits (M, K) that are no distributions. Minus infinity forbids a code, but not all."""
     if logits.numel() and not logits.amax(-1).isfinite().all():
         raise ValueError("model_output is not finite: it has NaN, infinity or no possible code where codes are masked")
@@ -386,7 +386,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         code_noise = uniform(sample.shape, generator, sample.device)
         reveal_noise = uniform(sample.shape, generator, sample.device)
         logits = model_output[masked]  # (M, K)
-        check_logits(logits)
+        check_model_output(logits)
         codes, log_probabilities = draw(logits, code_noise[masked], temperature)
         original = sample.masked_scatter(masked, codes)
 

@@ -39,7 +39,7 @@ def remove_replaced_weights(folder: Path, written: Iterable[Path]) -> list[Path]
 
     Args:
         folder: what was saved to; `written` lies in it or in its subfolders.
-        written: the files of the new save, weights and others.
+        written: the files of the new save, weights and others; their paths in `folder`, or absolute ones.
 
     Returns:
         what was removed.
@@ -65,7 +65,7 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
         ValueError: if `folder` is a file.
         OSError: if it can't be written; the message says that what it held is still whole.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder, which may be a new one")
     folder.mkdir(parents=True, exist_ok=True)
