@@ -355,10 +355,11 @@ def code_usage(codes: torch.Tensor, num_codes: int) -> tuple[float, float]:
 # Masked diffusion
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
+def step_generator(seed: int, step: int, *path: int) -> torch.Generator:
     """A CPU generator that depends on (seed, step) alone, so that a resumed run draws as an unbroken one; for what all
-    processes draw alike."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    processes draw alike. More integers of at least 0 name one of many of the step's."""
+    # Sums of them would give neighbours the same draws: row 1 of a step might have the numbers of row 0 of the next.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, *path)).generate_state(1)[0]))
 
 
 def row_generators(seed: int, step: int, batch_size: int, *, rank: int = 0) -> list[torch.Generator]:
@@ -368,8 +369,8 @@ def row_generators(seed: int, step: int, batch_size: int, *, rank: int = 0) -> l
     Args:
         batch_size: rows B of each process; the process `rank` has the rows `rank` B to (`rank` + 1) B - 1.
     """
-    states = np.random.SeedSequence((seed, step, 1)).generate_state((rank + 1) * batch_size)[rank * batch_size :]
-    return [torch.Generator().manual_seed(int(state)) for state in states]
+    # Counted from 1: trailing zeros don't change a SeedSequence.
+    return [step_generator(seed, step, rank * batch_size + row + 1) for row in range(batch_size)]
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
