@@ -39,15 +39,14 @@ from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel,
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.hub.model_card import Measure
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.masked_training import draw_task, masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, add_transformer_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     checkpoint_step,
-    draw_task,
     find_checkpoint,
     load_training_dataset,
-    masked_diffusion_loss,
     parameter_groups,
     row_generators,
     save_checkpoint,
@@ -55,7 +54,6 @@ from diffusers_vqdit.training_utils import (
     set_dropout,
     shuffled_batches,
     step_generator,
-    stratified_timesteps,
     tracker_config,
     unwrap,
 )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..utils.distributed import sum_over_processes
 from .quantizers import (
     SEARCH_ELEMENTS,
     Quantizer,
@@ -13,7 +14,6 @@ from .quantizers import (
     binary_entropy,
     perplexity,
     straight_through,
-    sum_over_processes,
 )
 
 
