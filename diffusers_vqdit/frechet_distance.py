@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .models.quantizers import sum_over_processes
+from .utils.distributed import sum_over_processes
 
 
 class FrechetDistance:

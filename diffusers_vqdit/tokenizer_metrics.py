@@ -6,8 +6,9 @@ import torch
 
 from .frechet_distance import FrechetDistance
 from .models.image_vq import ImageVQModel
-from .models.quantizers import perplexity, sum_over_processes
+from .models.quantizers import perplexity
 from .training_utils import psnr, ssim, to_pixels
+from .utils.distributed import sum_over_processes
 
 
 @torch.no_grad()

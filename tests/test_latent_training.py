@@ -21,6 +21,7 @@ from diffusers_vqdit.latent_training import (
     patch_features,
     variance_bound,
 )
+from diffusers_vqdit.training_utils import row_generators
 
 
 @pytest.fixture
@@ -153,6 +154,23 @@ def test_the_share_of_dropped_conditions_is_the_one_asked_for(probability):
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.01)  # not one minus it
     with pytest.raises(ValueError, match="probability=1.5"):
         drawn_to_drop(4, 1.5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
+def test_a_row_is_noised_by_its_own_generator(pair, prediction_type):
+    scheduler = FlowMatchEulerDiscreteScheduler() if prediction_type == "flow" else DDPMScheduler()
+    clean, labels = pair[0], torch.arange(4)
+
+    def loss(rows):
+        oracle = Oracle(torch.zeros_like(clean[rows]), scheduler)  # wrong by an amount that depends on the noise
+        generators = row_generators(3, 5, 4)[rows]
+        return latent_diffusion_loss(oracle, scheduler, clean[rows], labels[rows], generator=generators)
+
+    halves = [loss(slice(0, 1)), loss(slice(1, 4))]
+    torch.testing.assert_close((halves[0] + 3 * halves[1]) / 4, loss(slice(0, 4)))
+    assert halves[0] != halves[1]
+    dropped = drawn_to_drop(4, 0.5, row_generators(3, 5, 4))
+    assert torch.equal(dropped[2:], drawn_to_drop(2, 0.5, row_generators(3, 5, 2, rank=1)))
 
 
 def test_flow_matching_refuses_what_it_does_not_have(pair):

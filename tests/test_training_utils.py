@@ -1,6 +1,5 @@
 import argparse
 import io
-import math
 import struct
 from pathlib import Path
 
@@ -8,22 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, Task, VQDiTTransformer2DModel
+from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.training_utils import (
     check_captions,
     code_usage,
     decode_image,
     decode_images,
-    draw_task,
     load_training_dataset,
-    masked_diffusion_loss,
     parameter_groups,
     psnr,
     set_dropout,
     shuffled_batches,
     ssim,
-    step_generator,
-    stratified_timesteps,
     tracker_config,
 )
 
@@ -132,40 +127,6 @@ def test_batches_cover_each_epoch_and_resume_where_they_were():
     assert torch.equal(next(resumed), seen[12:16])
     ranks = [next(shuffled_batches(10, 2, seed=1, rank=rank, world_size=2)) for rank in range(2)]
     assert torch.equal(torch.cat(ranks), seen[:4])
-
-
-def test_times_are_uniform_and_one_in_each_interval():
-    times = stratified_timesteps(1000, torch.Generator().manual_seed(0))
-    assert times.min() > 0 and times.max() <= 1
-    assert torch.equal(torch.ceil(times.sort().values * 1000).long(), torch.arange(1, 1001))
-
-
-def test_tasks_are_drawn_by_weight_and_repeatably():
-    tasks = [(Task.parse("text->image"), 3.0), (Task.parse("->image"), 1.0)]
-    drawn = [draw_task(tasks, step_generator(0, step)) for step in range(4000)]
-    share = sum(task == tasks[0][0] for task in drawn) / len(drawn)
-    assert share == pytest.approx(0.75, abs=0.035)  # five standard deviations
-    assert drawn[7] == draw_task(tasks, step_generator(0, 7))
-
-
-def test_the_loss_of_a_uniform_model_is_log_k_in_both_weightings(transformer):
-    for layer in transformer.heads.values():
-        layer.weight.data.zero_()
-        layer.bias.data.zero_()
-    generated = {"image": torch.randint(32, (256, 4, 4))}
-    for masking in ("linear", "cosine"):
-        scheduler = MaskedDiffusionScheduler(masking=masking)
-        options = {"generator": torch.Generator().manual_seed(0)}
-        flat = masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="flat", **options)
-        assert flat.item() == pytest.approx(math.log(32), rel=1e-5)
-        # E[weight x masked] = 1: the bound of a uniform model is log K nats a code.
-        nelbo = [
-            masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="nelbo", **options).item()
-            for _ in range(10)
-        ]
-        assert sum(nelbo) / 10 == pytest.approx(math.log(32), rel=0.05)
-    with pytest.raises(ValueError, match="weighting='other'"):
-        masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="other")
 
 
 def test_trackers_get_what_they_take():

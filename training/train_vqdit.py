@@ -37,6 +37,7 @@ from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransf
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.masked_training import draw_task, masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import encode_labels
@@ -56,15 +57,12 @@ from diffusers_vqdit.training_arguments import (
 )
 from diffusers_vqdit.training_utils import (
     averaged_weights,
-    draw_task,
     load_training_dataset,
-    masked_diffusion_loss,
     parameter_groups,
     row_generators,
     set_dropout,
     shuffled_batches,
     step_generator,
-    stratified_timesteps,
     tracker_config,
     unwrap,
 )

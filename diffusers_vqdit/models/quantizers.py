@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch.utils.checkpoint import checkpoint
 
+from ..utils.distributed import gather_rows, sum_over_processes
 from .config_checks import check_quantizer
 
 
@@ -137,30 +137,6 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
         (N,) int64.
     """
     return best_codes(vectors, codebook, -0.5 * codebook.detach().float().square().sum(1))
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' `values`, with its gradient: DistributedDataParallel's mean of the gradients is then
-    that of a loss of the global batch."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    from torch.distributed.nn.functional import all_reduce  # not there in every build of PyTorch
-
-    return all_reduce(values)
-
-
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean of all processes' `values`."""
-    return sum_over_processes(values) / (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, in the order of their ranks; every process must bring as many."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(rows.contiguous()))
 
 
 def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:

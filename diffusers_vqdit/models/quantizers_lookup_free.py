@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_integer
+from ..utils.distributed import sum_over_processes
 from .config_checks import MAX_CODES, check_quantizer
 from .quantizers import (
     SEARCH_ELEMENTS,
@@ -15,7 +16,6 @@ from .quantizers import (
     binary_entropy,
     perplexity,
     straight_through,
-    sum_over_processes,
 )
 
 

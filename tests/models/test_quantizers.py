@@ -110,6 +110,52 @@ def test_dead_codes_restart_where_the_error_is():
     assert reference.usage < 0.1 < output.usage
 
 
+PLACED = [
+    {"codebook_update": "ema", "codebook_init": "kmeans", "codebook_norm": "l2"},
+    {"codebook_update": "ema", "codebook_init": "data"},
+    {"codebook_init": "data", "restart_threshold": 0.9},
+    {"codebook_update": "ema", "restart_threshold": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", PLACED, ids=str)
+def test_no_two_codes_are_put_where_rounding_would_tell_them_apart(options):
+    """White patches give the same vector many times, or nearly: the sums of a network depend on the batch's layout."""
+    vectors = 3.0 + torch.randn(40, 4)
+    patches = torch.cat([vectors, vectors[:3].repeat(40, 1)])
+    books = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        quantizer = VectorQuantizer(64, 4, **options).train()
+        torch.seed()
+        for _ in range(3):
+            quantizer(patches + 1e-7 * torch.randn_like(patches))
+        books.append(quantizer.codebook.detach())
+        distances = torch.cdist(vectors, books[-1]) if "codebook_norm" not in options else None
+        if distances is not None and options.get("codebook_init") != "kmeans":
+            assert (distances < 1e-2).sum(1).max() <= 1  # a code a patch, not two
+    torch.testing.assert_close(*books, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [*PLACED, {"codebook_update": "ema"}], ids=str)
+def test_a_batch_that_is_not_finite_changes_nothing(options, value):
+    z = torch.randn(200, 4)
+    broken = z.clone()
+    broken[17, 2] = value
+    quantizer = VectorQuantizer(64, 4, **options).train()
+    first = {name: state.clone() for name, state in quantizer.state_dict().items()}
+    for before in (first, None):  # as the first batch too
+        before = before or {name: state.clone() for name, state in quantizer.state_dict().items()}
+        quantizer(broken)
+        for name, state in quantizer.state_dict().items():
+            assert torch.equal(state, before[name]), name
+        quantizer(z)
+    assert all(state.isfinite().all() for state in quantizer.state_dict().values())
+    if quantizer.codebook_init != "uniform":
+        assert quantizer(z).usage > 0.4  # initialised by the first batch that was finite
+
+
 def test_usage_and_perplexity():
     quantizer = VectorQuantizer(4, 1).eval()
     quantizer.embedding.weight.data = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
@@ -156,6 +202,13 @@ def _train_rank(rank, world_size, z, path, queue):
     torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
     torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world_size)
     states = {name: _train(make, z, world_size, rank) for name, make in DISTRIBUTED.items()}
+    # What is not finite on one process is ignored by all.
+    quantizer = DISTRIBUTED["ema"]().train()
+    for broken in (rank, -1, rank):
+        before = {name: state.clone() for name, state in quantizer.state_dict().items()}
+        quantizer(z.chunk(world_size)[rank] if broken != 1 else torch.full((32, 3), math.nan))
+        unchanged = all(torch.equal(state, before[name]) for name, state in quantizer.state_dict().items())
+        assert unchanged == (broken != -1)
     queue.put((rank, {name: {k: v.numpy() for k, v in state.items()} for name, state in states.items()}))
     torch.distributed.destroy_process_group()
 
