@@ -40,7 +40,13 @@ from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.hub.model_card import Measure
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.tasks import parse_tasks
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, add_transformer_arguments
+from diffusers_vqdit.training_arguments import (
+    add_keeping_arguments,
+    add_patch_argument,
+    add_training_arguments,
+    add_transformer_arguments,
+    with_patches,
+)
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     checkpoint_step,
@@ -76,6 +82,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--num_layers", type=int, default=8)
     models.add_argument("--num_attention_heads", type=int, default=4)
     models.add_argument("--attention_head_dim", type=int, default=64)
+    add_patch_argument(models)
     models.add_argument("--dropout", type=float, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
@@ -270,7 +277,7 @@ def main(args: argparse.Namespace) -> None:
     # 2. Transformer
     transformer = parts["transformer"]
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
-    segments = {name: segment for name, segment in codes.segments.items() if name in needed}
+    segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     if transformer is None:
         transformer = VQDiTTransformer2DModel(
             num_attention_heads=args.num_attention_heads,
@@ -283,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         known = transformer.config.segments
         for name, segment in segments.items():
-            if name in known and known[name] != segment:
+            if name in known and {**known[name], **segment} != known[name]:
                 raise ValueError(
                     f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
                 )
