@@ -290,7 +290,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         known = transformer.config.segments
         for name, segment in segments.items():
-            if name in known and {**known[name], **segment} != known[name]:
+            own = {key: known[name][key] for key in ("patch", "separate_codebooks") if key in known.get(name, ())}
+            if name in known and {**own, **segment} != known[name]:
                 raise ValueError(
                     f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
                 )
