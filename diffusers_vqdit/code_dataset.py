@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .image_utils import lower_resolution, shift_and_scale
 from .models.image_vq import ImageVQModel
 from .models.text_vq import TextVQModel
+from .schedulers.samplers import Generators, uniform
 from .tasks import Task
 from .training_utils import check_captions, decode_images, to_pixels
 from .utils.texts import tokenize_to_length
@@ -213,11 +214,12 @@ class CodeDataset:
         return len(next(iter(self.codes.values())))
 
     def batch(
-        self, rows: torch.Tensor, task: Task, *, generator: torch.Generator | None = None
+        self, rows: torch.Tensor, task: Task, *, generator: Generators = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The given and the generated codes of `rows` for `task`: two dicts of name -> (B, *shape) int64.
 
-        A given segment with several variants is drawn from them; a generated one is always the first.
+        A given segment with several variants is drawn from them, by `generator` or by one a row; a generated one is
+        always the first.
 
         Raises:
             ValueError: if the task has a segment that the data lacks.
@@ -229,7 +231,7 @@ class CodeDataset:
         for name in task.given:
             if name in self.prompts:
                 variants = self.prompts[name]
-                choice = torch.randint(variants.shape[1], (len(rows),), generator=generator)
+                choice = (uniform(rows.shape, generator, rows.device) * variants.shape[1]).long()
                 given[name] = variants[rows, choice].long()
             else:
                 given[name] = self.codes[name][rows].long()

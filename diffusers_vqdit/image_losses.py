@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .models.quantizers import sum_over_processes
+from .models.quantizers import mean_over_processes, sum_over_processes
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -245,10 +245,12 @@ def adaptive_weight(
     reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, maximum: float = 1e4
 ) -> torch.Tensor:
     """|d reconstruction / d L| / (|d adversarial / d L| + 1e-4) for the decoder's last layer L, without a gradient
-    (Esser et al. 2021, eq. 7): with it both losses pull that layer alike."""
+    (Esser et al. 2021, eq. 7): with it both losses pull that layer alike. The gradients are means over the processes,
+    so that all have the same weight."""
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.float().norm() / (given.float().norm() + 1e-4)).clamp(0, maximum).detach()
+    wanted, given = mean_over_processes(torch.stack([wanted.float(), given.float()])).unbind()
+    return (wanted.norm() / (given.norm() + 1e-4)).clamp(0, maximum).detach()
 
 
 class LeCam(nn.Module):

@@ -5,7 +5,9 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 
+from .schedulers.samplers import Generators, uniform
 from .training_utils import unwrap
 
 
@@ -53,14 +55,15 @@ def flow_matching_pair(
     return (1.0 - sigmas) * latents + sigmas * noise, noise - latents
 
 
-def draw_sigmas(
-    batch_size: int, shift: float, logit_normal: bool, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Noise levels (B,) in (0, 1): uniform as in SiT or logit-normal, then shifted (Esser et al. 2024, section 3)."""
+def draw_sigmas(batch_size: int, shift: float, logit_normal: bool, generator: Generators = None) -> torch.Tensor:
+    """Noise levels (B,) in (0, 1): uniform as in SiT or logit-normal, then shifted (Esser et al. 2024, section 3).
+
+    `generator` is one, or one a row, on the CPU.
+    """
     if logit_normal:
-        sigmas = torch.randn(batch_size, generator=generator).sigmoid()
+        sigmas = randn_tensor((batch_size,), generator=generator).sigmoid()
     else:
-        sigmas = torch.rand(batch_size, generator=generator)
+        sigmas = uniform(torch.Size((batch_size,)), generator, torch.device("cpu")).float()
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
@@ -106,14 +109,15 @@ def variance_bound(
     return bound.flatten(1).mean(1) / math.log(2.0)
 
 
-def drawn_to_drop(batch_size: int, probability: float, generator: torch.Generator | None = None) -> torch.BoolTensor:
+def drawn_to_drop(batch_size: int, probability: float, generator: Generators = None) -> torch.BoolTensor:
     """Which samples (B,) lose a condition in this step, for classifier-free guidance: each with `probability`.
 
-    Drawn once a step, so that all blocks see the same (stock DiT draws in every block).
+    Drawn once a step, so that all blocks see the same (stock DiT draws in every block). `generator` is one, or one a
+    row, on the CPU.
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability={probability} must be in [0, 1]")
-    return torch.rand(batch_size, generator=generator) < probability
+    return uniform(torch.Size((batch_size,)), generator, torch.device("cpu")) < probability
 
 
 def latent_diffusion_loss(
@@ -126,7 +130,7 @@ def latent_diffusion_loss(
     encoder_attention_mask: torch.Tensor | None = None,
     snr_gamma: float | None = None,
     logit_normal: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> torch.Tensor:
     """The mean squared error of one batch, with the variance's bound where the transformer learns it.
 
@@ -139,10 +143,10 @@ def latent_diffusion_loss(
         encoder_hidden_states, encoder_attention_mask: captions, rows of zeros in the mask where dropped.
         snr_gamma: min-SNR's gamma; None for none. Not for flow matching.
         logit_normal: whether flow matching draws its noise levels so, and not uniformly.
-        generator: draws noise and timesteps, on the CPU.
+        generator: draws noise and timesteps; one, or one a row, on the CPU.
     """
     batch_size, channels = latents.shape[:2]
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noise = randn_tensor(latents.shape, generator=generator).to(latents)
     captions = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
     learns_variance = unwrap(transformer).config.out_channels == 2 * channels
     if hasattr(scheduler, "scale_noise"):
@@ -154,7 +158,8 @@ def latent_diffusion_loss(
         prediction = transformer(noised, times, labels, **captions).sample.float()
         return F.mse_loss(prediction, target)
     prediction_type = scheduler.config.prediction_type
-    times = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator).to(latents.device)
+    times = uniform(latents.shape[:1], generator, torch.device("cpu")) * scheduler.config.num_train_timesteps
+    times = times.long().to(latents.device)
     alphas = at_timesteps(scheduler.alphas_cumprod, times)
     noised = alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise
     output = transformer(noised, times, labels, **captions).sample.float()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
 
 from .image_utils import on_white
+from .models.quantizers import mean_over_processes
 from .tasks import Task
 
 
@@ -353,9 +355,21 @@ def code_usage(codes: torch.Tensor, num_codes: int) -> tuple[float, float]:
 # Masked diffusion
 
 
-def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, step, rank) alone, so that a resumed run draws as an unbroken one."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A CPU generator that depends on (seed, step) alone, so that a resumed run draws as an unbroken one; for what all
+    processes draw alike."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+def row_generators(seed: int, step: int, batch_size: int, *, rank: int = 0) -> list[torch.Generator]:
+    """CPU generators of a process's rows, that depend on (seed, step, row of the global batch) alone: what they draw
+    is the same however many processes share the batch.
+
+    Args:
+        batch_size: rows B of each process; the process `rank` has the rows `rank` B to (`rank` + 1) B - 1.
+    """
+    states = np.random.SeedSequence((seed, step, 1)).generate_state((rank + 1) * batch_size)[rank * batch_size :]
+    return [torch.Generator().manual_seed(int(state)) for state in states]
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
@@ -364,11 +378,21 @@ def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Ta
     return tasks[int(torch.multinomial(weights, 1, generator=generator))][0]
 
 
-def stratified_timesteps(batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Times (B,) in (0, 1], one in each of B equal intervals in random order: uniform, with less variance (Kingma et
-    al. 2021, appendix I.1)."""
-    offset = torch.rand(batch_size, generator=generator)
-    return (torch.randperm(batch_size, generator=generator) + 1.0 - offset) / batch_size
+def stratified_timesteps(
+    batch_size: int, generator: torch.Generator | None = None, *, rank: int = 0, world_size: int = 1
+) -> torch.Tensor:
+    """Times (B,) in (0, 1], one in each of as many equal intervals as the global batch has rows, in random order:
+    uniform, with less variance (Kingma et al. 2021, appendix I.1).
+
+    Args:
+        batch_size: rows B of each process.
+        generator: the same on all processes, as [`step_generator`] is; on the CPU.
+        rank, world_size: the part of the global batch's times to take.
+    """
+    count = batch_size * world_size
+    offset = torch.rand(count, generator=generator)
+    times = (torch.randperm(count, generator=generator) + 1.0 - offset) / count
+    return times[rank * batch_size : (rank + 1) * batch_size]
 
 
 def masked_diffusion_loss(
@@ -378,7 +402,8 @@ def masked_diffusion_loss(
     generated: dict[str, torch.Tensor],
     *,
     weighting: str = "flat",
-    generator: torch.Generator | None = None,
+    timesteps: torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked codes of one batch of one task.
 
@@ -389,25 +414,29 @@ def masked_diffusion_loss(
         weighting: ``"nelbo"`` weighs each row by -alpha'(t) / (1 - alpha(t)), so that the mean is the exact bound in
             nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
             the masked codes (MaskGIT).
-        generator: draws times and masks, on the CPU.
+        timesteps: times (B,) in (0, 1] on the CPU; by default [`stratified_timesteps`] of this batch.
+        generator: draws the masks, and the times where they are not given; one, or one a row, on the CPU.
 
     Returns:
-        the loss, a scalar.
+        the loss, a scalar. With several processes all must call this together, and the mean of their losses, as of
+        their gradients, is that of the global batch: each counts by its share of the masked codes.
     """
     if weighting not in ("flat", "nelbo"):
         raise ValueError(f"weighting={weighting!r} must be 'flat' or 'nelbo'")
-    batch_size = len(next(iter(generated.values())))
+    device, batch_size = next((codes.device, len(codes)) for codes in generated.values())
+    if timesteps is None:
+        if isinstance(generator, list):
+            raise ValueError("generator is a list of one a row, which can't draw stratified times: give timesteps")
+        timesteps = stratified_timesteps(batch_size, generator)
     vocab_sizes = {name: size["vocab_size"] for name, size in unwrap(transformer).config.segments.items()}
-    timesteps = stratified_timesteps(batch_size, generator)
     noised, masked = {}, {}
     for name, codes in generated.items():
-        flat = codes.flatten(1)
         corrupted = scheduler.add_noise(
-            flat.cpu(), timesteps, mask_token_id=vocab_sizes[name], generator=generator
-        ).to(codes.device)
+            codes.flatten(1), timesteps, mask_token_id=vocab_sizes[name], generator=generator
+        )
         masked[name] = corrupted == vocab_sizes[name]
         noised[name] = corrupted.view_as(codes)
-    timesteps = timesteps.to(next(iter(generated.values())).device)
+    timesteps = timesteps.to(device)
     logits = transformer(noised, timestep=timesteps, given=given, masked=masked).sample
     weights = scheduler.loss_weight(timesteps)  # (B,)
     total, count = 0.0, 0
@@ -420,7 +449,8 @@ def masked_diffusion_loss(
         else:
             count += error.numel()
         total = total + error.sum()
-    return total / max(count, 1)
+    # Where nothing is masked at all, the loss is 0.
+    return total / mean_over_processes(torch.tensor(float(count), device=device)).clamp_min(1e-6)
 
 
 def set_dropout(model: ModelMixin, dropout: float) -> None:

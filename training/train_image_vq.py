@@ -392,9 +392,11 @@ def main(args: argparse.Namespace) -> None:
         step += 1
         if ema is not None:
             ema.step(model.parameters())
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower --learning_rate or check the data")
-        logs = {name: float(torch.as_tensor(value).detach()) for name, value in logs.items()}
+        values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in (loss, *logs.values())])
+        total, *values = accelerator.reduce(values, "mean").tolist()
+        if not math.isfinite(total):
+            raise RuntimeError(f"the loss is {total} at step {step}: lower --learning_rate or check the data")
+        logs = dict(zip(logs, values, strict=True))
         logs |= {
             "usage": output.usage.item(),
             "perplexity": output.perplexity.item(),

@@ -56,6 +56,7 @@ from diffusers_vqdit.latent_training import (
     patch_features,
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, add_transformer_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
@@ -65,10 +66,10 @@ from diffusers_vqdit.training_utils import (
     find_checkpoint,
     load_training_dataset,
     parameter_groups,
+    row_generators,
     save_checkpoint,
     save_pretrained_atomically,
     shuffled_batches,
-    step_generator,
     to_pixels,
     tracker_config,
     unwrap,
@@ -459,8 +460,9 @@ def main(args: argparse.Namespace) -> None:
 
     while step < max_steps:
         rows = next(batches)
-        generator = step_generator(args.seed + 1, micro_step, accelerator.process_index)
-        variant = torch.randint(latents.shape[1], (len(rows),), generator=generator)
+        # Drawn for each row of the global batch, however many processes share it.
+        generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
+        variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = latents[rows, variant].to(device)
         # Each condition is dropped on its own, so that either alone, both and neither are trained.
         drop = drawn_to_drop(len(rows), args.label_dropout, generator)
@@ -469,7 +471,7 @@ def main(args: argparse.Namespace) -> None:
             batch_labels = torch.where(drop, null_label, labels[rows])
         conditions = {}
         if captions:
-            columns = torch.randint(len(captions), (len(rows),), generator=generator).tolist()
+            columns = (uniform(rows.shape, generator, rows.device) * len(captions)).long().tolist()
             wordings = list(captions.values())
             states, mask = encoder_pipeline.encode_prompt(
                 [wordings[column][row] for column, row in zip(columns, rows.tolist(), strict=True)]

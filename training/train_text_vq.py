@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.hub.model_card import Measure
 from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
+from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training_utils import (
     averaged_weights,
@@ -36,6 +37,7 @@ from diffusers_vqdit.training_utils import (
     find_checkpoint,
     load_training_dataset,
     parameter_groups,
+    row_generators,
     save_checkpoint,
     save_pretrained_atomically,
     shuffled_batches,
@@ -238,11 +240,12 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{len(tokens)} captions, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
 
     # 5. Train
+    micro_step = step * args.gradient_accumulation_steps
     batches = shuffled_batches(
         len(tokens),
         args.train_batch_size,
         seed=args.seed,
-        start=step * args.gradient_accumulation_steps,
+        start=micro_step,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
@@ -259,11 +262,13 @@ def main(args: argparse.Namespace) -> None:
         publish_run(args, model, measures=[Measure("text tokenizer", "exact round trips", exact, dataset)], step=step)
 
     while step < max_steps:
-        batch = tokens[next(batches)].to(accelerator.device)
-        replaced = (batch != tokenizer.pad_token_id) & (
-            torch.rand(batch.shape, device=batch.device) < args.random_token_probability
-        )
-        batch = torch.where(replaced, torch.randint_like(batch, len(tokenizer)), batch)
+        batch = tokens[next(batches)]
+        # Drawn for each row of the global batch, however many processes share it.
+        generator = row_generators(args.seed, micro_step, len(batch), rank=accelerator.process_index)
+        replaced = uniform(batch.shape, generator, batch.device) < args.random_token_probability
+        random_tokens = (uniform(batch.shape, generator, batch.device) * len(tokenizer)).long()
+        batch = torch.where(replaced & (batch != tokenizer.pad_token_id), random_tokens, batch).to(accelerator.device)
+        micro_step += 1
         with accelerator.accumulate(model):
             output = model(batch)
             cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
@@ -282,11 +287,12 @@ def main(args: argparse.Namespace) -> None:
         step += 1
         if ema is not None:
             ema.step(model.parameters())
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower --learning_rate or check the data")
+        losses = accelerator.reduce(torch.stack([cross_entropy, output.commit_loss]).detach(), "mean").tolist()
+        if not all(map(math.isfinite, losses)):
+            raise RuntimeError(f"the loss is {sum(losses)} at step {step}: lower --learning_rate or check the data")
         logs = {
-            "cross_entropy": cross_entropy.item(),
-            "commitment": output.commit_loss.item(),
+            "cross_entropy": losses[0],
+            "commitment": losses[1],
             "usage": output.usage.item(),
             "perplexity": output.perplexity.item(),
             "captions_per_second": seen / (time.time() - started),

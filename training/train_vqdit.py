@@ -55,11 +55,13 @@ from diffusers_vqdit.training_utils import (
     load_training_dataset,
     masked_diffusion_loss,
     parameter_groups,
+    row_generators,
     save_checkpoint,
     save_pretrained_atomically,
     set_dropout,
     shuffled_batches,
     step_generator,
+    stratified_timesteps,
     tracker_config,
     unwrap,
 )
@@ -398,15 +400,24 @@ def main(args: argparse.Namespace) -> None:
 
     while step < max_steps:
         rows = next(batches)
-        # One task for all ranks, so that they train the same parameters; each rank its own wordings, times and masks.
-        task = draw_task(tasks, step_generator(args.seed, micro_step))
-        generator = step_generator(args.seed + 1, micro_step, accelerator.process_index)
-        given, generated = codes.batch(rows, task, generator=generator)
+        # Drawn for the global batch, however many processes share it: one task, so that all train the same parameters,
+        # and each row's time, wording and masks.
+        rank, generator = accelerator.process_index, step_generator(args.seed, micro_step)
+        task = draw_task(tasks, generator)
+        times = stratified_timesteps(len(rows), generator, rank=rank, world_size=accelerator.num_processes)
+        generators = row_generators(args.seed, micro_step, len(rows), rank=rank)
+        given, generated = codes.batch(rows, task, generator=generators)
         given = {name: value.to(accelerator.device) for name, value in given.items()}
         generated = {name: value.to(accelerator.device) for name, value in generated.items()}
         with accelerator.accumulate(transformer):
             loss = masked_diffusion_loss(
-                transformer, scheduler, given, generated, weighting=args.loss_weighting, generator=generator
+                transformer,
+                scheduler,
+                given,
+                generated,
+                weighting=args.loss_weighting,
+                timesteps=times,
+                generator=generators,
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -136,33 +136,47 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
     return best_codes(vectors, codebook, -0.5 * codebook.detach().float().square().sum(1))
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' `values`, with its gradient: DistributedDataParallel's mean of the gradients is then
     that of a loss of the global batch."""
-    return _SumOverProcesses.apply(values) if dist.is_available() and dist.is_initialized() else values
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    from torch.distributed.nn.functional import all_reduce  # not there in every build of PyTorch
+
+    return all_reduce(values)
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of all processes' `values`."""
+    return sum_over_processes(values) / (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in the order of their ranks; every process must bring as many."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))
+
+
+def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:
+    """Indices (M,), M <= `count`, of the first rows of (N, D) that have no earlier row within `radius`."""
+    found, kept = [torch.zeros(0, dtype=torch.int64, device=rows.device)], rows[:0]
+    size = max(1, SEARCH_ELEMENTS // max(count, 2048))
+    for start in range(0, len(rows), size):
+        if len(kept) >= count:
+            break
+        part = rows[start : start + size]
+        near = _distances(part, part).le(radius).tril(-1).any(1) | _distances(part, kept).le(radius).any(1)
+        found.append(start + (~near).nonzero()[:, 0])
+        kept = torch.cat([kept, part[~near]])
+    return torch.cat(found)[:count]
+
+
+def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    # By differences: the faster way by products is off by more than the distances that matter here.
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rotate_to(vectors: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
@@ -384,35 +398,45 @@ class VectorQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def _update(self, flat: torch.Tensor, codes: torch.LongTensor, share: torch.Tensor, errors: torch.Tensor) -> None:
-        """Moving averages, the EMA codebook, and the restart of dead codes."""
+        """Moving averages, the EMA codebook, and the restart of dead codes; not by a batch that is not finite."""
+        if not (hasattr(self, "updates") or hasattr(self, "cluster_size")):
+            return
+        error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(flat))]))
+        finite = torch.isfinite(error)  # stays on the device: nothing waits for it
         if hasattr(self, "cluster_size"):
-            self.cluster_size.lerp_(share, 1 - self.ema_decay)
+            self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - self.ema_decay)
         if self.codebook_update == "ema":
-            sums = torch.zeros_like(self.cluster_mean).index_add_(0, codes, flat)
-            total = torch.tensor(float(len(flat)), device=flat.device)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(sums)
-                dist.all_reduce(total)
-            self.cluster_mean.lerp_(sums / total, 1 - self.ema_decay)
+            sums = sum_over_processes(torch.zeros_like(self.cluster_mean).index_add_(0, codes, flat))
+            self.cluster_mean.lerp_(torch.where(finite, sums / total, self.cluster_mean), 1 - self.ema_decay)
             # A code without assignments keeps its place: both averages decay alike.
-            used = self.cluster_size > 1e-8
-            self.embedding.weight[used] = self.cluster_mean[used] / self.cluster_size[used, None]
+            moved = (self.cluster_size > 1e-8) & finite
+            average = self.cluster_mean / self.cluster_size.clamp_min(1e-8)[:, None]
+            self.embedding.weight.copy_(torch.where(moved[:, None], average, self.embedding.weight))
         if self.restart_threshold > 0:
-            dead = (self.cluster_size < self.restart_threshold / self.num_codes).nonzero()[:, 0]
+            dead = (finite & (self.cluster_size < self.restart_threshold / self.num_codes)).nonzero()[:, 0]
             if len(dead):
                 flat, errors = gather_rows(flat), gather_rows(errors)
-                drawn = self._draw(errors.cpu().double() + 1e-12, min(len(dead), len(flat)))
+                drawn = self._draw(flat, len(dead), errors)
                 self._place(dead[: len(drawn)], flat[drawn])
         if hasattr(self, "updates"):
-            self.updates += 1
+            self.updates += finite
 
-    def _draw(self, weights: torch.Tensor, count: int) -> torch.Tensor:
-        """`count` different indices, drawn by weight, the same on all processes."""
+    def _draw(self, flat: torch.Tensor, count: int, errors: torch.Tensor | None = None) -> torch.LongTensor:
+        """Indices of at most `count` vectors of (N, D), the same on all processes: alike, or by their squared errors
+        (N,).
+
+        No two are nearer to one another, or to the code they have, than a thousandth of the vectors' deviation: which
+        of two such codes a vector gets would be left to rounding, and with it what they both learn.
+        """
+        radius = (1e-6 * flat.var(0, correction=0).sum() + 1e-12 * flat.square().sum(1).mean()).sqrt()
         generator = torch.Generator().manual_seed(int(self.updates))
         # The largest of log w + Gumbel noise: weighted sampling without replacement (Efraimidis & Spirakis 2006).
-        noise = torch.rand(len(weights), generator=generator, dtype=torch.float64).clamp_min(1e-300)
-        keys = weights.log() - (-noise.log()).log()
-        return keys.topk(count).indices.to(self.embedding.weight.device)
+        noise = torch.rand(len(flat), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+        keys = -(-noise.log()).log()
+        if errors is not None:
+            keys = torch.where((errors > radius.square()).cpu(), errors.cpu().double().log() + keys, -torch.inf)
+        order = keys.argsort(descending=True)[: keys.isfinite().sum()].to(flat.device)
+        return order[rows_apart(flat[order], radius, count)]
 
     def _place(self, codes: torch.LongTensor, vectors: torch.Tensor) -> None:
         """Put codes onto vectors, with the uniform share of assignments."""
@@ -425,9 +449,9 @@ class VectorQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def _initialize(self, flat: torch.Tensor, iterations: int = 10) -> None:
         """Put the codebook onto vectors of the first batch, or their k-means centres (Lloyd's algorithm)."""
-        distinct = torch.unique(flat, dim=0)  # many positions may hold the very same vector, as padding does
-        drawn = self._draw(torch.ones(len(distinct), dtype=torch.float64), min(self.num_codes, len(distinct)))
-        centres = distinct[drawn]
+        if not flat.isfinite().all():
+            return  # the next batch will do
+        centres = flat[self._draw(flat, self.num_codes)]
         if self.codebook_init == "kmeans":
             for _ in range(iterations):
                 codes = nearest_codes(flat, centres)
