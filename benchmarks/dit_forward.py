@@ -17,6 +17,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from diffusers_vqdit import VQDiTTransformer2DModel
+from diffusers_vqdit.utils.arguments import argument_parser, positive_integer
 
 
 # Peebles & Xie 2023, table 1, for latents of 32 x 32; patches of 2.
@@ -24,10 +25,10 @@ SIZES = {"DiT-S/2": (12, 6), "DiT-B/2": (12, 12), "DiT-L/2": (24, 16), "DiT-XL/2
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time a forward pass of both DiT classes.")
+    parser = argument_parser("Time a forward pass of both DiT classes.")
     parser.add_argument("--size", choices=list(SIZES), default="DiT-S/2")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch_sizes", type=positive_integer, nargs="+", default=[2, 8])
+    parser.add_argument("--rounds", type=positive_integer, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 

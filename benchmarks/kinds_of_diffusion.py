@@ -41,6 +41,7 @@ from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import VQDiTLatentPipeline
 from diffusers_vqdit.latents import downsample_factor
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,14 +56,18 @@ DIFFUSION = {
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare masked, Gaussian and flow-matching pipelines.")
-    parser.add_argument("--checkpoints", nargs="+", required=True, help="Pipelines: folders or Hub ids.")
+    parser = argument_parser("Compare masked, Gaussian and flow-matching pipelines.")
+    parser.add_argument(
+        "--checkpoints", type=model_name, nargs="+", required=True, help="Pipelines: folders or Hub ids."
+    )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
-    parser.add_argument("--num_samples", type=int, default=128, help="Captions, one sample each, and as many labels.")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--guidance_scale", type=float, help="By default each pipeline's own.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num_samples", type=positive_integer, default=128, help="Captions, one sample each, and as many labels."
+    )
+    parser.add_argument("--batch_size", type=positive_integer, default=64)
+    parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--guidance_scale", type=number(), help="By default each pipeline's own.")
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/kinds_of_diffusion"))
     return parser.parse_args(input_args)

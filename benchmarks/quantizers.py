@@ -28,20 +28,21 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.models.quantizers import Quantizer, QuantizerOutput, perplexity
 from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, shuffled_batches, to_pixels
+from diffusers_vqdit.utils.arguments import argument_parser, positive_integer, positive_number, random_seed
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare quantizers in the same image tokenizer.")
+    parser = argument_parser("Compare quantizers in the same image tokenizer.")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--num_codes", type=int, default=1024)
-    parser.add_argument("--code_dim", type=int, default=8, help="Of the quantizers with a codebook.")
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[24, 48, 96])
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--max_train_steps", type=int, default=3000)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--speed_rounds", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--resolution", type=positive_integer, default=32)
+    parser.add_argument("--num_codes", type=positive_integer, default=1024)
+    parser.add_argument("--code_dim", type=positive_integer, default=8, help="Of the quantizers with a codebook.")
+    parser.add_argument("--block_out_channels", type=positive_integer, nargs="+", default=[24, 48, 96])
+    parser.add_argument("--train_batch_size", type=positive_integer, default=32)
+    parser.add_argument("--max_train_steps", type=positive_integer, default=3000)
+    parser.add_argument("--learning_rate", type=positive_number, default=2e-3)
+    parser.add_argument("--speed_rounds", type=positive_integer, default=20)
+    parser.add_argument("--seeds", type=random_seed, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="Names of rows to compute; by default all.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quantizers"))

@@ -22,14 +22,15 @@ from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.code_dataset import encode_texts
 from diffusers_vqdit.retrieval import build_index, retrieve
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure retrieval.")
-    parser.add_argument("--pretrained_model_name_or_path", default="model_cards/vqdit-emoji")
+    parser = argument_parser("Measure retrieval.")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
-    parser.add_argument("--items", type=int, default=10_000)
-    parser.add_argument("--shortlists", type=int, nargs="+", default=[5, 20])
+    parser.add_argument("--items", type=positive_integer, default=10_000)
+    parser.add_argument("--shortlists", type=positive_integer, nargs="+", default=[5, 20])
     return parser.parse_args()
 
 

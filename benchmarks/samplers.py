@@ -31,23 +31,38 @@ from pathlib import Path
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    non_negative_number,
+    number,
+    positive_integer,
+    random_seed,
+    share,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare the samplers of a VQDiT pipeline on the emoji dataset.")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
+    parser = argument_parser("Compare the samplers of a VQDiT pipeline on the emoji dataset.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+    )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
-    parser.add_argument("--num_samples", type=int, default=256, help="Captions, one sample each.")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--event_driven_steps", type=int, default=1000, help="One more setting of ancestral.")
-    parser.add_argument("--entropy_bounds", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="In nats.")
-    parser.add_argument("--remask", type=float, default=0.05, help="eta of ancestral with remasking.")
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=positive_integer, default=256, help="Captions, one sample each.")
+    parser.add_argument("--batch_size", type=positive_integer, default=32)
+    parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument(
+        "--event_driven_steps", type=positive_integer, default=1000, help="One more setting of ancestral."
+    )
+    parser.add_argument(
+        "--entropy_bounds", type=non_negative_number, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="In nats."
+    )
+    parser.add_argument("--remask", type=share, default=0.05, help="eta of ancestral with remasking.")
+    parser.add_argument("--guidance_scale", type=number(), default=3.0)
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
     return parser.parse_args(input_args)

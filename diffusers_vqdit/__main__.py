@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
 from .provenance import save_generated
+from .utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 
 STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
@@ -37,16 +38,19 @@ CELL, LABEL = 128, 40  # pixels: side of a picture, height of its label
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = argument_parser(
         prog="python -m diffusers_vqdit", description="Draw prompts and caption pictures with a VQDiT pipeline."
     )
     parser.add_argument(
-        "--pretrained_model_name_or_path", default=str(STARTER), help="Pipeline: a folder or a Hub id."
+        "--pretrained_model_name_or_path",
+        type=model_name,
+        default=str(STARTER),
+        help="Pipeline: a folder or a Hub id.",
     )
     parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
-    parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")
-    parser.add_argument("--guidance_scale", type=float, help="By default the pipeline's own.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
+    parser.add_argument("--guidance_scale", type=number(), help="By default the pipeline's own.")
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--output_file", type=Path, default=Path("vqdit_demo.png"))
     return parser.parse_args(input_args)
 

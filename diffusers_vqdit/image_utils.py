@@ -1,4 +1,4 @@
-"""Reading pictures as the tokenizers want them."""
+"""Reading pictures and masks, and fitting them to the size that a model takes."""
 
 import math
 from typing import Any
@@ -6,36 +6,245 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """An RGB picture, transparent pixels on white."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+RESIZE_MODES = ("crop", "pad")
 
 
-def check_pixels(images: list[Any], channels: int) -> None:
-    """Raise a ValueError unless all are arrays ((B,) H, W, C) or all tensors ((B,) C, H, W) of floats in [0, 1]."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Pillow's pictures
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB picture as it is seen: turned as its EXIF orientation says, transparent pixels on white.
+
+    Grey values of more than 8 bits are scaled by their range: 16 bits in the modes ``I;16``; in ``I`` and ``F`` 8 bits
+    where no value is above 255, else 16 bits (``I``), and floats in [0, 1] where none is above 1 (``F``).
+
+    Raises:
+        ValueError: for a picture without pixels, of a mode that can't become RGB, with values out of range, or whose
+            file is broken.
+    """
+    return _on_background(image, "white")[0]
+
+
+def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it has such pixels."""
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image must be a PIL picture, got {type(image).__name__}")
+    if 0 in image.size:
+        raise ValueError(f"image has no pixels: its size is {image.size}")
+    mode, size = image.mode, image.size
+    try:
+        image = ImageOps.exif_transpose(image)
+        transparent = image.has_transparency_data
+        if mode.startswith("I") or mode == "F":
+            return _to_8_bits(image, background).convert("RGB"), transparent
+        if mode == "La":  # Pillow would drop its alpha
+            image = image.convert("LA")
+        if transparent:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        return image.convert("RGB"), transparent
+    except Exception as error:  # Pillow's plugins raise what they like on broken files
+        raise ValueError(f"image of mode {mode!r} and size {size} can't be read: {error}") from error
+
+
+def _to_8_bits(image: Image.Image, background: str) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    steps = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+    white = steps[0] if values.max() <= steps[0] else steps[-1]
+    if not (values.min() >= 0 and values.max() <= white):
+        raise ValueError(f"it has values from {values.min()} to {values.max()}, which must be in [0, {white}]")
+    scaled = np.rint(values * 255 / white)
+    clear = image.info.get("transparency")
+    if clear is not None:
+        scaled[values == clear] = 255 if background == "white" else 0
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def fitted_box(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a picture (height, width) that is fitted whole into the middle of a canvas."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    height, width = (max(1, round(n * scale)) for n in size)
+    return (canvas[0] - height) // 2, (canvas[1] - width) // 2, height, width
+
+
+def resize_image(image: Image.Image, size: tuple[int, int], resize_mode: str = "crop") -> Image.Image:
+    """A picture made `size` (height, width) without distortion, by Lanczos interpolation.
+
+    Args:
+        image: of mode ``RGB`` or ``L``.
+        size: height and width of the result.
+        resize_mode: ``"crop"`` cuts the middle out, ``"pad"`` fits the whole picture on white.
+    """
+    height, width = size
+    if resize_mode == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    top, left, inner_height, inner_width = fitted_box((image.height, image.width), size)
+    canvas = Image.new(image.mode, (width, height), "white")
+    canvas.paste(image.resize((inner_width, inner_height), Image.Resampling.LANCZOS), (left, top))
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a pipeline is passed
+
+
+def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Tensor]:
+    """Each picture of what a pipeline is passed: as an RGB picture of Pillow's, or a float32 tensor (C, H, W).
+
+    Args:
+        image: one or a list of: PIL pictures, arrays ((B,) H, W, C) or tensors ((B,) C, H, W) of floats in [0, 1], of
+            any precision.
+        channels: C.
+
+    Raises:
+        ValueError: if they are not all of one of these kinds, or there is none, or one that can't be read.
+    """
+    images = image if isinstance(image, list) else [image]
+    if not images:
+        raise ValueError("image=[] is an empty list; give at least one, or None")
+    if all(isinstance(one, Image.Image) for one in images):
+        if channels != 3:
+            raise ValueError(f"image must be arrays or tensors: the tokenizer's pictures have {channels} channels")
+        return [to_rgb(one) for one in images]
     kinds = {type(one).__name__ for one in images}
     if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
         raise ValueError(
             f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
             f"{', '.join(sorted(kinds))}"
         )
+    read = []
     for one in images:
         axis = -1 if isinstance(one, np.ndarray) else -3
         if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
             order = f"(B, H, W, {channels})" if axis == -1 else f"(B, {channels}, H, W)"
             raise ValueError(f"image as {type(one).__name__} must have shape {order}, got {tuple(one.shape)}")
-        floating = one.is_floating_point() if isinstance(one, torch.Tensor) else np.issubdtype(one.dtype, np.floating)
-        if not floating or not (one.min() >= 0 and one.max() <= 1):
+        pixels = _to_float(one, "image")
+        pixels = pixels if axis == -3 else pixels.movedim(-1, -3)
+        read += pixels if pixels.ndim == 4 else [pixels]
+    return read
+
+
+def _to_float(values: np.ndarray | torch.Tensor, name: str) -> torch.Tensor:
+    """Floats in [0, 1] of any precision as float32."""
+    if isinstance(values, torch.Tensor):
+        floating, pixels = values.is_floating_point(), values.detach().float()
+    else:
+        floating = np.issubdtype(values.dtype, np.floating)
+        pixels = torch.from_numpy(np.array(values, dtype=np.float32, order="C")) if floating else values
+    if not floating or not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(
+            f"{name} as {type(values).__name__} must hold floats in [0, 1], got {values.dtype} from {values.min()} to "
+            f"{values.max()}"
+        )
+    return pixels
+
+
+def fit_images(
+    images: list[Image.Image] | list[torch.Tensor], size: tuple[int, int], resize_mode: str
+) -> torch.Tensor:
+    """Pictures from [`read_images`] as (B, C, height, width) in [0, 1].
+
+    Tensors of that size are used as they are. Others are rounded to 8 bits, and so become what Pillow makes of them.
+    """
+    pixels = []
+    for one in images:
+        if isinstance(one, torch.Tensor) and tuple(one.shape[1:]) == size:
+            pixels.append(one)
+        elif isinstance(one, torch.Tensor):
+            bands = [Image.fromarray(band.numpy()) for band in (one * 255).round().byte().cpu()]
+            bands = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
+            pixels.append((torch.from_numpy(np.stack(bands)).float() / 255).to(one.device))
+        else:
+            pixels.append(_pixels(resize_image(one, size, resize_mode)))
+    return torch.stack(pixels)
+
+
+def own_size(images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
+    """Pictures from [`read_images`] at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
+    images = [_pixels(one) if isinstance(one, Image.Image) else one for one in images]
+    sizes = {tuple(one.shape[1:]) for one in images}
+    if len(sizes) > 1:
+        raise ValueError(f"image: the pictures of one call must have one size here, got {sorted(sizes)}")
+    return torch.stack(images)
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def read_mask(mask_image: Any, size: tuple[int, int], count: int) -> torch.Tensor:
+    """Masks as zeros and ones (count, 1, height, width): ones where a mask is nearer to white than to black.
+
+    Args:
+        mask_image: one mask or one a picture: PIL pictures of any mode, where transparent counts as black; arrays
+            ((B,) H, W) or (B, H, W, 1), or tensors ((B,) H, W) or (B, 1, H, W), of bools or of floats in [0, 1].
+        size: height and width of the pictures, whose aspect ratio the masks must have.
+        count: how many pictures there are.
+
+    Raises:
+        ValueError: if they are something else, their number or aspect ratio doesn't fit, or they are drawn in black on
+            transparent ground, which would repaint nothing.
+    """
+    planes = [
+        plane
+        for one in (mask_image if isinstance(mask_image, list) else [mask_image])
+        for plane in ([_grey_mask(one)] if isinstance(one, Image.Image) else _mask_planes(one))
+    ]
+    if len(planes) not in (1, count):
+        raise ValueError(f"mask_image has {len(planes)} masks for {count} pictures; give one, or one each")
+    masks = []
+    for plane in planes:
+        height, width = plane.height, plane.width
+        if abs(height * size[1] - width * size[0]) > max(*size, height, width):
             raise ValueError(
-                f"image as {type(one).__name__} must hold floats in [0, 1], got {one.dtype} from {one.min()} to "
-                f"{one.max()}"
+                f"mask_image of {height} x {width} pixels (height x width) must have the aspect ratio of the picture, "
+                f"which has {size[0]} x {size[1]}"
             )
+        grey = np.asarray(plane.resize((size[1], size[0]), Image.Resampling.LANCZOS))
+        masks.append(torch.from_numpy(grey >= 128).float()[None])
+    return torch.stack(masks).expand(count, -1, -1, -1)
+
+
+def _grey_mask(mask: Image.Image) -> Image.Image:
+    try:
+        rgb, transparent = _on_background(mask, "black")
+    except ValueError as error:
+        raise ValueError(f"mask_image: {error}") from error
+    grey = rgb.convert("L")
+    if transparent and grey.getextrema()[1] < 128:
+        raise ValueError(
+            "mask_image is transparent or black everywhere, so that nothing would be repainted: paint white where to "
+            "repaint"
+        )
+    return grey
+
+
+def _mask_planes(mask: Any) -> list[Image.Image]:
+    if not isinstance(mask, np.ndarray | torch.Tensor):
+        raise ValueError(
+            f"mask_image must be PIL pictures, arrays ((B,) H, W) or (B, H, W, 1), or tensors ((B,) H, W) or "
+            f"(B, 1, H, W), got {type(mask).__name__}"
+        )
+    shape, axis = tuple(mask.shape), -1 if isinstance(mask, np.ndarray) else -3
+    if len(shape) not in (2, 3, 4) or 0 in shape or (len(shape) == 4 and shape[axis] != 1):
+        order = "((B,) H, W) or (B, H, W, 1)" if axis == -1 else "((B,) H, W) or (B, 1, H, W)"
+        raise ValueError(f"mask_image as {type(mask).__name__} must have shape {order}, got {shape}")
+    if len(shape) > 2 and shape[axis] == 1:
+        mask = mask.squeeze(axis)
+    if mask.dtype in (torch.bool, np.bool_):
+        planes = torch.as_tensor(mask).float()
+    else:
+        planes = _to_float(mask, "mask_image")
+    planes = (planes * 255).round().byte().cpu().view(-1, *planes.shape[-2:])
+    return [Image.fromarray(plane.numpy()) for plane in planes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors of pixels
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -62,9 +271,35 @@ def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator) -> torch.T
     return F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
 
 
+def resize_pixels(pixels: torch.Tensor, size: tuple[int, int], resize_mode: str = "pad") -> torch.Tensor:
+    """Pixels (B, C, H, W) in [-1, 1] made `size` (height, width) without distortion, as [`resize_image`] does."""
+    height, width = pixels.shape[-2:]
+    if resize_mode == "crop":
+        inner = (
+            min(height, max(1, round(width * size[0] / size[1]))),
+            min(width, max(1, round(height * size[1] / size[0]))),
+        )
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        return resize(pixels[..., top : top + inner[0], left : left + inner[1]], size)
+    top, left, *inner = fitted_box((height, width), size)
+    right, bottom = size[1] - left - inner[1], size[0] - top - inner[0]
+    return F.pad(resize(pixels, tuple(inner)), (left, right, top, bottom), value=1.0)
+
+
+def cut_out(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The picture (B, C, *size) that was fitted whole into pixels (B, C, H, W) in [-1, 1], by [`resize_pixels`]."""
+    top, left, height, width = fitted_box(size, tuple(pixels.shape[-2:]))
+    return resize(pixels[..., top : top + height, left : left + width], size)
+
+
 def touched_patches(mask: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.BoolTensor:
-    """Which patches (B, *grid) of a picture resized to `size` a mask (B, 1, H, W) of zeros and ones touches."""
-    mask = F.adaptive_max_pool2d(mask, size) if mask.shape[-1] > size[1] else F.interpolate(mask, size)
+    """Which patches (B, *grid) of a picture fitted whole into `size` a mask (B, 1, H, W) of zeros and ones touches."""
+    top, left, height, width = fitted_box(tuple(mask.shape[-2:]), size)
+    if mask.shape[-2] > height or mask.shape[-1] > width:
+        mask = F.adaptive_max_pool2d(mask, (height, width))
+    else:
+        mask = F.interpolate(mask, (height, width))
+    mask = F.pad(mask, (left, size[1] - left - width, top, size[0] - top - height))
     return F.adaptive_max_pool2d(mask, grid)[:, 0] > 0
 
 

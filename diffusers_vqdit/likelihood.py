@@ -1,13 +1,17 @@
 """Likelihoods under masked diffusion: bounds on log p(generated | given) of codes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import BaseOutput
 
 from .models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
+from .utils.checks import check_integer
+
+
+MAX_MASKS = 65_536
 
 
 @dataclass
@@ -34,6 +38,35 @@ class LikelihoodOutput(BaseOutput):
         return self.nll / (self.num_codes * math.log(2.0))
 
 
+def check_logits(
+    logits: torch.Tensor, parts: Iterable[torch.Tensor] = (), guidance_scale: float | None = None
+) -> None:
+    """Raise unless a distribution follows from each row of logits (..., K).
+
+    A code that can't be has the logit -inf, so that a row is refused where it holds NaN or inf, or -inf throughout.
+
+    Args:
+        logits: of a transformer, after guidance.
+        parts: what guidance combined them from. Where they are finite, the guidance scale is what is named.
+
+    Raises:
+        ValueError: if they are not finite.
+    """
+    if logits.amax(-1).isfinite().all():
+        return
+    if parts and all(part.amax(-1).isfinite().all() for part in parts):
+        raise ValueError(
+            f"guidance_scale={guidance_scale} is too large: with it the transformer's logits are not finite"
+        )
+    raise ValueError("the transformer's logits are not finite")
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raise unless this many masks fill their strata."""
+    if check_integer("num_samples", num_samples, 1, MAX_MASKS) > 1 and num_samples % 2:
+        raise ValueError(f"num_samples={num_samples} must be 1 or an even number: the strata have two masks each")
+
+
 def stratified_masks(
     num_codes: int, num_samples: int, generator: torch.Generator | None = None
 ) -> tuple[torch.BoolTensor, torch.Tensor]:
@@ -51,10 +84,9 @@ def stratified_masks(
         masks (S, N) bool, and mask ratios (S,) float64.
 
     Raises:
-        ValueError: if `num_samples` is neither 1 nor even.
+        ValueError: if `num_samples` is neither 1 nor even, or more than `MAX_MASKS`.
     """
-    if not isinstance(num_samples, int) or num_samples < 1 or (num_samples > 1 and num_samples % 2):
-        raise ValueError(f"num_samples={num_samples!r} must be 1 or an even number: the strata have two masks each")
+    check_num_samples(num_samples)
     if num_codes == 1:
         num_samples = 1
     strata = max(num_samples // 2, 1)
@@ -97,6 +129,9 @@ def negative_elbo(
 
     Returns:
         [`LikelihoodOutput`].
+
+    Raises:
+        ValueError: if the masks have another shape, or the transformer's logits are not finite.
     """
     names = sorted(generated)
     flat = {name: generated[name].flatten(1) for name in names}
@@ -124,6 +159,7 @@ def negative_elbo(
             nll = torch.zeros(count, dtype=torch.float64)
             for name in names:
                 if hidden[name].any():
+                    check_logits(logits[name])
                     codes = flat[name][rows][:, hidden[name]]  # (count, k)
                     scores = torch.log_softmax(logits[name].float(), dim=-1).view(*codes.shape, -1)
                     nll -= scores.gather(2, codes[..., None]).double().sum((1, 2)).cpu()
@@ -173,6 +209,7 @@ def code_log_probabilities(
             timestep = None if times is None else times(float(mask.double().mean())).to(device).expand(size)
             logits = transformer(noised, timestep=timestep, prefix=prefix, masked=masked).sample
             for name in names:
+                check_logits(logits[name])
                 codes = flat[name][:, hidden[name]]  # (B, k)
                 scores = torch.log_softmax(logits[name].float(), dim=-1).view(*codes.shape, -1)
                 totals[name][:, hidden[name]] += scores.gather(2, codes[..., None])[..., 0] / rounds

@@ -15,6 +15,7 @@ principal components for a shortlist, which is then ranked by the sums themselve
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusers.utils import BaseOutput
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .likelihood import check_logits
 from .models.transformer_vqdit import VQDiTTransformer2DModel
 from .tasks import Task, check_task
 
@@ -86,15 +88,19 @@ def all_masked(
     size = len(next(iter(given.values()))) if given else 1
     device = next(iter(given.values())).device if given else transformer.device
     codes = torch.full((size, *config["shape"]), config["vocab_size"], device=device)
-    states = []
-    handle = transformer.heads[config.get("shared_with", segment)].register_forward_pre_hook(
-        lambda module, inputs: states.append(inputs[0])
-    )
+    states, thread = [], threading.get_ident()
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if threading.get_ident() == thread:  # calls in other threads go through the same head
+            states.append(inputs[0])
+
+    handle = transformer.heads[config.get("shared_with", segment)].register_forward_pre_hook(record)
     try:
         timestep = torch.ones(size, device=device) if transformer.config.time_conditioned else None
         logits = transformer({segment: codes}, timestep=timestep, given=given).sample[segment]
     finally:
         handle.remove()
+    check_logits(logits)
     return states[0].float(), logits.float().log_softmax(-1)
 
 
@@ -232,6 +238,8 @@ def build_index(
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(codes), generator=generator)[:FIT_SIZE].to(codes.device)
     sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
+    if not sample.isfinite().all():
+        raise ValueError("the transformer's features of the gallery are not finite")
     mean = sample.mean(0)
     sample = sample - mean
     # The covariance has (N D)^2 entries, the Gram matrix of the sample as many as items squared; they share spectra.

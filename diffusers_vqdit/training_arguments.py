@@ -4,7 +4,26 @@ import argparse
 import re
 from pathlib import Path
 
+from diffusers.optimization import SchedulerType
+
 from .hub.training_run import add_publishing_arguments
+from .utils.arguments import (
+    decay,
+    non_negative_integer,
+    non_negative_number,
+    positive_integer,
+    positive_number,
+    random_seed,
+)
+
+
+# Without the one that needs rules, which no flag gives.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+def is_due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether what is done every so many steps, 0 for never, and at the `last` one, is done at this step."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def add_training_arguments(
@@ -23,25 +42,31 @@ def add_training_arguments(
     """Add the flags of optimisation with a script's own defaults, and return their group for what else it has."""
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path(output_dir))
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=random_seed, default=0)
     group.add_argument(
-        "--train_batch_size", type=int, default=train_batch_size, help="Samples per device and micro-batch."
+        "--train_batch_size",
+        type=positive_integer,
+        default=train_batch_size,
+        help="Samples per device and micro-batch.",
     )
-    group.add_argument("--num_train_epochs", type=int, default=num_train_epochs)
-    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides num_train_epochs.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--num_train_epochs", type=positive_integer, default=num_train_epochs)
+    group.add_argument("--max_train_steps", type=positive_integer, help="Optimizer steps; overrides num_train_epochs.")
+    group.add_argument("--gradient_accumulation_steps", type=positive_integer, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--learning_rate", type=float, default=learning_rate)
-    group.add_argument("--lr_scheduler", default=lr_scheduler)
-    group.add_argument("--lr_warmup_steps", type=int, default=lr_warmup_steps)
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=adam_beta2)
-    group.add_argument("--adam_weight_decay", type=float, default=adam_weight_decay)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--learning_rate", type=positive_number, default=learning_rate)
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
+    group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps)
+    group.add_argument("--adam_beta1", type=decay, default=0.9)
+    group.add_argument("--adam_beta2", type=decay, default=adam_beta2)
+    group.add_argument("--adam_weight_decay", type=non_negative_number, default=adam_weight_decay)
+    group.add_argument("--adam_epsilon", type=positive_number, default=1e-8)
+    group.add_argument(
+        "--max_grad_norm", type=non_negative_number, default=1.0, help="Longer gradients are scaled to it; 0: never."
+    )
     group.add_argument("--use_ema", action="store_true")
-    group.add_argument("--ema_decay", type=float, default=ema_decay)
+    group.add_argument("--ema_decay", type=decay, default=ema_decay)
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    group.add_argument("--compile", action="store_true", help="Compile the model's blocks (torch.compile).")
     return group
 
 
@@ -49,7 +74,6 @@ def add_transformer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add what only the training of transformers has."""
     group.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
     group.add_argument("--allow_tf32", action="store_true")
-    group.add_argument("--compile", action="store_true", help="Compile the transformer's blocks (torch.compile).")
 
 
 def add_patch_argument(group: argparse._ArgumentGroup) -> None:
@@ -89,10 +113,25 @@ def with_patches(segments: dict[str, dict], patches: list[tuple[str, list[int]]]
 def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int = 500) -> argparse._ArgumentGroup:
     """Add the flags of checkpoints, validation, trackers and uploads, and return their group."""
     group = parser.add_argument_group("checkpoints, validation, tracking, publishing")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2)
+    group.add_argument(
+        "--checkpointing_steps",
+        type=non_negative_integer,
+        default=500,
+        help="Steps between checkpoints; 0: at the end only.",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        type=non_negative_integer,
+        default=2,
+        help="How many checkpoints are kept, the newest; 0: all.",
+    )
     group.add_argument("--resume_from_checkpoint", help="'latest', or the name of a checkpoint in output_dir.")
-    group.add_argument("--validation_steps", type=int, default=validation_steps)
+    group.add_argument(
+        "--validation_steps",
+        type=non_negative_integer,
+        default=validation_steps,
+        help="Steps between validations; 0: at the end only.",
+    )
     group.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
     add_publishing_arguments(group)

@@ -7,6 +7,7 @@ import argparse
 import io
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .image_utils import on_white
+from .image_utils import resize_image, to_rgb
 from .models.quantizers import mean_over_processes
 from .tasks import Task
+from .utils.checks import shown
+from .utils.redaction import known_secrets, without_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -106,18 +109,34 @@ def load_training_dataset(
     return dataset
 
 
-def decode_image(value: dict, resolution: int) -> torch.Tensor:
+def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
     """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
 
-    Transparent pixels become white; the shorter side is resized to `resolution` and the centre is cropped.
+    Args:
+        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
+        resolution: height and width of the result.
+        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
+            white.
 
     Raises:
-        OSError: if the bytes are no picture that Pillow can read.
+        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
+            read as RGB ([`~image_utils.to_rgb`]).
     """
-    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-    with Image.open(source) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        picture = ImageOps.fit(on_white(picture), (resolution, resolution), Image.Resampling.LANCZOS)
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    if data is None and path is None:
+        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
+    # A pipe would block, and Pillow would say of a folder that it may not be read.
+    if data is None and not os.path.isfile(path):
+        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
+    try:
+        Image.init()
+        # EPS pictures are programs that Ghostscript runs, for as long as they like.
+        formats = [name for name in Image.ID if name != "EPS"]
+        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
+    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
+        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
+    with picture:
+        picture = resize_image(to_rgb(picture), (resolution, resolution), resize_mode)
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
 
@@ -208,10 +227,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
     """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None.
 
-    Without the Hub's token, which others would read in the tracker.
+    Without the Hub's token and other secrets, which others would read in the tracker.
     """
+    secrets = known_secrets(args.hub_token)
     kept = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    return {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in kept.items()}
+    return {n: v if isinstance(v, int | float) else without_secrets(str(v), secrets) for n, v in kept.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

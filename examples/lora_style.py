@@ -31,6 +31,7 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer, positive_number
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +39,16 @@ PICTURES = "emoji-datasource-twitter@16.0.0"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Teach the starter another style with a LoRA.")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
+    parser = argument_parser("Teach the starter another style with a LoRA.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+    )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
-    parser.add_argument("--num_train_pictures", type=int, default=80)
-    parser.add_argument("--num_test_pictures", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--max_train_steps", type=int, default=600)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--num_train_pictures", type=positive_integer, default=80)
+    parser.add_argument("--num_test_pictures", type=positive_integer, default=32)
+    parser.add_argument("--rank", type=positive_integer, default=16)
+    parser.add_argument("--max_train_steps", type=positive_integer, default=600)
+    parser.add_argument("--learning_rate", type=positive_number, default=2e-3)
     parser.add_argument("--download_dir", type=Path, help="Folder with the npm package already fetched.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/twemoji"))
     args, more = parser.parse_known_args()

@@ -17,29 +17,47 @@ from transformers import PreTrainedTokenizerFast
 from diffusers_vqdit import ImageVQModel, TextVQModel
 from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
 from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    integer,
+    model_name,
+    non_negative_integer,
+    positive_integer,
+)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Encode a dataset into a folder of codes.")
+    parser = argument_parser("Encode a dataset into a folder of codes.")
     parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--image_vq", help="ImageVQModel: a folder or a Hub id. Without one, no pictures are encoded.")
-    parser.add_argument("--text_vq", help="TextVQModel with its tokenizer. Without one, no captions are encoded.")
+    parser.add_argument(
+        "--image_vq", type=model_name, help="ImageVQModel: a folder or a Hub id. Without one, no pictures are encoded."
+    )
+    parser.add_argument(
+        "--text_vq", type=model_name, help="TextVQModel with its tokenizer. Without one, no captions are encoded."
+    )
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     parser.add_argument("--text_columns", nargs="*", default=[], help="More texts, each a segment of that name.")
     parser.add_argument("--label_column")
     parser.add_argument(
-        "--image_augmentations", type=int, default=0, help="Moved copies of each picture, used where it is given."
+        "--image_augmentations",
+        type=non_negative_integer,
+        default=0,
+        help="Moved copies of each picture, used where it is given.",
     )
-    parser.add_argument("--lowres_factor", type=int, help="Adds image_lowres, so many times smaller, to upscale from.")
-    parser.add_argument("--resolution", type=int, help="In pixels; by default the ImageVQModel's sample size.")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--shard_size", type=int, default=100_000, help="Rows per parquet file.")
-    parser.add_argument("--max_samples", type=int)
+    parser.add_argument(
+        "--lowres_factor", type=integer(2), help="Adds image_lowres, so many times smaller, to upscale from."
+    )
+    parser.add_argument(
+        "--resolution", type=positive_integer, help="In pixels; by default the ImageVQModel's sample size."
+    )
+    parser.add_argument("--batch_size", type=positive_integer, default=64)
+    parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
+    parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", required=True)

@@ -33,6 +33,7 @@ from diffusers_vqdit import ImageVQModel, Task, VQDiTPipeline
 from diffusers_vqdit.code_dataset import encode_texts
 from diffusers_vqdit.image_utils import lower_resolution, resize
 from diffusers_vqdit.training_utils import code_usage, decode_images, load_training_dataset, psnr, ssim, to_pixels
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 
 COLUMNS = ["text", "text_zh", "keywords", "label", "emoji", "held_out"]
@@ -48,8 +49,10 @@ def measures(names: str) -> list[str]:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a VQDiT pipeline on the emoji dataset.")
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: a folder or a Hub id.")
+    parser = argument_parser("Measure a VQDiT pipeline on the emoji dataset.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, required=True, help="Pipeline: a folder or a Hub id."
+    )
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.add_argument(
         "--tasks",
@@ -57,11 +60,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=list(MEASURES),
         help=f"Of {', '.join(MEASURES)}; with commas, as in --tasks=->text,infilling.",
     )
-    parser.add_argument("--num_samples", type=int, default=236, help="Samples for each figure at the most.")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_inference_steps", type=int, help="By default the pipeline's own.")
-    parser.add_argument("--guidance_scale", type=float, help="For generated pictures; by default the pipeline's own.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num_samples", type=positive_integer, default=236, help="Samples for each figure at the most."
+    )
+    parser.add_argument("--batch_size", type=positive_integer, default=32)
+    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
+    parser.add_argument(
+        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
+    )
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--font", help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=Path, help="By default the pipeline's folder.")

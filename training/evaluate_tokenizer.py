@@ -19,23 +19,29 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.frechet_distance import inception_features
 from diffusers_vqdit.image_losses import BackboneFeatures
 from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training_utils import decode_images, load_training_dataset
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure an image tokenizer.")
-    parser.add_argument("--tokenizer", required=True, help="ImageVQModel or VQModel: a folder or a Hub id.")
+    parser = argument_parser("Measure an image tokenizer.")
+    parser.add_argument(
+        "--tokenizer", type=model_name, required=True, help="ImageVQModel or VQModel: a folder or a Hub id."
+    )
     parser.add_argument("--subfolder", help="Of the tokenizer in a pipeline's folder.")
     parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file; by default the emoji dataset.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder.")
     parser.add_argument("--split", default="test")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--resolution", type=int, help="By default the tokenizer's sample_size.")
-    parser.add_argument("--max_samples", type=int)
-    parser.add_argument("--batch_size", type=int, default=64, help="Of each process.")
+    parser.add_argument("--resolution", type=positive_integer, help="By default the tokenizer's sample_size.")
+    parser.add_argument("--max_samples", type=positive_integer)
+    parser.add_argument("--batch_size", type=positive_integer, default=64, help="Of each process.")
     parser.add_argument("--features", help="'inception', or a vision model of transformers: a Hub id or a folder.")
-    parser.add_argument("--features_image_size", type=int, help="Side that pictures are resized to for that model.")
+    parser.add_argument(
+        "--features_image_size", type=positive_integer, help="Side that pictures are resized to for that model."
+    )
     parser.add_argument("--output_file", type=Path, help="JSON file for the figures.")
     args = parser.parse_args(input_args)
     if args.dataset_name is None and args.train_data_dir is None:
@@ -44,6 +50,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_launch()
     accelerator = Accelerator()
     model = ImageVQModel.from_pretrained(args.tokenizer, subfolder=args.subfolder).to(accelerator.device)
     dataset = load_training_dataset(

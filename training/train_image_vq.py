@@ -50,7 +50,8 @@ from diffusers_vqdit.image_losses import (
     generator_loss,
 )
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
+from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     checkpoint_step,
@@ -67,34 +68,43 @@ from diffusers_vqdit.training_utils import (
     tracker_config,
     unwrap,
 )
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    integer,
+    model_name,
+    non_negative_integer,
+    non_negative_number,
+    positive_integer,
+    positive_number,
+)
 
 
 logger = get_logger(__name__)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train an image VQ-VAE.")
+    parser = argument_parser("Train an image VQ-VAE.")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", help="ImageVQModel or VQModel to finetune.")
-    model.add_argument("--block_out_channels", type=int, nargs="+", default=[24, 48, 96])
-    model.add_argument("--layers_per_block", type=int, default=1)
-    model.add_argument("--norm_num_groups", type=int, default=8)
+    model.add_argument("--pretrained_model_name_or_path", type=model_name, help="ImageVQModel or VQModel to finetune.")
+    model.add_argument("--block_out_channels", type=positive_integer, nargs="+", default=[24, 48, 96])
+    model.add_argument("--layers_per_block", type=positive_integer, default=1)
+    model.add_argument("--norm_num_groups", type=positive_integer, default=8)
     model.add_argument("--mid_block_attention", action="store_true")
-    model.add_argument("--latent_channels", type=int, default=64)
-    model.add_argument("--num_vq_embeddings", type=int, default=1024)
-    model.add_argument("--vq_embed_dim", type=int, default=8)
+    model.add_argument("--latent_channels", type=positive_integer, default=64)
+    model.add_argument("--num_vq_embeddings", type=positive_integer, default=1024)
+    model.add_argument("--vq_embed_dim", type=positive_integer, default=8)
     model.add_argument("--quantizer_type", choices=list(QUANTIZER_OPTIONS), default="vq")
-    model.add_argument("--fsq_levels", type=int, nargs="+", help="Of FSQ; they give the number of codes.")
+    model.add_argument("--fsq_levels", type=integer(2), nargs="+", help="Of FSQ; they give the number of codes.")
     model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2", help="Of vq, ibq and lfq (l2: BSQ).")
     model.add_argument("--codebook_update", choices=["gradient", "ema"], default="ema")
     model.add_argument("--codebook_init", choices=["uniform", "data", "kmeans"], default="kmeans")
-    model.add_argument("--restart_threshold", type=float, default=0.1)
+    model.add_argument("--restart_threshold", type=non_negative_number, default=0.1)
     estimators = ["straight_through", "rotation"]
     model.add_argument("--gradient_estimator", choices=estimators, default=estimators[0], help="Of vq and simvq.")
-    model.add_argument("--beta", type=float, default=0.25, help="Weight of the commitment term.")
-    model.add_argument("--entropy_weight", type=float, default=0.0)
-    model.add_argument("--entropy_temperature", type=float, default=0.01)
+    model.add_argument("--beta", type=non_negative_number, default=0.25, help="Weight of the commitment term.")
+    model.add_argument("--entropy_weight", type=non_negative_number, default=0.0)
+    model.add_argument("--entropy_temperature", type=positive_number, default=0.01)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
@@ -102,8 +112,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train_data_dir", help="Image folder.")
     data.add_argument("--image_column", default="image")
     data.add_argument("--validation_split", default="test", help="Split for the PSNR; 'none' takes training pictures.")
-    data.add_argument("--resolution", type=int, default=32)
-    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--resolution", type=positive_integer, default=32)
+    data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
 
     add_training_arguments(
@@ -121,27 +131,33 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     losses = parser.add_argument_group("losses")
     losses.add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2")
-    losses.add_argument("--perceptual_weight", type=float, default=0.0)
-    losses.add_argument("--perceptual_backbone", help="Vision model of transformers: a Hub id or a folder.")
-    losses.add_argument("--perceptual_image_size", type=int, help="Side that pictures are resized to for it.")
+    losses.add_argument("--perceptual_weight", type=non_negative_number, default=0.0)
+    losses.add_argument(
+        "--perceptual_backbone", type=model_name, help="Vision model of transformers: a Hub id or a folder."
+    )
+    losses.add_argument(
+        "--perceptual_image_size", type=positive_integer, help="Side that pictures are resized to for it."
+    )
     losses.add_argument(
         "--lpips_weights",
         nargs=2,
         metavar=("VGG16", "LPIPS"),
         help="For LPIPS instead.",
     )
-    losses.add_argument("--adversarial_weight", type=float, default=0.0)
+    losses.add_argument("--adversarial_weight", type=non_negative_number, default=0.0)
     losses.add_argument("--adversarial_loss", choices=ADVERSARIAL_LOSSES, default="hinge")
-    losses.add_argument("--adversarial_start", type=int, default=0, help="Step from which it counts.")
-    losses.add_argument("--discriminator_warmup", type=int, default=0, help="Steps it is trained before that.")
+    losses.add_argument("--adversarial_start", type=non_negative_integer, default=0, help="Step from which it counts.")
+    losses.add_argument(
+        "--discriminator_warmup", type=non_negative_integer, default=0, help="Steps it is trained before that."
+    )
     losses.add_argument(
         "--adaptive_weight", action="store_true", help="Multiply the weight by VQGAN's gradient ratio."
     )
-    losses.add_argument("--lecam_weight", type=float, default=0.0)
-    losses.add_argument("--discriminator_channels", type=int, default=64)
-    losses.add_argument("--discriminator_layers", type=int, default=3)
-    losses.add_argument("--discriminator_learning_rate", type=float, default=1e-4)
-    losses.add_argument("--discriminator_max_grad_norm", type=float, default=1.0)
+    losses.add_argument("--lecam_weight", type=non_negative_number, default=0.0)
+    losses.add_argument("--discriminator_channels", type=positive_integer, default=64)
+    losses.add_argument("--discriminator_layers", type=positive_integer, default=3)
+    losses.add_argument("--discriminator_learning_rate", type=positive_number, default=1e-4)
+    losses.add_argument("--discriminator_max_grad_norm", type=non_negative_number, default=1.0)
 
     add_keeping_arguments(parser)
     return parser.parse_args(input_args)
@@ -174,7 +190,10 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
 def validate(
     model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int
 ) -> tuple[dict[str, float], Image.Image]:
-    """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too."""
+    """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too.
+
+    The PNG shows the data, which may be private: it is never published.
+    """
     model.eval()
     device = model.device
     values, codes, drawn = [], [], []
@@ -213,6 +232,7 @@ def log_picture(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -262,6 +282,10 @@ def main(args: argparse.Namespace) -> None:
     model.train().to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile:
+        # The quantizer, whose statistics and restarts break graphs, stays as it is.
+        model.encoder.compile()
+        model.decoder.compile()
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
     perceptual = perceptual_loss(args)
     adversarial = args.adversarial_weight > 0
@@ -313,23 +337,23 @@ def main(args: argparse.Namespace) -> None:
         world_size=accelerator.num_processes,
     )
     progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    started, seen, measured, picture = time.time(), 0, {}, None
+    started, seen, measured = time.time(), 0, {}
 
     def publish(step: int | None = None) -> None:
         """Save the model and its card, and push them where that is asked for."""
         trained = unwrap(model).eval()
         with averaged_weights(ema, trained.parameters()):
-            save_pretrained_atomically(trained, args.output_dir)
+            files = save_pretrained_atomically(trained, args.output_dir)
             split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
             dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
             publish_run(
                 args,
                 trained,
+                files=files,
                 measures=[
                     Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
                     for name, value in measured.items()
                 ],
-                samples={picture: "pictures, and their reconstructions below"} if picture else None,
                 step=step,
             )
         trained.train()
@@ -364,7 +388,7 @@ def main(args: argparse.Namespace) -> None:
                 loss = loss + weight * logs["generator"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                logs["gradient_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                logs["gradient_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
@@ -381,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(told)
                 if accelerator.sync_gradients:
                     logs["discriminator_gradient_norm"] = accelerator.clip_grad_norm_(
-                        discriminator.parameters(), args.discriminator_max_grad_norm
+                        discriminator.parameters(), args.discriminator_max_grad_norm or math.inf
                     )
                 discriminator_optimizer.step()
                 discriminator_optimizer.zero_grad()
@@ -413,16 +437,15 @@ def main(args: argparse.Namespace) -> None:
             }
         )
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-        if step % args.checkpointing_steps == 0 or step == max_steps:
+        if is_due(step, args.checkpointing_steps, max_steps):
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
+        if accelerator.is_main_process and is_due(step, args.validation_steps, max_steps):
             with averaged_weights(ema, model.parameters()):
                 measured, grid = validate(unwrap(model), held_out, args, step)
-            picture = f"samples/step-{step:06d}.png"
             accelerator.log(measured, step=step)
             log_picture(accelerator, grid, step)
             logger.info(f"step {step}: {measured}")
-        saved = step % args.checkpointing_steps == 0 and step < max_steps
+        saved = is_due(step, args.checkpointing_steps) and step < max_steps
         if accelerator.is_main_process and publishes_checkpoints(args) and saved:
             publish(step)
     progress.close()

@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.latent_training import (
     AlignmentProjector,
@@ -57,7 +57,13 @@ from diffusers_vqdit.latent_training import (
 )
 from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
 from diffusers_vqdit.schedulers.samplers import uniform
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, add_transformer_arguments
+from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training_arguments import (
+    add_keeping_arguments,
+    add_training_arguments,
+    add_transformer_arguments,
+    is_due,
+)
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     check_captions,
@@ -74,36 +80,52 @@ from diffusers_vqdit.training_utils import (
     tracker_config,
     unwrap,
 )
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    non_negative_number,
+    positive_integer,
+    positive_number,
+    share,
+)
 
 
 logger = get_logger(__name__)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a DiT over VQ latents.")
+    parser = argument_parser("Train a DiT over VQ latents.")
 
     models = parser.add_argument_group("models")
-    models.add_argument("--pretrained_model_name_or_path", help="Latent pipeline to finetune: a folder or a Hub id.")
-    models.add_argument("--image_vq", help="ImageVQModel for training from scratch: a folder or a Hub id.")
-    models.add_argument("--text_vq", help="TextVQModel with its tokenizer beside it, for captions.")
-    models.add_argument("--text_encoder", help="Frozen transformers text encoder, for captions.")
-    models.add_argument("--num_layers", type=int, default=12)
-    models.add_argument("--num_attention_heads", type=int, default=6)
-    models.add_argument("--attention_head_dim", type=int, default=64)
-    models.add_argument("--patch_size", type=int, default=2)
-    models.add_argument("--dropout", type=float, default=0.0)
+    models.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, help="Latent pipeline to finetune: a folder or a Hub id."
+    )
+    models.add_argument(
+        "--image_vq", type=model_name, help="ImageVQModel for training from scratch: a folder or a Hub id."
+    )
+    models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer beside it, for captions.")
+    models.add_argument("--text_encoder", type=model_name, help="Frozen transformers text encoder, for captions.")
+    models.add_argument("--num_layers", type=positive_integer, default=12)
+    models.add_argument("--num_attention_heads", type=positive_integer, default=6)
+    models.add_argument("--attention_head_dim", type=positive_integer, default=64)
+    models.add_argument("--patch_size", type=positive_integer, default=2)
+    models.add_argument("--dropout", type=share, default=0.0)
 
     objective = parser.add_argument_group("objective")
     objective.add_argument("--objective", choices=["epsilon", "v_prediction", "flow"], default="flow")
     objective.add_argument("--learn_sigma", action="store_true", help="Learn the variance too, with epsilon.")
-    objective.add_argument("--snr_gamma", type=float, help="Gamma of min-SNR weighting, such as 5.")
+    objective.add_argument("--snr_gamma", type=positive_number, help="Gamma of min-SNR weighting, such as 5.")
     objective.add_argument("--logit_normal", action="store_true", help="Draw flow matching's noise levels so.")
-    objective.add_argument("--shift", type=float, default=1.0, help="Shift of flow matching's noise levels.")
-    objective.add_argument("--label_dropout", type=float, default=0.1, help="Share of labels dropped, for guidance.")
-    objective.add_argument("--caption_dropout", type=float, default=0.1, help="Share of captions dropped.")
-    objective.add_argument("--alignment_encoder", help="Frozen transformers vision encoder to align to (REPA).")
-    objective.add_argument("--alignment_weight", type=float, default=0.5)
-    objective.add_argument("--alignment_layer", type=int, default=4, help="Block whose output is aligned, from 1.")
+    objective.add_argument("--shift", type=positive_number, default=1.0, help="Shift of flow matching's noise levels.")
+    objective.add_argument("--label_dropout", type=share, default=0.1, help="Share of labels dropped, for guidance.")
+    objective.add_argument("--caption_dropout", type=share, default=0.1, help="Share of captions dropped.")
+    objective.add_argument(
+        "--alignment_encoder", type=model_name, help="Frozen transformers vision encoder to align to (REPA)."
+    )
+    objective.add_argument("--alignment_weight", type=non_negative_number, default=0.5)
+    objective.add_argument(
+        "--alignment_layer", type=positive_integer, default=4, help="Block whose output is aligned, from 1."
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
@@ -112,10 +134,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--image_column", default="image")
     data.add_argument("--caption_columns", nargs="*", default=[], help="Wordings, of which one is drawn each time.")
     data.add_argument("--label_column")
-    data.add_argument("--resolution", type=int, help="Pixels of a side; by default what the VQ was trained for.")
+    data.add_argument(
+        "--resolution", type=positive_integer, help="Pixels of a side; by default what the VQ was trained for."
+    )
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
     data.add_argument("--latents_file", type=Path, help="safetensors file: read if it is there, else written.")
-    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
 
     training = add_training_arguments(
@@ -290,6 +314,7 @@ class AlignedTransformer(torch.nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -444,16 +469,17 @@ def main(args: argparse.Namespace) -> None:
         transformer.eval()
         with averaged_weights(ema, transformer.parameters()):
             pipeline = build_pipeline()
-            save_pretrained_atomically(pipeline, args.output_dir)
+            files = save_pretrained_atomically(pipeline, args.output_dir)
             wanted, argument = args.validation_prompts, "prompt"
             if args.validation_labels:
                 wanted, argument = args.validation_labels, "class_labels"
-            name = args.hub_model_id or args.output_dir.name
+            name = published_name(args)
             publish_run(
                 args,
                 pipeline,
+                files=files,
                 measures=[Measure(args.objective, "training loss", smooth, "training data")] if smooth else [],
-                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument),
+                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
                 step=step,
             )
         transformer.train()
@@ -497,7 +523,7 @@ def main(args: argparse.Namespace) -> None:
                 loss = loss + args.alignment_weight * alignment
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
@@ -519,12 +545,12 @@ def main(args: argparse.Namespace) -> None:
         progress.set_postfix({"loss": f"{smooth:.4f}", "images/s": f"{speed:.0f}"})
         rate = lr_scheduler.get_last_lr()[0]
         accelerator.log({**logs, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step)
-        if step % args.checkpointing_steps == 0 or step == max_steps:
+        if is_due(step, args.checkpointing_steps, max_steps):
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
                 publish(step)
         wanted = args.validation_prompts or args.validation_labels
-        if wanted and accelerator.is_main_process and step % args.validation_steps == 0:
+        if wanted and accelerator.is_main_process and is_due(step, args.validation_steps):
             transformer.eval()
             with averaged_weights(ema, transformer.parameters()):
                 validate(args, build_pipeline(), accelerator, step)

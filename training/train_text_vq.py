@@ -27,9 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.push import saved_files
 from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
 from diffusers_vqdit.schedulers.samplers import uniform
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
+from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments, is_due
 from diffusers_vqdit.training_utils import (
     averaged_weights,
     check_captions,
@@ -44,6 +46,7 @@ from diffusers_vqdit.training_utils import (
     tracker_config,
     unwrap,
 )
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
 
 
@@ -51,21 +54,27 @@ logger = get_logger(__name__)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a text VQ-VAE and its tokenizer.")
+    parser = argument_parser("Train a text VQ-VAE and its tokenizer.")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", help="TextVQModel with its tokenizer, to finetune.")
-    model.add_argument("--tokenizer_vocab_size", type=int, default=2048)
-    model.add_argument("--max_length", type=int, default=24, help="Tokens of a caption; longer ones are cut.")
-    model.add_argument("--downsample_factor", type=int, default=1, help="Tokens a code position.")
-    model.add_argument("--num_codebooks", type=int, default=1, help="Residual codes a position.")
-    model.add_argument("--num_codes", type=int, default=4096)
-    model.add_argument("--code_dim", type=int, default=16)
-    model.add_argument("--hidden_size", type=int, default=128)
-    model.add_argument("--num_layers", type=int, default=1)
-    model.add_argument("--kernel_size", type=int, default=1, help="Window of the convolutions, in positions.")
+    model.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, help="TextVQModel with its tokenizer, to finetune."
+    )
+    model.add_argument("--tokenizer_vocab_size", type=positive_integer, default=2048)
+    model.add_argument(
+        "--max_length", type=positive_integer, default=24, help="Tokens of a caption; longer ones are cut."
+    )
+    model.add_argument("--downsample_factor", type=positive_integer, default=1, help="Tokens a code position.")
+    model.add_argument("--num_codebooks", type=positive_integer, default=1, help="Residual codes a position.")
+    model.add_argument("--num_codes", type=positive_integer, default=4096)
+    model.add_argument("--code_dim", type=positive_integer, default=16)
+    model.add_argument("--hidden_size", type=positive_integer, default=128)
+    model.add_argument("--num_layers", type=positive_integer, default=1)
+    model.add_argument(
+        "--kernel_size", type=positive_integer, default=1, help="Window of the convolutions, in positions."
+    )
     model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2")
-    model.add_argument("--restart_threshold", type=float, default=0.05)
+    model.add_argument("--restart_threshold", type=non_negative_number, default=0.05)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
@@ -73,11 +82,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     data.add_argument("--caption_columns", nargs="+", default=["text"])
     data.add_argument("--validation_split", default="test", help="Split for round trips; 'none': training captions.")
-    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
     data.add_argument(
         "--random_token_probability",
-        type=float,
+        type=share,
         default=0.25,
         help="Share of tokens replaced by random ones, so that rare tokens and new neighbours are learned too.",
     )
@@ -153,6 +162,7 @@ def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: l
 
 
 def main(args: argparse.Namespace) -> None:
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -208,6 +218,9 @@ def main(args: argparse.Namespace) -> None:
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if args.compile:
+        for block in (*model.encoder, *model.decoder):
+            block.compile()
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # 3. Optimizer and learning rate
@@ -254,12 +267,14 @@ def main(args: argparse.Namespace) -> None:
 
     def publish(model: TextVQModel, step: int | None = None) -> None:
         """Save the model and its card, and push them where that is asked for."""
-        save_pretrained_atomically(model, args.output_dir)
-        tokenizer.save_pretrained(args.output_dir / "tokenizer")
+        files = save_pretrained_atomically(model, args.output_dir) or saved_files(model, args.output_dir)
+        saved = tokenizer.save_pretrained(args.output_dir / "tokenizer")
+        files = [*files, *(f"tokenizer/{Path(path).name}" for path in saved if Path(path).is_file())]
         split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
         dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
         exact = validate(model, tokenizer, held_out)["validation/exact"]
-        publish_run(args, model, measures=[Measure("text tokenizer", "exact round trips", exact, dataset)], step=step)
+        measures = [Measure("text tokenizer", "exact round trips", exact, dataset)]
+        publish_run(args, model, files=files, measures=measures, step=step)
 
     while step < max_steps:
         batch = tokens[next(batches)]
@@ -275,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
             loss = cross_entropy + output.commit_loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
@@ -308,14 +323,14 @@ def main(args: argparse.Namespace) -> None:
             }
         )
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "gradient_norm": float(norm)}, step=step)
-        if step % args.checkpointing_steps == 0 or step == max_steps:
+        if is_due(step, args.checkpointing_steps, max_steps):
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == max_steps):
+        if accelerator.is_main_process and is_due(step, args.validation_steps, max_steps):
             with averaged_weights(ema, model.parameters()):
                 measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
-        saved = step % args.checkpointing_steps == 0 and step < max_steps
+        saved = is_due(step, args.checkpointing_steps) and step < max_steps
         if accelerator.is_main_process and publishes_checkpoints(args) and saved:
             with averaged_weights(ema, model.parameters()):
                 publish(unwrap(model).eval(), step)

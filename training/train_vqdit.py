@@ -37,14 +37,16 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
-from diffusers_vqdit.hub.model_card import Measure
+from diffusers_vqdit.hub.model_card import Measure, published_name
 from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
     add_patch_argument,
     add_training_arguments,
     add_transformer_arguments,
+    is_due,
     with_patches,
 )
 from diffusers_vqdit.training_utils import (
@@ -65,6 +67,14 @@ from diffusers_vqdit.training_utils import (
     tracker_config,
     unwrap,
 )
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    integer,
+    model_name,
+    non_negative_integer,
+    positive_integer,
+    share,
+)
 
 
 logger = get_logger(__name__)
@@ -73,25 +83,35 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a VQ diffusion transformer.")
+    parser = argument_parser("Train a VQ diffusion transformer.")
 
     models = parser.add_argument_group("models")
-    models.add_argument("--pretrained_model_name_or_path", help="Pipeline to finetune: a folder or a Hub id.")
+    models.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, help="Pipeline to finetune: a folder or a Hub id."
+    )
     models.add_argument("--revision", help="Revision of the pretrained pipeline.")
     models.add_argument("--variant", help="Variant of the pretrained pipeline's files, such as fp16.")
-    models.add_argument("--image_vq", help="ImageVQModel for training from scratch: a folder or a Hub id.")
-    models.add_argument("--text_vq", help="TextVQModel with its tokenizer beside it: a folder or a Hub id.")
-    models.add_argument("--num_layers", type=int, default=8)
-    models.add_argument("--num_attention_heads", type=int, default=4)
-    models.add_argument("--attention_head_dim", type=int, default=64)
+    models.add_argument(
+        "--image_vq", type=model_name, help="ImageVQModel for training from scratch: a folder or a Hub id."
+    )
+    models.add_argument(
+        "--text_vq", type=model_name, help="TextVQModel with its tokenizer beside it: a folder or a Hub id."
+    )
+    models.add_argument("--num_layers", type=positive_integer, default=8)
+    models.add_argument("--num_attention_heads", type=positive_integer, default=4)
+    models.add_argument("--attention_head_dim", type=positive_integer, default=64)
     add_patch_argument(models)
-    models.add_argument("--dropout", type=float, help="By default the pretrained transformer's, or 0.")
+    models.add_argument("--dropout", type=share, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
     lora = parser.add_argument_group("LoRA, in place of training all weights")
-    lora.add_argument("--rank", type=int, help="Rank of the LoRA matrices. Without it all weights are trained.")
-    lora.add_argument("--lora_alpha", type=int, help="Scale of the LoRA, alpha / rank; by default alpha is the rank.")
-    lora.add_argument("--lora_dropout", type=float, default=0.0)
+    lora.add_argument(
+        "--rank", type=positive_integer, help="Rank of the LoRA matrices. Without it all weights are trained."
+    )
+    lora.add_argument(
+        "--lora_alpha", type=positive_integer, help="Scale of the LoRA, alpha / rank; by default alpha is the rank."
+    )
+    lora.add_argument("--lora_dropout", type=share, default=0.0)
     lora.add_argument("--lora_layers", nargs="+", default=LORA_LAYERS, help="Linear layers that get LoRA matrices.")
 
     data = parser.add_argument_group("data")
@@ -104,10 +124,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     data.add_argument("--label_column")
     data.add_argument(
-        "--image_augmentations", type=int, default=0, help="Moved copies of each picture, used where it is given."
+        "--image_augmentations",
+        type=non_negative_integer,
+        default=0,
+        help="Moved copies of each picture, used where it is given.",
     )
-    data.add_argument("--lowres_factor", type=int, default=2, help="How many times smaller image_lowres is.")
-    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--lowres_factor", type=integer(2), default=2, help="How many times smaller image_lowres is.")
+    data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
     data.add_argument(
         "--tasks",
@@ -248,6 +271,7 @@ def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Acc
 
 
 def main(args: argparse.Namespace) -> None:
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -382,18 +406,22 @@ def main(args: argparse.Namespace) -> None:
         """Save the pipeline, or the LoRA, and its card, and push them where that is asked for."""
         unwrap(transformer).eval()
         with averaged_weights(ema, trained):
-            name, pipeline, losses = args.hub_model_id or args.output_dir.name, build_pipeline(), task_losses.items()
+            name, pipeline, losses = published_name(args), build_pipeline(), task_losses.items()
             if args.rank is not None:
                 save_lora(unwrap(transformer), args.output_dir)
+                files = [LORA_WEIGHT_NAME_SAFE]
             else:
-                save_pretrained_atomically(pipeline, args.output_dir)
+                files = save_pretrained_atomically(pipeline, args.output_dir)
             publish_run(
                 args,
                 pipeline,
+                files=files,
                 measures=[
                     Measure(task, f"training loss ({args.loss_weighting})", x, "training data") for task, x in losses
                 ],
-                samples=draw_gallery(pipeline, args.validation_prompts, args.output_dir, name, args.seed),
+                samples=draw_gallery(
+                    pipeline, args.validation_prompts, args.output_dir, name, args.seed, hub_token=args.hub_token
+                ),
                 step=step,
             )
         unwrap(transformer).train()
@@ -421,7 +449,7 @@ def main(args: argparse.Namespace) -> None:
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
             optimizer.step()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
@@ -445,11 +473,11 @@ def main(args: argparse.Namespace) -> None:
         accelerator.log(
             {f"loss/{task}": average, "lr": rate, "gradient_norm": float(norm), "images_per_second": speed}, step=step
         )
-        if step % args.checkpointing_steps == 0 or step == max_steps:
+        if is_due(step, args.checkpointing_steps, max_steps):
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
                 publish(step)
-        if args.validation_prompts and accelerator.is_main_process and step % args.validation_steps == 0:
+        if args.validation_prompts and accelerator.is_main_process and is_due(step, args.validation_steps):
             unwrap(transformer).eval()
             with averaged_weights(ema, trained):
                 validate(args, build_pipeline(), accelerator, step)

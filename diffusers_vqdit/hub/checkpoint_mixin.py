@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .push import push_folder
+from .push import push_folder, saved_files
 
 
 # Raised when a checkpoint means something else than before, so that older code would misread it.
@@ -48,7 +48,8 @@ class CheckpointMixin:
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> CommitInfo:
-        # What `push_to_hub` and `save_pretrained(push_to_hub=True)` of diffusers upload with.
+        # What `push_to_hub` and `save_pretrained(push_to_hub=True)` of diffusers upload with. The latter's folder is
+        # the user's, who may keep other things there.
         return push_folder(
             working_dir,
             repo_id,
@@ -56,4 +57,5 @@ class CheckpointMixin:
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
             path_in_repo=subfolder,
+            files=saved_files(self, working_dir),
         )

@@ -1,6 +1,7 @@
 """Model cards of training runs: what was trained, on what, how, how well, and what to mind."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
+from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
 
 
 # Arguments that say where things are, or are secrets, and not how the model was trained.
@@ -110,7 +113,8 @@ def training_card(
     """The model card of a training script's run.
 
     Args:
-        args: the script's arguments, with those of [`add_publishing_arguments`]. The Hub's token is never shown.
+        args: the script's arguments, with those of [`add_publishing_arguments`]. The Hub's tokens are never shown,
+            and of paths that leave the working directory only their last part is.
         model: what was trained: a pipeline with a ``transformer``, an [`ImageVQModel`] or a [`TextVQModel`].
         measures: what was measured at the end.
         samples: pictures for the gallery: path in the repository, and what it shows, such as the prompt.
@@ -119,17 +123,19 @@ def training_card(
     Returns:
         a `huggingface_hub.ModelCard`, to be written with its ``save``.
     """
-    name = args.hub_model_id or args.output_dir.name
-    kind = _kind(args, model)
-    dataset = args.dataset_name or args.train_data_dir or getattr(args, "codes_dir", None)
+    name, secrets = published_name(args), known_secrets(args.hub_token)
+    data_is_public, base_models = _is_hub_id(args.dataset_name), _base_models(args)
+    shown = argparse.Namespace(**{key: _shown(value, secrets) for key, value in vars(args).items()})
+    kind = _kind(shown, model)
+    dataset = shown.dataset_name or shown.train_data_dir or getattr(shown, "codes_dir", None)
     data = ModelCardData(
-        license=args.license or "unknown",
+        license=shown.license or "unknown",
         library_name="diffusers",
         pipeline_tag=kind["pipeline_tag"],
-        language=args.language or None,
+        language=shown.language or None,
         tags=["diffusers_vqdit", "vq-vae", *kind["tags"]],
-        datasets=[args.dataset_name] if _is_hub_id(args.dataset_name) else None,
-        base_model=_base_models(args) or None,
+        datasets=[shown.dataset_name] if data_is_public else None,
+        base_model=base_models or None,
         widget=[{"text": text, "output": {"url": path}} for path, text in (samples or {}).items()] or None,
         model_name=name.split("/")[-1],
         eval_results=[_eval_result(measure, kind["pipeline_tag"]) for measure in measures] or None,
@@ -144,29 +150,49 @@ def training_card(
         limits=kind["limits"],
         risks=kind["risks"],
         evaluation=_table(measures) if measures else "Nothing was measured in this run.",
-        command=shown_command(sys.argv if command is None else command),
-        hyperparameters=_hyperparameters(args),
+        command=shown_command(sys.argv if command is None else command, secrets),
+        hyperparameters=_hyperparameters(shown),
         licences="\n".join(
             (
-                f"* Weights: {args.license or 'no licence was stated.'}",
-                f"* Training data: {dataset}; {args.data_license or 'its licence was not stated.'}",
+                f"* Weights: {shown.license or 'no licence was stated.'}",
+                f"* Training data: {dataset}; {shown.data_license or 'its licence was not stated.'}",
             )
         ),
     )
-    return ModelCard(content)
+    return ModelCard(without_secrets(content, secrets))
 
 
-def shown_command(command: Sequence[str]) -> str:
-    """A program's arguments as a shell takes them, without the Hub's token."""
+def shown_command(command: Sequence[str], secrets: Sequence[str] = ()) -> str:
+    """A program's arguments as a shell takes them, without secrets and without paths that leave the working directory.
+
+    Args:
+        command: the arguments, the program's own name first.
+        secrets: what is struck out wherever it stands, besides what follows ``--hub_token``.
+    """
     words, hidden = [], False
     for word in command:
+        flag, equals, value = word.partition("=")
         if hidden:
-            word, hidden = "...", False
-        elif word.startswith("--hub_token="):
-            word = "--hub_token=..."
+            word, hidden = HIDDEN, False
+        elif equals and flag.startswith("-"):
+            word = f"{flag}={HIDDEN if flag == '--hub_token' else without_paths(value)}"
+        else:
+            word = without_paths(word)
         hidden = word == "--hub_token"
-        words.append(word if word == "..." else shlex.quote(word))
+        words.append(shlex.quote(without_secrets(word, secrets)))
     return " ".join(["accelerate", "launch", *words])
+
+
+def published_name(args: argparse.Namespace) -> str:
+    """The repository that a run is published in; without ``--hub_model_id`` it has the name of the run's folder."""
+    return args.hub_model_id or Path(os.path.abspath(args.output_dir)).name
+
+
+def _shown(value: Any, secrets: Sequence[str]) -> Any:
+    """An argument's value as a card shows it."""
+    if isinstance(value, list | tuple):
+        return [_shown(one, secrets) for one in value]
+    return without_secrets(without_paths(str(value)), secrets) if isinstance(value, str | Path) else value
 
 
 def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -245,7 +271,13 @@ def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def _is_hub_id(name: str | None) -> bool:
     """Whether a name of a model or dataset means the Hub's, not a path."""
-    return name is not None and not Path(name).exists() and name.count("/") <= 1 and not name.endswith(".parquet")
+    if name is None or Path(name).exists() or name.endswith(".parquet"):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _base_models(args: argparse.Namespace) -> list[str]:

@@ -9,18 +9,12 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from ..provenance import save_generated
-from .model_card import Measure, training_card
-from .push import push_folder
+from ..utils.redaction import known_secrets, without_secrets
+from .model_card import Measure, published_name, training_card
+from .push import push_folder, saved_files
 
 
 _run_logger = logging.get_logger(__name__)
-
-# What a run's folder has to publish; besides it has checkpoints to resume from, logs and encoded data.
-_PUBLISHED = [
-    *("README.md", "model_index.json", "pipeline.py", "*config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("samples/*", "tokenizer/*"),
-]
-_KEPT = ["checkpoint-*", "codes/*", "logs/*", "tmp-*"]
 
 
 def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
@@ -46,23 +40,26 @@ def draw_gallery(
     model_id: str,
     seed: int = 0,
     argument: str = "prompt",
+    hub_token: str | None = None,
 ) -> dict[str, str]:
     """Draw prompts into ``samples/`` of a folder, with metadata that say that they are generated.
 
     Args:
         argument: of the pipeline's call, that takes them: ``"prompt"`` or ``"class_labels"``.
+        hub_token: a secret that no metadata shows.
 
     Returns:
         the prompts by the path of their picture in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    gallery = {}
+    gallery, secrets = {}, known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         images = pipeline(**{argument: list(prompts)}, generator=generators).images
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = f"samples/{index}.png"
-            save_generated(image, folder / path, model_id=model_id, description=prompt)
+            shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))
+            save_generated(image, folder / path, model_id=shown_id, description=shown_prompt)
             gallery[path] = prompt
     return gallery
 
@@ -71,15 +68,21 @@ def publish_run(
     args: argparse.Namespace,
     model: torch.nn.Module | DiffusionPipeline,
     *,
+    files: Sequence[str] | None = None,
     measures: Sequence[Measure] = (),
     samples: dict[str, str] | None = None,
     step: int | None = None,
 ) -> None:
     """Write a run's model card; with ``--push_to_hub`` upload its weights, card and samples in one commit.
 
+    Nothing else of ``args.output_dir`` is uploaded, which also has checkpoints, logs, encoded data, and whatever its
+    owner keeps there.
+
     Args:
         args: the training script's arguments, with those of [`add_publishing_arguments`].
         model, measures, samples: see [`training_card`]; the weights and samples are in ``args.output_dir`` already.
+        files: paths in ``args.output_dir`` of what was saved; by default those that the model's ``save_pretrained``
+            writes.
         step: of a run that isn't at its end. It goes on where the upload fails, with a warning.
     """
     training_card(args, model, measures=measures, samples=samples).save(args.output_dir / "README.md")
@@ -88,11 +91,10 @@ def publish_run(
     try:
         push_folder(
             args.output_dir,
-            args.hub_model_id or args.output_dir.name,
+            published_name(args),
             token=args.hub_token,
             commit_message="End of training" if step is None else f"Training, step {step}",
-            allow_patterns=_PUBLISHED,
-            ignore_patterns=_KEPT,
+            files=["README.md", *(saved_files(model, args.output_dir) if files is None else files), *(samples or {})],
         )
     except Exception as error:
         if step is None:

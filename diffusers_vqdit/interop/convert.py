@@ -7,10 +7,11 @@ import argparse
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.interop import FORMATS
+from diffusers_vqdit.utils.arguments import argument_parser
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = argument_parser(
         description="Convert an image tokenizer of another code base to an ImageVQModel.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {name:14} {text}" for name, (_, text) in FORMATS.items()),

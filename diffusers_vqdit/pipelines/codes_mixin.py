@@ -2,26 +2,29 @@
 
 import re
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 
 from ..image_utils import (
     back_project,
-    check_pixels,
+    cut_out,
     fill_with_surroundings,
+    fit_images,
     join_tiles,
-    on_white,
+    own_size,
+    read_images,
+    read_mask,
     resize,
+    resize_pixels,
     split_tiles,
     touched_patches,
 )
 from ..utils.checks import shown
 from ..utils.texts import check_texts, tokenize_to_length
+from .check_inputs import check_labels
 
 
 logger = logging.get_logger(__name__)
@@ -91,17 +94,7 @@ class CodesMixin:
 
     def _own_size(self, image: PipelineImageInput) -> torch.Tensor:
         """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
-        images = image if isinstance(image, list) else [image]
-        if all(isinstance(one, PIL.Image.Image) for one in images):
-            image = [on_white(one) for one in images]
-            sizes = {(one.height, one.width) for one in image}
-        else:
-            check_pixels(images, self.image_vq.config.in_channels)
-            sizes = {tuple(o.shape[-2:] if isinstance(o, torch.Tensor) else o.shape[-3:-1]) for o in images}
-        if len(sizes) > 1:
-            raise ValueError(f"the pictures of one call must have one size here, got {sorted(sizes)}")
-        height, width = sizes.pop()
-        return self.pixel_processor.preprocess(image, height=height, width=width).to(self._execution_device)
+        return own_size(read_images(image, self.image_vq.config.in_channels)).to(self._execution_device)
 
     def _resolution(self, segment: str) -> tuple[int, int]:
         """Height and width in pixels of a segment's pictures."""
@@ -109,16 +102,13 @@ class CodesMixin:
         return height * self.image_vq.downsample_factor, width * self.image_vq.downsample_factor
 
     def encode_image(self, image: PipelineImageInput, segment: str = "image") -> torch.LongTensor:
-        """Codes (B, h, w) of pictures, resized to the size that the model was trained for."""
-        images = image if isinstance(image, list) else [image]
-        pictures = [one for one in images if isinstance(one, PIL.Image.Image)]
-        if len(pictures) == len(images):
-            image = [on_white(one) for one in pictures]
-        else:
-            check_pixels(images, self.image_vq.config.in_channels)
-        height, width = self._resolution(segment)
-        pixels = self.image_processor.preprocess(image, height=height, width=width)  # (B, C, H, W) in [-1, 1]
-        return self.image_vq.encode_codes(pixels.to(self._execution_device))
+        """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion.
+
+        What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
+        """
+        images = read_images(image, self.image_vq.config.in_channels)
+        pixels = fit_images(images, self._resolution(segment), self.config.resize_mode)  # (B, C, H, W) in [0, 1]
+        return self.image_vq.encode_codes((2.0 * pixels - 1.0).to(self._execution_device))
 
     def _encode_lowres(self, image: PipelineImageInput) -> tuple[torch.LongTensor, PictureSource]:
         """Codes (B * T, h, w) of small pictures in T tiles each, and the pictures."""
@@ -134,38 +124,33 @@ class CodesMixin:
     ) -> tuple[torch.LongTensor, PictureSource]:
         """Codes (B, h, w) of pictures, unknown where the mask touches them, and the pictures with their masks.
 
+        A picture of another aspect ratio than the grid's is fitted in whole, and white around it is known.
+
         Two fillings of the holes are encoded, a smooth and a grey one: a code that tells them apart is one of the
         hole's too.
         """
         pixels = self._own_size(image)
-        height, width = pixels.shape[-2:]
-        mask = self.mask_processor.preprocess(mask_image, height=height, width=width).to(pixels)
-        if len(mask) not in (1, len(pixels)):
-            raise ValueError(f"mask_image has {len(mask)} masks for {len(pixels)} pictures; give one, or one each")
-        mask = mask.expand(len(pixels), -1, -1, -1)
+        mask = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels)).to(pixels)
         size, segment = self._resolution("image"), self.transformer.config.segments["image"]
         smooth = fill_with_surroundings(2.0 * pixels - 1.0, mask)
         codes, other = (
-            self.image_vq.encode_codes(resize(filled, size)) for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
+            self.image_vq.encode_codes(resize_pixels(filled, size))
+            for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
         )
         unknown = touched_patches(mask, size, tuple(segment["shape"])) | (codes != other)
         return codes.masked_fill(unknown, segment["vocab_size"]), PictureSource(pixels, mask)
 
     def encode_label(self, class_label: list[int | str]) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
-        size = self.transformer.config.segments["label"]["vocab_size"]
-        names = list(self.config.labels)
-        codes = []
-        for label in class_label:
-            if isinstance(label, str) and label in names:
-                codes.append(names.index(label))
-            elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
-                codes.append(int(label))
-            else:
-                raise ValueError(
-                    f"class_label={label!r} must be a number in [0, {size}) or one of {names}, or a list of them"
-                )
+        codes = check_labels("class_label", class_label, self._label_numbers(), self._num_labels())
         return torch.tensor(codes, device=self._execution_device)[:, None]
+
+    def _num_labels(self) -> int:
+        return self.transformer.config.segments["label"]["vocab_size"]
+
+    def _label_numbers(self) -> dict[str, int]:
+        """The codes of the labels' names; of equal names the first."""
+        return {name: code for code, name in reversed(list(enumerate(self.config.labels)))}
 
     def _modality(self, segment: str) -> str:
         """What a segment holds: ``"image"``, ``"text"`` or ``"label"``."""
@@ -202,7 +187,7 @@ class CodesMixin:
         if source.mask is None:
             enlarged = join_tiles(drawn, size, self.config.lowres_factor)
             return self.image_processor.postprocess(back_project(enlarged, 2.0 * pixels - 1.0), output_type)
-        repainted = resize(drawn, size) / 2 + 0.5
+        repainted = cut_out(drawn, size) / 2 + 0.5
         mask = source.mask.repeat_interleave(repeats, dim=0) > 0
         return self.pixel_processor.postprocess(torch.where(mask, repainted, pixels), output_type)
 

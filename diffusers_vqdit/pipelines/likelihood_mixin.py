@@ -7,9 +7,11 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
-from ..likelihood import LikelihoodOutput, negative_elbo, stratified_masks
+from ..likelihood import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
 from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..tasks import Task
+from ..utils.checks import check_integer, shown
+from .check_inputs import check_batch, check_generator, check_texts
 
 
 @dataclass
@@ -67,6 +69,12 @@ class LikelihoodMixin:
             >>> best = output.nll.argmin()
             ```
         """
+        if not isinstance(task, str):
+            raise ValueError(f"task={shown(task)} must be a string such as 'text->image'")
+        check_num_samples(num_samples)
+        check_integer("batch_size", batch_size, 1)
+        check_generator(generator, cpu_only=True)
+        self._check_scheduler()
         arrow = Task.parse(task)
         self._check_task(arrow)
         passed = self._passed(prompt, image, class_label, inputs)
@@ -74,13 +82,9 @@ class LikelihoodMixin:
             raise ValueError(
                 f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
             )
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        passed = self._read(passed)
+        size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
         codes = self._encode(passed)
-        sizes = {name: len(value) for name, value in codes.items()}
-        size = max(sizes.values())
-        if not set(sizes.values()) <= {1, size}:
-            raise ValueError(f"what is scored must have one batch size, or one that stands for all, got {sizes}")
         given = {name: codes[name] for name in arrow.given}
         prefix = None
         if given:
@@ -141,13 +145,16 @@ class LikelihoodMixin:
             >>> pipe.classify(image=image, labels=["a cat", "a dog"]).probabilities
             ```
         """
+        check_num_samples(num_samples)
+        check_integer("batch_size", batch_size, 1)
+        check_generator(generator, cpu_only=True)
         if labels is not None:
             if image is None or prompt is not None:
                 raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
-            if not isinstance(labels, list) or len(labels) < 2 or len(set(labels)) < len(labels):
-                raise ValueError(f"labels={labels!r} must be a list of at least two different texts")
-            if not isinstance(batch_size, int) or batch_size < 1:
-                raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+            if not isinstance(labels, list) or not labels or len(set(check_texts("labels", labels))) < 2:
+                raise ValueError(f"labels={shown(labels)} must be a list of at least two different texts")
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"labels={shown(labels)} must be different from one another")
             scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
             names = list(labels)
         else:
@@ -155,10 +162,9 @@ class LikelihoodMixin:
                 raise ValueError("prompt and image are None: there is nothing to classify")
             passed = self._passed(prompt, image, None, None)
             self._plan(passed, "label")
+            passed = self._read(passed)
+            check_batch({name: len(value) for name, value in passed.items()}, 1, None)
             given = self._encode(passed)
-            sizes = {name: len(codes) for name, codes in given.items()}
-            if len(set(sizes.values())) > 1:
-                raise ValueError(f"what is given must have one batch size, got {sizes}")
             scores = all_masked(self.transformer, "label", given)[1][:, 0]  # (B, K)
             names = self.decode_label(torch.arange(scores.shape[1])[:, None])
         self.maybe_free_model_hooks()
@@ -170,8 +176,9 @@ class LikelihoodMixin:
         self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
     ) -> torch.Tensor:
         """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
+        self._check_scheduler()
         self._check_task(Task(("image",), ("text",)))
-        codes = self._encode(self._passed(texts, image, None, None))
+        codes = self._encode(self._read(self._passed(texts, image, None, None)))
         text, pictures = codes["text"], codes["image"]
         masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
@@ -206,10 +213,13 @@ class LikelihoodMixin:
         """
         if (prompt is None) == (image is None):
             raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        batch_size = check_integer("batch_size", batch_size, 1)
         segment, query = ("text", "image") if image is None else ("image", "text")
         items = self._passed(prompt, image, None, None)[segment]
+        for component in ("text_vq", "tokenizer") if segment == "text" else ("image_vq",):
+            if getattr(self, component) is None:
+                raise ValueError(f"a gallery of {segment} codes needs the component {component}, which is None")
+        items = check_texts("prompt", items) if segment == "text" else items
         if isinstance(items, list) and items:
             parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         else:
@@ -254,18 +264,21 @@ class LikelihoodMixin:
         """
         if not isinstance(gallery, GalleryIndex):
             raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        batch_size = check_integer("batch_size", batch_size, 1)
+        top_k = check_integer("top_k", top_k, 1, len(gallery))
+        shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         first = query[0] if isinstance(query, list) and query else query
         if isinstance(first, str) != (gallery.query == "text"):
             wanted = "texts" if gallery.query == "text" else "pictures"
             raise ValueError(
-                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {type(first)}"
+                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {shown(first)}"
             )
         arguments = (query, None) if gallery.query == "text" else (None, query)
-        codes = self._encode(self._passed(*arguments, None, None))[gallery.query]
-        if shortlist is None:
-            shortlist = max(20, 2 * top_k) if isinstance(top_k, int) else 20  # a wrong top_k is named below
+        try:
+            passed = self._read(self._passed(*arguments, None, None))
+        except ValueError as error:
+            raise ValueError(f"query: {error}") from error
+        codes = self._encode(passed)[gallery.query]
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output

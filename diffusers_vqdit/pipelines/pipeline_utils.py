@@ -3,10 +3,41 @@
 import os
 from typing import Any
 
-from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
+import torch
+from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, convert_unet_state_dict_to_peft
 
 from ..hub.checkpoint_mixin import CheckpointMixin
 from ..hub.remote_code import save_remote_code
+from ..utils.checks import shown
+
+
+def check_lora(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
+    """Raise a ValueError unless each tensor of a LoRA is finite and belongs to a layer of the transformer, whose size
+    it has. Names are those of PEFT behind ``transformer.``."""
+    modules = dict(transformer.named_modules())
+    tensors = {n.removeprefix("transformer."): v for n, v in state_dict.items() if n.startswith("transformer.")}
+    if not tensors or len(tensors) < len(state_dict):
+        raise ValueError(
+            f"the LoRA must have tensors of 'transformer', and of nothing else; it has {shown(list(state_dict), 400)}"
+        )
+    if not any(".lora_" in name for name in tensors):  # diffusers' older names
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    for name, value in tensors.items():
+        path, _, side = name.partition(".lora_")
+        layer = modules.get(path)
+        layer = getattr(layer, "base_layer", layer)
+        if getattr(layer, "weight", None) is None:
+            raise ValueError(f"the LoRA has the layer {path!r}, which this transformer doesn't have: it is another's")
+        if not value.isfinite().all():
+            raise ValueError(f"the LoRA's tensor {name!r} is not finite")
+        # Of its features, not of its weight: a quantized weight has another shape.
+        inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+        own = {"A.": (-1, inputs), "B.": (0, outputs)}.get(side[:2])
+        if inputs is not None and own is not None and value.ndim > 1 and value.shape[own[0]] != own[1]:
+            raise ValueError(
+                f"the LoRA's tensor {name!r} has shape {tuple(value.shape)}, but the layer goes from {inputs} to "
+                f"{outputs} features: it is another model's"
+            )
 
 
 class PluginPipelineMixin(CheckpointMixin):

@@ -1,10 +1,9 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
+import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,23 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
-from ..likelihood import code_log_probabilities
+from ..image_utils import RESIZE_MODES
+from ..likelihood import check_logits, code_log_probabilities
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
-from ..tasks import Task, check_task
-from .codes_mixin import CodesMixin
+from ..tasks import Task
+from ..utils.checks import check_choice
+from .check_inputs import callback_inputs
+from .codes_mixin import CodesMixin, PictureSource
+from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin
+from .pipeline_utils import PluginPipelineMixin, check_lora
 
-
-Codes = torch.LongTensor | dict[str, torch.LongTensor]
 
 EXAMPLE_DOC_STRING = """
         Examples:
@@ -63,7 +64,9 @@ class VQDiTPipelineOutput(BaseOutput):
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(
+    CodesMixin, InputsMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin
+):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
@@ -75,6 +78,11 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
         text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
         labels: the names of the label codes, in their order or by code.
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
+        resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
+            middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
+
+    A pipeline may be used by several threads at once, each call with arguments of its own. ``pipe._interrupt = True``
+    ends all the calls that run.
     """
 
     model_cpu_offload_seq = "text_vq->transformer->image_vq"
@@ -90,21 +98,41 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
         tokenizer: PreTrainedTokenizerBase | None = None,
         labels: list[str] | dict[str, str] | None = None,
         lowres_factor: int = 2,
+        resize_mode: str = "crop",
     ) -> None:
         super().__init__()
+        check_choice("resize_mode", resize_mode, RESIZE_MODES)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
         if isinstance(labels, dict):  # as they are saved
             labels = [labels[code] for code in sorted(labels, key=int)]
-        self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor)
+        if not labels and "label" in (transformer.config.get("segments") or {}):
+            logging.get_logger(__name__).warning(
+                "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
+                "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
+            )
+        self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor, resize_mode=resize_mode)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
         # Pictures as they are, for pasting: in [0, 1], at their own size.
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA of the transformer, as diffusers' pipelines do.
+
+        Raises:
+            ValueError: if a layer or a shape is not this transformer's, or a value is not finite.
+        """
+        options = {name: value for name, value in kwargs.items() if name != "low_cpu_mem_usage"}
+        check_lora(self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options), self.transformer)
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as it is saved, with the labels by code.
@@ -127,120 +155,46 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
     def interrupt(self) -> bool:
         return self._interrupt
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Before the first step
-
-    def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
-        """What is not None, by segment."""
-        named = {"text": prompt, "image": image, "label": class_label}
-        if inputs is not None and not isinstance(inputs, dict):
-            raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
-        for name in inputs or {}:
-            others = sorted(set(self.transformer.config.segments) - set(named))
-            if name not in others:
-                raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
-        passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
-        arguments = {"text": "prompt", "label": "class_label"}
-        for name, value in passed.items():
-            if isinstance(value, list) and not value:
-                raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
-        return passed
-
-    def _plan(
+    def _encode_inputs(
         self,
-        passed: dict[str, Any],
-        output: str | None,
-        mask_image: Any = None,
-        strength: float | None = None,
-        output_type: str = "pil",
-    ) -> Task:
-        """The task that the arguments mean, checked against those the checkpoint knows.
-
-        What is passed and generated too is taken as partly known: texts with blanks, and pictures with a mask or a
-        strength. A picture to make a picture from without either is one to enlarge, and becomes ``image_lowres``.
-        """
-        redrawn = {"mask_image": mask_image, "strength": strength}
-        redrawn = [name for name, value in redrawn.items() if value is not None]
-        if len(redrawn) > 1:
-            raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
-        if strength is not None and (not isinstance(strength, Real) or not 0 < strength <= 1):
-            raise ValueError(f"strength={strength!r} must be a number in (0, 1], the share of codes to draw anew")
-        if output is None:
-            wanted = "text" if "image" in passed or self._has_blank(passed.get("text")) else "image"
-            output = "image" if redrawn else wanted
-        elif not isinstance(output, str):
-            raise ValueError(f"output={output!r} must be a string such as 'image' or 'image+text'")
-        generated = [name.strip() for name in output.split("+")]
-        known = self.transformer.config.segments
-        if "image" in generated and "image" in passed and not redrawn:
-            if "image_lowres" in known and "image_lowres" not in passed:
-                passed["image_lowres"] = passed.pop("image")
+        task: Task,
+        passed: dict[str, list],
+        mask_image: torch.Tensor | None,
+        strength: float | None,
+        repeats: int,
+    ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], PictureSource | None, dict[str, list]]:
+        """The prefix of what is given, the codes of what is known of the generated side, the picture that another is
+        made from, and the tokens of texts with blanks; for each sample `repeats` times."""
+        given, known, source, written = {}, {}, None, {}
+        for name, value in passed.items():
+            if name == "image_lowres":
+                given[name], source = self._encode_lowres(value)
+            elif name in task.given:
+                given |= self._encode({name: value})
+            elif name == "image" and mask_image is not None:
+                known[name], source = self._encode_holes(value, mask_image)
+            elif name == "image":
+                known[name] = self.encode_image(value)
             else:
-                raise ValueError(
-                    f"output={output!r} asks for 'image', which you passed: give mask_image to repaint a part or "
-                    "strength to repair it; this checkpoint can't enlarge pictures"
-                )
-        if redrawn and not ("image" in generated and "image" in passed):
-            raise ValueError(f"{redrawn[0]} needs image, and an output with 'image', got output={output!r}")
-        for name in passed:
-            if name in known and self._modality(name) == "text":
-                blank = self._has_blank(passed[name])
-                if name in generated and not blank:
-                    raise ValueError(
-                        f"output={output!r} asks for {name!r}, which you passed: a segment is given or generated. "
-                        "Put <mask> where a text is to be filled in"
-                    )
-                if blank and name not in generated:
-                    raise ValueError(
-                        f"{passed[name]!r} has <mask>, which is for texts to fill in: ask for output={name!r}"
-                    )
-            elif name in generated and not (name == "image" and redrawn):
-                raise ValueError(f"output={output!r} asks for {name!r}, which you passed: it is given or generated")
-        task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
-        # What comes out as codes needs no tokenizer, unless it is partly known.
-        self._check_task(task, tuple(passed) if output_type == "latent" else task.segments)
-        return task
-
-    def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
-        """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""
-        check_task(task, self.transformer.config.tasks or [])
-        needed = {"text": ("text_vq", "tokenizer"), "image": ("image_vq",), "label": ()}
-        for name in task.segments if tokenized is None else tokenized:
-            for component in needed[self._modality(name)]:
-                if getattr(self, component) is None:
-                    raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
-
-    def _start(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
-        """The codes to start from: all masked, or the caller's."""
-        segments = self.transformer.config.segments
-        codes = {}
-        if latents is not None and not isinstance(latents, dict):
-            if not isinstance(latents, torch.Tensor):
-                raise ValueError(f"latents must be a tensor of codes or a dict of them, got {type(latents).__name__}")
-            if len(task.generated) > 1:
-                raise ValueError(f"latents must be a dict with the segments {list(task.generated)}")
-            latents = {task.generated[0]: latents}
-        for name in latents or {}:
-            if name not in task.generated:
-                raise ValueError(f"latents has the segment {name!r}, but the task {str(task)!r} doesn't generate it")
-        for name in task.generated:
-            size, shape = segments[name]["vocab_size"], tuple(segments[name]["shape"])
-            if latents is None or name not in latents:
-                codes[name] = torch.full((batch_size, *shape), size, device=self._execution_device)
-                continue
-            value = latents[name]
-            if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:
-                raise ValueError(
-                    f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "
-                    f"got {value.dtype} of shape {tuple(value.shape)}"
-                )
-            if value.numel() and (value.min() < 0 or value.max() > size):
-                raise ValueError(
-                    f"latents of {name!r} must be in [0, {size}], {size} where unknown; got values from {value.min()} "
-                    f"to {value.max()}"
-                )
-            codes[name] = value.to(self._execution_device)
-        return codes
+                known[name], *written[name] = self._infill(value, name)
+        tiles = source.tiles if source is not None and source.tiles is not None else 1
+        if tiles > 1 and task.generated != ("image",):
+            raise ValueError(
+                f"image of {tuple(source.pixels.shape[-2:])} pixels makes {tiles} tiles, which only make 'image', "
+                f"not {'+'.join(task.generated)!r}"
+            )
+        given = {n: v if n == "image_lowres" else v.repeat_interleave(tiles, dim=0) for n, v in given.items()}
+        prefix = self.transformer.encode_prefix(given) if given else None
+        if strength is not None:
+            known["image"] = self._forget(known["image"], strength, prefix)
+        if repeats > 1 and passed:
+            # Each sample's tiles stay together.
+            size = len(next(iter((given | known).values())))
+            rows = torch.arange(size).unflatten(0, (-1, 1, tiles)).expand(-1, repeats, -1).flatten()
+            prefix = prefix.select(rows) if prefix is not None else None
+            known = {name: codes[rows] for name, codes in known.items()}
+            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
+        return prefix, known, source, written
 
     def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
         """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
@@ -256,6 +210,110 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
         worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
         size = self.transformer.config.segments["image"]["vocab_size"]
         return codes.flatten(1).scatter(1, worst, size).view_as(codes)
+
+    def _mask_token_id(self, segment: str) -> int:
+        return self.transformer.config.segments[segment]["vocab_size"]
+
+    def _denoise(
+        self,
+        codes: dict[str, torch.LongTensor],
+        prefix: VQDiTPrefix | None,
+        scheduler: MaskedDiffusionScheduler,
+        *,
+        guidance_scale: float,
+        temperature: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable | None,
+        tensor_inputs: list[str],
+    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
+        """Codes (B, *shape) after all steps, and each as it was predicted last, by segment."""
+        masks = {name: self._mask_token_id(name) for name in codes}
+        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
+        sizes = [value.shape[1] for value in fixed.values()]
+        predicted, event = dict(codes), None
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for index, timestep in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
+                event = scheduler.next_event(timestep, masked, event, generator=generator)
+                if event.needs_model:
+                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
+                    logits = self._predict(codes, event.timesteps, prefix, scale, guidance_scale)
+                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
+                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
+                        step = scheduler.step(
+                            logits[name],
+                            timestep,
+                            value.flatten(1),
+                            revealed=reveal,
+                            known=fixed[name],
+                            shape=value.shape[1:],
+                            temperature=temperature,
+                            generator=generator,
+                        )
+                        codes = codes | {name: step.prev_sample.view_as(value)}
+                        predicted[name] = step.pred_original_sample.view_as(value)
+                if callback is not None:
+                    only = next(iter(codes)) if len(codes) == 1 else None
+                    current = codes if only is None else codes[only]
+                    inputs = {"latents": current} if "latents" in tensor_inputs else {}
+                    outputs = callback(self, index, timestep, inputs) or {}
+                    current = outputs.pop("latents", current)
+                    codes = current if only is None else {only: current}
+                progress_bar.update()
+        return codes, predicted
+
+    def _predict(
+        self,
+        codes: dict[str, torch.LongTensor],
+        timesteps: torch.Tensor,
+        prefix: VQDiTPrefix | None,
+        scale: torch.Tensor,
+        guidance_scale: float,
+    ) -> dict[str, torch.Tensor]:
+        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,).
+
+        Raises:
+            ValueError: if they are not finite.
+        """
+        logits = self.transformer(codes, timestep=timesteps, prefix=prefix).sample
+        if (scale == 1.0).all():
+            for value in logits.values():
+                check_logits(value)
+            return logits
+        free = self.transformer(codes, timestep=timesteps).sample
+        # l_u + g (l_c - l_u), which is l_c exactly where g is 1
+        weight = {name: scale.to(value)[:, None, None] for name, value in free.items()}
+        guided = {name: torch.lerp(free[name], logits[name], weight[name]) for name in logits}
+        for name, value in guided.items():
+            check_logits(value, (free[name], logits[name]), guidance_scale)
+        return guided
+
+    def _first(self, segments: dict[str, Any], modality: str) -> Any:
+        return next((value for name, value in segments.items() if self._modality(name) == modality), None)
+
+    def _decode(
+        self,
+        codes: dict[str, torch.LongTensor],
+        source: PictureSource | None,
+        written: dict[str, list],
+        num_images_per_prompt: int,
+        output_type: str,
+    ) -> dict[str, Any]:
+        """Pictures, texts and labels of codes, by segment."""
+        decoded = {}
+        for name, value in codes.items():
+            modality = self._modality(name)
+            if name == "image" and source is not None:
+                decoded[name] = self._finish(value, source, num_images_per_prompt, output_type)
+            elif modality == "image":
+                decoded[name] = self.decode_image(value, output_type)
+            elif modality == "text":
+                decoded[name] = self.decode_text(value, *written.get(name, ()))
+            else:
+                decoded[name] = self.decode_label(value)
+        return decoded
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -295,8 +353,7 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
                 size, by a checkpoint that has ``image_lowres``.
             class_label: given label or labels, by number or name.
             output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default
-                ``"image"`` with a mask or a strength, ``"text"`` when a picture or a blank is given, else
-                ``"image"``.
+                ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
             mask_image: one mask or one a picture, white where to repaint. The codes that white pixels change are
                 generated; black pixels come out as they went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
@@ -315,8 +372,8 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
             output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
             return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
-                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling; codes still masked
-                are then decoded as last predicted, and stay masked in ``"latent"`` output.
+                step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
+                codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
 
         Raises:
@@ -324,163 +381,60 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
 
         Examples:
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
+        tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 1. Check the arguments
-        if not isinstance(callback_on_step_end_tensor_inputs, list) or any(
-            name not in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs
-        ):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list from "
-                f"{self._callback_tensor_inputs}"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r} must be an integer of at least 1")
-        if temperature is not None and (not isinstance(temperature, Real) or not temperature >= 0):
-            raise ValueError(f"temperature={temperature!r} must be a number of at least 0")
-        if guidance_scale is not None and (not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)):
-            raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number")
-        passed = self._passed(prompt, image, class_label, inputs)
-        task = self._plan(passed, output, mask_image, strength, output_type)
-        unconditional = str(Task((), task.generated))
-        can_guide = bool(task.given) and unconditional in (self.transformer.config.tasks or [])
-        if guidance_scale is None:
-            guidance_scale = 3.0 if can_guide and "image" in task.generated else 1.0
-        elif guidance_scale != 1.0 and not can_guide:
-            reason = (
-                f"the task {unconditional!r}, which this checkpoint doesn't know" if task.given else "a given segment"
-            )
-            raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
-        kinds = {self._modality(name) for name in task.generated}
-        if num_inference_steps is None:
-            shapes = [self.transformer.config.segments[name]["shape"] for name in task.generated]
-            num_inference_steps = sum(shape[0] for shape in shapes) if kinds == {"text"} else 16
-        if temperature is None and task.given and "image" not in kinds:
-            temperature = 0.0
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
+        # 1. Check the arguments, and choose those left to us
+        task, passed, mask_image, batch_size = self.check_inputs(
+            self._passed(prompt, image, class_label, inputs),
+            output,
+            mask_image=mask_image,
+            strength=strength,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            latents=latents,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            return_dict=return_dict,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            tensor_inputs=tensor_inputs,
+        )
+        guidance_scale, num_inference_steps, temperature = self._defaults(
+            task, guidance_scale, num_inference_steps, temperature
+        )
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
         # 2. Encode what is given, and what is known of the generated side
-        given, known, source, written = {}, {}, None, {}
-        for name, value in passed.items():
-            if name == "image_lowres":
-                given[name], source = self._encode_lowres(value)
-            elif name in task.given:
-                given |= self._encode({name: value})
-            elif name == "image" and mask_image is not None:
-                known[name], source = self._encode_holes(value, mask_image)
-            elif name == "image":
-                known[name] = self.encode_image(value)
-            else:
-                known[name], *written[name] = self._infill(value if isinstance(value, list) else [value], name)
+        prefix, known, source, written = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
         tiles = source.tiles if source is not None and source.tiles is not None else 1
-        sizes = {
-            name: len(codes) // (tiles if name == "image_lowres" else 1) for name, codes in (given | known).items()
-        }
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"what is given must have one batch size, got {sizes}")
-        if tiles > 1 and task.generated != ("image",):
-            raise ValueError(
-                f"image of {tuple(source.pixels.shape[-2:])} pixels makes {tiles} tiles, which only make 'image', "
-                f"not {'+'.join(task.generated)!r}"
-            )
-        batch_size = next(iter(sizes.values()), 1) * num_images_per_prompt
         if isinstance(generator, list):
-            if len(generator) != batch_size:
-                raise ValueError(f"generator is a list of {len(generator)}, but {batch_size} samples are generated")
             generator = [one for one in generator for _ in range(tiles)]
-        prefix = None
-        if given:
-            given = {n: v if n == "image_lowres" else v.repeat_interleave(tiles, dim=0) for n, v in given.items()}
-            prefix = self.transformer.encode_prefix(given)
-        if strength is not None:
-            known["image"] = self._forget(known["image"], strength, prefix)
-        if num_images_per_prompt > 1:
-            # Each sample's tiles stay together.
-            rows = torch.arange(batch_size // num_images_per_prompt * tiles).unflatten(0, (-1, 1, tiles))
-            rows = rows.expand(-1, num_images_per_prompt, -1).flatten()
-            prefix = prefix.select(rows) if prefix is not None else None
-            known = {name: codes[rows] for name, codes in known.items()}
-            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
-        batch_size *= tiles
 
         # 3. Start from masks, and from what is known
-        if latents is not None and known:
-            raise ValueError(f"latents can't be given with {sorted(known)} partly known: both say where to start")
-        codes = self._start(task, batch_size, known or latents)
-        masks = {name: self.transformer.config.segments[name]["vocab_size"] for name in codes}
-        predicted = dict(codes)
+        codes = self._start(task, batch_size * tiles, known or latents)
 
-        # 4. Set the times
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        self._num_timesteps = num_inference_steps
+        # 4. Denoise, with a scheduler of the call's own
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        codes, predicted = self._denoise(
+            codes,
+            prefix,
+            scheduler,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            generator=generator,
+            callback=callback_on_step_end,
+            tensor_inputs=tensor_inputs,
+        )
 
-        # 5. Denoise
-        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
-        sizes = [value.shape[1] for value in fixed.values()]
-        event = None
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
-                event = self.scheduler.next_event(timestep, masked, event, generator=generator)
-                if event.needs_model:
-                    times = event.timesteps
-                    logits = self.transformer(codes, timestep=times, prefix=prefix).sample
-                    scale = self.scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
-                    if (scale != 1.0).any():
-                        free = self.transformer(codes, timestep=times).sample
-                        # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-                        weight = {name: scale.to(value)[:, None, None] for name, value in free.items()}
-                        logits = {name: torch.lerp(free[name], logits[name], weight[name]) for name in logits}
-                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
-                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
-                        step = self.scheduler.step(
-                            logits[name],
-                            timestep,
-                            value.flatten(1),
-                            revealed=reveal,
-                            known=fixed[name],
-                            shape=value.shape[1:],
-                            temperature=temperature,
-                            generator=generator,
-                        )
-                        codes[name] = step.prev_sample.view_as(value)
-                        predicted[name] = step.pred_original_sample.view_as(value)
-                if callback_on_step_end is not None:
-                    several = len(task.generated) > 1
-                    current = codes if several else codes[task.generated[0]]
-                    inputs = {"latents": current} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    outputs = callback_on_step_end(self, index, timestep, inputs) or {}
-                    current = outputs.pop("latents", current)
-                    codes = current if several else {task.generated[0]: current}
-                progress_bar.update()
-
-        # 6. Decode
-        if output_type != "latent":
-            codes = {name: torch.where(value == masks[name], predicted[name], value) for name, value in codes.items()}
-        decoded = {"image": [], "text": [], "label": []}
-        segments = {}
-        for name, value in codes.items():
-            modality = self._modality(name)
-            if output_type == "latent":
-                segments[name] = value
-            elif name == "image" and source is not None:
-                segments[name] = self._finish(value, source, num_images_per_prompt, output_type)
-            elif modality == "image":
-                segments[name] = self.decode_image(value, output_type)
-            elif modality == "text":
-                segments[name] = self.decode_text(value, *written.get(name, ()))
-            else:
-                segments[name] = self.decode_label(value)
-            decoded[modality].append(segments[name])
-        images, texts, labels = (next(iter(decoded[modality]), None) for modality in ("image", "text", "label"))
+        # 5. Decode
+        if output_type == "latent":
+            segments = codes
+        else:
+            codes = {n: torch.where(v == self._mask_token_id(n), predicted[n], v) for n, v in codes.items()}
+            segments = self._decode(codes, source, written, num_images_per_prompt, output_type)
+        images, texts, labels = (self._first(segments, modality) for modality in ("image", "text", "label"))
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels

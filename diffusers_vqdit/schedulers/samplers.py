@@ -54,12 +54,13 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
         blocks = F.pad(probabilities, (0, -size % width)).unflatten(-1, (-1, width))  # (M, blocks, width)
         cumulative = blocks.sum(-1).double().cumsum(-1)  # (M, blocks)
         target = noise[:, None] * cumulative[:, -1:]  # (M, 1)
-        block = torch.searchsorted(cumulative, target, right=True)
+        # What is NaN is found nowhere: the last is taken, so that no index is out of bounds.
+        block = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[1] - 1)
         before = F.pad(cumulative, (1, 0)).gather(1, block)
         within = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)  # (M, width)
         # The two sums of a block differ by rounding: never look beyond the last code that is possible.
         rest = (target - before).minimum(within[:, -1:] * (1 - 2**-53))
-        codes = (block * width + torch.searchsorted(within, rest, right=True))[:, 0]
+        codes = (block * width + torch.searchsorted(within, rest, right=True))[:, 0].clamp_max(size - 1)
     return codes, probabilities.gather(1, codes[:, None])[:, 0].double().log()
 
 

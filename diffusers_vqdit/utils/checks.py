@@ -21,14 +21,28 @@ def check_integer(name: str, value: Any, low: int | None = None, high: int | Non
 
 
 def check_number(
-    name: str, value: Any, low: float | None = None, high: float | None = None, *, above: bool = False
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
-    """`value` as a finite float from `low` to `high`, both included; None is no bound, `above` leaves `low` out."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """`value` as a finite float from `low` to `high`, both included; None is no bound.
+
+    `above` leaves `low` out, and `below` leaves `high` out.
+    """
+    try:
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        fits = False
     if fits and low is not None:
         fits = value > low if above else value >= low
-    if not fits or (high is not None and value > high):
-        raise ValueError(f"{name}={shown(value)} must be a finite number{_bounds(low, high, above)}")
+    if fits and high is not None:
+        fits = value < high if below else value <= high
+    if not fits:
+        raise ValueError(f"{name}={shown(value)} must be a finite number{_bounds(low, high, above, below)}")
     return float(value)
 
 
@@ -54,9 +68,11 @@ def check_integers(name: str, value: Any, low: int, length: int | None = None) -
     return [check_integer(f"{name}[{index}]", entry, low) for index, entry in enumerate(value)]
 
 
-def _bounds(low: float | None, high: float | None, above: bool = False) -> str:
+def _bounds(low: float | None, high: float | None, above: bool = False, below: bool = False) -> str:
     if low is not None and high is not None:
-        return f" in {'(' if above else '['}{low}, {high}]"
+        return f" in {'(' if above else '['}{low}, {high}{')' if below else ']'}"
     if low is not None:
         return f" above {low}" if above else f" of at least {low}"
-    return f" of at most {high}" if high is not None else ""
+    if high is not None:
+        return f" below {high}" if below else f" of at most {high}"
+    return ""

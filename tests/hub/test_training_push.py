@@ -1,18 +1,22 @@
 """Training scripts publish what they trained, and what is loaded from the Hub is what was trained."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
 from diffusers_vqdit.hub.model_card import Measure, shown_command, training_card
+from diffusers_vqdit.hub.training_run import draw_gallery, publish_run
 from diffusers_vqdit.provenance import GENERATED, digital_source_type
 from diffusers_vqdit.training_utils import tracker_config
 
@@ -139,13 +143,58 @@ def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
     run("train_text_vq", f"{COMMON} {data} --output_dir {tmp_path / 'tv'} --hub_model_id alice/tv")
     images, texts = published_files(hub, "alice/iv"), published_files(hub, "alice/tv")
     weights = "diffusion_pytorch_model.safetensors"
-    assert {"README.md", "config.json", weights, "samples/step-000002.png"} <= set(images)
-    assert {"README.md", "config.json", weights, "tokenizer/tokenizer.json"} <= set(texts)
+    model, tokenizer = {".gitattributes", "README.md", "config.json", weights}, "tokenizer/tokenizer"
+    assert set(images) == model  # and not the validation pictures, which are the data's
+    assert set(texts) == {*model, f"{tokenizer}.json", f"{tokenizer}_config.json"}
     for files in (images, texts):
         assert not any(path.startswith("checkpoint") for path in files)
         assert ModelCard(files["README.md"].content.decode()).data.eval_results
     ImageVQModel.from_pretrained("alice/iv", cache_dir=tmp_path / "cache")
     TextVQModel.from_pretrained("alice/tv", cache_dir=tmp_path / "cache")
+
+
+PRIVATE = [
+    *("latents.safetensors", "gallery.safetensors", "notes/private.safetensors", "secret_config.json", "config.json"),
+    *("samples/step-000001.png", "samples/mine.png", "codes/train-00000.parquet", "logs/events", "me.py", ".env"),
+    *(
+        "transformer/latents.safetensors",
+        "tokenizer/names.json",
+        "checkpoint-1/model.safetensors",
+        "other/config.json",
+    ),
+    *("image_vq/samples/0.png", "tmp-run/model_index.json", "pytorch_lora_weights.safetensors", "transformer/a.txt"),
+]
+
+
+def write_private_files(folder):
+    for name in PRIVATE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("private")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_was_saved_is_published_and_nothing_else(hub, client, script, pipeline, tmp_path, listed):
+    write_private_files(tmp_path / "run")
+    pipeline.save_pretrained(tmp_path / "run")
+    pipeline.save_pretrained(tmp_path / "clean")
+    saved = [p.relative_to(tmp_path / "clean").as_posix() for p in (tmp_path / "clean").rglob("*") if p.is_file()]
+    name = f"alice/listed-{listed}".lower()
+    arguments = f"--codes_dir x --image_vq x --push_to_hub --output_dir {tmp_path / 'run'} --hub_model_id {name}"
+    args = script("train_vqdit").parse_args(arguments.split())
+    samples = draw_gallery(pipeline, ["a dot"], tmp_path / "run", name)
+    publish_run(args, pipeline, files=saved if listed else None, samples=samples)
+    assert set(published_files(hub, name)) == {".gitattributes", "README.md", "samples/0.png", *saved}
+    with pytest.raises(ValueError, match="files has 'gone.safetensors', which is no file in folder="):
+        publish_run(args, pipeline, files=["gone.safetensors"])
+
+
+def test_a_model_is_published_without_what_else_its_folder_holds(hub, client, text_vq, tmp_path):
+    write_private_files(tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    text_vq.save_pretrained(str(tmp_path / "run"), push_to_hub=True, repo_id="alice/beside", max_shard_size="10KB")
+    files = set(published_files(hub, "alice/beside"))
+    assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors.index.json"} < files
+    assert files & set(PRIVATE) == {"config.json"} and sum(name.endswith(".safetensors") for name in files) > 2
 
 
 def test_a_latent_pipeline_is_trained_and_pushed_with_every_checkpoint(
@@ -193,6 +242,74 @@ def test_a_card_shows_no_token(command):
 def test_trackers_are_given_no_token(script):
     args = script("train_image_vq").parse_args(["--hub_token", "secret"])
     assert "secret" not in str(tracker_config(args)) and tracker_config(args)["seed"] == 0
+
+
+EVERYWHERE = {
+    "hub_token": "{}",
+    "dataset_name": "https://bob:{}@example.org/data.parquet?token={}",
+    "dataset_config_name": "{}",
+    "caption_column": "caption{}",
+    "image_column": "{}",
+    "label_column": "x={}",
+    "image_vq": "/home/bob/{}/vq",
+    "text_vq": "../{}",
+    "cache_dir": "/tmp/{}",
+    "tasks": "{}",
+    "report_to": "{}",
+    "logging_dir": "{}",
+    "license": "{}",
+    "data_license": "See https://{}@example.org and ~/{}.",
+    "variant": "{}",
+    "revision": "{}",
+    "resume_from_checkpoint": "{}",
+    "hub_model_id": "alice/{}",
+}
+SECRETS = {"environment": "other-secret", "look": "hf_" + "aB3" * 11}
+
+
+@pytest.mark.parametrize("place", [*EVERYWHERE, *SECRETS])
+def test_a_secret_is_nowhere_in_card_pictures_and_trackers(script, pipeline, tmp_path, monkeypatch, place):
+    secret = SECRETS.get(place, "plain-secret")
+    monkeypatch.setenv("HF_TOKEN", SECRETS["environment"])
+    arguments = {"hub_token": "plain-secret", "image_vq": "x", "dataset_name": "x", "output_dir": str(tmp_path)}
+    arguments |= {
+        place if place in EVERYWHERE else "caption_column": EVERYWHERE.get(place, "a{}").format(secret, secret)
+    }
+    words = ["/home/bob/train_vqdit.py", *(word for k, v in arguments.items() for word in (f"--{k}", v))]
+    words += [f"--{key}={one}" for key, one in arguments.items()]
+    args = script("train_vqdit").parse_args(words[1:])
+    measures = [Measure(f"text->image {secret}", "loss", 1.0, f"data {secret}")]
+    card = training_card(args, pipeline, measures=measures, samples={"samples/0.png": f"a {secret}"}, command=words)
+    draw_gallery(pipeline, [f"a {secret}"], tmp_path, f"alice/{secret}", hub_token=args.hub_token)
+    for shown in (card.content, str(tracker_config(args)), str(Image.open(tmp_path / "samples" / "0.png").info)):
+        assert secret not in shown
+    assert "bob" not in card.content and "accelerate launch train_vqdit.py" in card.content
+
+
+def test_local_paths_are_nowhere_in_a_card(script, pipeline, tmp_path):
+    arguments = (
+        f"--image_vq {Path.home()}/vq --text_vq ~/runs/tv --train_data_dir=../../pictures --output_dir {tmp_path}/run "
+        "--cache_dir /home/carol/cache --max_train_samples 5"
+    ).split()
+    args = script("train_vqdit").parse_args(arguments)
+    command = [f"{tmp_path}/training/train_vqdit.py", *arguments, "--codes_dir=outputs/codes"]
+    card = training_card(args, pipeline, command=command).content
+    for hidden in (str(Path.home()), "~", "../", "carol", "/home", str(tmp_path), tmp_path.name, "runs"):
+        assert hidden not in card, hidden
+    assert "* Training data: pictures;" in card and "# run" in card
+    assert "train_vqdit.py --image_vq vq --text_vq tv --train_data_dir=pictures --output_dir run" in card
+    assert "--codes_dir=outputs/codes" in card  # inside the project
+    assert "base_model" not in card  # `vq` is no name on the Hub
+
+
+def test_configs_name_no_folder_of_this_machine(hub, client, image_vq, tmp_path):
+    image_vq.save_pretrained(tmp_path / "private-folder" / "vq")
+    model = ImageVQModel.from_pretrained(tmp_path / "private-folder" / "vq")
+    model.push_to_hub("alice/origin")
+    config = json.loads(published_files(hub, "alice/origin")["config.json"].content)
+    assert config["_name_or_path"] == "vq"
+    loaded = ImageVQModel.from_pretrained("alice/origin", cache_dir=tmp_path / "cache")
+    assert {**loaded.config, "_name_or_path": None} == {**model.config, "_name_or_path": None}
 
 
 def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):

@@ -88,9 +88,9 @@ def test_guidance_one_is_none_exactly_and_one_call_a_step(pipeline, calls, optio
 def test_the_guidance_schedule_goes_by_the_share_of_masks_of_each_row(pipeline, calls, monkeypatch):
     pipeline.scheduler = MaskedDiffusionScheduler(guidance_schedule="linear", masking="linear")
     seen = []
-    step = pipeline.scheduler.step
+    step = MaskedDiffusionScheduler.step
     monkeypatch.setattr(
-        pipeline.scheduler, "step", lambda *a, **k: seen.append((a[0], a[2])) or step(*a, **k), raising=True
+        MaskedDiffusionScheduler, "step", lambda *a, **k: seen.append((a[1], a[3])) or step(*a, **k), raising=True
     )
     latents = torch.full((2, 4, 4), 32)
     latents[1, :2] = 7
@@ -126,6 +126,8 @@ def test_a_time_conditioned_model_gets_each_rows_time(pipeline, sampler, monkeyp
     )
     timed(["a red apple", "a blue box"], guidance_scale=1.0, num_inference_steps=64, generator=generators(1, 2))
     times = torch.stack([timestep for _, timestep in seen])  # (calls, B)
+    assert scheduler.timesteps is None  # the call had its own
+    scheduler.set_timesteps(64)
     if sampler == "halton":
         assert torch.equal(times, scheduler.timesteps[: len(times), None].expand(-1, 2))
     elif sampler == "ancestral":

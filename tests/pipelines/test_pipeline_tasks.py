@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
 from diffusers_vqdit.image_utils import (
     back_project,
     fill_with_surroundings,
@@ -240,8 +240,10 @@ def test_any_pair_of_texts(pipe, tmp_path):
 
 def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pipe, monkeypatch):
     seen = []
-    step = pipe.scheduler.step
-    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: seen.append(k["temperature"]) or step(*a, **k))
+    step = MaskedDiffusionScheduler.step
+    monkeypatch.setattr(
+        MaskedDiffusionScheduler, "step", lambda *a, **k: seen.append(k["temperature"]) or step(*a, **k)
+    )
     pipe(image=picture())
     assert seen == [0.0] * 12
     for arguments, expected in (({"output": "text"}, None), ({"prompt": "x", "temperature": 0.3}, 0.3)):
@@ -257,7 +259,7 @@ def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pip
     ("arguments", "message"),
     [
         ({"image": picture(), "mask_image": hole(), "strength": 0.5}, "not both"),
-        ({"image": picture(), "strength": 0}, r"strength=0 must be a number in \(0, 1\]"),
+        ({"image": picture(), "strength": 0}, r"strength=0 must be a finite number in \(0, 1\]"),
         ({"image": picture(), "strength": "0.5"}, "strength='0.5'"),
         ({"mask_image": hole()}, "mask_image needs image"),
         ({"image": picture(), "mask_image": hole(), "output": "text"}, "got output='text'"),
@@ -269,7 +271,7 @@ def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pip
         ({"image": picture(), "mask_image": hole(), "latents": torch.full((1, 4, 4), 32)}, "partly known"),
         ({"prompt": "a <mask>", "output": "image"}, "<mask>, which is for texts to fill in"),
         ({"prompt": "a dot", "output": "text"}, "Put <mask>"),
-        ({"prompt": "a dot", "temperature": -1}, "temperature=-1 must be a number of at least 0"),
+        ({"prompt": "a dot", "temperature": -1}, "temperature=-1 must be a finite number of at least 0"),
         ({"inputs": {"text": "a dot"}}, "inputs has 'text'; it takes"),
         ({"inputs": {"sound": "a dot"}}, "inputs has 'sound'"),
         ({"inputs": ["a dot"]}, "inputs must be a dict"),

@@ -82,15 +82,15 @@ def test_the_prefix_is_computed_once_and_guidance_one_is_one_call_a_step(pipelin
     assert sum(call.get("prefix") is None for call in forward) == 5  # the unconditional halves
 
 
-def test_guidance_follows_the_formula(pipeline):
+def test_guidance_follows_the_formula(pipeline, monkeypatch):
     captured = []
-    step = pipeline.scheduler.step
+    step = MaskedDiffusionScheduler.step
 
-    def spy(logits, *args, **options):
+    def spy(self, logits, *args, **options):
         captured.append(logits)
-        return step(logits, *args, **options)
+        return step(self, logits, *args, **options)
 
-    pipeline.scheduler.step = spy
+    monkeypatch.setattr(MaskedDiffusionScheduler, "step", spy)
     pipeline("a red apple", num_inference_steps=1, guidance_scale=3.0)
     masked = {"image": torch.full((1, 4, 4), 32)}
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_callbacks_see_and_change_codes_and_can_stop(pipeline):
 
 def test_a_stopped_sampling_shows_the_last_prediction(pipeline, monkeypatch):
     predictions = []
-    step = pipeline.scheduler.step
+    step = MaskedDiffusionScheduler.step
 
     def spy(*args, **options):
         predictions.append(step(*args, **options))
@@ -144,7 +144,7 @@ def test_a_stopped_sampling_shows_the_last_prediction(pipeline, monkeypatch):
         pipe._interrupt = True
         return inputs
 
-    monkeypatch.setattr(pipeline.scheduler, "step", spy)
+    monkeypatch.setattr(MaskedDiffusionScheduler, "step", spy)
     images = pipeline("a red apple", callback_on_step_end=stop, output_type="pt").images
     assert len(predictions) == 1
     codes = predictions[0].pred_original_sample.view(1, 4, 4)

@@ -1,0 +1,154 @@
+"""Checks of what pipelines are passed, before any work. Each error names the argument, its value and what fits."""
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..utils.checks import check_choice, check_flag, check_integer, check_number, shown
+
+
+MAX_STEPS = 100_000
+MAX_SAMPLES = 65_536  # of one call
+MAX_SIDE = 65_536  # pixels
+TEMPERATURES = (1e-6, 1e6)  # beyond them logits become infinite, or all alike
+
+
+def check_call(
+    *,
+    num_images_per_prompt: int,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    strength: float | None,
+    output_type: str,
+    return_dict: bool,
+    generator: torch.Generator | list[torch.Generator] | None,
+    callback_on_step_end: Any,
+    tensor_inputs: list[str],
+    known_tensors: list[str],
+) -> None:
+    """The arguments that both pipelines' ``__call__`` have; None is a default that is chosen later."""
+    check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_SAMPLES)
+    if num_inference_steps is not None:
+        check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    if guidance_scale is not None:
+        check_number("guidance_scale", guidance_scale)
+    if strength is not None:
+        check_number("strength", strength, 0, 1, above=True)
+    check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+    check_flag("return_dict", return_dict)
+    check_generator(generator)
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise ValueError(f"callback_on_step_end={shown(callback_on_step_end)} must be callable, or None")
+    if not isinstance(tensor_inputs, list) or any(name not in known_tensors for name in tensor_inputs):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs={shown(tensor_inputs)} must be a list from {known_tensors}"
+        )
+
+
+def callback_inputs(callback: Any, tensor_inputs: list[str] | None) -> list[str]:
+    """What a callback gets: what one of diffusers' classes asks for, else what the caller says, else the latents."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        return callback.tensor_inputs
+    return ["latents"] if tensor_inputs is None else tensor_inputs
+
+
+def check_generator(generator: Any, *, cpu_only: bool = False) -> None:
+    """A `torch.Generator`, or a list of them; with `cpu_only` a single one on the CPU, or None either way."""
+    every = generator if isinstance(generator, list) and not cpu_only else [generator]
+    if generator is None:
+        return
+    if not every or not all(isinstance(one, torch.Generator) for one in every):
+        wanted = "a torch.Generator" if cpu_only else "a torch.Generator or a list of them, one a sample"
+        raise ValueError(f"generator={shown(generator)} must be {wanted}, or None")
+    if cpu_only and generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, where the masks are drawn, got one on {generator.device}")
+
+
+def check_batch(sizes: dict[str, int], num_images_per_prompt: int, generator: Any, *, broadcast: bool = False) -> int:
+    """How many samples are generated, without tiles: `sizes` is how many of each argument were passed."""
+    several = set(sizes.values()) - {1} if broadcast else set(sizes.values())
+    if len(several) > 1:
+        also = ", or one that stands for all" if broadcast else ""
+        raise ValueError(f"what is given must have one batch size{also}, got {sizes}")
+    total = max(sizes.values(), default=1) * num_images_per_prompt
+    if total > MAX_SAMPLES:
+        raise ValueError(
+            f"num_images_per_prompt={num_images_per_prompt} of {sizes} makes {total} samples; a call draws at most "
+            f"{MAX_SAMPLES}"
+        )
+    if isinstance(generator, list) and len(generator) != total:
+        raise ValueError(f"generator is a list of {len(generator)}, but {total} samples are generated")
+    return total
+
+
+def check_texts(name: str, texts: Any) -> list[str]:
+    """One or several texts as a list: each a string that isn't blank and that UTF-8 can hold."""
+    texts = texts if isinstance(texts, list) else [texts]
+    if not texts:
+        raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name} must be a non-empty string or a list of them, got {shown(text)}")
+        lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+        if lone is not None:
+            raise ValueError(
+                f"{name}={shown(text)} has the lone surrogate U+{ord(lone):04X}, half a character: decode the text "
+                "as it was encoded"
+            )
+    return texts
+
+
+def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> list[int]:
+    """One or several labels, by number or name, as a list of numbers in [0, size)."""
+    labels = labels if isinstance(labels, list) else [labels]
+    if not labels:
+        raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
+    found = []
+    for label in labels:
+        if isinstance(label, str) and label in numbers:
+            found.append(numbers[label])
+        elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
+            found.append(int(label))
+        else:
+            raise ValueError(
+                f"{name}={shown(label)} must be a number in [0, {size}) or one of {shown(list(numbers), 400)}, or a "
+                "list of them"
+            )
+    return found
+
+
+def check_temperature(temperature: float | None) -> None:
+    """0 for the likeliest code, or a number that divides logits without making them infinite or all alike."""
+    if temperature is None or (check_number("temperature", temperature, 0) or 0.0) == 0.0:
+        return
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature={shown(temperature)} must be 0 or a finite number in [{low}, {high}]")
+
+
+def check_latents(latents: Any, shape: Iterable[int]) -> None:
+    """Noise to begin from: a tensor of finite floats of this shape."""
+    shape = tuple(shape)
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point() or tuple(latents.shape) != shape:
+        got = (
+            f"{latents.dtype} of shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else shown(latents)
+        )
+        raise ValueError(f"latents must have shape {shape} and hold floats, got {got}")
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite, got NaN or infinite values")
+
+
+def check_prediction(
+    prediction: torch.Tensor, parts: Iterable[torch.Tensor] = (), guidance_scale: float = 1.0
+) -> None:
+    """Raise unless a prediction is finite, naming the guidance scale where the `parts` that it combines are."""
+    if prediction.isfinite().all():
+        return
+    if parts and all(part.isfinite().all() for part in parts):
+        raise ValueError(
+            f"guidance_scale={guidance_scale} is too large: with it the transformer's prediction is not finite"
+        )
+    raise ValueError("the transformer's prediction is not finite")

@@ -1,0 +1,83 @@
+"""What a call of the pipeline over latents is passed: checked and read."""
+
+from typing import Any
+
+import torch
+
+from ..image_utils import own_size, read_images, read_mask
+from ..latents import downsample_factor
+from ..utils.checks import check_flag, check_integer, check_number
+from .check_inputs import MAX_SIDE, check_batch, check_call, check_labels, check_latents, check_texts
+
+
+class LatentInputsMixin:
+    """The part of [`VQDiTLatentPipeline`] that checks what is passed, before any work."""
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        class_labels: Any,
+        image: Any,
+        mask_image: Any,
+        *,
+        strength: float | None,
+        size: tuple[int, int],
+        eta: float,
+        latents: Any,
+        force_not_quantize: bool,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        **options: Any,
+    ) -> tuple[list[str] | None, list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
+        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides.
+
+        Returns:
+            the texts, the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size and their masks (B, 1,
+            H, W), each None where not passed, and the number of samples.
+
+        Raises:
+            ValueError: for an argument that doesn't fit.
+        """
+        check_call(
+            num_images_per_prompt=num_images_per_prompt,
+            strength=strength,
+            generator=generator,
+            known_tensors=self._callback_tensor_inputs,
+            **options,
+        )
+        check_integer("num_inference_steps", options["num_inference_steps"], 1)  # here None is no default
+        check_number("guidance_scale", options["guidance_scale"])
+        check_number("eta", eta, 0, 1)
+        check_flag("force_not_quantize", force_not_quantize)
+        if hasattr(self.scheduler, "next_event"):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}, which is for codes; this pipeline needs a scheduler "
+                "of Gaussian diffusion or flow matching, such as DDIMScheduler"
+            )
+        factor = downsample_factor(self.vae)
+        multiple = factor * self.transformer.config.patch_size
+        for name, value in zip(("height", "width"), size, strict=True):
+            if check_integer(name, value, 1, MAX_SIDE) % multiple:
+                raise ValueError(f"{name}={value} must be a multiple of {multiple}")
+        if image is None and (mask_image is not None or strength is not None):
+            given = "mask_image" if mask_image is not None else f"strength={strength}"
+            raise ValueError(f"{given} needs an image")
+        texts = labels = pixels = None
+        if prompt is not None:
+            texts = check_texts("prompt", prompt)
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
+        if class_labels is not None:
+            num_labels = self.transformer.config.num_embeds_ada_norm
+            labels = check_labels("class_labels", class_labels, self.labels, num_labels)
+        if image is not None:
+            pixels = own_size(read_images(image, self.vae.config.in_channels))
+        if mask_image is not None:
+            mask_image = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels))
+        sizes = {"prompt": texts, "class_labels": labels, "image": pixels}
+        sizes = {name: len(value) for name, value in sizes.items() if value is not None}
+        total = check_batch(sizes, num_images_per_prompt, generator, broadcast=True)
+        if latents is not None:
+            channels = self.transformer.config.in_channels
+            check_latents(latents, (total, channels, size[0] // factor, size[1] // factor))
+        return texts, labels, pixels, mask_image, total

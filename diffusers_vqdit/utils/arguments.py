@@ -1,0 +1,96 @@
+"""Types and ranges of the scripts' flags, and the parser that they share.
+
+A value out of range is refused as argparse refuses one: with exit code 2 and a line that names the flag, the value and
+what is accepted.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .checks import check_integer, check_number, shown
+from .redaction import known_secrets, without_secrets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of flags
+
+
+def integer(low: int | None = None, high: int | None = None) -> Callable[[str], int]:
+    """The type of a flag that takes an integer from `low` to `high`, both included; None is no bound."""
+    return lambda text: _checked(check_integer, int, text, low, high)
+
+
+def number(
+    low: float | None = None, high: float | None = None, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number from `low` to `high`; `above` and `below` leave these out."""
+    return lambda text: _checked(check_number, float, text, low, high, above=above, below=below)
+
+
+def _checked(check: Callable, parse: Callable[[str], Any], text: str, *bounds: Any, **options: bool) -> Any:
+    try:
+        value = parse(text)
+    except ValueError:
+        value = text  # which the check refuses as it was given
+    try:
+        return check("value", value, *bounds, **options)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+positive_integer = integer(1)
+non_negative_integer = integer(0)
+positive_number = number(0, above=True)
+non_negative_number = number(0)
+share = number(0, 1)
+decay = number(0, 1, below=True)
+random_seed = integer(0, 2**32 - 1)  # what NumPy's generators take
+
+# What Accelerate, FSDP and DeepSpeed put into the folder of a checkpoint.
+_CHECKPOINT_FILES = (
+    *("random_states_*.pkl", "optimizer.bin", "optimizer.pt", "scheduler.bin", "*_fsdp.bin", "*_fsdp_[0-9]*"),
+    *("optimizer_*", "*.distcp", "mp_rank_*", "zero_to_fp32.py", "global_step*"),
+)
+
+
+def model_name(text: str) -> str:
+    """The type of a flag that takes a model: a Hub id or a folder, but not the folder of a training checkpoint."""
+    folder = Path(text)
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("config.json", "model_index.json")):
+        return text
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or any(any(folder.glob(n)) for n in _CHECKPOINT_FILES):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is a training checkpoint, which a run resumes from, and not a model: give the run's "
+            "output_dir, where the model is when the run has ended"
+        )
+    if any(folder.glob("pytorch_lora_weights*")):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is a LoRA, and not a model: give the pipeline that it was trained on"
+        )
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsers
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing.
+        self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$")
+
+    def error(self, message: str) -> None:
+        super().error(without_secrets(message, known_secrets()))
+
+
+def argument_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
+    """A script's parser. It takes no abbreviated flags, and its errors show no secret.
+
+    An abbreviation would work today and mean another flag tomorrow, and one of ``--hub_token`` be overlooked where
+    the command is shown.
+    """
+    return _ArgumentParser(description=description, **kwargs)
