@@ -92,6 +92,8 @@ def all_masked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32.
 
+    D is the width of a code's state: the model's, or a part of it where a position holds several codes.
+
     Without `given`, one row. A time-conditioned model sees the time 1, when all is masked.
     """
     config = transformer.config.segments[segment]
@@ -289,8 +291,15 @@ def _vectors(transformer: VQDiTTransformer2DModel, way: Task, segment: str, code
     generated = way.generated[0]
     if way.given == (segment,):
         return all_masked(transformer, generated, {segment: codes})[0].flatten(1)
-    head = transformer.heads[transformer.config.segments[generated].get("shared_with", generated)]
-    return head.weight.detach().float()[codes.flatten(1)].flatten(1)
+    head, places = _head(transformer, generated)
+    return head.weight.detach().float()[(*places, codes.flatten(1))].flatten(1)
+
+
+def _head(transformer: VQDiTTransformer2DModel, segment: str) -> tuple[torch.nn.Module, tuple[torch.LongTensor, ...]]:
+    """A segment's head, and what it takes besides states: where the codebooks of a patch differ, which one (N,)."""
+    config = transformer.config.segments[segment]
+    places = transformer._places(segment, tuple(config["shape"]), transformer.device)
+    return transformer.heads[config.get("shared_with", segment)], places
 
 
 @torch.no_grad()
@@ -335,13 +344,13 @@ def build_index(
     values, axes = torch.linalg.eigh((sample @ sample.T).double())
     kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
-    head = transformer.heads[transformer.config.segments[way.generated[0]].get("shared_with", way.generated[0])]
+    head, places = _head(transformer, way.generated[0])
     features, bias = [], []
     for part in codes.split(batch_size):
         features.append(((_vectors(transformer, way, segment, part) - mean) @ basis.float()).half())
         if way.given == (segment,):
             states = mean + features[-1].float() @ basis.float().T
-            logits = head(states.view(len(part), sizes[way], -1).to(head.weight.dtype)).float()
+            logits = head(states.view(len(part), sizes[way], -1).to(head.weight.dtype), *places).float()
             bias.append(-logits.logsumexp(-1).sum(1))
         else:
             bias.append(torch.zeros(len(part), device=codes.device))
@@ -401,11 +410,17 @@ def retrieve(
     tasks = transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
-    expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * transformer.inner_dim
-    if way not in ways or len(gallery.basis) != expected:
+    if way not in ways:
         raise ValueError(
-            f"gallery has the way {gallery.way!r} and a basis of {len(gallery.basis)} rows; this model has the ways "
-            f"{[str(one) for one in ways]}, and {expected} rows there: index the gallery with this model"
+            f"gallery has the way {gallery.way!r}; this model has {[str(one) for one in ways]}: index the gallery with "
+            "this model"
+        )
+    width = _head(transformer, way.generated[0])[0].weight.shape[-1]
+    expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * width
+    if len(gallery.basis) != expected:
+        raise ValueError(
+            f"gallery has a basis of {len(gallery.basis)} rows, but this model {expected}: index the gallery with this "
+            "model"
         )
     known = {Task.parse(task) for task in tasks}
     free = {

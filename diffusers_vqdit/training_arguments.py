@@ -1,6 +1,7 @@
 """The flags that all training scripts have, with the names of diffusers' own scripts."""
 
 import argparse
+import re
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
@@ -74,6 +75,40 @@ def add_transformer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add what only the training of transformers has."""
     group.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
     group.add_argument("--allow_tf32", action="store_true")
+
+
+def add_patch_argument(group: argparse._ArgumentGroup) -> None:
+    """Add the codes a position of a new transformer over codes."""
+
+    def parse(text: str) -> tuple[str, list[int]]:
+        match = re.fullmatch(r"(\w+)=(\d+(?:x\d+){0,2})", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a segment and its patch, such as image=2x2")
+        return match[1], [int(size) for size in match[2].split("x")]
+
+    group.add_argument(
+        "--patch",
+        action="append",
+        type=parse,
+        default=[],
+        metavar="SEGMENT=HxW",
+        help="Codes a position of a new transformer holds, such as image=2x2; once a segment. The segments that share "
+        "its embeddings do as it does.",
+    )
+
+
+def with_patches(segments: dict[str, dict], patches: list[tuple[str, list[int]]]) -> dict[str, dict]:
+    """The data's segments with the patches of ``--patch``.
+
+    Raises:
+        ValueError: for a patch of a segment that isn't there, or that uses another's embeddings.
+    """
+    own = [name for name, segment in segments.items() if "shared_with" not in segment]
+    for name, patch in patches:
+        if name not in own:
+            raise ValueError(f"patch: {name!r} must be a segment with embeddings of its own, one of {own}")
+        segments = {**segments, name: {**segments[name], "patch": patch}}
+    return segments
 
 
 def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int = 500) -> argparse._ArgumentGroup:

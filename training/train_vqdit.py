@@ -52,8 +52,10 @@ from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, train
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training_arguments import (
     add_keeping_arguments,
+    add_patch_argument,
     add_training_arguments,
     add_transformer_arguments,
+    with_patches,
 )
 from diffusers_vqdit.training_utils import (
     averaged_weights,
@@ -100,6 +102,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--num_layers", type=positive_integer, default=8)
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
+    add_patch_argument(models)
     models.add_argument("--dropout", type=share, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
@@ -367,7 +370,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Transformer
     transformer = parts["transformer"]
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
-    segments = {name: segment for name, segment in codes.segments.items() if name in needed}
+    segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     if transformer is None:
         transformer = VQDiTTransformer2DModel(
             num_attention_heads=args.num_attention_heads,
@@ -388,7 +391,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             transformer = transformer.with_vocab_size("label", len(labels))
             known = transformer.config.segments
         for name, segment in segments.items():
-            if name in known and known[name] != segment:
+            own = {key: known[name][key] for key in ("patch", "separate_codebooks") if key in known.get(name, ())}
+            if name in known and {**own, **segment} != known[name]:
                 raise ValueError(
                     f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
                 )

@@ -13,11 +13,13 @@ from diffusers.models.activations import ACT2CLS
 
 from ..tasks import Task
 from ..utils.checks import check_choice, check_flag, check_integer, check_integers, check_number, shown
+from .segment_layers import check_patch
 
 
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
+SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks")
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 
@@ -274,14 +276,16 @@ def check_segments(segments: Any) -> None:
             raise ValueError(f"segments: {name!r} can't be a segment's name; use letters, digits and underscores")
         if not isinstance(segment, dict):
             raise ValueError(f"segments[{name!r}]={shown(segment)} must be a dict with vocab_size and shape")
-        if unknown := set(segment) - {"vocab_size", "shape", "shared_with"}:
+        if unknown := set(segment) - set(SEGMENT_KEYS):
             raise ValueError(
-                f"segments[{name!r}]: unknown {sorted(map(str, unknown))}; it takes vocab_size, shape, shared_with"
+                f"segments[{name!r}]: unknown {sorted(map(str, unknown))}; it takes {', '.join(SEGMENT_KEYS)}"
             )
         check_integer(f"segments[{name!r}]: vocab_size", segment.get("vocab_size"), 1, MAX_CODES)
         shape = segment.get("shape")
-        if not isinstance(shape, list | tuple) or len(shape) not in (1, 2):
-            raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must be [n] or [h, w] with positive integers")
+        if not isinstance(shape, list | tuple) or len(shape) not in (1, 2, 3):
+            raise ValueError(
+                f"segments[{name!r}]: shape={shown(shape)} must be [n], [h, w] or [t, h, w] with positive integers"
+            )
         sides = [check_integer(f"segments[{name!r}]: shape={shown(shape)}: a side", side, 1) for side in shape]
         if math.prod(sides) > MAX_CODES:
             raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must have at most {MAX_CODES} positions")
@@ -297,6 +301,8 @@ def check_segments(segments: Any) -> None:
                     f"segments[{name!r}]: shared_with={shown(shared_with)} must be another segment with "
                     f"vocab_size={segment['vocab_size']} and embeddings of its own"
                 )
+    for name in segments:
+        check_patch(segments, name)
 
 
 def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:

@@ -15,11 +15,13 @@ class GrowthMixin:
             size: its new ``vocab_size``.
 
         Raises:
-            ValueError: for an unknown segment, a shared one, or a size that is not larger than the known one.
+            ValueError: for an unknown segment, a shared one, one of several codebooks, or a size that isn't larger.
         """
         known = self.config.segments.get(name) if self.config.segments else None
         if known is None or "shared_with" in known:
             raise ValueError(f"name={name!r} must be a segment with embeddings of its own")
+        if known.get("separate_codebooks"):
+            raise ValueError(f"name={name!r} has codebooks of its own for the places in a patch, which don't grow")
         old = known["vocab_size"]
         if not isinstance(size, int) or size <= old:
             raise ValueError(f"size={size!r} must be an integer above {old}, the known vocab_size of {name!r}")

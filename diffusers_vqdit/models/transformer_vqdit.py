@@ -18,7 +18,8 @@ from ..hub.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTPrefix, modulate, sincos_positions
+from .layers import VQDiTPrefix, modulate
+from .segment_layers import SegmentLayers, check_divisible, segment_patch
 from .transformer_dit import LatentDiT
 
 
@@ -27,8 +28,8 @@ class VQDiTOutput(BaseOutput):
     """Output of [`VQDiTTransformer2DModel`] with segments.
 
     Args:
-        sample (`dict[str, torch.Tensor]`): for each generated segment logits (B, N, K) over its codes, positions in
-            row-major order; or (M, K) at the M masked positions only, where `masked` was given.
+        sample (`dict[str, torch.Tensor]`): for each generated segment logits (B, N, K) over its codes, these in
+            row-major order; or (M, K) at the M masked codes only, where `masked` was given.
     """
 
     sample: dict[str, torch.Tensor]
@@ -83,7 +84,7 @@ def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Ten
     return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)
 
 
-class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
+class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, LatentDiT):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike
@@ -98,9 +99,14 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
     Args:
         num_attention_heads, attention_head_dim, num_layers, dropout, attention_bias, activation_fn, norm_eps: as in
             `DiTTransformer2DModel`, whose other arguments hold for ``segments=None`` only.
-        segments: name -> ``{"vocab_size": K, "shape": [n] or [h, w]}``; names as in tasks: letters, digits and
-            underscores. With ``"shared_with": other``, too, the segment's codes mean what the other's do (a second
-            language, a smaller picture), and it uses the other's embeddings and head.
+        segments: name -> ``{"vocab_size": K, "shape": [n], [h, w] or [t, h, w]}``; names as in tasks: letters, digits
+            and underscores. With ``"shared_with": other``, too, the segment's codes mean what the other's do (a second
+            language, a smaller picture), and it uses the other's embeddings and head, and its patch.
+            With ``"patch": [2, 2]``, dividing the shape, a position holds 2 x 2 codes. Each keeps its own mask and
+            logits, so all that takes codes takes the same as without; a call costs as much as with a quarter of the
+            codes. The codes of a patch share one codebook's embeddings and head, unless ``"separate_codebooks":
+            True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
+            "patch": [1, 8]``.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
         time_conditioned: whether adaLN sees the time too. The share of masked codes already tells it.
         freq_shift: for ``segments=None``: s in the frequencies 10000^(-k / (128 - s)) of the time's embedding; 1 in
@@ -117,7 +123,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["VQDiTBlock", "DiTBlock"]
     _repeated_blocks = ["VQDiTBlock", "DiTBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "code_embeddings", "caption_embedding", "norm"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "code_embeddings", "proj_in", "caption_embedding", "norm"]
 
     @register_to_config
     def __init__(
@@ -171,9 +177,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         dim = num_attention_heads * attention_head_dim
         self.inner_dim = dim
         self.gradient_checkpointing = False
-        # 1. Codes and conditioning. The row after the last code is the mask's.
-        own = {name: segment["vocab_size"] for name, segment in segments.items() if "shared_with" not in segment}
-        self.code_embeddings = nn.ModuleDict({name: nn.Embedding(size + 1, dim) for name, size in own.items()})
+        # 1. Codes and conditioning
+        self._build_embeddings(segments, dim)
         # One row a segment and role: first the given ones, then the generated ones.
         self.segment_embedding = nn.Embedding(2 * len(segments), dim)
         if time_conditioned:
@@ -187,7 +192,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         # 3. Output
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln_out = nn.Linear(dim, 2 * dim)
-        self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in own.items()})
+        self._build_heads(segments, dim)
         self._initialize_weights()
 
     def _initialize_weights(self) -> None:
@@ -197,12 +202,11 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embedding in self.code_embeddings.values():
-            nn.init.normal_(embedding.weight, std=0.5)  # the positions' scale, for either to be seen
-        nn.init.normal_(self.segment_embedding.weight, std=0.5)
-        for layer in [block.adaln for block in self.transformer_blocks] + [self.adaln_out, *self.heads.values()]:
+        for layer in [block.adaln for block in self.transformer_blocks] + [self.adaln_out]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self._initialize_segment_layers()
+        nn.init.normal_(self.segment_embedding.weight, std=0.5)
 
     def with_segments(self, segments: dict[str, dict[str, Any]]) -> "VQDiTTransformer2DModel":
         """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
@@ -237,10 +241,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the forward pass
 
-    def _table(self, name: str) -> str:
-        """The segment whose embeddings and head this one uses."""
-        return self.config.segments[name].get("shared_with", name)
-
     def _ordered(self, codes: dict[str, torch.Tensor], argument: str) -> dict[str, torch.Tensor]:
         """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
         segments = self.config.segments
@@ -256,6 +256,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
                     f"{argument}[{name!r}] must have {1 + len(shape)} dimensions, (B, {', '.join(map(str, shape))}), "
                     f"got shape {tuple(value.shape)}"
                 )
+            check_divisible(f"{argument}[{name!r}]", value.shape[1:], segment_patch(segments, name))
             if value.dtype not in (torch.int64, torch.int32):
                 raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
             if not value.numel():
@@ -272,17 +273,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"{argument} must have one batch size, got {sizes}")
         return {name: codes[name] for name in sorted(codes)}
-
-    def _embed(self, codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Embedded codes with positions (B, N, D), and the segments' lengths."""
-        parts = []
-        for name, value in codes.items():
-            embedding = self.code_embeddings[self._table(name)]
-            trained = tuple(self.config.segments[name]["shape"])
-            positions = sincos_positions(tuple(value.shape[1:]), trained, self.inner_dim)
-            embedded = embedding(value.flatten(1))  # (B, n, D)
-            parts.append(embedded + positions.to(embedded))
-        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
 
     def _conditioning(
         self, codes: dict[str, torch.Tensor], generated: bool, timestep: torch.Tensor | None = None
@@ -402,14 +392,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, LatentDiT):
         sample = {}
         for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
             shift, scale = modulation[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
-            if masked is not None:
-                where = masked[name]
-                if len(shift) > 1:
-                    shift, scale = (x.expand_as(part)[where] for x in (shift, scale))  # (M, D)
-                else:
-                    shift, scale = shift[0], scale[0]  # (1, D)
-                part = part[where]  # (M, D)
-            sample[name] = self.heads[self._table(name)](modulate(self.norm_out, part, shift, scale))  # (.., K)
+            where = masked[name] if masked is not None else None
+            sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
 
 

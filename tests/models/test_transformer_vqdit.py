@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 
 from diffusers_vqdit import VQDiTTransformer2DModel
-from diffusers_vqdit.models import attention_processor, transformer_vqdit
+from diffusers_vqdit.models import attention_processor
+from diffusers_vqdit.models.layers import sincos_positions
 
 
 SEGMENTS = {
@@ -145,8 +146,8 @@ def test_logits_at_masked_positions_equal_all_logits_picked(codes):
 def test_another_grid_size_runs_and_covers_the_same_range():
     model = make()
     assert model({"image": torch.randint(31, (1, 6, 5))}).sample["image"].shape == (1, 30, 30)
-    small = transformer_vqdit.sincos_positions((4, 4), (4, 4), 32)
-    large = transformer_vqdit.sincos_positions((8, 8), (4, 4), 32).view(8, 8, 32)
+    small = sincos_positions((4, 4), (4, 4), 32)
+    large = sincos_positions((8, 8), (4, 4), 32).view(8, 8, 32)
     torch.testing.assert_close(large[::2, ::2].reshape(16, 32), small)
     assert torch.cdist(small, small).fill_diagonal_(1).min() > 0.1  # all positions differ
 
@@ -399,7 +400,7 @@ def test_bad_input_is_named(generated, given, message):
     [
         {"shape": [4]},
         {"vocab_size": 0, "shape": [4]},
-        {"vocab_size": 4, "shape": [1, 2, 3]},
+        {"vocab_size": 4, "shape": [1, 2, 3, 4]},
         {"vocab_size": 4, "shape": [2.5]},
         {"vocab_size": 4, "shape": [4], "size": 3},
     ],

@@ -1,0 +1,206 @@
+"""Embeddings and heads of segments: codes to the transformer's positions, and positions to logits of codes.
+
+A position holds one code, or a patch of them, as DiT's patches hold several latents (Peebles & Xie 2023, section 3.2).
+Each code of a patch keeps its own mask and its own logits.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..utils.checks import check_flag, check_integers
+from .layers import modulate, sincos_positions
+
+
+class CodebookHeads(nn.ModuleList):
+    """A linear head for each place in a patch, whose codes are of a codebook of their own.
+
+    Args:
+        places: P, the codes of a patch.
+        width: S, the size of a code's state.
+        vocab_size: K.
+    """
+
+    def __init__(self, places: int, width: int, vocab_size: int) -> None:
+        super().__init__(nn.Linear(width, vocab_size) for _ in range(places))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(P, K, S)."""
+        return torch.stack([head.weight for head in self])
+
+    def forward(self, states: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:
+        """Logits (B, N, K) of states (B, N, S) of whole grids, `places` (N,); or (M, K) of (M, S), `places` (M,)."""
+        order = places.argsort(stable=True)
+        if states.ndim == 3:
+            counts = [len(places) // len(self)] * len(self)
+        else:
+            counts = places.bincount(minlength=len(self)).tolist()
+        parts = states.index_select(-2, order).split(counts, dim=-2)
+        logits = torch.cat([head(part) for head, part in zip(self, parts, strict=True)], dim=-2)
+        return logits.index_select(-2, order.argsort())
+
+
+class SegmentLayers:
+    """The part of [`VQDiTTransformer2DModel`] that knows what a position holds; between its parts are only positions.
+
+    The embeddings of a patch's codes are joined by a linear layer, whose blocks tell the places in the patch apart; a
+    linear layer of the position's state makes one state for each of its codes, which the head takes. Neither layer is
+    there for a segment of one code a position.
+    """
+
+    def _build_embeddings(self, segments: dict[str, dict[str, Any]], dim: int) -> None:
+        self.code_embeddings, self.proj_in = nn.ModuleDict(), nn.ModuleDict()
+        for name, segment in segments.items():
+            if "shared_with" in segment:
+                continue
+            codes, tables = math.prod(segment_patch(segments, name)), num_tables(segments, name)
+            # The row after a table's last code is the mask's.
+            width = code_width(dim, codes)
+            self.code_embeddings[name] = nn.Embedding(tables * (segment["vocab_size"] + 1), width)
+            if codes > 1:
+                self.proj_in[name] = nn.Linear(codes * width, dim)
+
+    def _build_heads(self, segments: dict[str, dict[str, Any]], dim: int) -> None:
+        self.proj_out, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for name, segment in segments.items():
+            if "shared_with" in segment:
+                continue
+            codes, tables = math.prod(segment_patch(segments, name)), num_tables(segments, name)
+            width, size = code_width(dim, codes), segment["vocab_size"]
+            if codes > 1:
+                self.proj_out[name] = nn.Linear(dim, codes * width)
+            self.heads[name] = CodebookHeads(tables, width, size) if tables > 1 else nn.Linear(width, size)
+
+    def _initialize_segment_layers(self) -> None:
+        """Embedded codes of the positions' scale, for either to be seen; zero heads, for a first loss of log K."""
+        for embedding in self.code_embeddings.values():
+            nn.init.normal_(embedding.weight, std=0.5)
+        for layer in self.proj_in.values():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # keeps the scale
+        for layer in self.heads.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def _table(self, name: str) -> str:
+        """The segment whose embeddings and head this one uses."""
+        return self.config.segments[name].get("shared_with", name)
+
+    def _embed(self, codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Embedded codes with positions (B, N, D), and the segments' lengths in positions."""
+        segments, parts = self.config.segments, []
+        for name, value in codes.items():
+            table, patch = self._table(name), segment_patch(segments, name)
+            grid, trained = (
+                tuple(length // size for length, size in zip(shape, patch, strict=True))
+                for shape in (value.shape[1:], segments[name]["shape"])
+            )
+            if table in self.proj_in:
+                value = patchify(value, patch)  # (B, n, P)
+                if num_tables(segments, table) > 1:
+                    # One table after the other
+                    first = torch.arange(value.shape[2], device=value.device) * (segments[name]["vocab_size"] + 1)
+                    value = value + first
+                embedded = self.proj_in[table](self.code_embeddings[table](value).flatten(2))  # (B, n, D)
+            else:
+                embedded = self.code_embeddings[table](value.flatten(1))  # (B, n, D)
+            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim).to(embedded))
+        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
+
+    def _places(self, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.LongTensor, ...]:
+        """What a segment's head takes besides states: each code's place in its patch (N,), where it has several."""
+        if num_tables(self.config.segments, self._table(name)) == 1:
+            return ()
+        patch = segment_patch(self.config.segments, name)
+        size = math.prod(patch)
+        places = torch.arange(size, device=device).expand(1, math.prod(shape) // size, size)
+        return (unpatchify(places[..., None], shape, patch)[0, :, 0],)
+
+    def _logits(
+        self,
+        name: str,
+        hidden_states: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        shape: tuple[int, ...],
+        masked: torch.BoolTensor | None,
+    ) -> torch.Tensor:
+        """Logits (B, N, K) of a segment's codes, `shape` their grid, from its positions (B, n, D); or (M, K) of the
+        masked ones, `masked` (B, N). Shift and scale are (1 or B, 1, D)."""
+        table = self._table(name)
+        if table in self.proj_out:
+            patch, places = segment_patch(self.config.segments, name), self._places(name, shape, hidden_states.device)
+            hidden_states = F.gelu(modulate(self.norm_out, hidden_states, shift, scale), approximate="tanh")
+            states = self.proj_out[table](hidden_states).unflatten(-1, (math.prod(patch), -1))  # (B, n, P, S)
+            states = unpatchify(states, shape, patch)  # (B, N, S)
+            if masked is not None:
+                states = states[masked]  # (M, S)
+                places = tuple(place.expand_as(masked)[masked] for place in places)  # (M,)
+            return self.heads[table](states, *places)
+        if masked is not None:
+            if len(shift) > 1:
+                shift, scale = (x.expand_as(hidden_states)[masked] for x in (shift, scale))  # (M, D)
+            else:
+                shift, scale = shift[0], scale[0]  # (1, D)
+            hidden_states = hidden_states[masked]  # (M, D)
+        return self.heads[table](modulate(self.norm_out, hidden_states, shift, scale))
+
+
+def segment_patch(segments: dict[str, dict[str, Any]], name: str) -> tuple[int, ...]:
+    """The codes of a position along each axis of a segment: those of the segment whose tables it uses."""
+    table = segments[segments[name].get("shared_with", name)]
+    return tuple(table.get("patch", (1,) * len(segments[name]["shape"])))
+
+
+def num_tables(segments: dict[str, dict[str, Any]], name: str) -> int:
+    """The embedding tables, and heads, of a segment that shares with none."""
+    return math.prod(segment_patch(segments, name)) if segments[name].get("separate_codebooks") else 1
+
+
+def code_width(dim: int, codes: int) -> int:
+    """Channels of a code's embedding, and of the state that its head takes, at a model width of `dim`."""
+    return dim if codes == 1 else max(dim // 2, 64)
+
+
+def patchify(codes: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+    """Codes (B, *shape) as (B, n, P): n patches in row-major order, P codes of each in row-major order."""
+    sizes = [x for length, size in zip(codes.shape[1:], patch, strict=True) for x in (length // size, size)]
+    axes = range(1, len(sizes) + 1)
+    cut = codes.reshape(len(codes), *sizes).permute(0, *axes[::2], *axes[1::2])  # (B, *grid, *patch)
+    return cut.flatten(1, len(patch)).flatten(2)
+
+
+def unpatchify(values: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, ...]) -> torch.Tensor:
+    """Values (B, n, P, C) of the codes of each patch as (B, N, C), the codes of `shape` in row-major order."""
+    grid = [length // size for length, size in zip(shape, patch, strict=True)]
+    axes = [axis + offset for axis in range(1, len(patch) + 1) for offset in (0, len(patch))]
+    values = values.reshape(len(values), *grid, *patch, values.shape[-1])
+    return values.permute(0, *axes, -1).flatten(1, -2)
+
+
+def check_divisible(argument: str, shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the patch divides the shape, axis by axis."""
+    if any(length % size for length, size in zip(shape, patch, strict=True)):
+        raise ValueError(f"{argument}: shape={list(shape)} must be divisible by the segment's patch {list(patch)}")
+
+
+def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:
+    """Raise a ValueError unless a segment's patch, its own or that of the segment it shares with, fits its shape."""
+    segment, argument = segments[name], f"segments[{name!r}]"
+    owner = segments[segment.get("shared_with", name)]
+    for key in ("patch", "separate_codebooks"):
+        if key in segment and owner.get(key) != segment[key]:
+            raise ValueError(
+                f"{argument}: {key}={segment[key]!r} must be {owner.get(key)!r}, as that of "
+                f"{segment['shared_with']!r}, whose embeddings it uses"
+            )
+    separate = check_flag(f"{argument}: separate_codebooks", owner.get("separate_codebooks", False))
+    if "patch" in owner:
+        patch = check_integers(f"{argument}: patch", owner["patch"], 1, len(segment["shape"]))
+        check_divisible(argument, segment["shape"], patch)
+    elif separate:
+        raise ValueError(f"{argument}: separate_codebooks=True needs a patch: a codebook for each place in it")
