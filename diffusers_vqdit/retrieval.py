@@ -412,15 +412,15 @@ def retrieve(
     way = Task.parse(gallery.way)
     if way not in ways:
         raise ValueError(
-            f"gallery has the way {gallery.way!r}; this model has {[str(one) for one in ways]}: index the gallery with "
-            "this model"
+            f"gallery has the way {gallery.way!r}; this model has {[str(one) for one in ways]}: index "
+            "the gallery with this model"
         )
     width = _head(transformer, way.generated[0])[0].weight.shape[-1]
     expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * width
     if len(gallery.basis) != expected:
         raise ValueError(
-            f"gallery has a basis of {len(gallery.basis)} rows, but this model {expected}: index the gallery with this "
-            "model"
+            f"gallery has a basis of {len(gallery.basis)} rows, but this model {expected}: index the gallery with "
+            "this model"
         )
     known = {Task.parse(task) for task in tasks}
     free = {
