@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .code_search import SEARCH_ELEMENTS
 from .quantizers import (
-    SEARCH_ELEMENTS,
     Quantizer,
     QuantizerOutput,
     binary_entropy,

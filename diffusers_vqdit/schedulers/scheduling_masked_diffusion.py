@@ -11,8 +11,7 @@ from diffusers.utils import BaseOutput
 from ..hub.checkpoint_mixin import CheckpointMixin
 from .samplers import (
     Generators,
-    draw,
-    entropies,
+    draw_masked,
     halton_order,
     highest,
     next_reveals,
@@ -350,8 +349,10 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
         masked = sample == mask_token_id  # (B, N)
         code_noise = uniform(sample.shape, generator, sample.device)
         reveal_noise = uniform(sample.shape, generator, sample.device)
-        logits = model_output[masked]  # (M, K)
-        codes, log_probabilities = draw(logits, code_noise[masked], temperature)
+        by_entropy = self.config.sampler == "entropy_bound"
+        codes, log_probabilities, entropies = draw_masked(
+            model_output, masked, code_noise, temperature, entropy=by_entropy and revealed is None
+        )
         original = sample.masked_scatter(masked, codes)
 
         # 2. Choose those to reveal
@@ -362,9 +363,10 @@ class MaskedDiffusionScheduler(CheckpointMixin, SchedulerMixin, ConfigMixin):
             # (Wang et al. 2025; with sigma = 0 Sahoo et al. 2024).
             sigma = self._remask_probability(ratio, next_ratio)
             revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
-        elif self.config.sampler == "entropy_bound":
+        elif by_entropy:
+            # At temperature 0 the entropies are those at 1: of one code they would not say how sure the model is.
             entropy = torch.full(sample.shape, math.inf, dtype=torch.float64, device=sample.device)
-            entropy[masked] = entropies(logits, temperature)
+            entropy[masked] = entropies
             revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked
         else:
             score = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)
