@@ -432,13 +432,16 @@ class VQDiTPipeline(CodesMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionP
                 event = self.scheduler.next_event(timestep, masked, event, generator=generator)
                 if event.needs_model:
                     times = event.timesteps
-                    logits = self.transformer(codes, timestep=times, prefix=prefix).sample
                     scale = self.scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
-                    if (scale != 1.0).any():
-                        free = self.transformer(codes, timestep=times).sample
+                    guided = bool((scale != 1.0).any())
+                    logits = self.transformer(
+                        codes, timestep=times, prefix=prefix, with_unconditional=guided
+                    ).sample  # (B, N, K), or (2B, N, K) with and without what is given
+                    if guided:
                         # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-                        weight = {name: scale.to(value)[:, None, None] for name, value in free.items()}
-                        logits = {name: torch.lerp(free[name], logits[name], weight[name]) for name in logits}
+                        halves = {name: value.chunk(2) for name, value in logits.items()}
+                        weight = {name: scale.to(value)[:, None, None] for name, value in logits.items()}
+                        logits = {name: torch.lerp(free, own, weight[name]) for name, (own, free) in halves.items()}
                     revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
                     for (name, value), reveal in zip(codes.items(), revealed, strict=True):
                         step = self.scheduler.step(
