@@ -93,7 +93,7 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
         in_channels=512,
         block_out_channels=512,
         block_num_heads=8,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=8,
         intermediate_size=1408,
         vocab_size=CODES + 64,
