@@ -35,7 +35,7 @@ from .utils.weight_files import check_finite
 
 NUM_FEATURES = 256
 FIT_SIZE = 1024  # items that the principal components are fitted to
-SEARCH_CHUNK = 65_536  # items of the gallery a matrix product
+SEARCH_CHUNK = 8_192  # items of the gallery a matrix product: in float32 they stay in a CPU's cache
 # A gallery's fields, and what they may be.
 GALLERY_STRINGS = ("segment", "query", "way", "model")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -345,9 +345,13 @@ def build_index(
     kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
     head, places = _head(transformer, way.generated[0])
+    if len(chosen) == len(codes):
+        centred = sample[chosen.argsort()].split(batch_size)  # all were computed for the fit
+    else:
+        centred = (_vectors(transformer, way, segment, part) - mean for part in codes.split(batch_size))
     features, bias = [], []
-    for part in codes.split(batch_size):
-        features.append(((_vectors(transformer, way, segment, part) - mean) @ basis.float()).half())
+    for part, vectors in zip(codes.split(batch_size), centred, strict=True):
+        features.append((vectors @ basis.float()).half())
         if way.given == (segment,):
             states = mean + features[-1].float() @ basis.float().T
             logits = head(states.view(len(part), sizes[way], -1).to(head.weight.dtype), *places).float()

@@ -80,6 +80,21 @@ def test_features_are_the_pmi_up_to_a_constant_of_the_query(transformer, query, 
     torch.testing.assert_close(scores, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
+@pytest.mark.parametrize("segment", ["image", "text"])
+def test_a_small_gallery_runs_the_model_once_an_item_and_gives_what_a_second_run_would(
+    transformer, segment, monkeypatch
+):
+    gallery = items(segment, 9)
+    query = {"image": "text", "text": "image"}[segment]
+    original, rows = retrieval._vectors, []
+    monkeypatch.setattr(retrieval, "_vectors", lambda *a: rows.append(len(a[3])) or original(*a))
+    index = build_index(transformer, gallery, segment, query, batch_size=4)
+    assert sum(rows) == 9
+    again = original(transformer, Task.parse(index.way), segment, gallery)
+    features = (again - again.mean(0)) @ index.basis.float()
+    torch.testing.assert_close(index.features.float(), features, rtol=1e-2, atol=1e-2)
+
+
 def test_states_and_head_give_the_log_p_of_the_model(transformer):
     given = {"text": items("text", 2)}
     states, table = retrieval.all_masked(transformer, "image", given)

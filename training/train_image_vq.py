@@ -314,7 +314,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 3. Optimizers and learning rates
-    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(model, args.adam_weight_decay), lr=args.learning_rate, **adam)
     discriminator_optimizer = torch.optim.AdamW(
         parameter_groups(discriminator, args.adam_weight_decay), lr=args.discriminator_learning_rate, **adam

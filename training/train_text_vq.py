@@ -235,6 +235,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
+        fused=True,
     )
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_steps = args.max_train_steps or math.ceil(len(tokens) / global_batch) * args.num_train_epochs

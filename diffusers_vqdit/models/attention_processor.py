@@ -59,7 +59,10 @@ class VQDiTAttnProcessor:
         hidden_states: torch.Tensor,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the new hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions."""
+        """Returns the new hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
+
+        `prefix` has keys and values (R, S, heads, head_dim) for the first R rows; the other rows see none.
+        """
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -68,15 +71,22 @@ class VQDiTAttnProcessor:
         query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)  # (B, N, heads, head_dim)
         key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)
         value = value.unflatten(-1, (-1, attn.head_dim))
-        all_keys, all_values = key, value
-        if prefix is not None:
-            all_keys = torch.cat([prefix[0], key], dim=1)  # (B, S + N, heads, head_dim)
-            all_values = torch.cat([prefix[1], value], dim=1)
-        hidden_states = dispatch_attention_fn(
-            query, all_keys, all_values, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if prefix is None:
+            hidden_states = self._attend(query, key, value)
+        else:
+            rows = len(prefix[0])
+            all_keys = torch.cat([prefix[0], key[:rows]], dim=1)  # (R, S + N, heads, head_dim)
+            all_values = torch.cat([prefix[1], value[:rows]], dim=1)
+            hidden_states = self._attend(query[:rows], all_keys, all_values)
+            if rows < len(query):
+                hidden_states = torch.cat([hidden_states, self._attend(query[rows:], key[rows:], value[rows:])])
         hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
 
 
 class VQDiTAttention(nn.Module, AttentionModuleMixin):

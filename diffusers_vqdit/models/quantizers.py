@@ -10,10 +10,8 @@ from diffusers.utils import BaseOutput
 from torch.utils.checkpoint import checkpoint
 
 from ..utils.distributed import gather_rows, sum_over_processes
+from .code_search import SEARCH_ELEMENTS, nearest_codes
 from .config_checks import check_quantizer
-
-
-SEARCH_ELEMENTS = 2**22  # scores held at once by the search: 16 MiB of float32
 
 
 @dataclass
@@ -106,37 +104,6 @@ def loaded_weight(module: nn.Embedding | nn.Linear) -> torch.Tensor:
     if isinstance(module, nn.Embedding):
         return module(torch.arange(module.num_embeddings))
     return module(torch.eye(module.in_features, dtype=module.weight.dtype)).T
-
-
-def best_codes(vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None = None) -> torch.LongTensor:
-    """Index (N,) of the row c of the codebook (K, D) with the largest z.c + offset for each vector z (N, D).
-
-    The search runs in float32 whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time;
-    ties go to the lowest index.
-    """
-    with torch.autocast(device_type=vectors.device.type, enabled=False):
-        codebook = codebook.detach().float()
-        offset = codebook.new_zeros(len(codebook)) if offset is None else offset.detach().float()
-        rows = max(1, SEARCH_ELEMENTS // len(codebook))
-        parts = [
-            torch.addmm(offset, chunk, codebook.T).argmax(1) for chunk in vectors.detach().float().split(rows)
-        ]  # (rows, K) -> (rows,)
-    return torch.cat(parts)
-
-
-def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:
-    """Index of the codebook row nearest to each vector; ties go to the lowest index.
-
-    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), so the nearest code has the largest z.c - |c|^2 / 2.
-
-    Args:
-        vectors: (N, D).
-        codebook: (K, D).
-
-    Returns:
-        (N,) int64.
-    """
-    return best_codes(vectors, codebook, -0.5 * codebook.detach().float().square().sum(1))
 
 
 def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:

@@ -5,14 +5,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .code_search import SEARCH_ELEMENTS, best_codes
 from .config_checks import check_quantizer
 from .quantizers import (
-    SEARCH_ELEMENTS,
     CodebookQuantizer,
     QuantizerOutput,
     VectorQuantizer,
     assignment_entropy,
-    best_codes,
     loaded_weight,
     perplexity,
 )

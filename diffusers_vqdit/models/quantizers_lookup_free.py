@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_integer
 from ..utils.distributed import sum_over_processes
+from .code_search import SEARCH_ELEMENTS
 from .config_checks import MAX_CODES, check_quantizer
 from .quantizers import (
-    SEARCH_ELEMENTS,
     Quantizer,
     QuantizerOutput,
     binary_entropy,

@@ -329,6 +329,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         given: dict[str, torch.LongTensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
+        with_unconditional: bool = False,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> VQDiTOutput | Transformer2DModelOutput | tuple:
@@ -343,6 +344,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             prefix: what [`encode_prefix`] made of them, in place of `given`; without segments, what
                 [`encode_caption`] made of a caption, in place of `encoder_hidden_states`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
+            with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
+                pass: the logits then have twice the rows, first those with it.
             encoder_hidden_states, encoder_attention_mask: for ``segments=None`` only: see [`encode_caption`].
 
         Returns:
@@ -352,8 +355,10 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            if given is not None or masked is not None:
-                raise ValueError("given and masked need a model with segments; this one has segments=None")
+            if given is not None or masked is not None or with_unconditional:
+                raise ValueError(
+                    "given, masked and with_unconditional need a model with segments; this one has segments=None"
+                )
             if encoder_hidden_states is not None:
                 if prefix is not None:
                     raise ValueError("give encoder_hidden_states or prefix, not both")
@@ -377,12 +382,18 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             prefix = self.encode_prefix(given)
         if prefix is not None and (both := set(codes) & set(prefix.names)):
             raise ValueError(f"the segments {sorted(both)} are given and generated at once")
+        if with_unconditional and prefix is None:
+            raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
 
         # 2. Generated segments
         hidden, lengths = self._embed(codes)  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
         conditioning = self._conditioning(codes, generated=True, timestep=timestep)
+        if with_unconditional:
+            hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
+            conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
+            masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
             hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory)

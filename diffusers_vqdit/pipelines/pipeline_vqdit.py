@@ -277,18 +277,21 @@ class VQDiTPipeline(
         Raises:
             ValueError: if they are not finite.
         """
-        logits = self.transformer(codes, timestep=timesteps, prefix=prefix).sample
-        if (scale == 1.0).all():
+        guided = bool((scale != 1.0).any())
+        logits = self.transformer(
+            codes, timestep=timesteps, prefix=prefix, with_unconditional=guided
+        ).sample  # (B, N, K), or (2B, N, K) with and without what is given
+        if not guided:
             for value in logits.values():
                 check_logits(value)
             return logits
-        free = self.transformer(codes, timestep=timesteps).sample
         # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-        weight = {name: scale.to(value)[:, None, None] for name, value in free.items()}
-        guided = {name: torch.lerp(free[name], logits[name], weight[name]) for name in logits}
-        for name, value in guided.items():
-            check_logits(value, (free[name], logits[name]), guidance_scale)
-        return guided
+        combined = {}
+        for name, value in logits.items():
+            own, free = value.chunk(2)
+            combined[name] = torch.lerp(free, own, scale.to(value)[:, None, None])
+            check_logits(combined[name], (free, own), guidance_scale)
+        return combined
 
     def _first(self, segments: dict[str, Any], modality: str) -> Any:
         return next((value for name, value in segments.items() if self._modality(name) == modality), None)

@@ -29,9 +29,41 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
     return torch.rand(shape, generator=generator, device=source, dtype=torch.float64).to(device)
 
 
-def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, and their
-    log-probabilities.
+def draw_masked(
+    logits: torch.Tensor, masked: torch.BoolTensor, noise: torch.Tensor, temperature: float, *, entropy: bool = False
+) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
+    """[`draw`] at the M masked positions, in row-major order, and on request the [`entropies`] there.
+
+    On CPUs a few positions at a time, where they are many: what is gathered then stays in the cache.
+
+    Args:
+        logits: (B, N, K).
+        masked: (B, N).
+        noise: (B, N) float64, uniform in [0, 1).
+        temperature: 0 takes the largest logit.
+        entropy: whether to return entropies.
+
+    Returns:
+        codes (M,) int64, (M,) float64 log-probabilities, and (M,) float64 entropies or None.
+    """
+    size, noise = logits.shape[-1], noise[masked]
+    at_once = max(1, len(noise))
+    if logits.device.type == "cpu" and len(noise) * size > 2**20:
+        at_once = max(1, 2**18 // size)
+    rows, positions = masked.nonzero(as_tuple=True)
+    parts = []
+    for row, position, part in zip(*(x.split(at_once) for x in (rows, positions, noise)), strict=True):
+        codes, log_probabilities, probabilities = draw(logits[row, position], part, temperature)
+        parts.append((codes, log_probabilities, entropies(probabilities) if entropy else None))
+    codes, log_probabilities, found = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(log_probabilities), torch.cat(found) if entropy else None
+
+
+def draw(
+    logits: torch.Tensor, noise: torch.Tensor, temperature: float
+) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor]:
+    """Codes (M,) from softmax(logits / temperature) by the inverse of the distribution function, their
+    log-probabilities, and the distribution.
 
     The inverse is looked up first among blocks of about sqrt(K) codes, then within one: only its codes are summed in
     float64.
@@ -42,7 +74,8 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
         temperature: 0 takes the largest logit.
 
     Returns:
-        codes (M,) int64, and (M,) float64 log-probabilities at the temperature given (at 1 where that is 0).
+        codes (M,) int64, (M,) float64 log-probabilities, and (M, K) float32 probabilities, at the temperature given
+        (at 1 where that is 0).
     """
     logits = logits.float()
     probabilities = torch.softmax(logits / temperature if temperature not in (0, 1) else logits, dim=-1)  # (M, K)
@@ -61,13 +94,11 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
         # The two sums of a block differ by rounding: never look beyond the last code that is possible.
         rest = (target - before).minimum(within[:, -1:] * (1 - 2**-53))
         codes = (block * width + torch.searchsorted(within, rest, right=True))[:, 0].clamp_max(size - 1)
-    return codes, probabilities.gather(1, codes[:, None])[:, 0].double().log()
+    return codes, probabilities.gather(1, codes[:, None])[:, 0].double().log(), probabilities
 
 
-def entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropies (M,) in nats of softmax(logits / temperature), logits (M, K); float64. At temperature 1 where 0 is
-    given: a distribution on one code would say nothing of how sure the model is."""
-    probabilities = torch.softmax(logits.float() / (temperature or 1.0), dim=-1)
+def entropies(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropies (M,) in nats of distributions (M, K); float64."""
     return torch.special.entr(probabilities).sum(-1, dtype=torch.float64)
 
 

@@ -12,8 +12,7 @@ from ..hub.checkpoint_mixin import ComponentCheckpointMixin
 from ..utils.checks import check_choice, check_integer, check_integers, check_number, shown
 from .samplers import (
     Generators,
-    draw,
-    entropies,
+    draw_masked,
     halton_order,
     highest,
     next_reveals,
@@ -39,12 +38,6 @@ def check_temperature(name: str, value: float) -> float:
 def check_tensor(name: str, value: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {shown(value)}")
-
-
-def check_model_output(logits: torch.Tensor) -> None:
-    """Raise a ValueError for logits (M, K) that are no distributions. Minus infinity forbids a code, but not all."""
-    if logits.numel() and not logits.amax(-1).isfinite().all():
-        raise ValueError("model_output is not finite: it has NaN, infinity or no possible code where codes are masked")
 
 
 @dataclass
@@ -385,9 +378,14 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         masked = sample == mask_token_id  # (B, N)
         code_noise = uniform(sample.shape, generator, sample.device)
         reveal_noise = uniform(sample.shape, generator, sample.device)
-        logits = model_output[masked]  # (M, K)
-        check_model_output(logits)
-        codes, log_probabilities = draw(logits, code_noise[masked], temperature)
+        by_entropy = self.config.sampler == "entropy_bound"
+        codes, log_probabilities, entropies = draw_masked(
+            model_output, masked, code_noise, temperature, entropy=by_entropy and revealed is None
+        )
+        if log_probabilities.isnan().any():
+            raise ValueError(
+                "model_output is not finite: it has NaN, infinity or no possible code where codes are masked"
+            )
         original = sample.masked_scatter(masked, codes)
 
         # 2. Choose those to reveal
@@ -398,9 +396,10 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             # (Wang et al. 2025; with sigma = 0 Sahoo et al. 2024).
             sigma = self._remask_probability(ratio, next_ratio)
             revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
-        elif self.config.sampler == "entropy_bound":
+        elif by_entropy:
+            # At temperature 0 the entropies are those at 1: of one code they would not say how sure the model is.
             entropy = torch.full(sample.shape, math.inf, dtype=torch.float64, device=sample.device)
-            entropy[masked] = entropies(logits, temperature)
+            entropy[masked] = entropies
             revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked
         else:
             score = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)

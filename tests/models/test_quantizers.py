@@ -4,34 +4,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from diffusers_vqdit.models.quantizers import VectorQuantizer, assignment_entropy, nearest_codes, rotate_to
+from diffusers_vqdit.models.quantizers import VectorQuantizer, assignment_entropy, rotate_to
 from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
 from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
-
-
-def test_search_equals_brute_force():
-    z, codebook = torch.randn(500, 6), torch.randn(70, 6)
-    assert torch.equal(nearest_codes(z, codebook), torch.cdist(z.double(), codebook.double()).argmin(1))
-
-
-def test_search_in_parts_equals_search_at_once(monkeypatch):
-    z, codebook = torch.randn(100, 6), torch.randn(70, 6)
-    expected = nearest_codes(z, codebook)
-    monkeypatch.setattr("diffusers_vqdit.models.quantizers.SEARCH_ELEMENTS", 7 * 70)
-    assert torch.equal(nearest_codes(z, codebook), expected)
-
-
-def test_ties_go_to_the_lowest_index():
-    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert nearest_codes(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]), codebook).tolist() == [0, 1, 0]
-
-
-def test_search_of_bfloat16_runs_in_float32():
-    z, codebook = torch.randn(300, 8).bfloat16(), torch.randn(256, 8)
-    expected = torch.cdist(z.double(), codebook.double()).argmin(1)
-    assert torch.equal(nearest_codes(z, codebook), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(nearest_codes(z.float(), codebook), expected)
 
 
 def test_loss_and_gradients_equal_autograd_on_the_formula():

@@ -121,6 +121,27 @@ def test_generated_codes_see_what_is_given(codes):
     torch.testing.assert_close(before[1:], after[1:])
 
 
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("generated", [["image"], ["image", "label"]])
+def test_one_pass_with_and_without_what_is_given_equals_two(codes, generated, timed):
+    model = make(time_conditioned=timed)
+    timestep = torch.tensor([1.0, 0.5, 0.2]) if timed else None
+    masked = {name: torch.rand(codes[name].flatten(1).shape) < 0.7 for name in generated}
+    sides = {name: codes[name] for name in generated}
+    prefix = model.encode_prefix({"text": codes["text"]})
+    for where in (None, masked):
+        own = model(sides, timestep=timestep, prefix=prefix, masked=where).sample
+        free = model(sides, timestep=timestep, masked=where).sample
+        both = model(sides, timestep=timestep, prefix=prefix, masked=where, with_unconditional=True).sample
+        for name in generated:
+            torch.testing.assert_close(both[name], torch.cat([own[name], free[name]]), atol=1e-5, rtol=1e-5)
+    given = model(sides, timestep=timestep, given={"text": codes["text"]}, with_unconditional=True).sample
+    whole = model(sides, timestep=timestep, prefix=prefix, with_unconditional=True).sample
+    assert all(torch.equal(given[name], whole[name]) for name in generated)
+    with pytest.raises(ValueError, match="with_unconditional"):
+        model(sides, timestep=timestep, with_unconditional=True)
+
+
 def test_the_order_of_a_dict_has_no_meaning(codes):
     model = make()
     one = model({"image": codes["image"], "label": codes["label"]}, given={"text": codes["text"]}).sample

@@ -78,7 +78,7 @@ def test_guidance_one_is_none_exactly_and_one_call_a_step(pipeline, calls, optio
     arguments = {"generator": generators(4), "output_type": "latent", "num_inference_steps": 5}
     pipeline.scheduler = MaskedDiffusionScheduler(guidance_schedule=schedule, **options)
     one = pipeline("a red apple", guidance_scale=1.0, **arguments).images
-    assert len(calls) <= 5 and all(call.get("prefix") is not None for call in calls)
+    assert len(calls) <= 5 and not any(call["with_unconditional"] for call in calls)
     # A checkpoint that doesn't know the unconditional task can't be guided at all.
     pipeline.transformer.register_to_config(tasks=["text->image"])
     arguments["generator"] = generators(4)
@@ -96,7 +96,7 @@ def test_the_guidance_schedule_goes_by_the_share_of_masks_of_each_row(pipeline, 
     latents[1, :2] = 7
     prompts = ["a red apple", "a blue box"]
     pipeline(prompts, guidance_scale=3.0, num_inference_steps=4, latents=latents)
-    assert len(calls) == 8
+    assert len(calls) == 4 and all(call["with_unconditional"] for call in calls)
     given = {"text": pipeline.encode_prompt(prompts)}
     for index, (logits, sample) in enumerate(seen):
         codes = {"image": sample.view(2, 4, 4)}
@@ -108,7 +108,8 @@ def test_the_guidance_schedule_goes_by_the_share_of_masks_of_each_row(pipeline, 
         torch.testing.assert_close(logits, free + scale * (conditional - free), rtol=1e-4, atol=1e-4)
     calls.clear()
     pipeline("a red apple", guidance_scale=3.0, num_inference_steps=4)
-    assert len(calls) == 7  # all masked, the scale is 1: the first step needs no unconditional half
+    # All masked, the scale is 1: the first step needs no unconditional half.
+    assert [call["with_unconditional"] for call in calls] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "entropy_bound", "halton"])

@@ -78,8 +78,8 @@ def test_the_prefix_is_computed_once_and_guidance_one_is_one_call_a_step(pipelin
     pipeline("a red apple", num_inference_steps=5, guidance_scale=1.0)
     assert (len(forward), len(prefix)) == (5, 1)
     pipeline("a red apple", num_inference_steps=5, guidance_scale=2.0)
-    assert (len(forward), len(prefix)) == (15, 2)
-    assert sum(call.get("prefix") is None for call in forward) == 5  # the unconditional halves
+    assert (len(forward), len(prefix)) == (10, 2)
+    assert sum(call["with_unconditional"] for call in forward) == 5  # both halves of guidance in one pass
 
 
 def test_guidance_follows_the_formula(pipeline, monkeypatch):

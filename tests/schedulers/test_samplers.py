@@ -6,6 +6,7 @@ import torch
 
 from diffusers_vqdit.schedulers.samplers import (
     draw,
+    draw_masked,
     entropies,
     halton_order,
     highest,
@@ -18,7 +19,7 @@ def test_codes_are_drawn_from_the_softmax():
     logits = torch.randn(6)
     noise = torch.rand(60_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for temperature in (0.5, 1.0, 2.0):
-        codes, log_probabilities = draw(logits.expand(60_000, 6), noise, temperature)
+        codes, log_probabilities, _ = draw(logits.expand(60_000, 6), noise, temperature)
         expected = torch.softmax(logits.double() / temperature, 0)
         torch.testing.assert_close(torch.bincount(codes, minlength=6) / 60_000.0, expected.float(), atol=0.01, rtol=0)
         torch.testing.assert_close(log_probabilities, expected.log()[codes], rtol=1e-5, atol=1e-5)
@@ -32,7 +33,7 @@ def test_impossible_codes_are_never_drawn():
     # The last of many numbers, where sums in two orders differ in their last digits
     logits = torch.randn(2000, 100)
     logits[:, 90:] = -math.inf
-    codes, _ = draw(logits, torch.full((2000,), 1 - 2**-53, dtype=torch.float64), 1.0)
+    codes, _, _ = draw(logits, torch.full((2000,), 1 - 2**-53, dtype=torch.float64), 1.0)
     assert (codes == 89).all()
 
 
@@ -44,7 +45,7 @@ def test_codes_are_those_of_the_whole_distribution_function(size):
     noise[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cumulative / cumulative[:, -1:], noise[:, None], right=True)[:, 0]
-    codes, log_probabilities = draw(logits, noise, 1.0)
+    codes, log_probabilities, _ = draw(logits, noise, 1.0)
     assert torch.isfinite(log_probabilities).all()
     # Single precision moves a boundary between two codes by 1e-7 at most.
     assert (codes != expected).sum() <= 1
@@ -55,11 +56,34 @@ def test_entropies_have_the_closed_forms():
     logits = torch.stack([torch.zeros(4), certain, torch.tensor([0.0, math.log(3.0), -math.inf, -math.inf])])
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     expected = torch.tensor([math.log(4), 0.0, quarter], dtype=torch.float64)
-    torch.testing.assert_close(entropies(logits, 1.0), expected, atol=1e-6, rtol=1e-6)
-    assert entropies(logits, 1.0)[1] == 0
-    torch.testing.assert_close(entropies(logits, 0.0), expected, atol=1e-6, rtol=1e-6)
-    tenth = -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))  # odds of 3 squared
-    assert entropies(logits, 0.5)[2].item() == pytest.approx(tenth, abs=1e-6)
+    torch.testing.assert_close(entropies(logits.softmax(-1)), expected, atol=1e-6, rtol=1e-6)
+    assert entropies(logits.softmax(-1))[1] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_entropies_are_those_at_the_temperature_and_at_1_where_that_is_0(temperature):
+    logits = torch.tensor([[[0.0, math.log(3.0), -math.inf]]])
+    share = 3 ** (1 / (temperature or 1.0)) / (1 + 3 ** (1 / (temperature or 1.0)))
+    masked, noise = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.float64)
+    found = draw_masked(logits, masked, noise, temperature, entropy=True)[2]
+    assert found.item() == pytest.approx(-(share * math.log(share) + (1 - share) * math.log(1 - share)), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("size", [1000, 8192, 2**19])
+def test_draws_in_parts_are_bit_for_bit_those_at_once(temperature, size):
+    positions = 2**21 // size
+    logits = torch.randn(2, positions, size).round(decimals=1)  # with ties
+    masked = torch.rand(2, positions) < 0.8
+    masked[0] = True
+    noise = torch.rand(2, positions, dtype=torch.float64)
+    codes, log_probabilities, probabilities = draw(logits[masked], noise[masked], temperature)
+    expected = codes, log_probabilities, entropies(probabilities)
+    found = draw_masked(logits, masked, noise, temperature, entropy=True)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert draw_masked(logits, masked, noise, temperature)[2] is None
+    none = draw_masked(logits, torch.zeros_like(masked), noise, temperature)
+    assert len(none[0]) == len(none[1]) == 0
 
 
 def test_the_next_reveal_has_the_law_of_one_step_after_another():

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Side by side with what a user would pick instead: all benchmarks of this folder that take turns, or some.
+
+    python -m benchmarks
+    python -m benchmarks nearest_code scheduler_step --rounds 9 --output_dir outputs/benchmarks
+
+Prints Markdown tables and writes them and their numbers to ``benchmarks.md`` and ``benchmarks.json``. Ratios are of
+CPU time on CPUs; on a GPU read the wall time. Takes about ten minutes on one idle CPU core.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+from pathlib import Path
+
+import diffusers
+import torch
+
+from .common import table
+
+
+BENCHMARKS = ("nearest_code", "scheduler_step", "vq_forward", "text_to_image", "training_step", "gallery")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks.")
+    parser.add_argument("names", nargs="*", help=f"Of {', '.join(BENCHMARKS)}; by default all.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="Of PyTorch on CPUs.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args(input_args)
+    if unknown := sorted(set(args.names) - set(BENCHMARKS)):
+        parser.error(f"unknown {unknown}; there are {', '.join(BENCHMARKS)}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor()
+    heading = (
+        f"{machine or platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}"
+    )
+    print(heading, end="\n\n")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found, tables = {}, [heading + "\n"]
+    for name in args.names or BENCHMARKS:
+        torch.manual_seed(0)
+        found[name] = []
+        with torch.no_grad():
+            for case in importlib.import_module(f".{name}", __package__).measure(args.rounds, args.device):
+                found[name].append(case)
+                tables.append(table(case))
+                print(tables[-1], flush=True)
+        (args.output_dir / "benchmarks.json").write_text(json.dumps({"machine": heading, **found}, indent=1))
+        (args.output_dir / "benchmarks.md").write_text("\n".join(tables))
+
+
+if __name__ == "__main__":
+    main(parse_args())
