@@ -176,5 +176,5 @@ def test_codes_are_in_range_whatever_the_logits_are(value):
         logits[:20] = value
         noise = torch.rand(200, generator=generator, dtype=torch.float64)
         for temperature in (0, 1e-6, 1.0, 1e6):
-            codes, _ = draw(logits, noise, temperature)
+            codes, _, _ = draw(logits, noise, temperature)
             assert codes.min() >= 0 and codes.max() < size
