@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 
 from diffusers_vqdit import retrieval
-from diffusers_vqdit.retrieval import GalleryIndex
+from diffusers_vqdit.likelihood.retrieval import GalleryIndex
 
 from .common import compare
 

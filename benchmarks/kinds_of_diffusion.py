@@ -40,7 +40,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import VQDiTLatentPipeline
-from diffusers_vqdit.latents import downsample_factor
+from diffusers_vqdit.models.vae_latents import downsample_factor
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 

@@ -23,11 +23,12 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.code_dataset import INDEX_FILE, CodeDataset, encode_dataset
-from diffusers_vqdit.likelihood import negative_elbo, stratified_masks
-from diffusers_vqdit.masked_training import masked_diffusion_loss
+from diffusers_vqdit.likelihood.bounds import negative_elbo, stratified_masks
 from diffusers_vqdit.tasks import Task
-from diffusers_vqdit.training_utils import load_training_dataset, step_generator
+from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset, encode_dataset
+from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.draws import step_generator
+from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
 
 
 ROOT = Path(__file__).resolve().parent.parent

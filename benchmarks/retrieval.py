@@ -19,9 +19,9 @@ import time
 import torch
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.code_dataset import encode_texts
-from diffusers_vqdit.retrieval import build_index, retrieve
-from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.likelihood.retrieval import build_index, retrieve
+from diffusers_vqdit.training.codes import encode_texts
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
 
 

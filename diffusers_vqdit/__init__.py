@@ -18,18 +18,18 @@ _import_structure = {
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
     "pipelines.pipeline_vqdit_latent": ["VQDiTLatentPipeline"],
-    "retrieval": ["GalleryIndex"],
+    "likelihood.retrieval": ["GalleryIndex"],
     "schedulers.scheduling_masked_diffusion": ["MaskedDiffusionScheduler"],
     "tasks": ["Task", "parse_tasks"],
 }
 
 if TYPE_CHECKING:
+    from .likelihood.retrieval import GalleryIndex
     from .models.image_vq import ImageVQModel
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput
     from .pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
-    from .retrieval import GalleryIndex
     from .schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
     from .tasks import Task, parse_tasks
 else:
@@ -39,9 +39,8 @@ else:
 
 # DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so
 # the names are entered in its table and nothing is imported until one is asked for.
-_components = [
-    name for module, names in _import_structure.items() if module not in ("tasks", "retrieval") for name in names
-]
+_not_components = ("tasks", "likelihood.retrieval")
+_components = [name for module, names in _import_structure.items() if module not in _not_components for name in names]
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]
     diffusers._class_to_module.update({name: "vqdit" for name in _components})

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
-from .provenance import save_generated
 from .utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from .utils.provenance import save_generated
 
 
 STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.code_dataset import encode_texts
-from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.training.codes import encode_texts
+from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.likelihood import negative_elbo
-from diffusers_vqdit.retrieval import _vectors, all_masked, at_codes, build_index, retrieve
+from diffusers_vqdit.likelihood.bounds import negative_elbo
+from diffusers_vqdit.likelihood.retrieval import _vectors, all_masked, at_codes, build_index, retrieve
 from diffusers_vqdit.tasks import Task
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import TextVQModel, VQDiTPipeline, __main__
-from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.training.data import load_training_dataset
 
 
 @pytest.fixture(scope="module")

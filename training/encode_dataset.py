@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset
+from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.arguments import (

@@ -30,10 +30,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel, Task, VQDiTPipeline
-from diffusers_vqdit.code_dataset import encode_texts
-from diffusers_vqdit.image_utils import lower_resolution, resize
-from diffusers_vqdit.training_utils import code_usage, decode_images, load_training_dataset, psnr, ssim, to_pixels
+from diffusers_vqdit.training.codes import encode_texts
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.training.metrics import code_usage, psnr, ssim
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from diffusers_vqdit.utils.images import lower_resolution, resize
 
 
 COLUMNS = ["text", "text_zh", "keywords", "label", "emoji", "held_out"]

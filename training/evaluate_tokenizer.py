@@ -16,11 +16,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.frechet_distance import inception_features
-from diffusers_vqdit.image_losses import BackboneFeatures
-from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.frechet_distance import inception_features
+from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
-from diffusers_vqdit.training_utils import decode_images, load_training_dataset
+from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
 
 

@@ -37,9 +37,19 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
-from diffusers_vqdit.image_losses import (
+from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
+from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.data import (
+    choose_validation_split,
+    decode_images,
+    load_splits,
+    shuffled_batches,
+    take_split,
+    to_pixels,
+)
+from diffusers_vqdit.training.files import save_pretrained_atomically
+from diffusers_vqdit.training.image_losses import (
     ADVERSARIAL_LOSSES,
     BackboneFeatures,
     LeCam,
@@ -49,25 +59,13 @@ from diffusers_vqdit.image_losses import (
     discriminator_loss,
     generator_loss,
 )
-from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
-from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.metrics import code_usage, psnr
+from diffusers_vqdit.training.model_card import Measure
+from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training_utils import (
-    averaged_weights,
-    code_usage,
-    decode_images,
-    parameter_groups,
-    psnr,
-    shuffled_batches,
-    to_pixels,
-    tracker_config,
-    unwrap,
-)
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,

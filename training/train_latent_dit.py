@@ -39,40 +39,33 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_vqdit import TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.hub.model_card import Measure, published_name
-from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
-from diffusers_vqdit.latent_training import (
+from diffusers_vqdit.models.vae_latents import downsample_factor, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.arguments import (
+    add_keeping_arguments,
+    add_training_arguments,
+    add_transformer_arguments,
+    tracker_config,
+)
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
+from diffusers_vqdit.training.draws import row_generators
+from diffusers_vqdit.training.files import save_pretrained_atomically
+from diffusers_vqdit.training.latent_files import latents_identity, load_latents, save_latents
+from diffusers_vqdit.training.latent_loss import (
     AlignmentProjector,
     alignment_loss,
     drawn_to_drop,
     latent_diffusion_loss,
     patch_features,
 )
-from diffusers_vqdit.latents import downsample_factor, latent_statistics, measure_latents, raw_latents
-from diffusers_vqdit.schedulers.samplers import uniform
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
-from diffusers_vqdit.training.files import save_pretrained_atomically
-from diffusers_vqdit.training.latent_files import latents_identity, load_latents, save_latents
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.model_card import Measure, published_name
+from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
-from diffusers_vqdit.training_arguments import (
-    add_keeping_arguments,
-    add_training_arguments,
-    add_transformer_arguments,
-)
-from diffusers_vqdit.training_utils import (
-    averaged_weights,
-    decode_images,
-    load_training_dataset,
-    parameter_groups,
-    row_generators,
-    shuffled_batches,
-    to_pixels,
-    tracker_config,
-    unwrap,
-)
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,

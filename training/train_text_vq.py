@@ -26,25 +26,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
-from diffusers_vqdit.hub.model_card import Measure
-from diffusers_vqdit.hub.training_run import publish_run, publishes_checkpoints
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
-from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
+from diffusers_vqdit.training.data import choose_validation_split, load_splits, shuffled_batches, take_split
+from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.model_card import Measure
+from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due, training_run
 from diffusers_vqdit.training.tokenizers import load_text_vq
-from diffusers_vqdit.training_arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training_utils import (
-    averaged_weights,
-    parameter_groups,
-    row_generators,
-    shuffled_batches,
-    tracker_config,
-    unwrap,
-)
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
 

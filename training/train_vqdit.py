@@ -34,13 +34,20 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.code_dataset import RESERVED, CodeDataset, encode_dataset
-from diffusers_vqdit.hub.model_card import Measure, published_name
-from diffusers_vqdit.hub.training_run import draw_gallery, publish_run, publishes_checkpoints
-from diffusers_vqdit.masked_training import draw_task, masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training.arguments import (
+    add_keeping_arguments,
+    add_patch_argument,
+    add_training_arguments,
+    add_transformer_arguments,
+    tracker_config,
+    with_patches,
+)
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.codes import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.training.columns import encode_labels
+from diffusers_vqdit.training.data import load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.files import (
     full_disk_named,
     move_into_place,
@@ -48,26 +55,12 @@ from diffusers_vqdit.training.files import (
     scratch_folder,
 )
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
+from diffusers_vqdit.training.model_card import Measure, published_name
+from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, set_dropout, unwrap
+from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
-from diffusers_vqdit.training_arguments import (
-    add_keeping_arguments,
-    add_patch_argument,
-    add_training_arguments,
-    add_transformer_arguments,
-    with_patches,
-)
-from diffusers_vqdit.training_utils import (
-    averaged_weights,
-    load_training_dataset,
-    parameter_groups,
-    row_generators,
-    set_dropout,
-    shuffled_batches,
-    step_generator,
-    tracker_config,
-    unwrap,
-)
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,

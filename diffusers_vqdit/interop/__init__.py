@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import amused, ibq, llamagen, maskgit_vqgan, movq, open_muse, taming
+from ..interop import amused, ibq, llamagen, maskgit_vqgan, movq, open_muse, taming
 from .checkpoint import read_checkpoint, read_config, state_dicts
 
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from . import taming
+from ..interop import taming
 
 
 def to_taming(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

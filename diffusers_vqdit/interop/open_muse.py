@@ -2,7 +2,7 @@
 
 import torch
 
-from . import taming
+from ..interop import taming
 
 
 def convert(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, Encoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
@@ -83,7 +83,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         ema_decay: decay of the codebook's moving averages.
         restart_threshold: share of uniform use below which a code is restarted; 0 for never.
         latents_mean, latents_std: statistics of the latents' channels on the training set, for Gaussian diffusion
-            ([`~latents.measure_latents`]); None where only ``scaling_factor`` counts, as in `VQModel`.
+            ([`~models.vae_latents.measure_latents`]); None where only ``scaling_factor`` counts, as in `VQModel`.
         gradient_estimator: ``"straight_through"`` or ``"rotation"`` (the rotation trick).
         entropy_weight, entropy_temperature: of the entropy loss.
         fsq_levels: levels of each of FSQ's channels. `vq_embed_dim` must be their number, and `num_vq_embeddings`

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .config_checks import check_text_vq
 from .outputs import CastableOutput
 from .quantizers import VectorQuantizer

@@ -14,7 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..hub.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin

@@ -8,7 +8,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 
-from ..image_utils import (
+from ..utils.checks import shown
+from ..utils.images import (
     back_project,
     cut_out,
     fill_with_surroundings,
@@ -22,7 +23,6 @@ from ..image_utils import (
     split_tiles,
     touched_patches,
 )
-from ..utils.checks import shown
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import check_labels
 

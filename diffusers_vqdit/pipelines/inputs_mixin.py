@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from ..image_utils import own_size, read_images, read_mask
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
+from ..utils.images import own_size, read_images, read_mask
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_call, check_labels
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..image_utils import own_size, read_images, read_mask
-from ..latents import downsample_factor
+from ..models.vae_latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
+from ..utils.images import own_size, read_images, read_mask
 from ..utils.texts import check_texts
 from .check_inputs import MAX_SIDE, check_batch, check_call, check_labels, check_latents
 

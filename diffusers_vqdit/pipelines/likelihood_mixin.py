@@ -7,8 +7,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
-from ..likelihood import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
-from ..retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
+from ..likelihood.bounds import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
+from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
@@ -49,7 +49,7 @@ class LikelihoodMixin:
         """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
 
         All candidates share the masks, so that their differences are known better than each bound
-        ([`~likelihood.negative_elbo`]). One on either side stands for all, as in the pictures of one prompt.
+        ([`~likelihood.bounds.negative_elbo`]). One on either side stands for all, as in the pictures of one prompt.
 
         Args:
             task: the arrow, such as ``"text->image"``.
@@ -59,7 +59,7 @@ class LikelihoodMixin:
             generator: draws the masks, on the CPU; the same seed gives the same masks.
 
         Returns:
-            [`~likelihood.LikelihoodOutput`]: ``nll`` and ``standard_error`` in nats, ``bits_per_code``.
+            [`~likelihood.bounds.LikelihoodOutput`]: ``nll`` and ``standard_error`` in nats, ``bits_per_code``.
 
         Raises:
             ValueError: if what is passed is not what the task has, or for an argument that doesn't fit.
@@ -207,7 +207,7 @@ class LikelihoodMixin:
             batch_size: items a forward pass.
 
         Returns:
-            [`~retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
+            [`~likelihood.retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
 
         Raises:
             ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.
@@ -251,7 +251,7 @@ class LikelihoodMixin:
             batch_size: queries or candidates a forward pass.
 
         Returns:
-            [`~retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
+            [`~likelihood.retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
 
         Raises:
             ValueError: for an index of another model, or an argument that doesn't fit.

@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, convert_unet_state_dict_to_peft
 
-from ..hub.checkpoint_mixin import CheckpointMixin, check_saveable
-from ..hub.remote_code import save_remote_code
+from ..utils.checkpoint_mixin import CheckpointMixin, check_saveable
 from ..utils.checks import shown
+from ..utils.remote_code import save_remote_code
 from ..utils.weight_files import replacing_weights
 
 

@@ -16,14 +16,14 @@ from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
-from ..image_utils import RESIZE_MODES
-from ..likelihood import check_logits, code_log_probabilities
+from ..likelihood.bounds import check_logits, code_log_probabilities
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice
+from ..utils.images import RESIZE_MODES
 from .check_inputs import callback_inputs
 from .codes_mixin import CodesMixin, PictureSource
 from .inputs_mixin import Codes, InputsMixin
@@ -360,7 +360,7 @@ class VQDiTPipeline(
             mask_image: one mask or one a picture, white where to repaint. The codes that white pixels change are
                 generated; black pixels come out as they went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
-                ([`~likelihood.code_log_probabilities`]).
+                ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.

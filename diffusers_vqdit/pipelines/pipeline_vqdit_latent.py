@@ -14,19 +14,19 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..image_utils import (
+from ..models.image_vq import ImageVQModel
+from ..models.layers import VQDiTPrefix
+from ..models.text_vq import TextVQModel
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..models.vae_latents import decode_latents, downsample_factor, encode_latents
+from ..utils.checks import check_choice, shown
+from ..utils.images import (
     RESIZE_MODES,
     cut_out,
     fill_with_surroundings,
     resize_pixels,
     touched_patches,
 )
-from ..latents import decode_latents, downsample_factor, encode_latents
-from ..models.image_vq import ImageVQModel
-from ..models.layers import VQDiTPrefix
-from ..models.text_vq import TextVQModel
-from ..models.transformer_vqdit import VQDiTTransformer2DModel
-from ..utils.checks import check_choice, shown
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import callback_inputs, check_labels, check_prediction
 from .latent_inputs_mixin import LatentInputsMixin

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from ..hub.checkpoint_mixin import ComponentCheckpointMixin
+from ..utils.checkpoint_mixin import ComponentCheckpointMixin
 from ..utils.checks import check_choice, check_integer, check_integers, check_number, shown
 from .samplers import (
     Generators,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..image_utils import resize_image, to_rgb
 from ..utils.checks import shown
+from ..utils.images import resize_image, to_rgb
 from .image_folder import holds_pictures_only, read_image_folder
 
 
@@ -195,7 +195,7 @@ def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> tor
 
     Raises:
         ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
-            read as RGB ([`~image_utils.to_rgb`]).
+            read as RGB ([`~utils.images.to_rgb`]).
     """
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
     if data is None and path is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from diffusers_vqdit.hub.push import push_folder
+from diffusers_vqdit.utils.hub import push_folder
 
 
 CELLS = Path(__file__).parent / "loading_cells.py"

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, VQDiTPipeline
-from diffusers_vqdit.hub.push import push_folder
+from diffusers_vqdit.utils.hub import push_folder
 
 
 PATIENT = {"wait": 0.0, "max_retries": 8}

@@ -8,7 +8,7 @@ import pytest
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.hub.remote_code import save_remote_code, self_contained_source
+from diffusers_vqdit.utils.remote_code import save_remote_code, self_contained_source
 
 
 @pytest.fixture

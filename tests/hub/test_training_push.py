@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
-from diffusers_vqdit.hub.model_card import Measure, shown_command, training_card
-from diffusers_vqdit.hub.training_run import draw_gallery, publish_run
-from diffusers_vqdit.provenance import GENERATED, digital_source_type
-from diffusers_vqdit.training_utils import tracker_config
+from diffusers_vqdit.training.arguments import tracker_config
+from diffusers_vqdit.training.model_card import Measure, shown_command, training_card
+from diffusers_vqdit.training.publish import draw_gallery, publish_run
+from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
 COMMON = "--report_to none --max_train_steps 2 --train_batch_size 4 --checkpointing_steps 1 --push_to_hub"

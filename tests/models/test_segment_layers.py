@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
-from diffusers_vqdit.masked_training import masked_diffusion_loss
 from diffusers_vqdit.models.segment_layers import patchify, unpatchify
+from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
 
 
 IMAGE = {"vocab_size": 30, "shape": [4, 4], "patch": [2, 2]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_vqdit.likelihood import stratified_masks
+from diffusers_vqdit.likelihood.bounds import stratified_masks
 
 
 @pytest.fixture

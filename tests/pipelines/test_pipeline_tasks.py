@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
-from diffusers_vqdit.image_utils import (
+from diffusers_vqdit.utils.images import (
     back_project,
     fill_with_surroundings,
     join_tiles,

@@ -22,7 +22,13 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.latents import decode_latents, encode_latents, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit.models.vae_latents import (
+    decode_latents,
+    encode_latents,
+    latent_statistics,
+    measure_latents,
+    raw_latents,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline
-from diffusers_vqdit.image_utils import fitted_box, resize_image
-from diffusers_vqdit.training_utils import decode_image
+from diffusers_vqdit.training.data import decode_image
+from diffusers_vqdit.utils.images import fitted_box, resize_image
 
 
 def picture(size=(16, 16), seed=0):

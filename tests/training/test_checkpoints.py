@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffusers_vqdit.image_losses import LeCam
 from diffusers_vqdit.training.checkpoints import (
     MANIFEST,
     _write_manifest,
@@ -21,6 +20,7 @@ from diffusers_vqdit.training.checkpoints import (
     set_aside,
 )
 from diffusers_vqdit.training.files import checkpoints
+from diffusers_vqdit.training.image_losses import LeCam
 
 
 class Trained:

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diffusers_vqdit.code_dataset import CodeDataset
 from diffusers_vqdit.training.code_files import write_index, write_shard
+from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.utils.fingerprints import file_sha256
 
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_vqdit import ImageVQModel, TextVQModel
-from diffusers_vqdit.code_dataset import encode_dataset
-from diffusers_vqdit.training_utils import load_training_dataset
+from diffusers_vqdit.training.codes import encode_dataset
+from diffusers_vqdit.training.data import load_training_dataset
 
 
 STEPS = 20

@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import ResNetConfig, ResNetModel
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
-from diffusers_vqdit.code_dataset import CodeDataset
-from diffusers_vqdit.tokenizer_metrics import measure_image_tokenizer
-from diffusers_vqdit.training_utils import decode_images, load_training_dataset, psnr, to_pixels
+from diffusers_vqdit.training.codes import CodeDataset
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.training.metrics import psnr
+from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from diffusers import UniPCMultistepScheduler
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline
-from diffusers_vqdit.latents import encode_latents
-from diffusers_vqdit.training_utils import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.models.vae_latents import encode_latents
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from diffusers_vqdit.training_arguments import add_patch_argument, with_patches
+from diffusers_vqdit.training.arguments import add_patch_argument, with_patches
 
 
 SEGMENTS = {

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from ..utils.redaction import known_secrets, without_paths, without_secrets
+from .redaction import known_secrets, without_paths, without_secrets
 from .remote_code import REMOTE_CODE_FILE
 
 

@@ -9,7 +9,8 @@ from diffusers.training_utils import compute_snr
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_vqdit import VQDiTTransformer2DModel
-from diffusers_vqdit.latent_training import (
+from diffusers_vqdit.training.draws import row_generators
+from diffusers_vqdit.training.latent_loss import (
     alignment_loss,
     at_timesteps,
     diffusion_target,
@@ -21,7 +22,6 @@ from diffusers_vqdit.latent_training import (
     patch_features,
     variance_bound,
 )
-from diffusers_vqdit.training_utils import row_generators
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from diffusers.optimization import SchedulerType
 
-from .hub.training_run import add_publishing_arguments
-from .utils.arguments import (
+from ..utils.arguments import (
     decay,
     non_negative_integer,
     non_negative_number,
@@ -15,6 +14,8 @@ from .utils.arguments import (
     positive_number,
     random_seed,
 )
+from ..utils.redaction import known_secrets, without_secrets
+from .publish import add_publishing_arguments
 
 
 # Without the one that needs rules, which no flag gives.
@@ -139,3 +140,13 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
     group.add_argument("--logging_dir", default="logs")
     add_publishing_arguments(group)
     return group
+
+
+def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
+    """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None.
+
+    Without the Hub's token and other secrets, which others would read in the tracker.
+    """
+    secrets = known_secrets(args.hub_token)
+    kept = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return {n: v if isinstance(v, int | float) else without_secrets(str(v), secrets) for n, v in kept.items()}

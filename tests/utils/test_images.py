@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_vqdit.image_utils import (
+from diffusers_vqdit.training.data import decode_image
+from diffusers_vqdit.utils.images import (
     RESIZE_MODES,
     cut_out,
     fit_images,
@@ -25,7 +26,6 @@ from diffusers_vqdit.image_utils import (
     shift_and_scale,
     to_rgb,
 )
-from diffusers_vqdit.training_utils import decode_image
 
 
 GREY = np.tile(np.arange(0, 250, 10, dtype=np.uint8), (12, 1))  # 12 x 25

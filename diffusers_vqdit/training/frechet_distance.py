@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .utils.distributed import sum_over_processes
+from ..utils.distributed import sum_over_processes
 
 
 class FrechetDistance:
@@ -15,7 +15,7 @@ class FrechetDistance:
 
     Args:
         features: pictures (B, 3, H, W) in [-1, 1] to vectors (B, C): any function, such as
-            [`~image_losses.BackboneFeatures.pooled`].
+            [`~training.image_losses.BackboneFeatures.pooled`].
     """
 
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor]) -> None:

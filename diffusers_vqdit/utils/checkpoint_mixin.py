@@ -12,9 +12,9 @@ import torch.nn as nn
 from diffusers.models.model_loading_utils import load_state_dict
 from huggingface_hub import CommitInfo
 
-from ..utils.checks import check_integer, shown
-from ..utils.weight_files import check_finite, check_weights, replacing_weights, weight_file_of
-from .push import push_folder, saved_files
+from .checks import check_integer, shown
+from .hub import push_folder, saved_files
+from .weight_files import check_finite, check_weights, replacing_weights, weight_file_of
 
 
 # Raised when a checkpoint means something else than before, so that older code would misread it.

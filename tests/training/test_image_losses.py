@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from diffusers_vqdit.image_losses import (
+from diffusers_vqdit.training.image_losses import (
     BackboneFeatures,
     LeCam,
     PatchDiscriminator,

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape, unescape
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .version import __version__
+from ..version import __version__
 
 
 # IPTC NewsCodes, https://cv.iptc.org/newscodes/digitalsourcetype

@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 
-from .schedulers.samplers import Generators, uniform
-from .training_utils import unwrap
+from ..schedulers.samplers import Generators, uniform
+from .optimization import unwrap
 
 
 def at_timesteps(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

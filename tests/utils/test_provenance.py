@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from diffusers_vqdit import __main__
-from diffusers_vqdit.provenance import COMPOSITE, GENERATED, digital_source_type, save_generated
+from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type, save_generated
 
 
 def test_a_saved_picture_carries_where_it_comes_from(tmp_path):

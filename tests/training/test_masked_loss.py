@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, Task
-from diffusers_vqdit.masked_training import draw_task, masked_diffusion_loss, stratified_timesteps
-from diffusers_vqdit.training_utils import row_generators, step_generator
+from diffusers_vqdit.training.draws import row_generators, step_generator
+from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
 
 
 def test_times_are_uniform_and_one_in_each_interval():
@@ -57,10 +57,10 @@ def test_a_batch_in_two_parts_has_the_loss_of_the_whole(transformer, weighting, 
             )
 
     whole, halves = loss(slice(0, 6)), (slice(0, 3), slice(3, 6))
-    monkeypatch.setattr("diffusers_vqdit.masked_training.mean_over_processes", lambda x: counts.append(x) or x)
+    monkeypatch.setattr("diffusers_vqdit.training.masked_loss.mean_over_processes", lambda x: counts.append(x) or x)
     [loss(rows) for rows in halves]
     mean = (counts[0] + counts[1]) / 2
-    monkeypatch.setattr("diffusers_vqdit.masked_training.mean_over_processes", lambda x: mean)
+    monkeypatch.setattr("diffusers_vqdit.training.masked_loss.mean_over_processes", lambda x: mean)
     torch.testing.assert_close((loss(halves[0]) + loss(halves[1])) / 2, whole)
     assert weighting == "nelbo" or counts[0] != counts[1]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_vqdit.frechet_distance import FrechetDistance, frechet_distance
+from diffusers_vqdit.training.frechet_distance import FrechetDistance, frechet_distance
 
 
 def test_frechet_distance_of_known_gaussians():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_vqdit.likelihood import negative_elbo, stratified_masks
+from diffusers_vqdit.likelihood.bounds import negative_elbo, stratified_masks
 
 
 LENGTH, SIZE = 4, 3

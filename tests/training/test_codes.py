@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffusers_vqdit import Task
-from diffusers_vqdit.code_dataset import CodeDataset, encode_dataset, encode_texts
-from diffusers_vqdit.image_utils import lower_resolution
-from diffusers_vqdit.training_utils import decode_image, load_training_dataset
+from diffusers_vqdit.training.codes import CodeDataset, encode_dataset, encode_texts
+from diffusers_vqdit.training.data import decode_image, load_training_dataset
+from diffusers_vqdit.utils.images import lower_resolution
 
 
 MORE = {"text_columns": ["kind"], "image_augmentations": 2, "lowres_factor": 2}

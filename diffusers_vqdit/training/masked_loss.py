@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from .tasks import Task
-from .training_utils import unwrap
-from .utils.distributed import mean_over_processes
+from ..tasks import Task
+from ..utils.distributed import mean_over_processes
+from .optimization import unwrap
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:

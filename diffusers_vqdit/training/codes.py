@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .image_utils import lower_resolution, shift_and_scale
-from .models.image_vq import ImageVQModel
-from .models.text_vq import TextVQModel
-from .schedulers.samplers import Generators, uniform
-from .tasks import Task
-from .training.code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
-from .training.columns import caption_lists, encode_labels, warn_of_cut
-from .training.data import decode_rows, to_pixels
-from .utils.checks import check_integer
-from .utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, tokenizer_fingerprint
-from .utils.texts import tokenize_to_length
+from ..models.image_vq import ImageVQModel
+from ..models.text_vq import TextVQModel
+from ..schedulers.samplers import Generators, uniform
+from ..tasks import Task
+from ..utils.checks import check_integer
+from ..utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, tokenizer_fingerprint
+from ..utils.images import lower_resolution, shift_and_scale
+from ..utils.texts import tokenize_to_length
+from .code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
+from .columns import caption_lists, encode_labels, warn_of_cut
+from .data import decode_rows, to_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def encode_dataset(
     warning.
 
     Args:
-        dataset: rows with an undecoded image column, as [`~training_utils.load_training_dataset`] gives them.
+        dataset: rows with an undecoded image column, as [`~training.data.load_training_dataset`] gives them.
         output_dir: the folder to write. The index is written last, so that an unfinished folder is not read.
         resolution: side of the square pictures given to `image_vq`, in pixels.
         image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
@@ -75,7 +75,7 @@ def encode_dataset(
         labels: the names of the labels in the order of their codes; by default those in the data, in the order of
             [`~training.columns.label_names`].
         image_augmentations: so many copies of each picture, slightly moved and scaled
-            ([`~image_utils.shift_and_scale`]), are used beside it where the picture is given.
+            ([`~utils.images.shift_and_scale`]), are used beside it where the picture is given.
         lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
             again by bicubic interpolation before it is encoded.
         resize_mode: how a picture becomes square: ``"crop"`` or ``"pad"``.

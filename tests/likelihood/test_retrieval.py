@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_vqdit import GalleryIndex, retrieval
-from diffusers_vqdit.retrieval import build_index, directions, retrieve
+from diffusers_vqdit.likelihood.retrieval import build_index, directions, retrieve
 from diffusers_vqdit.tasks import Task
 
 

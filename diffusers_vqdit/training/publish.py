@@ -8,10 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from ..provenance import save_generated
+from ..utils.hub import push_folder, saved_files
+from ..utils.provenance import save_generated
 from ..utils.redaction import known_secrets, without_secrets
 from .model_card import Measure, published_name, training_card
-from .push import push_folder, saved_files
 
 
 _run_logger = logging.get_logger(__name__)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from ..models.image_vq import ImageVQModel
+from ..models.quantizers import perplexity
+from ..utils.distributed import sum_over_processes
+from .data import to_pixels
 from .frechet_distance import FrechetDistance
-from .models.image_vq import ImageVQModel
-from .models.quantizers import perplexity
-from .training_utils import psnr, ssim, to_pixels
-from .utils.distributed import sum_over_processes
+from .metrics import psnr, ssim
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def measure_image_tokenizer(
         model: the tokenizer; it is left in evaluation mode.
         pictures: (N, 3, H, W) uint8, the same on all processes.
         batch_size: of each process.
-        features: of the Frechet distance, see [`~frechet_distance.FrechetDistance`]; without it there is none.
+        features: see [`~training.frechet_distance.FrechetDistance`]; without it no Frechet distance is measured.
         rank, world_size: of this process. Each measures its part, and all return the figures of the whole.
 
     Returns:

@@ -8,19 +8,11 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import VQDiTTransformer2DModel
-from diffusers_vqdit.training_utils import (
-    check_captions,
-    code_usage,
-    decode_image,
-    decode_images,
-    load_training_dataset,
-    parameter_groups,
-    psnr,
-    set_dropout,
-    shuffled_batches,
-    ssim,
-    tracker_config,
-)
+from diffusers_vqdit.training.arguments import tracker_config
+from diffusers_vqdit.training.columns import check_captions
+from diffusers_vqdit.training.data import decode_image, decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.metrics import code_usage, psnr, ssim
+from diffusers_vqdit.training.optimization import parameter_groups, set_dropout
 
 
 def test_an_image_folder_loads_with_captions_and_labels(picture_folder):
@@ -55,7 +47,7 @@ def test_whatever_a_picture_raises_it_is_skipped(picture_folder, caplog, monkeyp
             raise error
         return read(value, *args, **options)
 
-    monkeypatch.setattr("diffusers_vqdit.training_utils.decode_image", broken)
+    monkeypatch.setattr("diffusers_vqdit.training.data.decode_image", broken)
     assert decode_images(dataset, "image", 16)[1] == [0, 1, 3, 5, 6, 7, 8, 9]
     assert "2.png" in caplog.text and type(error).__name__ in caplog.text and "skipped 2 of 10" in caplog.text
 

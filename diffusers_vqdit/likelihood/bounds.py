@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils import BaseOutput
 
-from .models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from .utils.checks import check_integer
+from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
+from ..utils.checks import check_integer
 
 
 MAX_MASKS = 65_536

@@ -26,11 +26,11 @@ from diffusers.utils import BaseOutput
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .likelihood import check_logits
-from .models.transformer_vqdit import VQDiTTransformer2DModel
-from .tasks import Task, check_task
-from .utils.checks import check_integer, shown
-from .utils.weight_files import check_finite
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..tasks import Task, check_task
+from ..utils.checks import check_integer, shown
+from ..utils.weight_files import check_finite
+from .bounds import check_logits
 
 
 NUM_FEATURES = 256

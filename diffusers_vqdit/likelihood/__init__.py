@@ -1,0 +1,1 @@
+"""What a model of likelihoods tells besides drawing: bounds, and galleries to search."""
