@@ -1,7 +1,6 @@
 """What the pipelines of this package have in common."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,5 +110,4 @@ class PluginPipelineMixin(CheckpointMixin):
                 use_flashpack=kwargs.pop("use_flashpack", False),
             )
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **kwargs)
+            self._push_saved(save_directory, **kwargs)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 from diffusers.models.model_loading_utils import load_state_dict
-from huggingface_hub import CommitInfo
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import CommitInfo, create_repo
 
 from .checks import check_integer, shown
 from .hub import push_folder, saved_files
@@ -104,6 +105,22 @@ class CheckpointMixin:
             path_in_repo=subfolder,
             files=saved_files(self, working_dir),
         )
+
+    def _push_saved(
+        self,
+        folder: str | os.PathLike,
+        repo_id: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Publish what was just saved in a folder, and a card: diffusers' ``save_pretrained(push_to_hub=True)``."""
+        name = repo_id or Path(folder).resolve().name
+        repo_id = create_repo(name, exist_ok=True, private=private, token=token).repo_id
+        card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
+        populate_model_card(card).save(Path(folder, "README.md"))
+        self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
 
 class ComponentCheckpointMixin(CheckpointMixin):
@@ -204,8 +221,7 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
                 use_flashpack=kwargs.pop("use_flashpack", False),
             )
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **kwargs)
+            self._push_saved(save_directory, **kwargs)
 
 
 def check_saveable(module: nn.Module, name: str | None = None) -> None:

@@ -122,8 +122,10 @@ def test_batches_cover_each_epoch_and_resume_where_they_were():
 
 
 def test_trackers_get_what_they_take():
-    args = argparse.Namespace(steps=3, rate=0.5, name="x", prompts=["a", "b"], folder=Path("out"), token=None, on=True)
-    expected = {"steps": 3, "rate": 0.5, "name": "x", "prompts": "['a', 'b']", "folder": "out", "token": "None"}
+    args = argparse.Namespace(
+        steps=3, rate=0.5, name="x", prompts=["a", "b"], folder=Path("out"), hub_token=None, on=True
+    )
+    expected = {"steps": 3, "rate": 0.5, "name": "x", "prompts": "['a', 'b']", "folder": "out"}
     assert tracker_config(args) == {**expected, "on": True}
 
 
