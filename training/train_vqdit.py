@@ -50,7 +50,6 @@ from diffusers_vqdit.training.data import load_training_dataset, shuffled_batche
 from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.files import (
     full_disk_named,
-    move_into_place,
     save_pretrained_atomically,
     scratch_folder,
 )
@@ -69,7 +68,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     share,
 )
-from diffusers_vqdit.utils.weight_files import check_finite
+from diffusers_vqdit.utils.weight_files import check_finite, move_into_place
 
 
 logger = get_logger(__name__)

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task, check_task
 from ..utils.checks import check_integer, shown
-from ..utils.weight_files import check_finite
+from ..utils.weight_files import check_finite, replacing_file
 from .bounds import check_logits
 
 
@@ -192,16 +192,9 @@ class GalleryIndex:
         path = _path(path)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        tensors = {name: getattr(self, name).contiguous() for name in ("codes", "features", "bias", "basis")}
-        metadata = {name: getattr(self, name) for name in ("segment", "query", "way", "model")}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {name: getattr(self, name).contiguous() for name in GALLERY_TENSORS}
+        with replacing_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={name: getattr(self, name) for name in GALLERY_STRINGS})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GalleryIndex":

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..utils.checks import check_integer, shown
-from ..utils.weight_files import check_finite
+from ..utils.fingerprints import file_sha256
+from ..utils.weight_files import check_finite, fsync
 from .files import (
     CHECKPOINT_PREFIX,
     SCRATCH_PREFIX,
     checkpoints,
-    fsync,
     full_disk_named,
     remove_folder,
 )
@@ -143,7 +143,7 @@ def _write_manifest(
     files = {}
     for name in _files_in(folder):
         fsync(folder / name)
-        files[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     manifest = Manifest(step, run, _plain(identity), _plain(settings), _plain(measures), files)
     content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
     content["sha256"] = _digest(content)
@@ -159,14 +159,6 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -223,7 +215,7 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
         if path.stat().st_size != entry["size"]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, but {entry['size']} were written")
     for name, entry in manifest.files.items():
-        if _sha256(checkpoint / name) != entry["sha256"]:
+        if file_sha256(checkpoint / name) != entry["sha256"]:
             raise ValueError(f"{name} is damaged: its checksum is another one")
     return manifest
 

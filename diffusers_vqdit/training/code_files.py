@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
+from ..utils.weight_files import replacing_file
 from .image_folder import first_of
 
 
@@ -26,13 +26,6 @@ INDEX_FILE = "segments.json"
 SUFFIXES = ("", "_prompts", "_variants")
 
 
-def replace_file(unfinished: Path, path: Path) -> None:
-    """Move a file to its place when its bytes are on the disk."""
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
 def write_shard(path: Path, columns: dict[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
     """Write each column's rows of codes, of any shape, and return the shard's entry in the index."""
     arrays = {}
@@ -41,17 +34,15 @@ def write_shard(path: Path, columns: dict[str, Sequence[torch.Tensor]]) -> dict[
         values = torch.cat([row.flatten() for row in rows]).to(torch.int32).numpy()
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
-    unfinished = path.with_suffix(".tmp")
-    pq.write_table(pa.table(arrays), unfinished)
-    replace_file(unfinished, path)
+    with replacing_file(path) as unfinished:
+        pq.write_table(pa.table(arrays), unfinished)
     return {"file": path.name, "rows": len(rows), "sha256": file_sha256(path)}
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write the index, which makes the folder complete."""
-    unfinished = (folder / INDEX_FILE).with_suffix(".tmp")
-    unfinished.write_text(json.dumps(index, indent=2, ensure_ascii=False), encoding="utf-8")
-    replace_file(unfinished, folder / INDEX_FILE)
+    with replacing_file(folder / INDEX_FILE) as unfinished:
+        unfinished.write_text(json.dumps(index, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

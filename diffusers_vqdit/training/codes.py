@@ -205,9 +205,7 @@ def _emptied(folder: Path) -> Path:
     return folder
 
 
-def _encode_lists(
-    lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int
-) -> tuple[torch.Tensor, ...]:
+def _encode_lists(lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int) -> list[torch.Tensor]:
     """Codes (V, L) of the texts of each row."""
     codes = encode_texts([text for row in lists for text in row], text_vq, tokenizer, batch_size)
     return list(codes.split([len(row) for row in lists]))

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..utils.checks import shown
-from ..utils.weight_files import check_finite, remove_replaced_weights
+from ..utils.weight_files import check_finite, fsync, move_into_place
 
 
 SCRATCH_PREFIX = ".tmp-diffusers-vqdit-"
@@ -36,20 +36,6 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
-
-
-def fsync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    if os.name == "nt":  # opens no folder, and no file for reading only, to flush it
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't, for folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -135,25 +121,6 @@ def save_pretrained_atomically(model, folder: str | Path, **kwargs) -> list[str]
     with scratch_folder(folder) as scratch, full_disk_named(type(model).__name__, folder):
         model.save_pretrained(scratch, **kwargs)
         return move_into_place(scratch, folder)
-
-
-def move_into_place(scratch: Path, folder: Path) -> list[str]:
-    """Move all files below `scratch` into `folder`, and remove the weights there that they replace.
-
-    Returns:
-        the paths that were written, relative to `folder`.
-    """
-    files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
-    for file in files:
-        fsync(scratch / file)
-    for file in files:
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (scratch / file).replace(target)
-    remove_replaced_weights(folder, files)
-    for parent in {file.parent for file in files}:
-        fsync(folder / parent)
-    return [file.as_posix() for file in files]
 
 
 def check_kind(output_dir: Path, folders: Sequence[str], files: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..utils.fingerprints import model_fingerprint, tensor_sha256
-from .code_files import replace_file
+from ..utils.weight_files import replacing_file
 
 
 def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: bool) -> dict[str, str]:
@@ -23,9 +23,8 @@ def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: 
 def save_latents(path: Path, latents: torch.Tensor, identity: dict[str, str]) -> None:
     """Write latents (N, variants, C, h, w), under a temporary name until the file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    save_file({"latents": latents}, unfinished, metadata={**identity, "latents": tensor_sha256(latents)})
-    replace_file(unfinished, path)
+    with replacing_file(path) as unfinished:
+        save_file({"latents": latents}, unfinished, metadata={**identity, "latents": tensor_sha256(latents)})
 
 
 def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:

@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..utils.checks import shown
+from ..utils.weight_files import fsync
 from .checkpoints import check_identity, load_checkpoint, read_manifest, set_aside
 from .files import (
     SCRATCH_PREFIX,
     DiskFullError,
     check_kind,
     checkpoints,
-    fsync,
     full_disk_error,
     says_full,
     scratch_folder,

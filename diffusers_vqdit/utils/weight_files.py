@@ -1,5 +1,6 @@
 """Folders of weights: a save that replaces what was there, and checks of what is written and read."""
 
+import errno
 import os
 import re
 import tempfile
@@ -55,6 +56,57 @@ def remove_replaced_weights(folder: Path, written: Iterable[Path]) -> list[Path]
     return removed
 
 
+def fsync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    if os.name == "nt":  # opens no folder, and no file for reading only, to flush it
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't, for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _synced_files(folder: Path) -> list[Path]:
+    """The paths in a folder of all files below it, which are brought to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        fsync(path)
+    return [path.relative_to(folder) for path in files]
+
+
+def move_into_place(scratch: Path, folder: Path) -> list[str]:
+    """Move all files below `scratch` into `folder` once they are on the disk; weights there that they replace go.
+
+    Returns:
+        the paths that were written, relative to `folder`.
+    """
+    files = _synced_files(scratch)
+    for file in files:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (scratch / file).replace(target)
+    remove_replaced_weights(folder, files)
+    for parent in {file.parent for file in files}:
+        fsync(folder / parent)
+    return [file.as_posix() for file in files]
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes the place of `path` once it is whole and on the disk."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        fsync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to save to, whose files are moved into `folder` at the end, with [`remove_replaced_weights`].
@@ -72,10 +124,7 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         try:
             yield Path(unfinished)
-            files = [path for path in sorted(Path(unfinished).rglob("*")) if path.is_file()]
-            for path in files:
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
+            _synced_files(Path(unfinished))
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written ({error}); what it held before is still whole") from error
         except RuntimeError as error:
@@ -84,11 +133,7 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
             raise OSError(
                 f"{folder} could not be written, its disk is full ({error}); what it held before is still whole"
             ) from error
-        written = [folder / path.relative_to(unfinished) for path in files]
-        for path, target in zip(files, written, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    remove_replaced_weights(folder, written)
+        move_into_place(Path(unfinished), folder)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:
