@@ -1,6 +1,8 @@
 """What the pipelines of this package have in common."""
 
 import os
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -11,6 +13,31 @@ from ..utils.checkpoint_mixin import CheckpointMixin, check_saveable
 from ..utils.checks import shown
 from ..utils.remote_code import save_remote_code
 from ..utils.weight_files import replacing_weights
+
+
+class CallStates(threading.local):
+    """What the calls of this thread tell of themselves, for each pipeline."""
+
+    def __init__(self) -> None:
+        self.of = weakref.WeakKeyDictionary()
+
+
+_call_states = CallStates()
+
+
+def _of_call(name: str) -> property:
+    """An attribute of a pipeline that every thread has its own value of, as every call has."""
+
+    def read(self: Any) -> Any:
+        try:
+            return _call_states.of[self][name]
+        except KeyError:
+            raise AttributeError(f"{name} is known while the pipeline is called, and after that") from None
+
+    def write(self: Any, value: Any) -> None:
+        _call_states.of.setdefault(self, {})[name] = value
+
+    return property(read, write)
 
 
 def check_lora(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
@@ -47,6 +74,25 @@ class PluginPipelineMixin(CheckpointMixin):
 
     No pipeline itself: diffusers wants a single one in a repository's ``pipeline.py``.
     """
+
+    # By diffusers' names, which callbacks read and write.
+    _guidance_scale = _of_call("guidance_scale")
+    _num_timesteps = _of_call("num_timesteps")
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that runs in this thread, or ran last; a callback may set ``pipe._guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the call that runs in this thread, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the calls that run, in whatever threads, are to end: a callback may set ``pipe._interrupt``."""
+        return self._interrupt
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.

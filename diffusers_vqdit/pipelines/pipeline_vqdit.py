@@ -143,18 +143,6 @@ class VQDiTPipeline(
         config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
     def _encode_inputs(
         self,
         task: Task,
@@ -261,6 +249,7 @@ class VQDiTPipeline(
                     outputs = callback(self, index, timestep, inputs) or {}
                     current = outputs.pop("latents", current)
                     codes = current if only is None else {only: current}
+                    guidance_scale = self._guidance_scale
                 progress_bar.update()
         return codes, predicted
 

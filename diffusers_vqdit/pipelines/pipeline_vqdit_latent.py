@@ -103,18 +103,6 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         # Pictures as they are, for pasting: in [0, 1], at their own size.
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
     # -----------------------------------------------------------------------------------------------------------------
     # What is given
 
@@ -292,7 +280,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
                 if callback is not None:
                     inputs = {"latents": latents} if "latents" in tensor_inputs else {}
                     outputs = callback(self, index, timestep, inputs) or {}
-                    latents = outputs.pop("latents", latents)
+                    latents, guidance_scale = outputs.pop("latents", latents), self._guidance_scale
                 progress_bar.update()
         return latents
 

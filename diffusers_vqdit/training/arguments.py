@@ -49,7 +49,7 @@ def add_training_arguments(
     group.add_argument("--max_train_steps", type=positive_integer, help="Optimizer steps; overrides num_train_epochs.")
     group.add_argument("--gradient_accumulation_steps", type=positive_integer, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--learning_rate", type=positive_number, default=learning_rate)
+    group.add_argument("--learning_rate", type=non_negative_number, default=learning_rate)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
     group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps)
     group.add_argument("--adam_beta1", type=decay, default=0.9)

@@ -417,3 +417,25 @@ def test_what_the_pipeline_lacks_is_named(pipe, transformer, image_vq):
     bare = VQDiTLatentPipeline(make_transformer(caption_channels=None), image_vq, DDIMScheduler())
     with pytest.raises(ValueError, match="needs a text_encoder"):
         draw(bare, "a red apple")
+
+
+def test_a_callback_may_change_the_guidance_of_its_call(pipe):
+    """As diffusers' own do (SDCFGCutoffCallback), and of no other thread's."""
+
+    def cut(pipe, index, timestep, inputs):
+        assert pipe.guidance_scale == (5.0 if index == 0 else 1.0) and pipe.num_timesteps == 4
+        pipe._guidance_scale = 1.0
+        return {}
+
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    cut_off, steps = draw(pipe, "a red apple", guidance_scale=5.0, callback_on_step_end=cut, **options), []
+    guided = draw(pipe, "a red apple", guidance_scale=5.0, **options)
+    assert not torch.equal(cut_off, guided)
+    plain = pipe._predict
+
+    def late(latents, timestep, labels, prefix, guidance_scale):
+        steps.append(guidance_scale)
+        return plain(latents, timestep, labels, prefix, 5.0 if len(steps) == 1 else 1.0)
+
+    pipe._predict = late
+    assert torch.equal(draw(pipe, "a red apple", guidance_scale=5.0, **options), cut_off)
