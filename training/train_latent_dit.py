@@ -74,6 +74,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_number,
     share,
 )
+from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
@@ -469,7 +470,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "transformer": plain_config(transformer),
         "scheduler": plain_config(scheduler),
         "training data": fingerprint(pictures, captions, labels),
-        "image_vq": fingerprint(vae),
+        "image_vq": model_fingerprint(vae),  # without the latents' statistics, which are measured at each start
         "text encoder": fingerprint(parts["text_encoder"]),
         "labels": id2label,
     }

@@ -438,13 +438,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         ema.to(accelerator.device)
 
     def build_pipeline() -> VQDiTPipeline:
-        return VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "labels": labels})
+        pipeline = VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "labels": labels})
+        return pipeline.to(accelerator.device)  # the tokenizers too, which encoded nothing where codes were given
 
     if accelerator.is_main_process:
         check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
 
     # 4. Resume
     more_states = {"ema": ema} if ema is not None else {}
+    # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
+    made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
     identity = {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
@@ -452,7 +455,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "segments": segments,
         "transformer": plain_config(unwrap(transformer)),
         "scheduler": plain_config(scheduler),
-        "training data": fingerprint(codes.codes, codes.prompts, codes.variants),
+        "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
         "labels": labels,
     }
