@@ -16,16 +16,12 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from .redaction import known_secrets, without_paths, without_secrets
 from .remote_code import REMOTE_CODE_FILE
+from .weight_files import weight_file_of
 
 
 _push_logger = logging.get_logger(__name__)
 
-# What save_pretrained of diffusers and transformers writes: weights, with their variant and shards, and what
-# tokenizers and processors have besides the vocabulary.
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.[\w-]+?)?(?:-\d{5}-of-\d{5})?"
-    r"(?:\.[\w-]+?)?\.(?:safetensors|bin|flashpack)(?:\.index(?:\.[\w-]+)?\.json)?"
-)
+# What tokenizers and processors save besides the vocabulary.
 _TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
@@ -55,7 +51,8 @@ def saved_files(saved: Any, folder: str | os.PathLike) -> list[str]:
         elif part is not saved:
             names |= _TOKENIZER_FILES | set(getattr(part, "vocab_files_names", {}).values())
         for path in (Path(folder) / prefix).glob("*"):
-            weights = isinstance(part, torch.nn.Module) and _WEIGHTS.fullmatch(path.name)
+            stem, _ = weight_file_of(path.name) or ("", "")
+            weights = isinstance(part, torch.nn.Module) and stem in ("diffusion_pytorch_model", "model")
             if path.is_file() and (path.name in names or weights):
                 found.add(prefix + path.name)
     return sorted(found)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 # `model-00001-of-00002.fp16.safetensors`, `model.safetensors.index.fp16.json`.
 _WEIGHT_FILE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_lora_weights|pytorch_model|model)(\.(?P<before>[^.]+?))?(-\d{5}-of-\d{5})?"
-    r"(\.(?P<after>[^.]+))?\.(safetensors|bin)(?P<index>\.index(\.(?P<of_index>[^.]+))?\.json)?"
+    r"(\.(?P<after>[^.]+))?\.(safetensors|bin|flashpack)(?P<index>\.index(\.(?P<of_index>[^.]+))?\.json)?"
 )
 
 
