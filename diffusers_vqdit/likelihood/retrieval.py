@@ -18,7 +18,6 @@ import os
 import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -399,11 +398,8 @@ def retrieve(
     check_items("query", query, transformer, gallery.query)
     query = query.long()
     batch_size = check_integer("batch_size", batch_size, 1)
-    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or not 1 <= top_k <= len(gallery):
-        raise ValueError(f"top_k={shown(top_k)} must be an integer from 1 to the {len(gallery)} items of the gallery")
-    if not isinstance(shortlist, Integral) or isinstance(shortlist, bool) or shortlist < top_k:
-        raise ValueError(f"shortlist={shown(shortlist)} must be an integer of at least top_k={top_k}")
-    top_k, shortlist = int(top_k), min(int(shortlist), len(gallery))
+    top_k = check_integer("top_k", top_k, 1, len(gallery))
+    shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
     tasks = transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
     way = Task.parse(gallery.way)

@@ -1,5 +1,7 @@
 """Copies of a transformer that know more: more codes of a segment, more labels."""
 
+from ..utils.checks import check_integer, shown
+
 
 class GrowthMixin:
     """The part of [`VQDiTTransformer2DModel`] that makes larger copies of it, for finetuning."""
@@ -19,12 +21,12 @@ class GrowthMixin:
         """
         known = self.config.segments.get(name) if self.config.segments else None
         if known is None or "shared_with" in known:
-            raise ValueError(f"name={name!r} must be a segment with embeddings of its own")
+            own = [n for n, segment in (self.config.segments or {}).items() if "shared_with" not in segment]
+            raise ValueError(f"name={shown(name)} must be a segment with embeddings of its own, one of {own}")
         if known.get("separate_codebooks"):
             raise ValueError(f"name={name!r} has codebooks of its own for the places in a patch, which don't grow")
         old = known["vocab_size"]
-        if not isinstance(size, int) or size <= old:
-            raise ValueError(f"size={size!r} must be an integer above {old}, the known vocab_size of {name!r}")
+        size = check_integer("size", size, old + 1)
         config = dict(self.config)
         config["segments"] = {
             other: {**segment, "vocab_size": size} if name in (other, segment.get("shared_with")) else segment
@@ -50,8 +52,9 @@ class GrowthMixin:
             ValueError: if the model has segments, or not fewer labels.
         """
         old = self.config.num_embeds_ada_norm
-        if self.config.segments is not None or not isinstance(size, int) or size <= old:
-            raise ValueError(f"size={size!r} must be an integer above num_embeds_ada_norm={old}, with segments=None")
+        if self.config.segments is not None:
+            raise ValueError("with_num_embeds_ada_norm needs segments=None; with segments, labels are codes of one")
+        size = check_integer("size", size, old + 1)
         model = type(self).from_config({**self.config, "num_embeds_ada_norm": size})
         state = self.state_dict()
         fresh = model.state_dict()

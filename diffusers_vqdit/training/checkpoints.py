@@ -377,4 +377,4 @@ def set_aside(output_dir: Path, run: str, step: int) -> None:
             count += 1
             target = folder / f"{path.name}.{count}"
         path.rename(target)
-        logger.warning(f"{path} is not of this run; it is now {target}")
+        logger.warning(f"{path} is not one that this run goes on from; it is now {target}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.samplers import Generators, uniform
+from ..utils.checks import check_number
 from .optimization import unwrap
 
 
@@ -115,8 +116,7 @@ def drawn_to_drop(batch_size: int, probability: float, generator: Generators = N
     Drawn once a step, so that all blocks see the same (stock DiT draws in every block). `generator` is one, or one a
     row, on the CPU.
     """
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability={probability} must be in [0, 1]")
+    check_number("probability", probability, 0, 1)
     return uniform(torch.Size((batch_size,)), generator, torch.device("cpu")) < probability
 
 

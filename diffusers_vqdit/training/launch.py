@@ -9,7 +9,7 @@ import psutil
 import torch
 
 
-_launch_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def asked_processes(command: list[str]) -> int | None:
@@ -58,7 +58,7 @@ def check_launch() -> None:
     except (psutil.Error, AttributeError, OSError, SystemExit, ValueError):
         return  # no parent that can be asked, or not one of `accelerate launch` after all
     if asked is not None and asked > 1:
-        _launch_logger.warning(
+        logger.warning(
             f"accelerate launch was asked for {asked} processes, but one runs: it starts several for several GPUs "
             f"only. The global batch is {asked} times smaller than was meant. For {asked} processes on this machine: "
             f"torchrun --nproc_per_node {asked} {sys.argv[0]} ..."

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..tasks import Task
+from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
 from .optimization import unwrap
 
@@ -57,8 +58,7 @@ def masked_diffusion_loss(
         the loss, a scalar. With several processes all must call this together, and the mean of their losses, as of
         their gradients, is that of the global batch: each counts by its share of the masked codes.
     """
-    if weighting not in ("flat", "nelbo"):
-        raise ValueError(f"weighting={weighting!r} must be 'flat' or 'nelbo'")
+    check_choice("weighting", weighting, ("flat", "nelbo"))
     device, batch_size = next((codes.device, len(codes)) for codes in generated.values())
     if timesteps is None:
         if isinstance(generator, list):

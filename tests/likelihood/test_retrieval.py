@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_vqdit import GalleryIndex, retrieval
+from diffusers_vqdit import GalleryIndex
+from diffusers_vqdit.likelihood import retrieval
 from diffusers_vqdit.likelihood.retrieval import build_index, directions, retrieve
 from diffusers_vqdit.tasks import Task
 

@@ -45,7 +45,7 @@ def test_known_labels_give_the_same_latents_after_growing(shares):
     before = model(latents, times, torch.tensor([0, 1, 2, 3])).sample  # 3 and 5 are no label
     after = grown(latents, times, torch.tensor([0, 1, 2, 5])).sample
     assert torch.equal(after, before)
-    with pytest.raises(ValueError, match="size=5 must be an integer above num_embeds_ada_norm=5"):
+    with pytest.raises(ValueError, match="size=5 must be an integer of at least 6"):
         grown.with_num_embeds_ada_norm(5)
 
 
