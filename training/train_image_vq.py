@@ -18,7 +18,6 @@ sharp pictures rather than the highest PSNR, add a perceptual and an adversarial
 """
 
 import argparse
-import logging
 import math
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -39,7 +38,7 @@ from tqdm.auto import tqdm
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
 from diffusers_vqdit.training.data import (
     choose_validation_split,
     decode_images,
@@ -59,7 +58,7 @@ from diffusers_vqdit.training.image_losses import (
     discriminator_loss,
     generator_loss,
 )
-from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.metrics import code_usage, psnr
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
@@ -236,17 +235,7 @@ def log_picture(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_launch()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        step_scheduler_with_optimizer=False,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    accelerator = make_accelerator(args)
     with training_run(
         accelerator,
         args.output_dir,
@@ -469,17 +458,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             logger.info(f"step {step}: {measured}")
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            save_checkpoint(
-                accelerator,
-                args.output_dir,
-                step,
-                total_limit=args.checkpoints_total_limit,
-                run=run.id,
-                identity=run.identity,
-                settings=run.settings,
-                measures={"validation": measured, "skipped_steps": run.skipped_steps},
-                states=more_states,
-            )
+            run.save(step, {"validation": measured}, total_limit=args.checkpoints_total_limit)
             if stop:
                 break
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:

@@ -21,7 +21,6 @@ card of a checkpoint states its own.
 """
 
 import argparse
-import logging
 import math
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -47,7 +46,7 @@ from diffusers_vqdit.training.arguments import (
     add_transformer_arguments,
     tracker_config,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
 from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
 from diffusers_vqdit.training.draws import row_generators
@@ -60,7 +59,7 @@ from diffusers_vqdit.training.latent_loss import (
     latent_diffusion_loss,
     patch_features,
 )
-from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
 from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
@@ -311,19 +310,8 @@ class AlignedTransformer(torch.nn.Module):
 
 
 def main(args: argparse.Namespace) -> None:
-    check_launch()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        # Without captions in a batch, their projection gets no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        step_scheduler_with_optimizer=False,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # Without captions in a batch, their projection gets no gradient.
+    accelerator = make_accelerator(args, find_unused_parameters=True)
     with training_run(
         accelerator,
         args.output_dir,
@@ -579,17 +567,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             transformer.train()
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            save_checkpoint(
-                accelerator,
-                args.output_dir,
-                step,
-                total_limit=args.checkpoints_total_limit,
-                run=run.id,
-                identity=run.identity,
-                settings=run.settings,
-                measures={"loss": smooth, "skipped_steps": run.skipped_steps},
-                states=more_states,
-            )
+            run.save(step, {"loss": smooth}, total_limit=args.checkpoints_total_limit)
             if stop:
                 break
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:

@@ -9,7 +9,6 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 """
 
 import argparse
-import logging
 import math
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -28,12 +27,12 @@ from transformers import PreTrainedTokenizerFast
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, shuffled_batches, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
-from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
@@ -149,17 +148,7 @@ def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: l
 
 
 def main(args: argparse.Namespace) -> None:
-    check_launch()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        step_scheduler_with_optimizer=False,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    accelerator = make_accelerator(args)
     with training_run(
         accelerator,
         args.output_dir,
@@ -336,17 +325,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             logger.info(f"step {step}: {measured}")
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            save_checkpoint(
-                accelerator,
-                args.output_dir,
-                step,
-                total_limit=args.checkpoints_total_limit,
-                run=run.id,
-                identity=run.identity,
-                settings=run.settings,
-                measures={"skipped_steps": run.skipped_steps},
-                states=more_states,
-            )
+            run.save(step, total_limit=args.checkpoints_total_limit)
             if stop:
                 break
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:

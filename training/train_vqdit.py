@@ -18,7 +18,6 @@ running time and figures stand in its model card.
 """
 
 import argparse
-import logging
 import math
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -43,7 +42,7 @@ from diffusers_vqdit.training.arguments import (
     tracker_config,
     with_patches,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
 from diffusers_vqdit.training.codes import RESERVED, CodeDataset, encode_dataset
 from diffusers_vqdit.training.columns import encode_labels
 from diffusers_vqdit.training.data import load_training_dataset, shuffled_batches
@@ -53,7 +52,7 @@ from diffusers_vqdit.training.files import (
     save_pretrained_atomically,
     scratch_folder,
 )
-from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, set_dropout, unwrap
@@ -319,19 +318,8 @@ def validate(args: argparse.Namespace, pipeline: VQDiTPipeline, accelerator: Acc
 
 
 def main(args: argparse.Namespace) -> None:
-    check_launch()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        # A step trains the embeddings and heads of its task's segments only.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        step_scheduler_with_optimizer=False,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # A step trains the embeddings and heads of its task's segments only.
+    accelerator = make_accelerator(args, find_unused_parameters=True)
     with training_run(
         accelerator,
         args.output_dir,
@@ -567,17 +555,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             unwrap(transformer).train()
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            save_checkpoint(
-                accelerator,
-                args.output_dir,
-                step,
-                total_limit=args.checkpoints_total_limit,
-                run=run.id,
-                identity=run.identity,
-                settings=run.settings,
-                measures={"task_losses": task_losses, "skipped_steps": run.skipped_steps},
-                states=more_states,
-            )
+            run.save(step, {"task_losses": task_losses}, total_limit=args.checkpoints_total_limit)
             if stop:
                 break
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:

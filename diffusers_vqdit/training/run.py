@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..utils.checks import shown
 from ..utils.weight_files import fsync
-from .checkpoints import check_identity, load_checkpoint, read_manifest, set_aside
+from .checkpoints import check_identity, load_checkpoint, read_manifest, save_checkpoint, set_aside
 from .files import (
     SCRATCH_PREFIX,
     DiskFullError,
@@ -112,7 +112,7 @@ class TrainingRun:
     Attributes:
         id (`str`): the run's name, by which its checkpoints are known; later runs' names sort after earlier ones'.
         step (`int`): the optimizer steps of the checkpoint that it went on from.
-        identity, settings (`dict`): see [`save_checkpoint`].
+        identity, settings, states (`dict`): see [`save_checkpoint`].
         skipped_steps (`int`): the steps whose loss or gradients were not finite.
     """
 
@@ -124,6 +124,7 @@ class TrainingRun:
         self.step = 0
         self.identity: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
+        self.states: dict[str, Any] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._skipped_now = False
@@ -147,7 +148,7 @@ class TrainingRun:
         Raises:
             ValueError: naming what of `identity` has changed.
         """
-        self.identity = identity
+        self.identity, self.states = identity, states
         self.settings = {name: getattr(args, name) for name in SETTINGS}
         self.settings["processes"] = self.accelerator.num_processes
         measures: dict[str, Any] = {}
@@ -166,6 +167,20 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self._watch_signals()
         return measures
+
+    def save(self, step: int, measures: dict[str, Any] | None = None, *, total_limit: int | None = None) -> Path:
+        """Save a checkpoint of the run, as [`save_checkpoint`] does; all processes must call it together."""
+        return save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            step,
+            total_limit=total_limit,
+            run=self.id,
+            identity=self.identity,
+            settings=self.settings,
+            measures={**(measures or {}), "skipped_steps": self.skipped_steps},
+            states=self.states,
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
