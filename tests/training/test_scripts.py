@@ -72,7 +72,7 @@ def test_ten_pictures_are_reproduced_exactly(run, tokenizers, root, tmp_path):
         "train_vqdit",
         f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --text_vq {tokenizers / 'text_vq'} "
         f"--output_dir {tmp_path} {TINY} --tasks text->image:2,image->text:1,->image:1 --train_batch_size 20 "
-        "--max_train_steps 500 --use_ema --ema_decay 0.98 --checkpointing_steps 1000",
+        "--max_train_steps 600 --use_ema --ema_decay 0.98 --checkpointing_steps 1000",
     )
     pipe = VQDiTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
