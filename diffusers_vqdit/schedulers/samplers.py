@@ -22,7 +22,10 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"generator is a list of {len(generator)}, but there are {shape[0]} rows")
-        return torch.stack([uniform(shape[1:], one, device) for one in generator])
+        # Rows of one device are moved together: on a GPU each copy waits.
+        sources = {one.device if isinstance(one, torch.Generator) else device for one in generator}
+        source = sources.pop() if len(sources) == 1 else device
+        return torch.stack([uniform(shape[1:], one, source) for one in generator]).to(device)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator={generator!r} must be a torch.Generator or a list of them, one a row")
     source = generator.device if generator is not None else device
