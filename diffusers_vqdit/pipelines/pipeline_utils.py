@@ -89,10 +89,24 @@ class PluginPipelineMixin(CheckpointMixin):
         """Of the call that runs in this thread, or ran last."""
         return self._num_timesteps
 
+    _interrupts = 0
+
     @property
     def interrupt(self) -> bool:
-        """Whether the calls that run, in whatever threads, are to end: a callback may set ``pipe._interrupt``."""
+        """Whether the call that runs in this thread is to end: ``pipe._interrupt = True``, said in any thread or by a
+        callback, ends all the calls that run then."""
         return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._interrupts != _call_states.of.get(self, {}).get("interrupts", self._interrupts)
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        if value:
+            self._interrupts += 1
+        else:  # a call that begins heeds those to come
+            _call_states.of.setdefault(self, {})["interrupts"] = self._interrupts
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.

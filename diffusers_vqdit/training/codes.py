@@ -26,9 +26,11 @@ from ..utils.checks import check_integer
 from ..utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, tokenizer_fingerprint
 from ..utils.images import lower_resolution, shift_and_scale
 from ..utils.texts import tokenize_to_length
+from ..utils.weight_files import move_into_place
 from .code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
 from .columns import caption_lists, encode_labels, warn_of_cut
 from .data import decode_rows, to_pixels
+from .files import scratch_folder
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,8 @@ def encode_dataset(
 
     Args:
         dataset: rows with an undecoded image column, as [`~training.data.load_training_dataset`] gives them.
-        output_dir: the folder to write. The index is written last, so that an unfinished folder is not read.
+        output_dir: the folder to write. What it holds is replaced at the end, and stays as it was if
+            something fails before.
         resolution: side of the square pictures given to `image_vq`, in pixels.
         image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
         image_column: becomes the segment ``image``.
@@ -102,64 +105,66 @@ def encode_dataset(
     if label_column is not None:
         codes_of_labels, labels = _encode_label_column(dataset, label_column, labels)
 
-    output_dir = _emptied(Path(output_dir))
     generator = torch.Generator().manual_seed(0)
     digest, segments, shards, skipped = hashlib.sha256(), {}, [], 0
     if label_column is not None:
         segments["label"] = {"vocab_size": len(labels), "shape": [1]}
     starts = range(0, len(dataset), shard_size)
-    for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
-        rows = list(range(start, min(start + shard_size, len(dataset))))
-        columns: dict[str, list[torch.Tensor]] = {}
-        if image_column is not None:
-            pictures, rows = decode_rows(dataset, rows, image_column, resolution, resize_mode, skipped)
-            skipped += min(start + shard_size, len(dataset)) - start - len(rows)
-            if not rows:
-                continue
-            digest.update(tensor_sha256(pictures).encode())
-            batches = pictures.split(batch_size)
-            columns |= _encode_pictures(batches, image_vq, image_augmentations, lowres_factor, generator)
-            shape = list(columns["image"][0].shape)
-            segments["image"] = {"vocab_size": image_vq.num_codes, "shape": shape}
-            if lowres_factor is not None:
-                segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
-        encoded = {}
-        for column, lists in texts.items():
-            chosen = [lists[row] for row in rows]
-            digest.update(json.dumps([column, chosen]).encode())
-            encoded[column] = _encode_lists(chosen, text_vq, tokenizer, batch_size)
-        for name, column in {"text": caption_column, **{name: name for name in text_columns}}.items():
-            if column is None:
-                continue
-            columns[name] = [codes[0] for codes in encoded[column]]
-            shared = {"shared_with": "text"} if name != "text" else {}
-            segments[name] = {"vocab_size": text_vq.num_codes, "shape": list(columns[name][0].shape), **shared}
-            if any(len(row) > 1 for row in texts[column]):
-                columns[f"{name}_variants"] = encoded[column]
-        if wordings:
-            columns["text_prompts"] = [torch.cat(one) for one in zip(*(encoded[c] for c in wordings), strict=True)]
-        if codes_of_labels is not None:
-            columns["label"] = list(codes_of_labels[rows].split(1))
-            digest.update(tensor_sha256(codes_of_labels[rows]).encode())
-        shards.append(write_shard(output_dir / f"codes-{len(shards):05d}.parquet", columns))
-    if not shards:
-        raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
-    if skipped:
-        logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
-    used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
-    settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
-    write_index(
-        output_dir,
-        {
-            "segments": segments,
-            "labels": labels if label_column is not None else [],
-            "lowres_factor": lowres_factor,
-            "settings": settings if image_column is not None else {},
-            "fingerprints": {"data": digest.hexdigest(), **_fingerprints(*used)},
-            "shards": shards,
-        },
-    )
-    return output_dir
+    with scratch_folder(Path(output_dir)) as scratch:
+        for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
+            rows = list(range(start, min(start + shard_size, len(dataset))))
+            columns: dict[str, list[torch.Tensor]] = {}
+            if image_column is not None:
+                pictures, rows = decode_rows(dataset, rows, image_column, resolution, resize_mode, skipped)
+                skipped += min(start + shard_size, len(dataset)) - start - len(rows)
+                if not rows:
+                    continue
+                digest.update(tensor_sha256(pictures).encode())
+                batches = pictures.split(batch_size)
+                columns |= _encode_pictures(batches, image_vq, image_augmentations, lowres_factor, generator)
+                shape = list(columns["image"][0].shape)
+                segments["image"] = {"vocab_size": image_vq.num_codes, "shape": shape}
+                if lowres_factor is not None:
+                    segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
+            encoded = {}
+            for column, lists in texts.items():
+                chosen = [lists[row] for row in rows]
+                digest.update(json.dumps([column, chosen]).encode())
+                encoded[column] = _encode_lists(chosen, text_vq, tokenizer, batch_size)
+            for name, column in {"text": caption_column, **{name: name for name in text_columns}}.items():
+                if column is None:
+                    continue
+                columns[name] = [codes[0] for codes in encoded[column]]
+                shared = {"shared_with": "text"} if name != "text" else {}
+                segments[name] = {"vocab_size": text_vq.num_codes, "shape": list(columns[name][0].shape), **shared}
+                if any(len(row) > 1 for row in texts[column]):
+                    columns[f"{name}_variants"] = encoded[column]
+            if wordings:
+                columns["text_prompts"] = [torch.cat(one) for one in zip(*(encoded[c] for c in wordings), strict=True)]
+            if codes_of_labels is not None:
+                columns["label"] = list(codes_of_labels[rows].split(1))
+                digest.update(tensor_sha256(codes_of_labels[rows]).encode())
+            shards.append(write_shard(scratch / f"codes-{len(shards):05d}.parquet", columns))
+        if not shards:
+            raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
+        if skipped:
+            logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
+        used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
+        settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
+        write_index(
+            scratch,
+            {
+                "segments": segments,
+                "labels": labels if label_column is not None else [],
+                "lowres_factor": lowres_factor,
+                "settings": settings if image_column is not None else {},
+                "fingerprints": {"data": digest.hexdigest(), **_fingerprints(*used)},
+                "shards": shards,
+            },
+        )
+        _remove_codes(Path(output_dir))
+        move_into_place(scratch, Path(output_dir))
+    return Path(output_dir)
 
 
 def _check_columns(
@@ -197,12 +202,10 @@ def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tupl
     return codes, list(names.values())
 
 
-def _emptied(folder: Path) -> Path:
-    """The folder, made if need be, without an earlier index and its shards."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _remove_codes(folder: Path) -> None:
+    """Remove an earlier index and its shards, the index first, so that what is left is never read."""
     for old in [folder / INDEX_FILE, *folder.glob("codes-*.parquet")]:
         old.unlink(missing_ok=True)
-    return folder
 
 
 def _encode_lists(lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,8 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / ".lock")
+        lock = FileLock(output_dir / ".lock")  # which stays there: to remove a lock is to let two runs have it
         lock.acquire(timeout=0)
-        if not (output_dir / ".lock").exists():  # removed by the run that had it, between opening and locking it
-            lock.release()
-            raise Timeout(lock.lock_file)
     except Timeout as error:
         raise ValueError(f"output_dir={shown(str(output_dir))} is in use: another run is writing there") from error
     except OSError as error:
@@ -86,18 +83,12 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
             shutil.rmtree(moved)
             fsync(output_dir)
     except OSError as error:
-        _unlock(lock)
+        lock.release()
         raise _unusable(output_dir, error) from error
     except ValueError:
-        _unlock(lock)
+        lock.release()
         raise
     return lock
-
-
-def _unlock(lock: FileLock) -> None:
-    with suppress(OSError):  # Windows removes no open file
-        os.unlink(lock.lock_file)
-    lock.release()
 
 
 def _unusable(output_dir: Path, error: OSError) -> ValueError:
@@ -245,7 +236,11 @@ class TrainingRun:
         if self.accelerator.num_processes > 1:
             got = torch.tensor([self._signal or 0], device=self.accelerator.device)
             self._signal = int(self.accelerator.gather(got).max()) or None
-        return self._signal is not None
+        if self._signal is None:
+            return False
+        name = signal.Signals(self._signal).name
+        logger.warning(f"{name}: the run ends after a checkpoint; once more ends it at once")
+        return True
 
     def _watch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():  # no other can
@@ -257,7 +252,6 @@ class TrainingRun:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._signal = number
-        logger.warning(f"{signal.Signals(number).name}: the run ends after a checkpoint; once more ends it at once")
 
     def restore_signals(self) -> None:
         """Give the signals back to those who had them."""
@@ -309,7 +303,7 @@ def training_run(
     finally:
         run.restore_signals()
         if lock is not None:
-            _unlock(lock)
+            lock.release()
     run.end_by_signal()
 
 
