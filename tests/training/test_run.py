@@ -67,7 +67,7 @@ def test_folders_that_can_not_be_written_are_named_at_the_start(accelerator, tmp
     monkeypatch.setattr("pathlib.Path.rename", fails)
     with pytest.raises(ValueError, match="can't be written: Permission denied"):
         prepare_output_dir(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "dangling", "file"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "README.md", "dangling", "file"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
