@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import torch
 
-from diffusers_vqdit import retrieval
-from diffusers_vqdit.likelihood.retrieval import GalleryIndex
+from diffusers_vqdit import GalleryIndex
+from diffusers_vqdit.likelihood import gallery, retrieval
 
 from .common import compare
 
@@ -15,7 +15,7 @@ from .common import compare
 def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
     rank = retrieval.NUM_FEATURES
     query = torch.randn(1, rank)
-    with patch.object(retrieval, "find_spec", lambda name: None):
+    with patch.object(gallery, "find_spec", lambda name: None):
         for size in (1_000, 10_000, 100_000):
             tensors = {
                 "codes": torch.zeros(size, 1, dtype=torch.int16),

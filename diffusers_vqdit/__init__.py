@@ -18,13 +18,13 @@ _import_structure = {
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
     "pipelines.pipeline_vqdit_latent": ["VQDiTLatentPipeline"],
-    "likelihood.retrieval": ["GalleryIndex"],
+    "likelihood.gallery": ["GalleryIndex"],
     "schedulers.scheduling_masked_diffusion": ["MaskedDiffusionScheduler"],
     "tasks": ["Task", "parse_tasks"],
 }
 
 if TYPE_CHECKING:
-    from .likelihood.retrieval import GalleryIndex
+    from .likelihood.gallery import GalleryIndex
     from .models.image_vq import ImageVQModel
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
@@ -39,7 +39,7 @@ else:
 
 # DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so
 # the names are entered in its table and nothing is imported until one is asked for.
-_not_components = ("tasks", "likelihood.retrieval")
+_not_components = ("tasks", "likelihood.gallery")
 _components = [name for module, names in _import_structure.items() if module not in _not_components for name in names]
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]

@@ -14,36 +14,21 @@ principal components for a shortlist, which is then ranked by the sums themselve
 
 import hashlib
 import json
-import os
 import threading
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from diffusers.utils import BaseOutput
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task, check_task
 from ..utils.checks import check_integer, shown
-from ..utils.weight_files import check_finite, replacing_file
 from .bounds import check_logits
+from .gallery import GalleryIndex
 
 
 NUM_FEATURES = 256
 FIT_SIZE = 1024  # items that the principal components are fitted to
-SEARCH_CHUNK = 8_192  # items of the gallery a matrix product: in float32 they stay in a CPU's cache
-# A gallery's fields, and what they may be.
-GALLERY_STRINGS = ("segment", "query", "way", "model")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-GALLERY_TENSORS = {
-    "codes": (torch.int16, torch.int32, torch.int64),
-    "features": _FLOATS,
-    "bias": _FLOATS,
-    "basis": _FLOATS,
-}
 
 
 @dataclass
@@ -118,149 +103,6 @@ def all_masked(
 def at_codes(table: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
     """Sums (...) over the positions of a table (..., N, K) at codes (..., N)."""
     return table.gather(-1, codes[..., None]).sum((-2, -1))
-
-
-@dataclass
-class GalleryIndex:
-    """The items of a gallery as codes, and their features for the search. Made by [`VQDiTPipeline.index`].
-
-    Args:
-        segment, query: the segment of the items and that of the queries.
-        way: the task whose PMI the features stand for.
-        model: [`fingerprint`] of the transformer.
-        codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
-        features (`torch.Tensor` of shape `(G, R)`): float16.
-        bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
-        basis (`torch.Tensor` of shape `(N * D, R)`): float16, orthonormal columns.
-
-    Raises:
-        ValueError: if a field has another type, dtype or shape, isn't finite, or doesn't fit the others.
-    """
-
-    segment: str
-    query: str
-    way: str
-    model: str
-    codes: torch.Tensor
-    features: torch.Tensor
-    bias: torch.Tensor
-    basis: torch.Tensor
-
-    def __post_init__(self) -> None:
-        self._faiss = None
-        for name in GALLERY_STRINGS:
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")
-        ways = [str(Task(one, other)) for one, other in self._sides()] if self.segment != self.query else []
-        if self.way not in ways:
-            raise ValueError(
-                f"way={self.way!r} must be a task between segment={self.segment!r} and query={self.query!r}: "
-                f"{' or '.join(ways) or 'they must differ'}"
-            )
-        for name, dtypes in GALLERY_TENSORS.items():
-            value = getattr(self, name)
-            if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-                found = value.dtype if isinstance(value, torch.Tensor) else shown(value)
-                raise ValueError(f"{name} must be a tensor of one of {list(dtypes)}, got {found}")
-        if self.codes.ndim < 2 or not self.codes.numel():
-            raise ValueError(f"codes must have shape (G, *shape) with one item or more, got {tuple(self.codes.shape)}")
-        if self.codes.min() < 0:
-            raise ValueError(f"codes must not be negative, got {int(self.codes.min())}")
-        size, rank = len(self.codes), self.features.shape[-1] if self.features.ndim else 0
-        for name, shape in (("features", (size, rank)), ("bias", (size,)), ("basis", ("N * D", rank))):
-            found = tuple(getattr(self, name).shape)
-            if len(found) != len(shape) or any(b not in (a, "N * D") for a, b in zip(found, shape, strict=True)):
-                raise ValueError(
-                    f"{name} must have shape {shape} beside codes {tuple(self.codes.shape)} and features "
-                    f"{tuple(self.features.shape)}, got {found}"
-                )
-        check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
-
-    def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:
-        return [((self.segment,), (self.query,)), ((self.query,), (self.segment,))]
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, under a temporary name until it is complete and on the disk.
-
-        Raises:
-            ValueError: if `path` isn't one of a file in a folder that is there.
-        """
-        path = _path(path)
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
-        tensors = {name: getattr(self, name).contiguous() for name in GALLERY_TENSORS}
-        with replacing_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={name: getattr(self, name) for name in GALLERY_STRINGS})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "GalleryIndex":
-        """Read what [`save`] wrote.
-
-        Raises:
-            ValueError: if there is no such file, or it is no gallery's index, not whole, or doesn't fit together.
-        """
-        path = _path(path)
-        if not path.is_file():
-            raise ValueError(f"path={str(path)!r} is no file; give one that GalleryIndex.save wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is no whole safetensors file ({error})") from error
-        names = (*GALLERY_STRINGS, *GALLERY_TENSORS)
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(
-                f"{str(path)!r} is no index of a gallery, it lacks {', '.join(missing)}; write one with "
-                "GalleryIndex.save"
-            )
-        try:
-            return cls(**{name: found[name] for name in names})
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}: {error}") from error
-
-    def search(self, queries: torch.Tensor, count: int) -> torch.LongTensor:
-        """The `count` items (B, count) with the largest inner products with `queries` (B, R), best first.
-
-        By faiss's exact inner-product index where faiss is installed, else by matrix products a chunk at a time.
-
-        Raises:
-            ValueError: if `queries` has another shape or isn't finite, or `count` isn't in [1, len(self)].
-        """
-        rank = self.features.shape[1]
-        if not isinstance(queries, torch.Tensor) or queries.ndim != 2 or queries.shape[1] != rank:
-            found = tuple(queries.shape) if isinstance(queries, torch.Tensor) else shown(queries)
-            raise ValueError(f"queries must be a tensor (B, {rank}), got {found}")
-        check_finite({"queries": queries}, "the search")
-        count = check_integer("count", count, 1, len(self))
-        queries = queries.float().cpu()
-        if find_spec("faiss") is not None:
-            import faiss
-
-            if self._faiss is None:
-                # The bias is one more feature, whose counterpart in a query is 1.
-                self._faiss = faiss.IndexFlatIP(self.features.shape[1] + 1)
-                self._faiss.add(torch.cat([self.features.float(), self.bias[:, None]], dim=1).numpy())
-            queries = torch.cat([queries, torch.ones(len(queries), 1)], dim=1)
-            return torch.from_numpy(self._faiss.search(queries.numpy(), count)[1])
-        best = torch.empty(len(queries), 0)
-        places = torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(self), SEARCH_CHUNK):
-            rows = slice(start, start + SEARCH_CHUNK)
-            scores = torch.addmm(self.bias[rows], queries, self.features[rows].float().T)  # (B, chunk)
-            numbers = torch.arange(start, start + scores.shape[1]).expand(len(queries), -1)
-            best, places = torch.cat([best, scores], dim=1), torch.cat([places, numbers], dim=1)
-            best, order = best.topk(min(count, best.shape[1]))
-            places = places.gather(1, order)
-        return places
-
-
-def _path(path: str | os.PathLike) -> Path:
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"path={shown(path)} must be a path to a file")
-    return Path(path)
 
 
 def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransformer2DModel, segment: str) -> None:

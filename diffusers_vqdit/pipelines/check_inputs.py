@@ -1,5 +1,6 @@
 """Checks of what pipelines are passed, before any work. Each error names the argument, its value and what fits."""
 
+import inspect
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
@@ -73,7 +74,7 @@ def check_batch(sizes: dict[str, int], num_images_per_prompt: int, generator: An
     if len(several) > 1:
         also = ", or one that stands for all" if broadcast else ""
         raise ValueError(f"what is given must have one batch size{also}, got {sizes}")
-    total = max(sizes.values(), default=1) * num_images_per_prompt
+    total = max(sizes.values(), default=1) * int(num_images_per_prompt)  # numpy's small integers overflow
     if total > MAX_SAMPLES:
         raise ValueError(
             f"num_images_per_prompt={num_images_per_prompt} of {sizes} makes {total} samples; a call draws at most "
@@ -131,3 +132,19 @@ def check_prediction(
             f"guidance_scale={guidance_scale} is too large: with it the transformer's prediction is not finite"
         )
     raise ValueError("the transformer's prediction is not finite")
+
+
+def check_gaussian(scheduler: Any) -> None:
+    """A scheduler of Gaussian diffusion or flow matching, whose step takes a prediction, a time and the sample."""
+    step = getattr(scheduler, "step", None)
+    known = hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "sigmas")
+    if step is not None and known and not hasattr(scheduler, "next_event"):
+        parameters = list(inspect.signature(step).parameters.values())[3:]
+        if all(
+            one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters
+        ):
+            return
+    raise ValueError(
+        f"scheduler is {type(scheduler).__name__}; this pipeline needs one of Gaussian diffusion or flow matching with "
+        "a step(model_output, timestep, sample), such as DDIMScheduler"
+    )

@@ -8,7 +8,7 @@ from ..models.vae_latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
 from ..utils.images import own_size, read_images, read_mask
 from ..utils.texts import check_texts
-from .check_inputs import MAX_SIDE, check_batch, check_call, check_labels, check_latents
+from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents
 
 
 class LatentInputsMixin:
@@ -50,11 +50,7 @@ class LatentInputsMixin:
         check_number("guidance_scale", options["guidance_scale"])
         check_number("eta", eta, 0, 1)
         check_flag("force_not_quantize", force_not_quantize)
-        if hasattr(self.scheduler, "next_event"):
-            raise ValueError(
-                f"scheduler is {type(self.scheduler).__name__}, which is for codes; this pipeline needs a scheduler "
-                "of Gaussian diffusion or flow matching, such as DDIMScheduler"
-            )
+        check_gaussian(self.scheduler)
         factor = downsample_factor(self.vae)
         multiple = factor * self.transformer.config.patch_size
         for name, value in zip(("height", "width"), size, strict=True):

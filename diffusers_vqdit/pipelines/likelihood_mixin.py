@@ -207,7 +207,7 @@ class LikelihoodMixin:
             batch_size: items a forward pass.
 
         Returns:
-            [`~likelihood.retrieval.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
+            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
 
         Raises:
             ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.

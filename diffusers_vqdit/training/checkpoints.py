@@ -162,7 +162,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _files_in(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    # Without what file managers and network file systems leave, such as .DS_Store.
+    paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
     return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != MANIFEST)
 
 

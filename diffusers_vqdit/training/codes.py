@@ -204,7 +204,7 @@ def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tupl
 
 def _remove_codes(folder: Path) -> None:
     """Remove an earlier index and its shards, the index first, so that what is left is never read."""
-    for old in [folder / INDEX_FILE, *folder.glob("codes-*.parquet")]:
+    for old in [folder / INDEX_FILE, *folder.glob(f"codes-{'[0-9]' * 5}.parquet")]:
         old.unlink(missing_ok=True)
 
 

@@ -26,7 +26,7 @@ def check_captions(captions: Iterable[Any], column: str) -> None:
             missing.append(row)
         elif odd := [text for text in texts if not isinstance(text, str)]:
             wrong.append((row, odd[0]))
-        elif not all(text.strip() for text in texts):
+        elif not all(visible(text) for text in texts):
             missing.append(row)
     if wrong:
         kinds = sorted({type(value).__name__ for _, value in wrong})
@@ -94,7 +94,7 @@ def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tupl
             continue
         elif isinstance(value, float):  # integers beside a missing one
             value = int(value)
-        if isinstance(value, int) or (isinstance(value, str) and value and value == value.strip()):
+        if isinstance(value, int) or (isinstance(value, str) and value and value == visible(value)):
             names.append(str(value))
         else:
             wrong.append((row, value))
@@ -102,7 +102,7 @@ def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tupl
         raise ValueError(
             f"column {column!r}: {len(wrong)} rows have no label that can be used, the first are "
             f"{', '.join(f'row {row} with {shown(value, 40)}' for row, value in wrong[:5])}; labels are strings "
-            "without white space around them, or integers"
+            "without white space around them and invisible characters, composed (NFC), or integers"
         )
     if known is not None:
         return names, known

@@ -53,7 +53,10 @@ def load_splits(
         if not Path(dataset_name).is_file():
             raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
         file = glob.escape(_without_magic(dataset_name, cache_dir))
-        table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
+        try:
+            table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
+        except Exception as error:  # of Arrow, of `datasets`, wrapped in one another
+            raise ValueError(f"dataset_name={dataset_name!r} is no parquet file that can be read: {error}") from error
     elif Path(dataset_name).is_dir():
         if holds_pictures_only(Path(dataset_name)):
             table = read_image_folder(dataset_name, columns, output_dir)
@@ -63,11 +66,14 @@ def load_splits(
         table = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
 
     everything = next(iter(table.values()))
-    if "split" not in everything.column_names:
+    if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(everything["split"]):
         rows.setdefault(value, []).append(row)
+    unsaid = len(rows.pop(None, [])) + len(rows.pop("", []))
+    if unsaid:
+        logger.warning(f"{unsaid} of {len(everything)} rows have nothing in the column 'split' and are left out")
     return {value: everything.select(rows[value]) for value in rows}
 
 

@@ -130,6 +130,11 @@ def check_kind(output_dir: Path, folders: Sequence[str], files: Sequence[str]) -
             raise ValueError(
                 f"output_dir={shown(str(output_dir))} has a file {name!r} where a folder is to be written"
             )
+    for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and not path.is_dir():
+            raise ValueError(
+                f"output_dir={shown(str(output_dir))} has a file {path.name!r} where a checkpoint may be written"
+            )
     for name in files:
         if (output_dir / name).is_dir():
             raise ValueError(

@@ -20,8 +20,10 @@ _run_logger = logging.get_logger(__name__)
 def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of uploads, and of what a model card says and a run can't know."""
     group.add_argument("--push_to_hub", action="store_true")
-    group.add_argument("--hub_model_id", help="Repository to push to; by default the name of output_dir.")
-    group.add_argument("--hub_token")
+    group.add_argument(
+        "--hub_model_id", type=repository, help="Repository to push to; by default the name of output_dir."
+    )
+    group.add_argument("--hub_token", type=hub_token)
     group.add_argument(
         "--hub_strategy",
         choices=["end", "every_save"],

@@ -38,7 +38,13 @@ logger = logging.getLogger(__name__)
 SETTINGS = (
     *("train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "lr_scheduler", "lr_warmup_steps"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay"),
-    "mixed_precision",
+    *("mixed_precision", "max_train_steps", "num_train_epochs", "scale_lr", "lora_dropout"),
+    *("discriminator_learning_rate", "max_skipped_steps"),
+)
+# Those of them that the optimizers' state would bring back.
+OPTIMIZER_SETTINGS = (
+    *("learning_rate", "scale_lr", "discriminator_learning_rate"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
 )
 
 
@@ -60,6 +66,10 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
         ValueError: if the folder can't be written, or another run is writing there.
     """
     output_dir = Path(output_dir)
+    try:
+        str(output_dir).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"output_dir={shown(str(output_dir))} must be valid UTF-8") from error
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / ".lock")  # which stays there: to remove a lock is to let two runs have it
@@ -140,13 +150,16 @@ class TrainingRun:
             ValueError: naming what of `identity` has changed.
         """
         self.identity, self.states = identity, states
-        self.settings = {name: getattr(args, name) for name in SETTINGS}
+        self.settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
         self.settings["processes"] = self.accelerator.num_processes
         measures: dict[str, Any] = {}
         if checkpoint is not None:
             manifest = read_manifest(checkpoint)
             check_identity(checkpoint, manifest, self.identity, self.settings)
+            wanted = [[dict(group, params=None) for group in one.param_groups] for one in self.accelerator._optimizers]
             load_checkpoint(self.accelerator, checkpoint, states)
+            if any(manifest.settings.get(name) != self.settings.get(name) for name in OPTIMIZER_SETTINGS):
+                self._set_optimizers(wanted)
             self.step, measures = manifest.step, manifest.measures
             self.skipped_steps = measures.get("skipped_steps", 0)
             if checkpoint.resolve().parent == self.output_dir.resolve():
@@ -158,6 +171,18 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self._watch_signals()
         return measures
+
+    def _set_optimizers(self, wanted: list[list[dict[str, Any]]]) -> None:
+        """Give the optimizers the arguments they were made with, in place of the checkpoint's; their moments stay."""
+        for optimizer, groups in zip(self.accelerator._optimizers, wanted, strict=True):
+            for group, new in zip(optimizer.param_groups, groups, strict=True):
+                share = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0  # of the schedule, here
+                kept = {name: new[name] for name in ("betas", "eps", "weight_decay", "initial_lr") if name in new}
+                group.update(kept, lr=share * new.get("initial_lr", new["lr"]))
+        for scheduler in self.accelerator._schedulers:
+            scheduler.scheduler.base_lrs = [
+                group["initial_lr"] for group in scheduler.scheduler.optimizer.param_groups
+            ]
 
     def save(self, step: int, measures: dict[str, Any] | None = None, *, total_limit: int | None = None) -> Path:
         """Save a checkpoint of the run, as [`save_checkpoint`] does; all processes must call it together."""

@@ -94,3 +94,19 @@ def argument_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
     the command is shown.
     """
     return _ArgumentParser(description=description, **kwargs)
+
+
+def repository(text: str) -> str:
+    """A repository's name on the Hub, such as ``user/model``."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"value={shown(text)} must be the name of a repository: {error}") from None
+    return text
+
+
+def hub_token(text: str) -> str:
+    """A token of the Hub; it isn't shown."""
+    if not text.strip() or not text.isascii():
+        raise argparse.ArgumentTypeError("the token is empty, or has characters that no token has")
+    return text

@@ -48,7 +48,7 @@ def check_number(
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """`value` itself, which must be one of `choices`."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name}={shown(value)} must be one of {list(choices)}")
     return value
 

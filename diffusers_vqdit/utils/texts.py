@@ -1,6 +1,8 @@
 """Texts to token ids of one length, with any tokenizer of transformers."""
 
+import re
 import threading
+import unicodedata
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from .checks import shown
 
 # A fast tokenizer holds the last call's truncation and padding: two threads that set others raise "Already borrowed".
 _tokenizer_lock = threading.Lock()
+
+# Control characters but white space, the soft hyphen, zero-width space and word joiner, the byte order mark.
+_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\xad\u200b\u2060\ufeff]")
 
 
 def check_texts(name: str, texts: Any) -> list[str]:
@@ -32,6 +37,11 @@ def check_texts(name: str, texts: Any) -> list[str]:
                 "as it was encoded"
             )
     return texts
+
+
+def visible(text: str) -> str:
+    """A text in composed characters (NFC), without invisible ones, and without white space around it."""
+    return _INVISIBLE.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
 def tokenize_to_length(
