@@ -140,11 +140,10 @@ def check_gaussian(scheduler: Any) -> None:
     known = hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "sigmas")
     if step is not None and known and not hasattr(scheduler, "next_event"):
         parameters = list(inspect.signature(step).parameters.values())[3:]
-        if all(
-            one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters
-        ):
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if all(one.default is not one.empty or one.kind in variadic for one in parameters):
             return
     raise ValueError(
-        f"scheduler is {type(scheduler).__name__}; this pipeline needs one of Gaussian diffusion or flow matching with "
-        "a step(model_output, timestep, sample), such as DDIMScheduler"
+        f"scheduler is {type(scheduler).__name__}; this pipeline needs one of Gaussian diffusion or flow "
+        "matching with a step(model_output, timestep, sample), such as DDIMScheduler"
     )

@@ -8,7 +8,7 @@ import torch
 
 from ..schedulers.samplers import Generators, uniform
 from ..utils.checks import shown
-from ..utils.texts import tokenize_to_length
+from ..utils.texts import tokenize_to_length, visible
 
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from ..utils.arguments import hub_token as hub_token_type
+from ..utils.arguments import repository
 from ..utils.hub import push_folder, saved_files
 from ..utils.provenance import save_generated
 from ..utils.redaction import known_secrets, without_secrets
@@ -23,7 +25,7 @@ def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--hub_model_id", type=repository, help="Repository to push to; by default the name of output_dir."
     )
-    group.add_argument("--hub_token", type=hub_token)
+    group.add_argument("--hub_token", type=hub_token_type)
     group.add_argument(
         "--hub_strategy",
         choices=["end", "every_save"],

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from .checks import check_integer, check_number, shown
 from .redaction import known_secrets, without_secrets
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_vqdit import GalleryIndex
-from diffusers_vqdit.likelihood import gallery
+from diffusers_vqdit.likelihood import gallery as gallery_module
+from diffusers_vqdit.likelihood import retrieval
 from diffusers_vqdit.likelihood.retrieval import build_index, directions, retrieve
 from diffusers_vqdit.tasks import Task
 
@@ -128,8 +129,8 @@ def test_search_in_chunks_and_by_faiss_is_one_matrix_product(transformer, monkey
     index = build_index(transformer, items("text", 40), "text", "image")  # with a bias
     queries = torch.randn(5, index.features.shape[1], generator=torch.Generator().manual_seed(2))
     expected = (queries @ index.features.float().T + index.bias).topk(7).indices
-    monkeypatch.setattr(gallery, "find_spec", lambda name: None)
-    monkeypatch.setattr(gallery, "SEARCH_CHUNK", 6)
+    monkeypatch.setattr(gallery_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(gallery_module, "SEARCH_CHUNK", 6)
     assert torch.equal(index.search(queries, 7), expected)
 
 
