@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AmusedScheduler, DDIMScheduler, RePaintScheduler, ScoreSdeVeScheduler
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler
@@ -227,9 +227,10 @@ def test_a_scheduler_of_another_kind_is_named(pipeline, latent_pipeline):
         pipeline("a red apple")
     with pytest.raises(ValueError, match="MaskedDiffusionScheduler"):
         pipeline.score("->image", image=PICTURE)
-    latent_pipeline.scheduler = MaskedDiffusionScheduler()
-    with pytest.raises(ValueError, match="MaskedDiffusionScheduler, which is for codes"):
-        latent_pipeline("a red apple")
+    for scheduler in (MaskedDiffusionScheduler(), AmusedScheduler(), ScoreSdeVeScheduler(), RePaintScheduler()):
+        latent_pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"scheduler is {type(scheduler).__name__}; this pipeline needs one of"):
+            latent_pipeline("a red apple")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(accelerator, tmp_pat
         (folder / "mine.txt").write_text("mine")
     with training_run(accelerator, tmp_path) as run:
         begin(run)
-    assert sorted(tmp_path.iterdir()) == sorted(mine)
+    assert sorted(tmp_path.iterdir()) == sorted([*mine, tmp_path / ".lock"])
     assert all((folder / "mine.txt").read_text() == "mine" for folder in mine)
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_gives_its_folder_back(accelerator, tmp_path):
     process.join()
     with training_run(accelerator, tmp_path):
         pass
-    assert not list(tmp_path.iterdir())
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_a_full_disk_anywhere_in_a_run_is_called_that(accelerator, tmp_path):
@@ -316,7 +316,7 @@ def test_a_run_in_a_thread_leaves_signals_alone(accelerator, tmp_path):
     thread = threading.Thread(target=run_in_thread)
     thread.start()
     thread.join()
-    assert not errors and not list(tmp_path.iterdir())
+    assert not errors and os.listdir(tmp_path) == [".lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
