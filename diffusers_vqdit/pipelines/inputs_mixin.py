@@ -12,6 +12,9 @@ from ..utils.images import own_size, read_mask
 from .check_inputs import check_batch, check_call
 from .segment_processors import (
     ARGUMENTS,
+    IMAGE,
+    LABEL,
+    TEXT,
     ImageSegment,
     LowResolutionSegment,
     SegmentProcessor,
@@ -157,24 +160,22 @@ class InputsMixin:
     # -----------------------------------------------------------------------------------------------------------------
     # Values to codes and back
 
-    def encode_prompt(self, prompt: list[str], segment: str = ARGUMENTS["prompt"]) -> torch.LongTensor:
+    def encode_prompt(self, prompt: list[str], segment: str = TEXT) -> torch.LongTensor:
         """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
         return self._segment(segment).encode(prompt)
 
-    def encode_image(self, image: PipelineImageInput, segment: str = ARGUMENTS["image"]) -> torch.LongTensor:
+    def encode_image(self, image: PipelineImageInput, segment: str = IMAGE) -> torch.LongTensor:
         """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion.
 
         What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
         """
         return self._segment(segment).encode(image)
 
-    def encode_label(self, class_label: list[int | str], segment: str = ARGUMENTS["class_label"]) -> torch.LongTensor:
+    def encode_label(self, class_label: list[int | str], segment: str = LABEL) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
         return self._segment(segment).encode(class_label)
 
-    def decode_image(
-        self, codes: torch.LongTensor, output_type: str = "pil", segment: str = ARGUMENTS["image"]
-    ) -> Any:
+    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
         return self._segment(segment).decode(codes, output_type)
 
@@ -183,12 +184,12 @@ class InputsMixin:
         codes: torch.LongTensor,
         tokens: torch.LongTensor | None = None,
         known: torch.BoolTensor | None = None,
-        segment: str = ARGUMENTS["prompt"],
+        segment: str = TEXT,
     ) -> list[str]:
         """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
         return self._segment(segment).decode(codes, tokens=tokens, known=known)
 
-    def decode_label(self, codes: torch.LongTensor, segment: str = ARGUMENTS["class_label"]) -> list[str]:
+    def decode_label(self, codes: torch.LongTensor, segment: str = LABEL) -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
         return self._segment(segment).decode(codes)
 

@@ -13,7 +13,7 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
-from .segment_processors import ARGUMENTS, LabelSegment, TextSegment
+from .segment_processors import IMAGE, LABEL, TEXT, LabelSegment, TextSegment
 
 
 @dataclass
@@ -181,9 +181,8 @@ class LikelihoodMixin:
 
     def _label_segment(self, name: str | None) -> LabelSegment:
         labels = {name: one for name, one in self._segments.items() if isinstance(one, LabelSegment)}
-        usual = ARGUMENTS["class_label"]
         if name is None:
-            name = next(iter(labels)) if len(labels) == 1 and usual not in labels else usual
+            name = next(iter(labels)) if len(labels) == 1 else LABEL
         if name not in labels:
             raise ValueError(f"output={shown(name)} must be a label segment of this checkpoint: {sorted(labels)}")
         return labels[name]
@@ -193,19 +192,18 @@ class LikelihoodMixin:
     ) -> torch.Tensor:
         """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
         self._check_scheduler()
-        words, seen = ARGUMENTS["prompt"], ARGUMENTS["image"]
-        self._check_task(Task((seen,), (words,)))
+        self._check_task(Task((IMAGE,), (TEXT,)))
         passed = self._read(self._passed(texts, image, None, None))
-        text, pictures = (self._segment(name).encode(passed[name]) for name in (words, seen))
+        text, pictures = (self._segment(name).encode(passed[name]) for name in (TEXT, IMAGE))
         masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
         options = {"times": times, "batch_size": batch_size}
-        prefixes = self.transformer.encode_prefix({seen: pictures})
+        prefixes = self.transformer.encode_prefix({IMAGE: pictures})
         # A picture's keys and values serve all texts.
         rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
-        nll = torch.stack([negative_elbo(self.transformer, {words: text}, row, masks, **options).nll for row in rows])
-        if str(Task((), (words,))) in (self.transformer.config.tasks or []):
-            nll = nll - negative_elbo(self.transformer, {words: text}, None, masks, **options).nll
+        nll = torch.stack([negative_elbo(self.transformer, {TEXT: text}, row, masks, **options).nll for row in rows])
+        if str(Task((), (TEXT,))) in (self.transformer.config.tasks or []):
+            nll = nll - negative_elbo(self.transformer, {TEXT: text}, None, masks, **options).nll
         return nll
 
     @torch.no_grad()
@@ -231,8 +229,7 @@ class LikelihoodMixin:
         if (prompt is None) == (image is None):
             raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
         batch_size = check_integer("batch_size", batch_size, 1)
-        names = [ARGUMENTS["prompt"], ARGUMENTS["image"]]
-        segment, query = names if image is None else reversed(names)
+        segment, query = (TEXT, IMAGE) if image is None else (IMAGE, TEXT)
         items = self._passed(prompt, image, None, None)[segment]
         self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)

@@ -28,7 +28,7 @@ from .check_inputs import callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin, check_lora
-from .segment_processors import ARGUMENTS, EncodedValue, ImageSegment, check_segment_entries, label_names
+from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
 EXAMPLE_DOC_STRING = """
@@ -116,14 +116,15 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         )
         labels, known = label_names(labels or []), transformer.config.get("segments") or {}
         segments = check_segment_entries(segments or {}, known, self._optional_components)
-        named = segments.get(ARGUMENTS["class_label"], {}).get("names")
+        named = segments.get(LABEL, {}).get("names")
         if labels and named and labels != label_names(named):
             raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(label_names(named))}")
-        if not labels and not named and ARGUMENTS["class_label"] in known:
+        if not labels and not named and LABEL in known:
             logging.get_logger(__name__).warning(
                 "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
                 "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
             )
+        labels = labels or label_names(named or [])
         self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)

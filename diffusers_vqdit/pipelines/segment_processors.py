@@ -33,7 +33,10 @@ from .check_inputs import check_labels
 logger = logging.get_logger(__name__)
 
 # The segments that arguments of their own are for; all others are passed by name.
-ARGUMENTS = {"prompt": "text", "image": "image", "class_label": "label"}
+TEXT, IMAGE, LABEL = "text", "image", "label"
+ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_label": LABEL}
+# Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
+LOWRES = "image_lowres"
 
 
 @dataclass
@@ -394,10 +397,10 @@ def label_names(names: Any) -> list[str]:
 
 def legacy_entry(name: str, geometry: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
     """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid."""
-    if name == ARGUMENTS["class_label"]:
+    if name == LABEL:
         return {"modality": "label", "names": labels}
     if len(geometry["shape"]) == ImageSegment.ndim:
-        lowres = {"lowres_of": ARGUMENTS["image"], "factor": lowres_factor} if name == "image_lowres" else {}
+        lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": "image", **lowres}
     return {"modality": "text"}
 
@@ -405,8 +408,7 @@ def legacy_entry(name: str, geometry: Mapping[str, Any], labels: list[str], lowr
 def legacy_output(passed: Mapping[str, Any], blanks: list[str], repainted: bool) -> str:
     """What is generated from what was passed where the tasks don't tell: a text for a picture or a text with blanks,
     else a picture."""
-    text, image = ARGUMENTS["prompt"], ARGUMENTS["image"]
-    return text if not repainted and (image in passed or text in blanks) else image
+    return TEXT if not repainted and (IMAGE in passed or TEXT in blanks) else IMAGE
 
 
 def check_segment_entries(entries: Any, segments: Mapping[str, Any], components: list[str]) -> dict[str, dict]:
