@@ -18,9 +18,9 @@ from .segment_processors import (
     ImageSegment,
     LowResolutionSegment,
     SegmentProcessor,
-    legacy_entry,
-    legacy_output,
+    entry_by_name,
     make_segment,
+    output_by_name,
 )
 from .task_table import TaskRow, TaskTable
 
@@ -41,7 +41,7 @@ class InputsMixin:
         return {
             name: make_segment(
                 name,
-                said.get(name) or legacy_entry(name, geometry, list(self.config.labels), self.config.lowres_factor),
+                said.get(name) or entry_by_name(name, geometry, list(self.config.labels), self.config.lowres_factor),
                 geometry=geometry,
                 components=components,
                 **options,
@@ -268,7 +268,7 @@ class InputsMixin:
                     fitting.append(task)
         if len(fitting) == 1:
             return "+".join(fitting[0].generated)
-        output = legacy_output(passed, blanks, bool(repainted))
+        output = output_by_name(passed, blanks, bool(repainted))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
             raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")

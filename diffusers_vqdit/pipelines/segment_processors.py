@@ -395,7 +395,7 @@ def label_names(names: Any) -> list[str]:
     return list(names)
 
 
-def legacy_entry(name: str, geometry: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
+def entry_by_name(name: str, geometry: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
     """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid."""
     if name == LABEL:
         return {"modality": "label", "names": labels}
@@ -405,7 +405,7 @@ def legacy_entry(name: str, geometry: Mapping[str, Any], labels: list[str], lowr
     return {"modality": "text"}
 
 
-def legacy_output(passed: Mapping[str, Any], blanks: list[str], repainted: bool) -> str:
+def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool) -> str:
     """What is generated from what was passed where the tasks don't tell: a text for a picture or a text with blanks,
     else a picture."""
     return TEXT if not repainted and (IMAGE in passed or TEXT in blanks) else IMAGE
@@ -437,9 +437,10 @@ def check_segment_entries(entries: Any, segments: Mapping[str, Any], components:
         for option in entry:
             tokenized = () if kind.tokenizer is None else ("tokenizer",)
             check_choice(f"{where}: the option", option, ("modality", *tokenized, *kind.options))
-        if "tokenizer" in entry:
-            check_choice(f"{where}['tokenizer']", entry["tokenizer"], components)
-        checked[name] = kind.check_entry(where, dict(entry), name, segments)
+        entry = dict(entry)
+        if kind.tokenizer is not None:
+            check_choice(f"{where}['tokenizer']", entry.setdefault("tokenizer", kind.tokenizer), components)
+        checked[name] = kind.check_entry(where, entry, name, segments)
     return checked
 
 

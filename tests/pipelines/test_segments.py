@@ -84,7 +84,7 @@ def test_what_was_saved_and_loaded_or_copied_gives_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["segments"]["style"] == {"modality": "label", "names": {"0": "flat", "1": "round", "2": "bold"}}
-    assert index["segments"]["small"] == SEGMENTS["small"]
+    assert index["segments"]["small"] == {**SEGMENTS["small"], "tokenizer": "image_vq"}
     assert {name for name, value in index.items() if isinstance(value, list)} == set(pipe.components)
     loaded = [VQDiTPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)]
     for other in [*loaded, VQDiTPipeline.from_pipe(pipe), copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))]:

@@ -41,6 +41,11 @@ def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, t
         "text": {"vocab_size": 64, "shape": [12]},
         "label": {"vocab_size": 2, "shape": [1]},
     }
+    assert codes.entries == {
+        "image": {"modality": "image", "tokenizer": "image_vq"},
+        "text": {"modality": "text", "tokenizer": "text_vq"},
+        "label": {"modality": "label", "names": {"0": "round", "1": "square"}},
+    }
     rows = torch.tensor([7, 2])
     given, generated = codes.batch(rows, Task.parse("label->image+text"))
     for index, row in enumerate(rows.tolist()):
