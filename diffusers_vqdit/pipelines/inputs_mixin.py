@@ -35,7 +35,7 @@ class InputsMixin:
     def _segments(self) -> dict[str, SegmentProcessor]:
         """By name. Of the components that the pipeline has now: any may be exchanged for another."""
         said = self.config.get("segments") or {}
-        options = {"resize_mode": self.config.resize_mode, "device": self._execution_device}
+        options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
         parts = [*self._optional_components, "image_processor", "pixel_processor"]
         components = {name: getattr(self, name) for name in parts}
         return {
@@ -155,7 +155,8 @@ class InputsMixin:
 
     def _read(self, passed: dict[str, Any]) -> dict[str, list]:
         """Lists of what was passed, by segment: texts and labels that are checked, and pictures that are read."""
-        return {name: self._segment(name).read(value) for name, value in passed.items()}
+        segments = self._segments
+        return {name: segments[name].read(value) for name, value in passed.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values to codes and back

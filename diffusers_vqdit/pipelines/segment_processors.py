@@ -68,7 +68,7 @@ class SegmentProcessor:
         components: the pipeline's components that tokenize, by name, None for those that it lacks; and its
             ``image_processor`` and ``pixel_processor``.
         resize_mode: how pictures are read that are not of the grid's aspect ratio.
-        device: where codes go.
+        device: tells where codes go; asked when they are made, as diffusers looks through all layers for it.
     """
 
     options: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class SegmentProcessor:
         geometry: Mapping[str, Any],
         components: Mapping[str, Any],
         resize_mode: str,
-        device: torch.device | str,
+        device: Callable[[], torch.device],
     ) -> None:
         self.name, self.entry, self.resize_mode, self.device = name, entry, resize_mode, device
         self.vocab_size, self.shape = geometry["vocab_size"], tuple(geometry["shape"])
@@ -189,12 +189,12 @@ class ImageSegment(SegmentProcessor):
 
     def own_size(self, values: Any) -> torch.Tensor:
         """Pictures at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
-        return own_size(self.read(values)).to(self.device)
+        return own_size(self.read(values)).to(self.device())
 
     def encode(self, values: Any) -> torch.LongTensor:
         """Codes (B, h, w) of pictures, resized without distortion: cropped or padded, by `resize_mode`."""
         pixels = fit_images(self.read(values), self.resolution, self.resize_mode)  # (B, C, H, W) in [0, 1]
-        return self.vq.encode_codes((2.0 * pixels - 1.0).to(self.device))
+        return self.vq.encode_codes((2.0 * pixels - 1.0).to(self.device()))
 
     def encode_partial(self, values: Any, mask_image: torch.Tensor | None = None) -> EncodedValue:
         """Codes (B, h, w) of pictures, unknown where the mask touches them; without a mask, all of them.
@@ -286,7 +286,7 @@ class TextSegment(SegmentProcessor):
                 raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
             if count > length:
                 logger.warning(f"{self.argument} {text!r} has {count} tokens; only the first {length} are used")
-        return ids.to(self.device), mask.to(self.device)
+        return ids.to(self.device()), mask.to(self.device())
 
     def encode(self, values: Any) -> torch.LongTensor:
         return self.vq.encode_codes(*self.tokenize(values))
@@ -365,7 +365,7 @@ class LabelSegment(SegmentProcessor):
         return check_labels(self.argument, value, numbers, self.vocab_size)
 
     def encode(self, values: Any) -> torch.LongTensor:
-        return torch.tensor(self.read(values), device=self.device)[:, None]
+        return torch.tensor(self.read(values), device=self.device())[:, None]
 
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""

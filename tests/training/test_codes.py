@@ -65,6 +65,10 @@ def test_more_texts_moved_pictures_and_low_resolution_are_segments_and_variants(
     codes = CodeDataset(folder)
     assert codes.lowres_factor == 2
     assert codes.segments["kind"] == {"vocab_size": 64, "shape": [12], "shared_with": "text"}
+    assert codes.entries["image_lowres"] == {
+        **{"modality": "image", "tokenizer": "image_vq"},
+        **{"lowres_of": "image", "factor": 2},
+    }
     assert codes.segments["image_lowres"] == {"vocab_size": 32, "shape": [4, 4], "shared_with": "image"}
     rows = torch.arange(10)
     given, generated = codes.batch(rows, Task.parse("image+image_lowres->kind"))
