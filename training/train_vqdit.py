@@ -178,7 +178,7 @@ def load_components(args: argparse.Namespace) -> dict:
         pipeline = VQDiTPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
         )
-        reading = {name: pipeline.config[name] for name in ("lowres_factor", "resize_mode")}
+        reading = {name: pipeline.config[name] for name in ("lowres_factor", "resize_mode", "segments")}
         return {**pipeline.components, "labels": list(pipeline.config.labels), **reading}
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     return {
@@ -190,6 +190,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "labels": [],
         "lowres_factor": args.lowres_factor or 2,
         "resize_mode": args.resize_mode or "crop",
+        "segments": {},
     }
 
 
@@ -350,6 +351,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Transformer
     transformer = parts["transformer"]
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
+    parts["segments"] = parts["segments"] | {name: one for name, one in codes.entries.items() if name in needed}
     segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     if transformer is None:
         transformer = VQDiTTransformer2DModel(

@@ -3,13 +3,26 @@
 from typing import Any
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
-from ..utils.images import own_size, read_images, read_mask
-from ..utils.texts import check_texts
-from .check_inputs import check_batch, check_call, check_labels
+from ..utils.images import own_size, read_mask
+from .check_inputs import check_batch, check_call
+from .segment_processors import (
+    ARGUMENTS,
+    IMAGE,
+    LABEL,
+    TEXT,
+    ImageSegment,
+    LowResolutionSegment,
+    SegmentProcessor,
+    entry_by_name,
+    make_segment,
+    output_by_name,
+)
+from .task_table import TaskRow, TaskTable
 
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
@@ -17,6 +30,30 @@ Codes = torch.LongTensor | dict[str, torch.LongTensor]
 
 class InputsMixin:
     """The part of [`VQDiTPipeline`] that checks what is passed and plans the task, before any work."""
+
+    @property
+    def _segments(self) -> dict[str, SegmentProcessor]:
+        """By name. Of the components that the pipeline has now: any may be exchanged for another."""
+        said = self.config.get("segments") or {}
+        options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
+        parts = [*self._optional_components, "image_processor", "pixel_processor"]
+        components = {name: getattr(self, name) for name in parts}
+        return {
+            name: make_segment(
+                name,
+                said.get(name) or entry_by_name(name, geometry, list(self.config.labels), self.config.lowres_factor),
+                geometry=geometry,
+                components=components,
+                **options,
+            )
+            for name, geometry in (self.transformer.config.segments or {}).items()
+        }
+
+    def _segment(self, name: str) -> SegmentProcessor:
+        segments = self._segments
+        if name not in segments:
+            raise ValueError(f"this checkpoint has no segment {name!r}; it has {sorted(segments)}")
+        return segments[name]
 
     def check_inputs(
         self,
@@ -53,23 +90,24 @@ class InputsMixin:
         if temperature is not None:
             check_temperature("temperature", temperature)
         self._check_scheduler()
-        task = self._plan(passed, output, mask_image, strength, output_type)
+        task, passed = self._plan(passed, output, mask_image, strength, output_type)
         if guidance_scale not in (None, 1.0) and not self._can_guide(task):
             unconditional = str(Task((), task.generated))
             reason = (
                 f"the task {unconditional!r}, which this checkpoint doesn't know" if task.given else "a given segment"
             )
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
-        passed = self._read(passed)
+        passed, segments = self._read(passed), self._segments
         if mask_image is not None:
-            pixels = own_size(passed["image"])
+            known = [name for name in passed if name in task.generated and isinstance(segments[name], ImageSegment)]
+            pixels = own_size(passed[known[0]])
             mask_image = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels))
         total = check_batch({name: len(value) for name, value in passed.items()}, num_images_per_prompt, generator)
         partly_known = sorted(set(passed) & set(task.generated))
         if latents is not None and partly_known:
             raise ValueError(f"latents can't be given with {partly_known} partly known: both say where to start")
-        if "image_lowres" not in passed:  # its tiles are told when it is encoded
-            self._start(task, total, latents)
+        if not any(isinstance(segments[name], LowResolutionSegment) for name in passed):  # its tiles are not known yet
+            self.prepare_latents(task, total, latents)
         return task, passed, mask_image, total
 
     def _check_scheduler(self) -> None:
@@ -83,14 +121,16 @@ class InputsMixin:
         self, task: Task, guidance_scale: float | None, num_inference_steps: int | None, temperature: float | None
     ) -> tuple[float, int, float | None]:
         """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
-        kinds = {self._modality(name) for name in task.generated}
+        segments = self._segments
+        generated = [segments[name] for name in task.generated]
         if guidance_scale is None:
-            guidance_scale = 3.0 if self._can_guide(task) and "image" in task.generated else 1.0
+            guidance_scale = max(one.guidance_scale for one in generated) if self._can_guide(task) else 1.0
         if num_inference_steps is None:
-            shapes = [self.transformer.config.segments[name]["shape"] for name in task.generated]
-            num_inference_steps = sum(shape[0] for shape in shapes) if kinds == {"text"} else 16
-        if temperature is None and task.given and "image" not in kinds:
-            temperature = 0.0
+            steps = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
+            num_inference_steps = max(steps) if steps else sum(one.shape[0] for one in generated)
+        temperatures = [one.temperature for one in generated]
+        if temperature is None and task.given and None not in temperatures:
+            temperature = max(temperatures)
         return guidance_scale, int(num_inference_steps), temperature
 
     def _can_guide(self, task: Task) -> bool:
@@ -98,7 +138,7 @@ class InputsMixin:
 
     def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
         """What is not None, by segment."""
-        named = {"text": prompt, "image": image, "label": class_label}
+        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_label), strict=True))
         if inputs is not None and not isinstance(inputs, dict):
             raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
         for name in inputs or {}:
@@ -106,7 +146,7 @@ class InputsMixin:
             if name not in others:
                 raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
-        arguments = {"text": "prompt", "label": "class_label"}
+        arguments = dict(zip(named, ARGUMENTS, strict=True))
         passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
         for name, value in passed.items():
             if isinstance(value, list) and not value:
@@ -115,16 +155,47 @@ class InputsMixin:
 
     def _read(self, passed: dict[str, Any]) -> dict[str, list]:
         """Lists of what was passed, by segment: texts and labels that are checked, and pictures that are read."""
-        read = {}
-        for name, value in passed.items():
-            modality = self._modality(name)
-            if modality == "image":
-                read[name] = read_images(value, self.image_vq.config.in_channels)
-            elif modality == "text":
-                read[name] = check_texts("prompt" if name == "text" else f"inputs[{name!r}]", value)
-            else:
-                read[name] = check_labels("class_label", value, self._label_numbers(), self._num_labels())
-        return read
+        segments = self._segments
+        return {name: segments[name].read(value) for name, value in passed.items()}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Values to codes and back
+
+    def encode_prompt(self, prompt: list[str], segment: str = TEXT) -> torch.LongTensor:
+        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
+        return self._segment(segment).encode(prompt)
+
+    def encode_image(self, image: PipelineImageInput, segment: str = IMAGE) -> torch.LongTensor:
+        """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion.
+
+        What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
+        """
+        return self._segment(segment).encode(image)
+
+    def encode_label(self, class_label: list[int | str], segment: str = LABEL) -> torch.LongTensor:
+        """Codes (B, 1) of labels, given by number or by name."""
+        return self._segment(segment).encode(class_label)
+
+    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
+        """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
+        return self._segment(segment).decode(codes, output_type)
+
+    def decode_text(
+        self,
+        codes: torch.LongTensor,
+        tokens: torch.LongTensor | None = None,
+        known: torch.BoolTensor | None = None,
+        segment: str = TEXT,
+    ) -> list[str]:
+        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
+        return self._segment(segment).decode(codes, tokens=tokens, known=known)
+
+    def decode_label(self, codes: torch.LongTensor, segment: str = LABEL) -> list[str]:
+        """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
+        return self._segment(segment).decode(codes)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The task
 
     def _plan(
         self,
@@ -133,64 +204,103 @@ class InputsMixin:
         mask_image: Any = None,
         strength: float | None = None,
         output_type: str = "pil",
-    ) -> Task:
+    ) -> tuple[Task, dict[str, Any]]:
         """The task that the arguments mean, checked against those the checkpoint knows.
 
         What is passed and generated too is taken as partly known: texts with blanks, and pictures with a mask or a
-        strength. A picture to make a picture from without either is one to enlarge, and becomes ``image_lowres``.
+        strength. A picture to make a picture from without either is one to enlarge, and is passed on as the segment of
+        its low resolution: the second of what is returned is `passed` so changed.
         """
+        segments, passed = self._segments, dict(passed)
         redrawn = {"mask_image": mask_image, "strength": strength}
         redrawn = [name for name, value in redrawn.items() if value is not None]
         if len(redrawn) > 1:
             raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
+        pictures = [name for name in passed if isinstance(segments.get(name), ImageSegment)]
+        blanks = [name for name in passed if name in segments and segments[name].has_blanks(passed[name])]
         if output is None:
-            wanted = "text" if "image" in passed or self._has_blank(passed.get("text")) else "image"
-            output = "image" if redrawn else wanted
+            output = self._default_output(passed, blanks, pictures if redrawn else [])
         elif not isinstance(output, str):
             raise ValueError(f"output={shown(output)} must be a string such as 'image' or 'image+text'")
         generated = [name.strip() for name in output.split("+")]
-        known = self.transformer.config.segments
-        if len(set(generated)) < len(generated) or not set(generated) <= set(known):
-            raise ValueError(f"output={shown(output)} must name segments of {list(known)}, each once, joined by '+'")
-        if "image" in generated and "image" in passed and not redrawn:
-            if "image_lowres" in known and "image_lowres" not in passed:
-                passed["image_lowres"] = passed.pop("image")
-            else:
+        if len(set(generated)) < len(generated) or not set(generated) <= set(segments):
+            raise ValueError(
+                f"output={shown(output)} must name segments of {list(segments)}, each once, joined by '+'"
+            )
+        both = [name for name in passed if name in generated]
+        repainted = [name for name in pictures if name in both and redrawn]
+        if redrawn and len(repainted) != 1:
+            wanted = next((segment.argument for segment in segments.values() if isinstance(segment, ImageSegment)), "")
+            raise ValueError(
+                f"{redrawn[0]} needs {wanted or 'a picture'}, and an output with it, got output={output!r}"
+                if not repainted
+                else f"{redrawn[0]} is for one picture, but {repainted} are passed and generated"
+            )
+        for name in both:
+            if name in blanks or name in repainted:
+                continue
+            lowres = next((one for one in segments.values() if one.entry.get("lowres_of") == name), None)
+            if lowres is None or lowres.name in passed:
                 raise ValueError(
-                    f"output={output!r} asks for 'image', which you passed: give mask_image to repaint a part or "
-                    "strength to repair it; this checkpoint can't enlarge pictures"
+                    f"output={output!r} asks for {name!r}, which you passed: {segments[name].how_to_pass}"
                 )
-        if redrawn and not ("image" in generated and "image" in passed):
-            raise ValueError(f"{redrawn[0]} needs image, and an output with 'image', got output={output!r}")
-        for name in passed:
-            if name in known and self._modality(name) == "text":
-                blank = self._has_blank(passed[name])
-                if name in generated and not blank:
-                    raise ValueError(
-                        f"output={output!r} asks for {name!r}, which you passed: a segment is given or generated. "
-                        "Put <mask> where a text is to be filled in"
-                    )
-                if blank and name not in generated:
-                    raise ValueError(
-                        f"{shown(passed[name])} has <mask>, which is for texts to fill in: ask for output={name!r}"
-                    )
-            elif name in generated and not (name == "image" and redrawn):
-                raise ValueError(f"output={output!r} asks for {name!r}, which you passed: it is given or generated")
+            passed[lowres.name] = passed.pop(name)
+        for name in blanks:
+            if name not in generated:
+                raise ValueError(
+                    f"{shown(passed[name])} has <mask>, which is for texts to fill in: ask for output={name!r}"
+                )
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
         # What comes out as codes needs no tokenizer, unless it is partly known.
         self._check_task(task, tuple(passed) if output_type == "latent" else task.segments)
-        return task
+        return task, passed
+
+    def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
+        """The output of the one known task that what was passed fits; else what its segments' names tell.
+
+        `blanks` are the texts to fill in, and `repainted` the pictures of which one is to be.
+        """
+        tasks = [Task.parse(task) for task in self.transformer.config.tasks or []]
+        fitting = []
+        for task in tasks:
+            both = set(passed) & set(task.generated)
+            if set(passed) - both == set(task.given) and set(blanks) <= both and both <= {*blanks, *repainted}:
+                if len(both & set(repainted)) == bool(repainted):
+                    fitting.append(task)
+        if len(fitting) == 1:
+            return "+".join(fitting[0].generated)
+        output = output_by_name(passed, blanks, bool(repainted))
+        if output not in self._segments:
+            known = ", ".join(str(task) for task in fitting or tasks)
+            raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")
+        return output
+
+    @property
+    def tasks(self) -> TaskTable:
+        """What the checkpoint can do: its tasks, their default steps and guidance, and what to pass."""
+        rows, segments = TaskTable(), self._segments
+        for task in map(Task.parse, self.transformer.config.tasks or []):
+            guidance_scale, num_inference_steps, _ = self._defaults(task, None, None, None)
+            given = [segments[name] for name in task.given]
+            arguments = [f"{one.argument}=..." for one in given if one.argument in ARGUMENTS]
+            others = ", ".join(f'"{one.name}": ...' for one in given if one.argument not in ARGUMENTS)
+            arguments += [f"inputs={{{others}}}"] if others else []
+            call = ", ".join([*arguments, f'output="{"+".join(task.generated)}"'])
+            rows.append(TaskRow(str(task), num_inference_steps, guidance_scale, f"pipe({call})"))
+        return rows
 
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
         """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""
         check_task(task, self.transformer.config.tasks or [])
-        needed = {"text": ("text_vq", "tokenizer"), "image": ("image_vq",), "label": ()}
         for name in task.segments if tokenized is None else tokenized:
-            for component in needed[self._modality(name)]:
-                if getattr(self, component) is None:
-                    raise ValueError(f"the task {str(task)!r} needs the component {component}, which is None")
+            self._check_components(name, f"the task {str(task)!r}")
 
-    def _start(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
+    def _check_components(self, name: str, what: str) -> None:
+        for component in self._segment(name).needs:
+            if getattr(self, component) is None:
+                raise ValueError(f"{what} needs the component {component}, which is None")
+
+    def prepare_latents(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
         """The codes to start from: all masked, or the caller's."""
         segments = self.transformer.config.segments
         codes = {}

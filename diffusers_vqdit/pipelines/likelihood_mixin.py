@@ -13,6 +13,7 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
+from .segment_processors import IMAGE, LABEL, TEXT, LabelSegment, TextSegment
 
 
 @dataclass
@@ -85,7 +86,7 @@ class LikelihoodMixin:
             )
         passed = self._read(passed)
         size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
-        codes = self._encode(passed)
+        codes = {name: self._segment(name).encode(value) for name, value in passed.items()}
         given = {name: codes[name] for name in arrow.given}
         prefix = None
         if given:
@@ -119,6 +120,8 @@ class LikelihoodMixin:
         image: PipelineImageInput | None = None,
         labels: list[str] | None = None,
         *,
+        output: str | None = None,
+        inputs: dict[str, Any] | None = None,
         num_samples: int = 32,
         batch_size: int = 64,
         generator: torch.Generator | None = None,
@@ -133,6 +136,8 @@ class LikelihoodMixin:
         Args:
             prompt, image: what is given, as in [`__call__`]. Both: of one batch size.
             labels: candidate texts, at least two, all different; None for the checkpoint's labels.
+            output: the label segment, by default ``label``, or the only one where there is none of this name.
+            inputs: what is given by segment, as in [`__call__`].
             num_samples: masks, as in [`score`]; for `labels` only.
             batch_size: candidates a forward pass; for `labels` only.
             generator: draws the masks, on the CPU; for `labels` only.
@@ -150,7 +155,7 @@ class LikelihoodMixin:
         check_integer("batch_size", batch_size, 1)
         check_generator(generator, cpu_only=True)
         if labels is not None:
-            if image is None or prompt is not None:
+            if image is None or prompt is not None or inputs or output is not None:
                 raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
             if not isinstance(labels, list) or not labels or len(set(check_texts("labels", labels))) < 2:
                 raise ValueError(f"labels={shown(labels)} must be a list of at least two different texts")
@@ -159,37 +164,46 @@ class LikelihoodMixin:
             scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
             names = list(labels)
         else:
-            if prompt is None and image is None:
+            passed = self._passed(prompt, image, None, inputs)
+            if not passed:
                 raise ValueError("prompt and image are None: there is nothing to classify")
-            passed = self._passed(prompt, image, None, None)
-            self._plan(passed, "label")
+            segment = self._label_segment(output)
+            _, passed = self._plan(passed, segment.name)
             passed = self._read(passed)
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
-            given = self._encode(passed)
-            scores = all_masked(self.transformer, "label", given)[1][:, 0]  # (B, K)
-            names = self.decode_label(torch.arange(scores.shape[1])[:, None])
+            given = {name: self._segment(name).encode(value) for name, value in passed.items()}
+            scores = all_masked(self.transformer, segment.name, given)[1][:, 0]  # (B, K)
+            names = segment.decode(torch.arange(scores.shape[1])[:, None])
         self.maybe_free_model_hooks()
         probabilities = scores.softmax(-1).float().cpu()
         best = [names[index] for index in probabilities.argmax(1).tolist()]
         return ClassificationOutput(labels=best, probabilities=probabilities, names=names)
+
+    def _label_segment(self, name: str | None) -> LabelSegment:
+        labels = {name: one for name, one in self._segments.items() if isinstance(one, LabelSegment)}
+        if name is None:
+            name = next(iter(labels)) if len(labels) == 1 else LABEL
+        if name not in labels:
+            raise ValueError(f"output={shown(name)} must be a label segment of this checkpoint: {sorted(labels)}")
+        return labels[name]
 
     def _caption_nll(
         self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
     ) -> torch.Tensor:
         """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
         self._check_scheduler()
-        self._check_task(Task(("image",), ("text",)))
-        codes = self._encode(self._read(self._passed(texts, image, None, None)))
-        text, pictures = codes["text"], codes["image"]
+        self._check_task(Task((IMAGE,), (TEXT,)))
+        passed = self._read(self._passed(texts, image, None, None))
+        text, pictures = (self._segment(name).encode(passed[name]) for name in (TEXT, IMAGE))
         masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
         options = {"times": times, "batch_size": batch_size}
-        prefixes = self.transformer.encode_prefix({"image": pictures})
+        prefixes = self.transformer.encode_prefix({IMAGE: pictures})
         # A picture's keys and values serve all texts.
         rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
-        nll = torch.stack([negative_elbo(self.transformer, {"text": text}, row, masks, **options).nll for row in rows])
-        if "->text" in (self.transformer.config.tasks or []):
-            nll = nll - negative_elbo(self.transformer, {"text": text}, None, masks, **options).nll
+        nll = torch.stack([negative_elbo(self.transformer, {TEXT: text}, row, masks, **options).nll for row in rows])
+        if str(Task((), (TEXT,))) in (self.transformer.config.tasks or []):
+            nll = nll - negative_elbo(self.transformer, {TEXT: text}, None, masks, **options).nll
         return nll
 
     @torch.no_grad()
@@ -215,17 +229,16 @@ class LikelihoodMixin:
         if (prompt is None) == (image is None):
             raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
         batch_size = check_integer("batch_size", batch_size, 1)
-        segment, query = ("text", "image") if image is None else ("image", "text")
+        segment, query = (TEXT, IMAGE) if image is None else (IMAGE, TEXT)
         items = self._passed(prompt, image, None, None)[segment]
-        for component in ("text_vq", "tokenizer") if segment == "text" else ("image_vq",):
-            if getattr(self, component) is None:
-                raise ValueError(f"a gallery of {segment} codes needs the component {component}, which is None")
-        items = check_texts("prompt", items) if segment == "text" else items
+        self._check_components(segment, f"a gallery of {segment} codes")
+        processor = self._segment(segment)
+        items = processor.read(items) if isinstance(processor, TextSegment) else items
         if isinstance(items, list) and items:
             parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         else:
             parts = [items]
-        codes = torch.cat([self._encode({segment: part})[segment] for part in parts])
+        codes = torch.cat([processor.encode(part) for part in parts])
         output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
@@ -269,17 +282,18 @@ class LikelihoodMixin:
         top_k = check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         first = query[0] if isinstance(query, list) and query else query
-        if isinstance(first, str) != (gallery.query == "text"):
-            wanted = "texts" if gallery.query == "text" else "pictures"
+        processor = self._segment(gallery.query)
+        of_texts = isinstance(processor, TextSegment)
+        if isinstance(first, str) != of_texts:
+            wanted = "texts" if of_texts else "pictures"
             raise ValueError(
                 f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {shown(first)}"
             )
-        arguments = (query, None) if gallery.query == "text" else (None, query)
         try:
-            passed = self._read(self._passed(*arguments, None, None))
+            queries = processor.read(query)
         except ValueError as error:
             raise ValueError(f"query: {error}") from error
-        codes = self._encode(passed)[gallery.query]
+        codes = processor.encode(queries)
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output

@@ -22,13 +22,13 @@ from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
-from ..utils.checks import check_choice
+from ..utils.checks import check_choice, shown
 from ..utils.images import RESIZE_MODES
 from .check_inputs import callback_inputs
-from .codes_mixin import CodesMixin, PictureSource
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin, check_lora
+from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
 EXAMPLE_DOC_STRING = """
@@ -64,12 +64,8 @@ class VQDiTPipelineOutput(BaseOutput):
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(
-    CodesMixin, InputsMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin
-):
+class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
-
-    A segment on a grid holds pictures and a segment on a line texts, but for ``label``, whose only code is a label.
 
     Args:
         transformer: the denoiser, with the segments ``image``, ``text`` and ``label``, some of them or others.
@@ -80,6 +76,18 @@ class VQDiTPipeline(
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
+        segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
+            ``"tokenizer"``, the component that makes their codes, by default ``image_vq`` or ``text_vq``; a label's
+            ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures that another picture segment's are
+            made from, with ``"factor"``, how many times smaller they are (2). A segment that is not in it is a label
+            if its name is ``label`` (with the names `labels`), a picture if its codes are on a grid (and those of
+            ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else a text.
+
+    Raises:
+        ValueError: if `segments` has a segment that the transformer doesn't have, an unknown modality or option, or
+            one that doesn't fit the segment's codes.
+
+    ``pipe.tasks`` shows what the checkpoint can do, with the defaults and what to pass.
 
     A pipeline may be used by several threads at once, each call with arguments of its own. ``pipe._interrupt = True``
     ends all the calls that run.
@@ -99,20 +107,25 @@ class VQDiTPipeline(
         labels: list[str] | dict[str, str] | None = None,
         lowres_factor: int = 2,
         resize_mode: str = "crop",
+        segments: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
-        if isinstance(labels, dict):  # as they are saved
-            labels = [labels[code] for code in sorted(labels, key=int)]
-        if not labels and "label" in (transformer.config.get("segments") or {}):
+        labels, known = label_names(labels or []), transformer.config.get("segments") or {}
+        segments = check_segment_entries(segments or {}, known, self._optional_components)
+        named = segments.get(LABEL, {}).get("names")
+        if labels and named and labels != label_names(named):
+            raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(label_names(named))}")
+        if not labels and not named and LABEL in known:
             logging.get_logger(__name__).warning(
                 "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
                 "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
             )
-        self.register_to_config(labels=list(labels or []), lowres_factor=lowres_factor, resize_mode=resize_mode)
+        labels = labels or label_names(named or [])
+        self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
         # Pictures as they are, for pasting: in [0, 1], at their own size.
@@ -150,41 +163,45 @@ class VQDiTPipeline(
         mask_image: torch.Tensor | None,
         strength: float | None,
         repeats: int,
-    ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], PictureSource | None, dict[str, list]]:
-        """The prefix of what is given, the codes of what is known of the generated side, the picture that another is
-        made from, and the tokens of texts with blanks; for each sample `repeats` times."""
-        given, known, source, written = {}, {}, None, {}
+    ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], dict[str, Callable], int]:
+        """The prefix of what is given, the codes of what is known of the generated side, what finishes its segments'
+        values ([`EncodedValue`]), and the tiles of each sample; for each sample `repeats` times."""
+        segments, known = self._segments, {}
+        encoded: dict[str, EncodedValue] = {}
         for name, value in passed.items():
-            if name == "image_lowres":
-                given[name], source = self._encode_lowres(value)
-            elif name in task.given:
-                given |= self._encode({name: value})
-            elif name == "image" and mask_image is not None:
-                known[name], source = self._encode_holes(value, mask_image)
-            elif name == "image":
-                known[name] = self.encode_image(value)
+            segment = segments[name]
+            if name in task.given:
+                encoded[name] = segment.encode_given(value)
             else:
-                known[name], *written[name] = self._infill(value, name)
-        tiles = source.tiles if source is not None and source.tiles is not None else 1
-        if tiles > 1 and task.generated != ("image",):
-            raise ValueError(
-                f"image of {tuple(source.pixels.shape[-2:])} pixels makes {tiles} tiles, which only make 'image', "
-                f"not {'+'.join(task.generated)!r}"
-            )
-        given = {n: v if n == "image_lowres" else v.repeat_interleave(tiles, dim=0) for n, v in given.items()}
+                encoded[name] = segment.encode_partial(value, mask_image)
+                known[name] = encoded[name].codes
+        # What a segment's own value says of it comes before what another's does.
+        order = sorted(encoded, key=lambda name: name in known)
+        finish = {encoded[n].finishes: encoded[n].finish for n in order if encoded[n].finish is not None}
+        tiles = max((value.tiles for value in encoded.values()), default=1)
+        for name, value in encoded.items():
+            whole = task.generated == (value.finishes,) and not known
+            if value.tiles > 1 and (not whole or value.tiles != tiles):
+                raise ValueError(
+                    f"{name!r} is so large that it makes {value.tiles} tiles, which only make {value.finishes!r}, "
+                    f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
+                )
+        given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
         prefix = self.transformer.encode_prefix(given) if given else None
         if strength is not None:
-            known["image"] = self._forget(known["image"], strength, prefix)
+            name = next(name for name in known if isinstance(segments[name], ImageSegment))
+            known[name] = self._forget(known[name], strength, prefix, name)
         if repeats > 1 and passed:
             # Each sample's tiles stay together.
             size = len(next(iter((given | known).values())))
             rows = torch.arange(size).unflatten(0, (-1, 1, tiles)).expand(-1, repeats, -1).flatten()
             prefix = prefix.select(rows) if prefix is not None else None
             known = {name: codes[rows] for name, codes in known.items()}
-            written = {name: [tensor[rows] for tensor in pair] for name, pair in written.items()}
-        return prefix, known, source, written
+        return prefix, known, finish, tiles
 
-    def _forget(self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None) -> torch.LongTensor:
+    def _forget(
+        self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str
+    ) -> torch.LongTensor:
         """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
         scheduler = self.scheduler
         times = (
@@ -193,11 +210,10 @@ class VQDiTPipeline(
             else None
         )
         fit = code_log_probabilities(
-            self.transformer, {"image": codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
-        )["image"]  # (B, N)
+            self.transformer, {segment: codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
+        )[segment]  # (B, N)
         worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
-        size = self.transformer.config.segments["image"]["vocab_size"]
-        return codes.flatten(1).scatter(1, worst, size).view_as(codes)
+        return codes.flatten(1).scatter(1, worst, self._mask_token_id(segment)).view_as(codes)
 
     def _mask_token_id(self, segment: str) -> int:
         return self.transformer.config.segments[segment]["vocab_size"]
@@ -282,31 +298,6 @@ class VQDiTPipeline(
             check_logits(combined[name], (free, own), guidance_scale)
         return combined
 
-    def _first(self, segments: dict[str, Any], modality: str) -> Any:
-        return next((value for name, value in segments.items() if self._modality(name) == modality), None)
-
-    def _decode(
-        self,
-        codes: dict[str, torch.LongTensor],
-        source: PictureSource | None,
-        written: dict[str, list],
-        num_images_per_prompt: int,
-        output_type: str,
-    ) -> dict[str, Any]:
-        """Pictures, texts and labels of codes, by segment."""
-        decoded = {}
-        for name, value in codes.items():
-            modality = self._modality(name)
-            if name == "image" and source is not None:
-                decoded[name] = self._finish(value, source, num_images_per_prompt, output_type)
-            elif modality == "image":
-                decoded[name] = self.decode_image(value, output_type)
-            elif modality == "text":
-                decoded[name] = self.decode_text(value, *written.get(name, ()))
-            else:
-                decoded[name] = self.decode_label(value)
-        return decoded
-
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -344,10 +335,12 @@ class VQDiTPipeline(
                 generated, one to repaint (with `mask_image`), to repair (with `strength`), or else to enlarge, of any
                 size, by a checkpoint that has ``image_lowres``.
             class_label: given label or labels, by number or name.
-            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default
-                ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
-            mask_image: one mask or one a picture, white where to repaint. The codes that white pixels change are
-                generated; black pixels come out as they went in, and so does the size.
+            output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default those of
+                the one task that the checkpoint knows from what is passed (``pipe.tasks``). Where there are several
+                or none: ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
+            mask_image: one mask or one a picture, white where to repaint: of the one picture segment that is both
+                passed and generated. The codes that white pixels change are generated; black pixels come out as they
+                went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
@@ -398,13 +391,12 @@ class VQDiTPipeline(
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
 
         # 2. Encode what is given, and what is known of the generated side
-        prefix, known, source, written = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
-        tiles = source.tiles if source is not None and source.tiles is not None else 1
+        prefix, known, finish, tiles = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(tiles)]
 
         # 3. Start from masks, and from what is known
-        codes = self._start(task, batch_size * tiles, known or latents)
+        codes = self.prepare_latents(task, batch_size * tiles, known or latents)
 
         # 4. Denoise, with a scheduler of the call's own
         scheduler = copy.deepcopy(self.scheduler)
@@ -421,12 +413,22 @@ class VQDiTPipeline(
         )
 
         # 5. Decode
+        processors = self._segments
         if output_type == "latent":
             segments = codes
         else:
             codes = {n: torch.where(v == self._mask_token_id(n), predicted[n], v) for n, v in codes.items()}
-            segments = self._decode(codes, source, written, num_images_per_prompt, output_type)
-        images, texts, labels = (self._first(segments, modality) for modality in ("image", "text", "label"))
+            segments = {
+                name: finish[name](value, num_images_per_prompt, output_type)
+                if name in finish
+                else processors[name].decode(value, output_type)
+                for name, value in codes.items()
+            }
+        fields = [(processors[name].output_field, value) for name, value in segments.items()]
+        images, texts, labels = (
+            next((value for field, value in fields if field == wanted), None)
+            for wanted in ("images", "texts", "labels")
+        )
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels

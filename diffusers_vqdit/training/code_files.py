@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ..models.config_checks import SEGMENT_KEYS
+from ..pipelines.segment_processors import LABEL, check_segment_entries
 from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
@@ -22,6 +24,7 @@ from .image_folder import first_of
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "segments.json"
+TOKENIZERS = ["image_vq", "text_vq"]  # the pipeline's components that make codes
 # Beside a segment's codes: several variants a row, for use where it is given and where it is generated.
 SUFFIXES = ("", "_prompts", "_variants")
 
@@ -51,6 +54,8 @@ def write_index(folder: Path, index: dict[str, Any]) -> None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a folder of codes, after checks of all it says but for the shards' codes.
+
+    What it says of a segment stands in two: its geometry in ``"segments"``, and what it is in ``"entries"``.
 
     Raises:
         ValueError: if it is missing, or something in it can't be; the message names the file and the entry.
@@ -84,9 +89,16 @@ def read_index(folder: Path) -> dict[str, Any]:
             need(fits, f"{entry}.shared_with", segment["shared_with"], f"a segment with vocab_size={size} of its own")
     need(isinstance(labels, list) and all(type(x) is str for x in labels), "labels", labels, "a list of strings")
     need(len(set(labels)) == len(labels), "labels", labels, "different names")
-    if "label" in segments:
-        size = segments["label"]["vocab_size"]
-        need(len(labels) == size, "labels", labels, f"the names of the {size} codes of the segment 'label'")
+    if LABEL in segments:
+        size = segments[LABEL]["vocab_size"]
+        need(len(labels) == size, "labels", labels, f"the names of the {size} codes of the segment {LABEL!r}")
+    entries = {n: {k: v for k, v in one.items() if k not in SEGMENT_KEYS} for n, one in segments.items()}
+    segments = {n: {k: v for k, v in one.items() if k in SEGMENT_KEYS} for n, one in segments.items()}
+    try:
+        entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments, TOKENIZERS)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+    index |= {"segments": segments, "entries": entries}
     factor = index.get("lowres_factor")
     need(factor is None or (type(factor) is int and factor >= 2), "lowres_factor", factor, "null or at least 2")
 

@@ -3,9 +3,10 @@
 A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet
 column is one segment's codes in row-major order. ``{segment}_prompts`` holds several variants (wordings of a text,
 slightly moved pictures) for use where the segment is given, ``{segment}_variants`` those of a text with several
-captions for use where it is generated, too. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, the
-names of the labels, how many times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the
-data and the tokenizers (``fingerprints``) and the shards with theirs.
+captions for use where it is generated, too. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and
+what it is (``modality``, ``tokenizer`` and options, as the pipeline takes them), the names of the labels, how many
+times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the data and the tokenizers
+(``fingerprints``) and the shards with theirs.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
+from ..pipelines.segment_processors import IMAGE, LABEL, LOWRES, TEXT, check_segment_entries, entry_by_name
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.checks import check_integer
@@ -27,7 +29,7 @@ from ..utils.fingerprints import file_sha256, model_fingerprint, tensor_sha256, 
 from ..utils.images import lower_resolution, shift_and_scale
 from ..utils.texts import tokenize_to_length
 from ..utils.weight_files import move_into_place
-from .code_files import INDEX_FILE, check_shards, read_index, read_shard, write_index, write_shard
+from .code_files import INDEX_FILE, TOKENIZERS, check_shards, read_index, read_shard, write_index, write_shard
 from .columns import caption_lists, encode_labels, warn_of_cut
 from .data import decode_rows, to_pixels
 from .files import scratch_folder
@@ -36,7 +38,7 @@ from .files import scratch_folder
 logger = logging.getLogger(__name__)
 
 # Segments that are not made from a column of texts.
-RESERVED = ("image", "image_lowres", "text", "label")
+RESERVED = (IMAGE, LOWRES, TEXT, LABEL)
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def encode_dataset(
     generator = torch.Generator().manual_seed(0)
     digest, segments, shards, skipped = hashlib.sha256(), {}, [], 0
     if label_column is not None:
-        segments["label"] = {"vocab_size": len(labels), "shape": [1]}
+        segments[LABEL] = {"vocab_size": len(labels), "shape": [1]}
     starts = range(0, len(dataset), shard_size)
     with scratch_folder(Path(output_dir)) as scratch:
         for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
@@ -122,27 +124,29 @@ def encode_dataset(
                 digest.update(tensor_sha256(pictures).encode())
                 batches = pictures.split(batch_size)
                 columns |= _encode_pictures(batches, image_vq, image_augmentations, lowres_factor, generator)
-                shape = list(columns["image"][0].shape)
-                segments["image"] = {"vocab_size": image_vq.num_codes, "shape": shape}
+                shape = list(columns[IMAGE][0].shape)
+                segments[IMAGE] = {"vocab_size": image_vq.num_codes, "shape": shape}
                 if lowres_factor is not None:
-                    segments["image_lowres"] = {**segments["image"], "shared_with": "image"}
+                    segments[LOWRES] = {**segments[IMAGE], "shared_with": IMAGE}
             encoded = {}
             for column, lists in texts.items():
                 chosen = [lists[row] for row in rows]
                 digest.update(json.dumps([column, chosen]).encode())
                 encoded[column] = _encode_lists(chosen, text_vq, tokenizer, batch_size)
-            for name, column in {"text": caption_column, **{name: name for name in text_columns}}.items():
+            for name, column in {TEXT: caption_column, **{name: name for name in text_columns}}.items():
                 if column is None:
                     continue
                 columns[name] = [codes[0] for codes in encoded[column]]
-                shared = {"shared_with": "text"} if name != "text" else {}
+                shared = {"shared_with": TEXT} if name != TEXT else {}
                 segments[name] = {"vocab_size": text_vq.num_codes, "shape": list(columns[name][0].shape), **shared}
                 if any(len(row) > 1 for row in texts[column]):
                     columns[f"{name}_variants"] = encoded[column]
             if wordings:
-                columns["text_prompts"] = [torch.cat(one) for one in zip(*(encoded[c] for c in wordings), strict=True)]
+                columns[f"{TEXT}_prompts"] = [
+                    torch.cat(one) for one in zip(*(encoded[c] for c in wordings), strict=True)
+                ]
             if codes_of_labels is not None:
-                columns["label"] = list(codes_of_labels[rows].split(1))
+                columns[LABEL] = list(codes_of_labels[rows].split(1))
                 digest.update(tensor_sha256(codes_of_labels[rows]).encode())
             shards.append(write_shard(scratch / f"codes-{len(shards):05d}.parquet", columns))
         if not shards:
@@ -150,11 +154,13 @@ def encode_dataset(
         if skipped:
             logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
         used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
+        entries = {n: entry_by_name(n, geometry, labels or [], lowres_factor) for n, geometry in segments.items()}
+        entries = check_segment_entries(entries, segments, TOKENIZERS)
         settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
         write_index(
             scratch,
             {
-                "segments": segments,
+                "segments": {name: {**geometry, **entries[name]} for name, geometry in segments.items()},
                 "labels": labels if label_column is not None else [],
                 "lowres_factor": lowres_factor,
                 "settings": settings if image_column is not None else {},
@@ -234,12 +240,12 @@ def _encode_pictures(
         return torch.cat([image_vq.encode_codes(change(to_pixels(x)).to(image_vq.device)).cpu() for x in batches])
 
     codes = encode()
-    columns = {"image": list(codes)}
+    columns = {IMAGE: list(codes)}
     if image_augmentations:
         moved = [encode(lambda pixels: shift_and_scale(pixels, generator)) for _ in range(image_augmentations)]
         columns["image_prompts"] = list(torch.stack([codes, *moved], 1))
     if lowres_factor is not None:
-        columns["image_lowres"] = list(encode(lambda pixels: lower_resolution(pixels, lowres_factor)))
+        columns[LOWRES] = list(encode(lambda pixels: lower_resolution(pixels, lowres_factor)))
     return columns
 
 
@@ -261,6 +267,8 @@ class CodeDataset:
 
     Attributes:
         segments (`dict`): name -> ``{"vocab_size", "shape"}``.
+        entries (`dict`): name -> what the segment is, as [`VQDiTPipeline`] takes it: ``{"modality", "tokenizer"}`` and
+            options. Empty in folders of older versions.
         labels (`list[str]`): names of the label codes.
         lowres_factor (`int`, *optional*): how many times smaller ``image_lowres`` is.
         settings (`dict`): how pictures were read: ``resolution``, ``resize_mode``, ``image_augmentations``. Empty
@@ -278,6 +286,7 @@ class CodeDataset:
         self.folder = folder = Path(folder)
         index = read_index(folder)
         self.segments: dict[str, dict] = index["segments"]
+        self.entries: dict[str, dict] = index["entries"]
         self.labels: list[str] = index["labels"]
         self.lowres_factor: int | None = index["lowres_factor"]
         self.settings: dict = index["settings"]

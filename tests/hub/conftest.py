@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.utils.hub import push_folder
 
 
@@ -49,6 +50,7 @@ def forms(make_pipeline, tmp_path_factory):
     pipe.save_pretrained(folder / "sharded", max_shard_size="20KB")
     assert len(list((folder / "sharded" / "transformer").glob("*.safetensors"))) > 2
     make_pipeline(1).save_pretrained(folder / "other")
+    save_segments(pipe, folder / "segments")
     for name in ("later", "missing"):
         pipe.save_pretrained(folder / name)
     for path in (folder / "later" / "model_index.json", folder / "later" / "image_vq" / "config.json"):
@@ -58,6 +60,20 @@ def forms(make_pipeline, tmp_path_factory):
     pipe.image_vq.half()
     pipe.save_pretrained(folder / "plain", variant="fp16")
     return folder
+
+
+def save_segments(pipe, folder):
+    """A pipeline whose segments have names of their own, which only its config explains."""
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        segments={"sketch": {"vocab_size": 32, "shape": [4, 4]}, "style": {"vocab_size": 3, "shape": [1]}},
+        tasks=["style->sketch", "sketch->style"],
+    )
+    segments = {"sketch": {"modality": "image"}, "style": {"modality": "label", "names": ["flat", "round", "bold"]}}
+    parts = {**pipe.components, "transformer": transformer.eval()}
+    VQDiTPipeline(**parts, segments=segments).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,18 @@ def save_again() -> None:
     assert Path(code).read_text() == (Path(FORMS) / "plain" / "pipeline.py").read_text()
 
 
+def segments() -> None:
+    """What a segment is stands in the config alone; a copy says it too."""
+    pipe = load(at("segments"))
+    assert pipe.config.segments["style"]["names"] == {"0": "flat", "1": "round", "2": "bold"}
+    again = tempfile.mkdtemp(dir=CACHES.name)
+    pipe.save_pretrained(again)
+    for one in (pipe, load(again)):
+        assert same_weights(one.transformer, saved("segments"))
+        image = one(inputs={"style": "bold"}, num_inference_steps=2).images[0]
+        assert one(inputs={"sketch": image}).labels[0] in ("flat", "round", "bold")
+
+
 def revision() -> None:
     older = load(at("plain"), revision="v1")
     assert same_weights(older.transformer, saved("other"))
@@ -189,9 +201,21 @@ def offline() -> None:
 
 
 CELLS_OF = {
-    "own": [plain, variant, dtype, shards, from_pipe, swap, save_again, models, later_version, missing_file],
-    "plugin": [plain, variant, dtype, shards, from_pipe, swap, save_again, models, later_version, missing_file],
-    "code": [plain, variant, dtype, shards, from_pipe, swap, save_again, later_version, missing_file],
+    "own": [plain, variant, dtype, shards, from_pipe, swap, save_again, segments, models, later_version, missing_file],
+    "plugin": [
+        plain,
+        variant,
+        dtype,
+        shards,
+        from_pipe,
+        swap,
+        save_again,
+        segments,
+        models,
+        later_version,
+        missing_file,
+    ],
+    "code": [plain, variant, dtype, shards, from_pipe, swap, save_again, segments, later_version, missing_file],
 }
 
 if __name__ == "__main__":

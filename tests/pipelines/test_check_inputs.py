@@ -227,7 +227,12 @@ def test_a_scheduler_of_another_kind_is_named(pipeline, latent_pipeline):
         pipeline("a red apple")
     with pytest.raises(ValueError, match="MaskedDiffusionScheduler"):
         pipeline.score("->image", image=PICTURE)
-    for scheduler in (MaskedDiffusionScheduler(), AmusedScheduler(), ScoreSdeVeScheduler(), RePaintScheduler()):
+    for scheduler in (
+        MaskedDiffusionScheduler(),
+        AmusedScheduler(mask_token_id=8),
+        ScoreSdeVeScheduler(),
+        RePaintScheduler(),
+    ):
         latent_pipeline.scheduler = scheduler
         with pytest.raises(ValueError, match=f"scheduler is {type(scheduler).__name__}; this pipeline needs one of"):
             latent_pipeline("a red apple")

@@ -76,15 +76,15 @@ def test_what_is_under_the_mask_is_never_seen(pipe):
 
 def test_codes_that_the_mask_does_not_change_are_kept(pipe, monkeypatch):
     size = pipe.transformer.config.segments["image"]["vocab_size"]
-    codes, source = pipe._encode_holes(picture(), hole(box=(5, 5, 6, 6)))
-    assert codes.shape == (1, 4, 4) and codes[0, 1, 1] == size and source.mask.sum() == 1
+    codes = pipe._segment("image").encode_partial(picture(), hole(box=(5, 5, 6, 6))).codes
+    assert codes.shape == (1, 4, 4) and codes[0, 1, 1] == size
     drawn = pipe(image=picture(), mask_image=hole(box=(5, 5, 6, 6)), output_type="latent").images
     assert torch.equal(drawn[codes < size], codes[codes < size]) and drawn.max() < size
     # With an encoder that sees no further than its patches, these are all the codes that the mask touches.
     monkeypatch.setattr(
         pipe.image_vq, "encode_codes", lambda x: (torch.nn.functional.avg_pool2d(x, 4).mean(1) * 15 + 16).long()
     )
-    codes, _ = pipe._encode_holes(picture(), hole(box=(5, 5, 9, 6)))
+    codes = pipe._segment("image").encode_partial(picture(), hole(box=(5, 5, 9, 6))).codes
     assert (codes == size).nonzero().tolist() == [[0, 1, 1], [0, 1, 2]]
 
 
@@ -125,9 +125,11 @@ def test_several_samples_of_one_hole(pipe):
 
 def test_repair_draws_the_stated_share_of_codes_anew(pipe):
     codes = pipe.encode_image(picture())
-    masked = pipe._forget(codes, 0.25, None)
+    masked = pipe._forget(codes, 0.25, None, "image")
     assert (masked == 32).sum() == 4 and torch.equal(masked[masked < 32], codes[masked < 32])
-    assert (pipe._forget(codes, 1.0, None) == 32).all() and (pipe._forget(codes, 0.001, None) == 32).sum() == 1
+    assert (pipe._forget(codes, 1.0, None, "image") == 32).all() and (
+        pipe._forget(codes, 0.001, None, "image") == 32
+    ).sum() == 1
     fixed = pipe("a dot", picture(), strength=0.25, output_type="latent").images
     assert (fixed == codes).sum() >= 12
     assert pipe(image=picture((30, 20)), strength=0.5).images[0].size == (16, 16)
@@ -147,8 +149,8 @@ def test_the_codes_that_fit_worst_are_the_ones_that_were_damaged(pipe, monkeypat
     monkeypatch.setattr(type(transformer), "forward", expects_seven)
     codes = torch.full((2, 4, 4), 7)
     codes[0, 2, 3], codes[1, 0, 1], codes[1, 3, 3] = 1, 2, 3
-    assert (pipe._forget(codes[:1], 1 / 16, None) == 32).nonzero().tolist() == [[0, 2, 3]]
-    assert (pipe._forget(codes[1:], 2 / 16, None) == 32).nonzero().tolist() == [[0, 0, 1], [0, 3, 3]]
+    assert (pipe._forget(codes[:1], 1 / 16, None, "image") == 32).nonzero().tolist() == [[0, 2, 3]]
+    assert (pipe._forget(codes[1:], 2 / 16, None, "image") == 32).nonzero().tolist() == [[0, 0, 1], [0, 3, 3]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def test_the_codes_that_fit_worst_are_the_ones_that_were_damaged(pipe, monkeypat
 
 def test_blanks_are_filled_and_the_rest_stays(pipe):
     tokens = pipe.tokenizer("a red apple").input_ids
-    codes, ids, known = pipe._infill(["a <mask> apple"], "text")
+    codes, ids, known = pipe._segment("text").infill(["a <mask> apple"])
     assert (codes == 64).sum() == (~known).sum() == 1
     whole = pipe.encode_prompt(["a red apple"])
     if len(pipe.tokenizer(" red").input_ids) == 1:  # the blank is one token, and so is " red"

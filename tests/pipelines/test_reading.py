@@ -107,16 +107,17 @@ def test_a_picture_to_repaint_keeps_its_size_and_its_black_pixels(pipeline, late
 
 def test_a_wide_picture_is_fitted_whole_before_it_is_repainted(pipeline):
     image = picture((32, 16))
-    codes, _ = pipeline._encode_holes(image, box_mask((32, 16), (0, 0, 8, 8)))
+    segment = pipeline._segment("image")
+    codes = segment.encode_partial(image, box_mask((32, 16), (0, 0, 8, 8))).codes
     top, _, height, _ = fitted_box((16, 32), (16, 16))
     assert (top, height) == (4, 8)
     unknown = codes[0] == 32
     # The encoder sees further than its patches, but what the mask itself touches is a part of the middle rows.
     assert unknown[1, 0] and not torch.equal(
-        codes, pipeline._encode_holes(image.resize((16, 16)), Image.new("L", (16, 16)))[0]
+        codes, segment.encode_partial(image.resize((16, 16)), Image.new("L", (16, 16))).codes
     )
     canvas = ImageOps.pad(image, (32, 32), color="white")
-    padded, _ = pipeline._encode_holes(canvas, box_mask((32, 32), (0, 8, 8, 16)))
+    padded = segment.encode_partial(canvas, box_mask((32, 32), (0, 8, 8, 16))).codes
     known = (codes < 32) & (padded < 32)
     assert known.sum() >= 4 and (codes[known] == padded[known]).float().mean() > 0.8
 
@@ -135,10 +136,10 @@ def test_what_is_repainted_does_not_shift(pipeline, monkeypatch):
         held.clear()
         image = Image.fromarray(ramp).convert("RGB")
         out = pipeline(image=image, mask_image=box_mask(size, (0, 0, 1, 1)), num_inference_steps=1)
-        everything = pipeline._finish(
+        everything = pipeline._segment("image").paste(
             torch.zeros(1, 4, 4, dtype=torch.int64),
-            type("Source", (), {"pixels": torch.zeros(1, 3, *size[::-1]), "mask": torch.ones(1, 1, *size[::-1])}),
-            1,
+            torch.zeros(1, 3, *size[::-1]),
+            torch.ones(1, 1, *size[::-1]),
             "np",
         )
         assert out.images[0].size == size

@@ -41,6 +41,11 @@ def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, t
         "text": {"vocab_size": 64, "shape": [12]},
         "label": {"vocab_size": 2, "shape": [1]},
     }
+    assert codes.entries == {
+        "image": {"modality": "image", "tokenizer": "image_vq"},
+        "text": {"modality": "text", "tokenizer": "text_vq"},
+        "label": {"modality": "label", "names": {"0": "round", "1": "square"}},
+    }
     rows = torch.tensor([7, 2])
     given, generated = codes.batch(rows, Task.parse("label->image+text"))
     for index, row in enumerate(rows.tolist()):
@@ -60,6 +65,10 @@ def test_more_texts_moved_pictures_and_low_resolution_are_segments_and_variants(
     codes = CodeDataset(folder)
     assert codes.lowres_factor == 2
     assert codes.segments["kind"] == {"vocab_size": 64, "shape": [12], "shared_with": "text"}
+    assert codes.entries["image_lowres"] == {
+        **{"modality": "image", "tokenizer": "image_vq"},
+        **{"lowres_of": "image", "factor": 2},
+    }
     assert codes.segments["image_lowres"] == {"vocab_size": 32, "shape": [4, 4], "shared_with": "image"}
     rows = torch.arange(10)
     given, generated = codes.batch(rows, Task.parse("image+image_lowres->kind"))

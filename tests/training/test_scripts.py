@@ -201,7 +201,9 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     index = json.loads((tmp_path / "mine" / "transformer" / "config.json").read_text())
     assert set(index["tasks"]) == {"text->image", "image->text", "->image"}
     assert index["dropout"] == 0.2
-    assert len(VQDiTPipeline.from_pretrained(tmp_path / "mine")("apple", num_inference_steps=2).images) == 1
+    pipe = VQDiTPipeline.from_pretrained(tmp_path / "mine")
+    assert len(pipe("apple", num_inference_steps=2).images) == 1
+    assert pipe.config.segments == {name: {"modality": name, "tokenizer": f"{name}_vq"} for name in ("image", "text")}
 
 
 @pytest.mark.slow
