@@ -112,7 +112,7 @@ class TrainingRun:
     Attributes:
         id (`str`): the run's name, by which its checkpoints are known; later runs' names sort after earlier ones'.
         step (`int`): the optimizer steps of the checkpoint that it went on from.
-        identity, settings (`dict`): see [`save_checkpoint`].
+        identity, settings, states (`dict`): see [`save_checkpoint`].
         skipped_steps (`int`): the steps whose loss or gradients were not finite.
     """
 
@@ -124,6 +124,7 @@ class TrainingRun:
         self.step = 0
         self.identity: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
+        self.states: dict[str, Any] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._skipped_now = False
@@ -139,7 +140,7 @@ class TrainingRun:
             checkpoint: what [`find_checkpoint`] gave.
             identity: what must be as it was in the checkpoint, JSON values by name.
             args: the script's arguments; those in `SETTINGS` had better be as they were.
-            states: see [`save_checkpoint`]; they are loaded too.
+            states: see [`save_checkpoint`]; they are loaded too. Those that are None are not there.
 
         Returns:
             the checkpoint's measures, or none.
@@ -150,11 +151,12 @@ class TrainingRun:
         self.identity = identity
         self.settings = {name: getattr(args, name) for name in SETTINGS}
         self.settings["processes"] = self.accelerator.num_processes
+        self.states = {name: state for name, state in states.items() if state is not None}
         measures: dict[str, Any] = {}
         if checkpoint is not None:
             manifest = read_manifest(checkpoint)
             check_identity(checkpoint, manifest, self.identity, self.settings)
-            load_checkpoint(self.accelerator, checkpoint, states)
+            load_checkpoint(self.accelerator, checkpoint, self.states)
             self.step, measures = manifest.step, manifest.measures
             self.skipped_steps = measures.get("skipped_steps", 0)
             if checkpoint.resolve().parent == self.output_dir.resolve():
@@ -166,6 +168,16 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self._watch_signals()
         return measures
+
+    def kept(self, **measures: Any) -> dict[str, Any]:
+        """What [`save_checkpoint`] is to keep of the run, with the measures so far."""
+        return {
+            "run": self.id,
+            "identity": self.identity,
+            "settings": self.settings,
+            "measures": {**measures, "skipped_steps": self.skipped_steps},
+            "states": self.states,
+        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
