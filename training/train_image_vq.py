@@ -29,6 +29,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.data import (
@@ -54,16 +55,7 @@ from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
-from diffusers_vqdit.training.run import TrainingRun, due, training_run
-from diffusers_vqdit.training.setup import (
-    make_accelerator,
-    make_ema,
-    make_optimizer,
-    prepare,
-    progress_bar,
-    run_batches,
-    start_trackers,
-)
+from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.validation import log_images, save_grid
 from diffusers_vqdit.utils.arguments import (
@@ -305,14 +297,8 @@ def publish(
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    with training_run(
-        accelerator,
-        args.output_dir,
-        folders=["samples"],
-        files=["README.md", "config.json"],
-        max_skipped_steps=args.max_skipped_steps,
-    ) as run:
+    accelerator = setup.make_accelerator(args)
+    with setup.open_run(args, accelerator, folders=["samples"], files=["README.md", "config.json"]) as run:
         train(args, accelerator, run)
 
 
@@ -320,7 +306,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Pictures, decoded once and kept as bytes; models
     pictures, held_out = load_pictures(args)
     model = build_model(args)
-    ema = make_ema(args, model.parameters(), accelerator.device)
+    ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
     adversarial = args.adversarial_weight > 0
     discriminator = PatchDiscriminator(
@@ -329,12 +315,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 2. Optimizers and learning rates
-    model, optimizer, lr_scheduler, max_steps = prepare(args, accelerator, model, len(pictures))
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(pictures))
     if perceptual is not None:
         perceptual.to(accelerator.device)
     if adversarial:
         discriminator, discriminator_optimizer = accelerator.prepare(
-            discriminator, make_optimizer(args, discriminator, args.discriminator_learning_rate)
+            discriminator, setup.make_optimizer(args, discriminator, args.discriminator_learning_rate)
         )
         lecam.to(accelerator.device)
 
@@ -351,12 +337,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     states = {"ema": ema, "lecam": lecam if adversarial else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
-    start_trackers(args, accelerator, "image_vq")
+    setup.start_trackers(args, accelerator, "image_vq")
 
     # 4. Train
     step = run.step
-    batches = run_batches(args, accelerator, len(pictures), step)
-    progress = progress_bar(accelerator, max_steps, step)
+    batches = setup.run_batches(args, accelerator, len(pictures), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
@@ -372,10 +358,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 loss, logs = loss + fooling, logs | more
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
+                norm, stepped = run.optimizer_step(
+                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
+                )
                 logs["gradient_norm"] = norm
-                if stepped:
-                    lr_scheduler.step()
+                if ema is not None and stepped:
+                    ema.step(model.parameters())
             optimizer.zero_grad()
 
             # The discriminator, which starts earlier, so that its first advice is worth something
@@ -397,8 +385,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(model.parameters())
         values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in logs.values()])
         logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
         logs |= {"usage": output.usage.item(), "perplexity": output.perplexity.item()}

@@ -33,6 +33,7 @@ from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.alignment import AlignedTransformer, cache_features
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
@@ -48,15 +49,7 @@ from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusio
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import evaluated, unwrap
 from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
-from diffusers_vqdit.training.setup import (
-    make_accelerator,
-    make_ema,
-    prepare,
-    progress_bar,
-    run_batches,
-    start_trackers,
-)
+from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
@@ -291,14 +284,13 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     # Without captions in a batch, their projection gets no gradient.
-    accelerator = make_accelerator(args, find_unused_parameters=True)
+    accelerator = setup.make_accelerator(args, find_unused_parameters=True)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    with training_run(
+    with setup.open_run(
+        args,
         accelerator,
-        args.output_dir,
         folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
-        max_skipped_steps=args.max_skipped_steps,
     ) as run:
         train(args, accelerator, run)
 
@@ -323,14 +315,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     scheduler = training_scheduler(args, parts["scheduler"])
     features = cache_features(args, pictures, latents.shape[-1] // transformer.config.patch_size, device)
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
-    ema = make_ema(args, transformer.parameters(), device)
+    trained, ema = list(model.parameters()), setup.make_ema(args, transformer.parameters(), device)
     parts["id2label"] = id2label
 
     def build_pipeline() -> VQDiTLatentPipeline:
         return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
 
     encoder_pipeline = build_pipeline()
-    model, optimizer, lr_scheduler, max_steps = prepare(args, accelerator, model, len(latents), scale_lr=args.scale_lr)
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(
+        args, accelerator, model, len(latents), scale_lr=args.scale_lr
+    )
     flag, argument, wanted = validation_inputs(args)
     if accelerator.is_main_process:
         check_drawable(build_pipeline(), argument, flag, wanted)
@@ -350,12 +344,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
-    start_trackers(args, accelerator, "vqdit-latent")
+    setup.start_trackers(args, accelerator, "vqdit-latent")
 
     # 5. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
-    batches = run_batches(args, accelerator, len(latents), step)
-    progress = progress_bar(accelerator, max_steps, step)
+    batches = setup.run_batches(args, accelerator, len(latents), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         rows = next(batches)
@@ -382,9 +376,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 loss = loss + args.alignment_weight * alignment
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
-                if stepped:
-                    lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
+                if ema is not None and stepped:
+                    ema.step(transformer.parameters())
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
@@ -396,8 +390,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(transformer.parameters())
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
@@ -30,15 +30,7 @@ from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, due, training_run
-from diffusers_vqdit.training.setup import (
-    make_accelerator,
-    make_ema,
-    prepare,
-    progress_bar,
-    run_batches,
-    start_trackers,
-)
+from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
@@ -219,14 +211,8 @@ def publish(
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    with training_run(
-        accelerator,
-        args.output_dir,
-        folders=["tokenizer"],
-        files=["README.md", "config.json"],
-        max_skipped_steps=args.max_skipped_steps,
-    ) as run:
+    accelerator = setup.make_accelerator(args)
+    with setup.open_run(args, accelerator, folders=["tokenizer"], files=["README.md", "config.json"]) as run:
         train(args, accelerator, run)
 
 
@@ -238,8 +224,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
 
     # 2. Optimizer and learning rate
-    ema = make_ema(args, model.parameters(), accelerator.device)
-    model, optimizer, lr_scheduler, max_steps = prepare(args, accelerator, model, len(tokens))
+    ema = setup.make_ema(args, model.parameters(), accelerator.device)
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(tokens))
 
     # 3. Resume
     identity = {
@@ -252,12 +238,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    start_trackers(args, accelerator, "text_vq")
+    setup.start_trackers(args, accelerator, "text_vq")
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
-    batches = run_batches(args, accelerator, len(tokens), step)
-    progress = progress_bar(accelerator, max_steps, step)
+    batches = setup.run_batches(args, accelerator, len(tokens), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]
@@ -269,13 +255,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         micro_step += 1
         with accelerator.accumulate(model):
             output = model(batch)
-            cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
+            cross_entropy = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
             loss = cross_entropy + output.commit_loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
-                if stepped:
-                    lr_scheduler.step()
+                norm, stepped = run.optimizer_step(
+                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
+                )
+                if ema is not None and stepped:
+                    ema.step(model.parameters())
             optimizer.zero_grad()
         seen += len(batch) * accelerator.num_processes
         if not accelerator.sync_gradients:
@@ -283,8 +271,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(model.parameters())
         losses = accelerator.reduce(torch.stack([cross_entropy, output.commit_loss]).detach(), "mean").tolist()
         logs = {
             "cross_entropy": losses[0],

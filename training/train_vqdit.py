@@ -27,6 +27,7 @@ from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task, parse_tasks
+from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
     add_patch_argument,
@@ -43,15 +44,7 @@ from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_los
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
-from diffusers_vqdit.training.setup import (
-    make_accelerator,
-    make_ema,
-    prepare,
-    progress_bar,
-    run_batches,
-    start_trackers,
-)
+from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.task_codes import load_codes
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
@@ -234,14 +227,13 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     # A step trains the embeddings and heads of its task's segments only.
-    accelerator = make_accelerator(args, find_unused_parameters=True)
+    accelerator = setup.make_accelerator(args, find_unused_parameters=True)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    with training_run(
+    with setup.open_run(
+        args,
         accelerator,
-        args.output_dir,
         folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
-        max_skipped_steps=args.max_skipped_steps,
     ) as run:
         train(args, accelerator, run)
 
@@ -266,8 +258,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     transformer = build_transformer(args, parts["transformer"], segments, labels, tasks)
     scheduler = parts["scheduler"]
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    ema = make_ema(args, trained, accelerator.device)
-    transformer, optimizer, lr_scheduler, max_steps = prepare(
+    ema = setup.make_ema(args, trained, accelerator.device)
+    transformer, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, transformer, len(codes), scale_lr=args.scale_lr
     )
 
@@ -291,12 +283,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    start_trackers(args, accelerator, "vqdit")
+    setup.start_trackers(args, accelerator, "vqdit")
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
-    batches = run_batches(args, accelerator, len(codes), step)
-    progress = progress_bar(accelerator, max_steps, step)
+    batches = setup.run_batches(args, accelerator, len(codes), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
@@ -322,9 +314,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm)
-                if stepped:
-                    lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
+                if ema is not None and stepped:
+                    ema.step(trained)
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
@@ -336,12 +328,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(trained)
+        logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
-        logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         accelerator.log({f"loss/{task}": average, **logs, "images_per_second": speed}, step=step)
         if args.validation_prompts and accelerator.is_main_process and due(step, args.validation_steps):
             with evaluated(unwrap(transformer), ema, trained):

@@ -188,8 +188,9 @@ class TrainingRun:
         parameters: Iterable[torch.nn.Parameter],
         loss: torch.Tensor,
         max_grad_norm: float,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> tuple[float, bool]:
-        """Clip the gradients and step, unless they or the loss are not finite on any process.
+        """Clip the gradients and step, the learning rate too, unless they or the loss are not finite on any process.
 
         fp16's own overflows, which lower its scale, are no fault and are not counted.
 
@@ -208,6 +209,8 @@ class TrainingRun:
             finite = self.accelerator.reduce(finite.float(), "mean") == 1.0
         if bool(finite):
             optimizer.step()
+            if lr_scheduler is not None and not optimizer.step_was_skipped:
+                lr_scheduler.step()
             return float(norm), not optimizer.step_was_skipped
         self._skipped_now = True
         if scaler is not None:

@@ -3,7 +3,8 @@
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from .arguments import tracker_config
 from .data import shuffled_batches
 from .launch import check_launch
 from .optimization import parameter_groups
+from .run import TrainingRun, training_run
 
 
 logger = get_logger(__name__)
@@ -42,6 +44,15 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     set_seed(args.seed)
     return accelerator
+
+
+def open_run(
+    args: argparse.Namespace, accelerator: Accelerator, *, folders: Sequence[str], files: Sequence[str]
+) -> AbstractContextManager[TrainingRun]:
+    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]."""
+    return training_run(
+        accelerator, args.output_dir, folders=folders, files=files, max_skipped_steps=args.max_skipped_steps
+    )
 
 
 def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
