@@ -18,7 +18,6 @@ those of held-out compositions with a checkpoint's own scheduler alone. Writes `
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import time
@@ -41,6 +40,7 @@ from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import VQDiTLatentPipeline
 from diffusers_vqdit.models.vae_latents import downsample_factor
+from diffusers_vqdit.training.evaluation import EmojiData, share
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 
@@ -114,7 +114,7 @@ def draw(
     return torch.cat(parts), (time.perf_counter() - start) / len(values)
 
 
-def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
+def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
     pipeline = DiffusionPipeline.from_pretrained(checkpoint).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     latent = isinstance(pipeline, VQDiTLatentPipeline)
@@ -122,7 +122,7 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
         image_vq, side = pipeline.vae, pipeline.transformer.config.sample_size
     else:
         image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments["image"]["shape"][0]
-    data = evaluate.EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
+    data = EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
     name, results = Path(checkpoint).name, []
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     most = max(args.num_inference_steps)
@@ -132,7 +132,7 @@ def measure(checkpoint: str, evaluate, args: argparse.Namespace) -> list[dict]:
         samples, seconds = draw(pipeline, args, steps, argument, values)
         row = {"checkpoint": name, "parameters": parameters, "scheduler": scheduler, "task": task, "steps": steps}
         different = len(set(data.nearest_rows(samples)))
-        results.append({**row, "share": evaluate.share(judge(samples)), "different": different, "seconds": seconds})
+        results.append({**row, "share": share(judge(samples)), "different": different, "seconds": seconds})
         print(json.dumps(results[-1]), flush=True)
         keep_grid(samples, args.output_dir / f"{name}-{scheduler}-{task}-{steps}.png".replace(" ", "-"))
 
@@ -204,11 +204,8 @@ def percent(share: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "training" / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = [one for checkpoint in args.checkpoints for one in measure(checkpoint, evaluate, args)]
+    results = [one for checkpoint in args.checkpoints for one in measure(checkpoint, args)]
     (args.output_dir / "kinds_of_diffusion.json").write_text(json.dumps(results, indent=2) + "\n")
     table = as_table(results)
     (args.output_dir / "kinds_of_diffusion.md").write_text(table + "\n")

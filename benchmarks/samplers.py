@@ -31,6 +31,8 @@ from pathlib import Path
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
+from diffusers_vqdit.training import evaluation
+from diffusers_vqdit.training.evaluation_images import drawn_right
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -98,9 +100,9 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
     return compared
 
 
-def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list[dict]:
+def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
     resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
-    data = evaluate.EmojiData.load(pipeline.image_vq, resolution, args)
+    data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args)
     rows, captions = data.train, data.texts(data.train)
 
     results = []
@@ -113,7 +115,7 @@ def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list
                 guidance_scale=scale, num_inference_steps=steps, batch_size=args.batch_size, seed=args.seed
             )
             start = time.perf_counter()
-            hits = evaluate.drawn_right(pipeline, captions, rows, data, drawing)
+            hits = drawn_right(pipeline, captions, rows, data, drawing)
             results.append(
                 {
                     "name": name,
@@ -122,7 +124,7 @@ def compare(pipeline: VQDiTPipeline, evaluate, args: argparse.Namespace) -> list
                     "guidance_schedule": schedule,
                     "guidance_scale": scale,
                     "calls": scheduler.rows / len(rows),
-                    "share": evaluate.share(hits),
+                    "share": evaluation.share(hits),
                     "seconds": time.perf_counter() - start,
                 }
             )
@@ -174,12 +176,9 @@ def plot(results: list[dict], path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the plot needs matplotlib: pip install matplotlib")
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "training" / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    results = compare(pipeline, evaluate, args)
+    results = compare(pipeline, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, args.output_dir / "samplers.png")

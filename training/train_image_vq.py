@@ -18,32 +18,24 @@ sharp pictures rather than the highest PSNR, add a perceptual and an adversarial
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from PIL import Image
-from tqdm.auto import tqdm
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.models.image_vq import QUANTIZER_OPTIONS
-from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
+from diffusers_vqdit.training import setup
+from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.data import (
     choose_validation_split,
     decode_images,
     load_splits,
-    shuffled_batches,
     take_split,
     to_pixels,
 )
@@ -58,16 +50,16 @@ from diffusers_vqdit.training.image_losses import (
     discriminator_loss,
     generator_loss,
 )
-from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.metrics import code_usage, psnr
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, due, training_run
+from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
+from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.tokenizers import load_image_vq
+from diffusers_vqdit.training.validation import log_images, save_grid
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
-    integer,
     model_name,
     non_negative_integer,
     non_negative_number,
@@ -89,19 +81,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--norm_num_groups", type=positive_integer, default=8)
     model.add_argument("--mid_block_attention", action="store_true")
     model.add_argument("--latent_channels", type=positive_integer, default=64)
-    model.add_argument("--num_vq_embeddings", type=positive_integer, default=1024)
-    model.add_argument("--vq_embed_dim", type=positive_integer, default=8)
-    model.add_argument("--quantizer_type", choices=list(QUANTIZER_OPTIONS), default="vq")
-    model.add_argument("--fsq_levels", type=integer(2), nargs="+", help="Of FSQ; they give the number of codes.")
-    model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2", help="Of vq, ibq and lfq (l2: BSQ).")
-    model.add_argument("--codebook_update", choices=["gradient", "ema"], default="ema")
-    model.add_argument("--codebook_init", choices=["uniform", "data", "kmeans"], default="kmeans")
-    model.add_argument("--restart_threshold", type=non_negative_number, default=0.1)
-    estimators = ["straight_through", "rotation"]
-    model.add_argument("--gradient_estimator", choices=estimators, default=estimators[0], help="Of vq and simvq.")
-    model.add_argument("--beta", type=non_negative_number, default=0.25, help="Weight of the commitment term.")
-    model.add_argument("--entropy_weight", type=non_negative_number, default=0.0)
-    model.add_argument("--entropy_temperature", type=positive_number, default=0.01)
+    add_quantizer_arguments(model)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
@@ -166,19 +146,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
-def quantizer_options(args: argparse.Namespace) -> dict:
-    """The arguments of `ImageVQModel` that the type of the quantizer takes."""
-    # The codebook's own ema_decay keeps its default; --ema_decay is that of the weights.
-    taken = [name for name in QUANTIZER_OPTIONS[args.quantizer_type] if name != "ema_decay"]
-    options = {"quantizer_type": args.quantizer_type, **{name: getattr(args, name) for name in taken}}
-    sizes = {"num_vq_embeddings": args.num_vq_embeddings, "vq_embed_dim": args.vq_embed_dim}
-    if args.fsq_levels:
-        sizes = {"num_vq_embeddings": math.prod(args.fsq_levels), "vq_embed_dim": len(args.fsq_levels)}
-    elif args.quantizer_type == "lfq":
-        sizes["num_vq_embeddings"] = 2**args.vq_embed_dim
-    return {**options, **sizes}
-
-
 def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
     if args.perceptual_weight == 0:
         return None
@@ -189,67 +156,8 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
     return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
 
 
-@torch.no_grad()
-def validate(
-    model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int
-) -> tuple[dict[str, float], Image.Image]:
-    """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too.
-
-    The PNG shows the data, which may be private: it is never published.
-    """
-    model.eval()
-    device = model.device
-    values, codes, drawn = [], [], []
-    for batch in pictures.split(64):
-        original = to_pixels(batch).to(device)
-        batch_codes = model.encode_codes(original)
-        decoded = model.decode_codes(batch_codes).sample
-        values.append(psnr(decoded, original).cpu())
-        codes.append(batch_codes.cpu())
-        if not drawn:
-            drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
-    model.train()
-    rows = VaeImageProcessor().postprocess(torch.cat(drawn))
-    folder = args.output_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = make_image_grid(rows, rows=2, cols=len(drawn[0]))
-    grid.save(folder / f"step-{step:06d}.png")
-    usage, perplexity = code_usage(torch.cat(codes), model.num_codes)
-    figures = {
-        "validation/psnr": float(torch.cat(values).mean()),
-        "validation/usage": usage,
-        "validation/perplexity": perplexity,
-    }
-    return figures, grid
-
-
-def log_picture(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
-    """Show the reconstructions in those trackers that can."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("validation/reconstructions", np.asarray(grid), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"validation/reconstructions": wandb.Image(grid)}, step=step)
-
-
-def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    with training_run(
-        accelerator,
-        args.output_dir,
-        folders=["samples"],
-        files=["README.md", "config.json"],
-        max_skipped_steps=args.max_skipped_steps,
-    ) as run:
-        train(args, accelerator, run)
-
-
-def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    set_seed(args.seed)
-
-    # 1. Pictures, decoded once and kept as bytes
+def load_pictures(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures (N, 3, H, W) uint8 of the training split, and those that validation measures."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -266,9 +174,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         decode_images(dataset, args.image_column, args.resolution, resize_mode=args.resize_mode)[0]
         for dataset in datasets
     )
-    held_out = others[0] if others else pictures[:256]
+    return pictures, others[0] if others else pictures[:256]
 
-    # 2. Model
+
+def build_model(args: argparse.Namespace) -> ImageVQModel:
     if args.pretrained_model_name_or_path is not None:
         model = load_image_vq(args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32)
     else:
@@ -292,7 +201,112 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         # The quantizer, whose statistics and restarts break graphs, stays as it is.
         model.encoder.compile()
         model.decoder.compile()
-    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    return model
+
+
+def reconstruction_loss(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    perceptual: PerceptualLoss | None,
+    made: torch.Tensor,
+    sample: torch.Tensor,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """How far reconstructions are from the pictures, both (B, C, H, W) in [-1, 1], and what is logged of it."""
+    loss = (F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss)(made, sample)
+    logs = {"reconstruction": loss, "mse": F.mse_loss(made, sample).detach()}
+    if perceptual is not None:
+        with accelerator.autocast():
+            logs["perceptual"] = perceptual(made, sample)
+        loss = loss + args.perceptual_weight * logs["perceptual"]
+    return loss, logs
+
+
+def adversarial_loss(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    discriminator: torch.nn.Module,
+    made: torch.Tensor,
+    reconstruction: torch.Tensor,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The tokenizer's weighted loss from the discriminator, and what is logged of it."""
+    # Not through DistributedDataParallel, and without gradients of the discriminator's own.
+    unwrap(discriminator).requires_grad_(False)
+    with accelerator.autocast():
+        logs = {"generator": generator_loss(unwrap(discriminator)(made), args.adversarial_loss)}
+    unwrap(discriminator).requires_grad_(True)
+    weight = args.adversarial_weight
+    if args.adaptive_weight:
+        last_layer = unwrap(model).decoder.conv_out.weight
+        logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer)
+        weight = weight * logs["adaptive_weight"]
+    return weight * logs["generator"], logs
+
+
+def discrimination_loss(
+    args: argparse.Namespace, discriminator: torch.nn.Module, lecam: LeCam, sample: torch.Tensor, made: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The discriminator's own loss, and what is logged of it."""
+    real_logits, made_logits = discriminator(torch.cat([sample, made])).chunk(2)
+    loss = discriminator_loss(real_logits, made_logits, args.adversarial_loss)
+    logs = {"discriminator": loss, "logits_real": real_logits.mean(), "logits_made": made_logits.mean()}
+    if args.lecam_weight > 0:
+        logs["lecam"] = lecam(real_logits, made_logits)
+        loss = loss + args.lecam_weight * logs["lecam"]
+    return loss, logs
+
+
+@torch.no_grad()
+def validate(
+    model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int
+) -> tuple[dict[str, float], Image.Image]:
+    """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too.
+
+    The PNG shows the data, which may be private: it is never published.
+    """
+    model.eval()
+    device = model.device
+    values, codes, drawn = [], [], []
+    for batch in pictures.split(64):
+        original = to_pixels(batch).to(device)
+        batch_codes = model.encode_codes(original)
+        decoded = model.decode_codes(batch_codes).sample
+        values.append(psnr(decoded, original).cpu())
+        codes.append(batch_codes.cpu())
+        if not drawn:
+            drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
+    model.train()
+    grid = save_grid(VaeImageProcessor().postprocess(torch.cat(drawn)), len(drawn[0]), args.output_dir, step)
+    usage, perplexity = code_usage(torch.cat(codes), model.num_codes)
+    psnr_mean = float(torch.cat(values).mean())
+    return {"validation/psnr": psnr_mean, "validation/usage": usage, "validation/perplexity": perplexity}, grid
+
+
+def publish(
+    args: argparse.Namespace, model: ImageVQModel, measured: dict[str, float], step: int | None = None
+) -> None:
+    """Save the model and its card, and push them where that is asked for."""
+    files = save_pretrained_atomically(model, args.output_dir)
+    split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
+    dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+    measures = [
+        Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
+        for name, value in measured.items()
+    ]
+    publish_run(args, model, files=files, measures=measures, step=step)
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = setup.make_accelerator(args)
+    with setup.open_run(args, accelerator, folders=["samples"], files=["README.md", "config.json"]) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
+    # 1. Pictures, decoded once and kept as bytes; models
+    pictures, held_out = load_pictures(args)
+    model = build_model(args)
+    ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
     adversarial = args.adversarial_weight > 0
     discriminator = PatchDiscriminator(
@@ -300,30 +314,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     ).train()
     lecam = LeCam()
 
-    # 3. Optimizers and learning rates
-    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.adam_weight_decay), lr=args.learning_rate, **adam)
-    discriminator_optimizer = torch.optim.AdamW(
-        parameter_groups(discriminator, args.adam_weight_decay), lr=args.discriminator_learning_rate, **adam
-    )
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_steps = args.max_train_steps or math.ceil(len(pictures) / global_batch) * args.num_train_epochs
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    # 2. Optimizers and learning rates
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(pictures))
     if perceptual is not None:
         perceptual.to(accelerator.device)
     if adversarial:
-        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        discriminator, discriminator_optimizer = accelerator.prepare(
+            discriminator, setup.make_optimizer(args, discriminator, args.discriminator_learning_rate)
+        )
         lecam.to(accelerator.device)
-    if ema is not None:
-        ema.to(accelerator.device)
 
-    # 4. Resume
-    more_states = {"ema": ema} if ema is not None else {}
-    if adversarial:
-        more_states["lecam"] = lecam
+    # 3. Resume
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
     named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
     named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
@@ -334,93 +335,48 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "training data": fingerprint(pictures),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
+    states = {"ema": ema, "lecam": lecam if adversarial else None}
+    measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
+    setup.start_trackers(args, accelerator, "image_vq")
+
+    # 4. Train
     step = run.step
-    if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("image_vq", config=tracker_config(args))
-    parameters = sum(p.numel() for p in unwrap(model).parameters())
-    logger.info(f"{len(pictures)} pictures, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
-
-    # 5. Train
-    batches = shuffled_batches(
-        len(pictures),
-        args.train_batch_size,
-        seed=args.seed,
-        start=step * args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    batches = setup.run_batches(args, accelerator, len(pictures), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, stop = time.time(), 0, False
-    measured = measures.get("validation", {})
-
-    def publish(step: int | None = None) -> None:
-        """Save the model and its card, and push them where that is asked for."""
-        trained = unwrap(model).eval()
-        with averaged_weights(ema, trained.parameters()):
-            files = save_pretrained_atomically(trained, args.output_dir)
-            split = "training pictures" if args.validation_split == "none" else f"{args.validation_split} split"
-            dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
-            publish_run(
-                args,
-                trained,
-                files=files,
-                measures=[
-                    Measure("image tokenizer", name.removeprefix("validation/"), value, dataset)
-                    for name, value in measured.items()
-                ],
-                step=step,
-            )
-        trained.train()
-
-    while step < max_steps:
+    while step < max_steps and not stop:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
-        logs = {}
         with accelerator.accumulate(model, *([discriminator] if adversarial else [])):
             # The tokenizer
             output = model(sample)
             made = output.sample.float()
-            difference = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
-            reconstruction = difference(made, sample)
-            logs |= {"reconstruction": reconstruction, "mse": F.mse_loss(made, sample).detach()}
-            if perceptual is not None:
-                with accelerator.autocast():
-                    logs["perceptual"] = perceptual(made, sample)
-                reconstruction = reconstruction + args.perceptual_weight * logs["perceptual"]
+            reconstruction, logs = reconstruction_loss(args, accelerator, perceptual, made, sample)
             loss = reconstruction + output.commit_loss
             logs |= {"commitment": output.commit_loss - output.entropy_loss, "entropy": output.entropy_loss}
             if adversarial and step >= args.adversarial_start:
-                # Not through DistributedDataParallel, and without gradients of the discriminator's own.
-                unwrap(discriminator).requires_grad_(False)
-                with accelerator.autocast():
-                    logs["generator"] = generator_loss(unwrap(discriminator)(made), args.adversarial_loss)
-                unwrap(discriminator).requires_grad_(True)
-                weight = args.adversarial_weight
-                if args.adaptive_weight:
-                    last_layer = unwrap(model).decoder.conv_out.weight
-                    logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer)
-                    weight = weight * logs["adaptive_weight"]
-                loss = loss + weight * logs["generator"]
+                fooling, more = adversarial_loss(args, accelerator, model, discriminator, made, reconstruction)
+                loss, logs = loss + fooling, logs | more
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
+                norm, stepped = run.optimizer_step(
+                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
+                )
                 logs["gradient_norm"] = norm
-                if stepped:
-                    lr_scheduler.step()
+                if ema is not None and stepped:
+                    ema.step(model.parameters())
             optimizer.zero_grad()
 
             # The discriminator, which starts earlier, so that its first advice is worth something
             if adversarial and step >= args.adversarial_start - args.discriminator_warmup:
-                real_logits, made_logits = discriminator(torch.cat([sample, made.detach()])).chunk(2)
-                told = discriminator_loss(real_logits, made_logits, args.adversarial_loss)
-                logs |= {"discriminator": told, "logits_real": real_logits.mean(), "logits_made": made_logits.mean()}
-                if args.lecam_weight > 0:
-                    logs["lecam"] = lecam(real_logits, made_logits)
-                    told = told + args.lecam_weight * logs["lecam"]
-                accelerator.backward(told)
+                discrimination, more = discrimination_loss(args, discriminator, lecam, sample, made.detach())
+                logs |= more
+                accelerator.backward(discrimination)
                 if accelerator.sync_gradients:
                     logs["discriminator_gradient_norm"], _ = run.optimizer_step(
-                        discriminator_optimizer, discriminator.parameters(), told, args.discriminator_max_grad_norm
+                        discriminator_optimizer,
+                        discriminator.parameters(),
+                        discrimination,
+                        args.discriminator_max_grad_norm,
                     )
                 discriminator_optimizer.zero_grad()
         seen += len(sample) * accelerator.num_processes
@@ -429,46 +385,37 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(model.parameters())
         values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in logs.values()])
         logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
-        logs |= {
-            "usage": output.usage.item(),
-            "perplexity": output.perplexity.item(),
-            "skipped_steps": run.skipped_steps,
-            "images_per_second": seen / (time.time() - started),
-        }
+        logs |= {"usage": output.usage.item(), "perplexity": output.perplexity.item()}
+        speed = seen / (time.time() - started)
         progress.update(1)
-        progress.set_postfix(
-            {
-                "mse": f"{logs['mse']:.4f}",
-                "vq": f"{logs['commitment']:.4f}",
-                "usage": f"{logs['usage']:.2f}",
-                "images/s": f"{logs['images_per_second']:.0f}",
-                **{name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()},
-            }
-        )
+        shown = {"mse": f"{logs['mse']:.4f}", "vq": f"{logs['commitment']:.4f}", "usage": f"{logs['usage']:.2f}"}
+        shown["images/s"] = f"{speed:.0f}"
+        shown |= {name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()}
+        progress.set_postfix(shown)
+        logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed}
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
         if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):
                 measured, grid = validate(unwrap(model), held_out, args, step)
             accelerator.log(measured, step=step)
-            log_picture(accelerator, grid, step)
+            log_images(accelerator, "validation/reconstructions", [grid], step)
             logger.info(f"step {step}: {measured}")
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            run.save(step, {"validation": measured}, total_limit=args.checkpoints_total_limit)
-            if stop:
-                break
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
-                publish(step)
+            kept = run.kept(validation=measured)
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(unwrap(model), ema, model.parameters()):
+                    publish(args, unwrap(model), measured, step)
     progress.close()
 
-    # 6. Save
+    # 5. Save
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not stop:
-        publish()
+    if accelerator.is_main_process and (not stop or step == max_steps):
+        with evaluated(unwrap(model), ema, model.parameters()):
+            publish(args, unwrap(model), measured)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -25,46 +25,33 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from diffusers_vqdit import TextVQModel, VQDiTLatentPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.models.vae_latents import downsample_factor, latent_statistics, measure_latents, raw_latents
+from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.schedulers.samplers import uniform
+from diffusers_vqdit.training import setup
+from diffusers_vqdit.training.alignment import AlignedTransformer, cache_features
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
     add_training_arguments,
     add_transformer_arguments,
-    tracker_config,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
-from diffusers_vqdit.training.columns import caption_lists, draw_captions, encode_labels, warn_of_cut
-from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
-from diffusers_vqdit.training.latent_files import latents_identity, load_latents, save_latents
-from diffusers_vqdit.training.latent_loss import (
-    AlignmentProjector,
-    alignment_loss,
-    drawn_to_drop,
-    latent_diffusion_loss,
-    patch_features,
-)
-from diffusers_vqdit.training.launch import make_accelerator
+from diffusers_vqdit.training.latent_data import draw_conditions, load_data, normalized_latents
+from diffusers_vqdit.training.latent_files import cache_latents
+from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure, published_name
-from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.optimization import evaluated, unwrap
 from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, check_drawable, due, training_run
+from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -228,156 +215,11 @@ def training_scheduler(args: argparse.Namespace, scheduler):
     return (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_config(scheduler.config)
 
 
-@torch.no_grad()
-def cache_latents(args: argparse.Namespace, vae, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from ``--latents_file`` if it is there."""
-    identity = latents_identity(vae, pictures, args.random_flip) if args.latents_file is not None else {}
-    if args.latents_file is not None and args.latents_file.exists():
-        return load_latents(args.latents_file, identity)
-    parts = []
-    for part in tqdm(pictures.split(64), desc="Latents"):
-        pixels = to_pixels(part.to(device))
-        both = [pixels, pixels.flip(-1)][: 2 if args.random_flip else 1]
-        parts.append(torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1))
-    latents = torch.cat(parts)
-    if args.latents_file is not None:
-        save_latents(args.latents_file, latents, identity)
-    return latents
-
-
-@torch.no_grad()
-def cache_features(args: argparse.Namespace, pictures: torch.Tensor, grid: int, device: torch.device) -> torch.Tensor:
-    """Features (N, variants, grid^2, F) of the frozen vision encoder, float16 on the CPU."""
-    encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval().to(device)
-    encoder = getattr(encoder, "vision_model", encoder)
-    processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
-    parts = []
-    for part in tqdm(pictures.split(64), desc="Features"):
-        both = [part, part.flip(-1)][: 2 if args.random_flip else 1]
-        inputs = [processor(images=list(one), return_tensors="pt").pixel_values.to(device) for one in both]
-        parts.append(torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1))
-    return torch.cat(parts)
-
-
-def validate(args: argparse.Namespace, pipeline: VQDiTLatentPipeline, accelerator: Accelerator, step: int) -> None:
-    """Draw the validation prompts or labels with a fixed seed; keep them as a PNG and send them to the trackers."""
-    pipeline.set_progress_bar_config(disable=True)
-    given = {"prompt": args.validation_prompts or None, "class_labels": args.validation_labels or None}
-    count = len(args.validation_prompts or args.validation_labels)
-    images = pipeline(**given, generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)]).images
-    folder = args.output_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = min(8, len(images))
-    blank = [images[0].copy() for _ in range(-len(images) % columns)]
-    make_image_grid([*images, *blank], rows=math.ceil(len(images) / columns), cols=columns).save(
-        folder / f"step-{step:06d}.png"
-    )
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(
-                "validation", np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC"
-            )
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": images}, step=step)
-
-
-class AlignedTransformer(torch.nn.Module):
-    """The transformer, and the projection of one block's output where it is aligned; one module for one optimizer."""
-
-    def __init__(self, transformer: VQDiTTransformer2DModel, layer: int, feature_dim: int | None) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.config = transformer.config
-        if feature_dim is not None:
-            if not 1 <= layer <= len(transformer.transformer_blocks):
-                raise ValueError(f"alignment_layer={layer} must be in [1, {len(transformer.transformer_blocks)}]")
-            self.projector = AlignmentProjector(transformer.inner_dim, feature_dim)
-            transformer.transformer_blocks[layer - 1].register_forward_hook(self._keep)
-
-    # What the last forward pass is to be aligned by.
-    projected: torch.Tensor | None = None
-
-    def _keep(self, block: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._hidden = output
-
-    def forward(self, *args, **kwargs):
-        # A caption passes through the blocks before the latents do, so that the latents' states are kept last.
-        output = self.transformer(*args, **kwargs)
-        if hasattr(self, "projector"):
-            # In the output as well, where DistributedDataParallel looks for what gets gradients.
-            output["projected"] = self.projected = self.projector(self._hidden)
-        return output
-
-
-def main(args: argparse.Namespace) -> None:
-    # Without captions in a batch, their projection gets no gradient.
-    accelerator = make_accelerator(args, find_unused_parameters=True)
-    with training_run(
-        accelerator,
-        args.output_dir,
-        folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
-        files=["README.md", "model_index.json", "pipeline.py"],
-        max_skipped_steps=args.max_skipped_steps,
-    ) as run:
-        train(args, accelerator, run)
-
-
-def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    set_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    device = accelerator.device
-
-    # 1. Pictures, labels, captions
-    parts = load_components(args)
-    vae, transformer = parts["vae"].eval().to(device), parts["transformer"]
-    if args.caption_columns and parts["text_encoder"] is None:
-        raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
-    dataset = load_training_dataset(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        columns=[*args.caption_columns, *([args.label_column] if args.label_column else [])],
-        image_column=args.image_column,
-        max_samples=args.max_train_samples,
-        cache_dir=args.cache_dir,
-        output_dir=args.output_dir,
-    )
-    resolution = args.resolution
-    if resolution is None:
-        size = vae.config.sample_size
-        resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
-    captions = {column: caption_lists(dataset[column], column) for column in args.caption_columns}
-    if captions:
-        every = [text for lists in captions.values() for row in lists for text in row]
-        ours = isinstance(parts["text_encoder"], TextVQModel)
-        warn_of_cut(
-            every,
-            parts["tokenizer"],
-            parts["text_encoder"].config.max_length if ours else parts["max_sequence_length"],
-        )
-    labels, id2label = None, parts["id2label"]
-    if args.label_column is not None:
-        known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
-        feature, values = dataset.features[args.label_column], dataset[args.label_column]
-        labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
-        if transformer is not None and max(id2label) >= known:
-            logger.info(f"labels new to the pipeline: {[name for n, name in id2label.items() if n >= known]}")
-            transformer = transformer.with_num_embeds_ada_norm(max(id2label) + 1)
-    pictures, rows = decode_images(dataset, args.image_column, resolution, resize_mode=parts["resize_mode"])
-    captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
-    labels = labels[rows] if labels is not None else None
-
-    # 2. Latents, normalised by their own statistics unless the VQ's config has some
-    with accelerator.main_process_first():  # the others read the file, if there is to be one
-        latents = cache_latents(args, vae, pictures, device)
-    if args.pretrained_model_name_or_path is None and vae.config.latents_mean is None:
-        mean, std = measure_latents(latents.flatten(0, 1).split(1024))
-        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    mean, deviation = (value.cpu() for value in latent_statistics(vae))
-    latents = (latents - mean) / deviation
-
-    # 3. Transformer
-    side = latents.shape[-1]
+def build_transformer(
+    args: argparse.Namespace, parts: dict, id2label: dict[int, str], latents: torch.Tensor
+) -> VQDiTTransformer2DModel:
+    """The transformer that is trained: a new one for latents (N, variants, C, h, w), or the pretrained one."""
+    transformer = parts["transformer"]
     if transformer is None:
         caption_channels = None
         if args.caption_columns:
@@ -390,7 +232,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             out_channels=latents.shape[2] * (2 if args.learn_sigma else 1),
             num_layers=args.num_layers,
             dropout=args.dropout,
-            sample_size=side,
+            sample_size=latents.shape[-1],
             patch_size=args.patch_size,
             num_embeds_ada_norm=max(1, len(id2label)),
             norm_eps=1e-6,
@@ -398,6 +240,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             caption_channels=caption_channels,
         ).share_embedder()
     else:
+        known = transformer.config.num_embeds_ada_norm
+        if args.label_column is not None and max(id2label) >= known:
+            logger.info(f"labels new to the pipeline: {[name for n, name in id2label.items() if n >= known]}")
+            transformer = transformer.with_num_embeds_ada_norm(max(id2label) + 1)
         transformer.to(torch.float32)
         if (transformer.config.out_channels == 2 * transformer.config.in_channels) != args.learn_sigma:
             raise ValueError(f"learn_sigma={args.learn_sigma} is not what the pretrained transformer has")
@@ -406,50 +252,85 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         transformer.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile_repeated_blocks()
+    return transformer
+
+
+def validation_inputs(args: argparse.Namespace) -> tuple[str, str, list[str]]:
+    """The flag of what is drawn for validation, the argument of the pipeline's call that takes it, and its values."""
+    if args.validation_labels:
+        return "validation_labels", "class_labels", args.validation_labels
+    return "validation_prompts", "prompt", args.validation_prompts
+
+
+def publish(
+    args: argparse.Namespace,
+    pipeline: VQDiTLatentPipeline,
+    loss: float | None,
+    wanted: list[str],
+    argument: str,
+    step: int | None = None,
+) -> None:
+    """Save the pipeline and its card, and push them where that is asked for."""
+    files = save_pretrained_atomically(pipeline, args.output_dir)
+    name = published_name(args)
+    publish_run(
+        args,
+        pipeline,
+        files=files,
+        measures=[Measure(args.objective, "training loss", loss, "training data")] if loss is not None else [],
+        samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
+        step=step,
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    # Without captions in a batch, their projection gets no gradient.
+    accelerator = setup.make_accelerator(args, find_unused_parameters=True)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    with setup.open_run(
+        args,
+        accelerator,
+        folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
+        files=["README.md", "model_index.json", "pipeline.py"],
+    ) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
+    device = accelerator.device
+
+    # 1. Pictures, labels, captions
+    parts = load_components(args)
+    vae = parts["vae"].eval().to(device)
+    if parts["text_encoder"] is not None:
+        parts["text_encoder"].eval().requires_grad_(False).to(device)
+    pictures, captions, labels, id2label = load_data(args, parts)
+
+    # 2. Latents, normalised by their own statistics unless the VQ's config has some
+    with accelerator.main_process_first():  # the others read the file, if there is to be one
+        latents = cache_latents(vae, pictures, args.latents_file, random_flip=args.random_flip, device=device)
+    latents = normalized_latents(vae, latents, measure=args.pretrained_model_name_or_path is None)
+
+    # 3. Transformer, optimizer, learning rate
+    transformer = build_transformer(args, parts, id2label, latents)
     scheduler = training_scheduler(args, parts["scheduler"])
-    null_label = transformer.config.num_embeds_ada_norm
-    features = None
-    if args.alignment_encoder is not None:
-        features = cache_features(args, pictures, side // transformer.config.patch_size, device)
+    features = cache_features(args, pictures, latents.shape[-1] // transformer.config.patch_size, device)
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    trained, ema = list(model.parameters()), setup.make_ema(args, transformer.parameters(), device)
     parts["id2label"] = id2label
 
     def build_pipeline() -> VQDiTLatentPipeline:
         return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
 
     encoder_pipeline = build_pipeline()
-    if parts["text_encoder"] is not None:
-        parts["text_encoder"].eval().requires_grad_(False).to(device)
-
-    # 4. Optimizer and learning rate
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * accelerator.num_processes
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.adam_weight_decay),
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(
+        args, accelerator, model, len(latents), scale_lr=args.scale_lr
     )
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_steps = args.max_train_steps or math.ceil(len(latents) / global_batch) * args.num_train_epochs
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    if ema is not None:
-        ema.to(device)
-
-    wanted, argument, flag = args.validation_prompts, "prompt", "validation_prompts"
-    if args.validation_labels:
-        wanted, argument, flag = args.validation_labels, "class_labels", "validation_labels"
+    flag, argument, wanted = validation_inputs(args)
     if accelerator.is_main_process:
         check_drawable(build_pipeline(), argument, flag, wanted)
 
-    # 5. Resume
-    more_states = {"ema": ema} if ema is not None else {}
+    # 4. Resume
     named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
     named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
     identity = {
@@ -463,71 +344,28 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "labels": id2label,
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measures = run.begin(checkpoint, identity=identity, args=args, states=more_states)
-    step = run.step
-    if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("vqdit-latent", config=tracker_config(args))
-    parameters = sum(p.numel() for p in transformer.parameters())
-    logger.info(
-        f"{len(latents)} samples, {parameters / 1e6:.1f} M parameters, {max_steps} steps of batch {global_batch}"
-    )
+    smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
+    setup.start_trackers(args, accelerator, "vqdit-latent")
 
-    # 6. Train
-    micro_step = step * args.gradient_accumulation_steps
-    batches = shuffled_batches(
-        len(latents),
-        args.train_batch_size,
-        seed=args.seed,
-        start=micro_step,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    smooth, started, seen, stop = measures.get("loss"), time.time(), 0, False
-
-    def publish(step: int | None = None) -> None:
-        """Save the pipeline and its card, and push them where that is asked for."""
-        transformer.eval()
-        with averaged_weights(ema, transformer.parameters()):
-            pipeline = build_pipeline()
-            files = save_pretrained_atomically(pipeline, args.output_dir)
-            name = published_name(args)
-            publish_run(
-                args,
-                pipeline,
-                files=files,
-                measures=[Measure(args.objective, "training loss", smooth, "training data")]
-                if smooth is not None
-                else [],
-                samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
-                step=step,
-            )
-        transformer.train()
-
-    while step < max_steps:
+    # 5. Train
+    step, micro_step = run.step, run.step * args.gradient_accumulation_steps
+    batches = setup.run_batches(args, accelerator, len(latents), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
+    started, seen, stop = time.time(), 0, False
+    while step < max_steps and not stop:
         rows = next(batches)
         # Drawn for each row of the global batch, however many processes share it.
         generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = latents[rows, variant].to(device)
-        # Each condition is dropped on its own, so that either alone, both and neither are trained.
-        drop = drawn_to_drop(len(rows), args.label_dropout, generator)
-        batch_labels = torch.full((len(rows),), null_label)
-        if labels is not None:
-            batch_labels = torch.where(drop, null_label, labels[rows])
-        conditions = {}
-        if captions:
-            states, mask = encoder_pipeline.encode_prompt(draw_captions(captions, rows, generator))
-            drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
-            mask = mask.to(device) & ~drop[:, None].to(device)
-            conditions = {"encoder_hidden_states": states.to(device), "encoder_attention_mask": mask}
+        class_labels, conditions = draw_conditions(args, encoder_pipeline, captions, labels, rows, generator)
         with accelerator.accumulate(model):
             loss = latent_diffusion_loss(
                 model,
                 scheduler,
                 clean,
-                batch_labels.to(device),
-                **conditions,
+                class_labels.to(device),
+                **{name: value.to(device) for name, value in conditions.items()},
                 snr_gamma=args.snr_gamma,
                 logit_normal=args.logit_normal,
                 generator=generator,
@@ -539,9 +377,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 loss = loss + args.alignment_weight * alignment
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
-                if stepped:
-                    lr_scheduler.step()
+                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
+                if ema is not None and stepped:
+                    ema.step(transformer.parameters())
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
@@ -553,31 +391,28 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(transformer.parameters())
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         accelerator.log({**logs, "images_per_second": speed}, step=step)
         if wanted and accelerator.is_main_process and due(step, args.validation_steps):
-            transformer.eval()
-            with averaged_weights(ema, transformer.parameters()):
-                validate(args, build_pipeline(), accelerator, step)
-            transformer.train()
+            with evaluated(transformer, ema, transformer.parameters()):
+                draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            run.save(step, {"loss": smooth}, total_limit=args.checkpoints_total_limit)
-            if stop:
-                break
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
-                publish(step)
+            kept = run.kept(loss=smooth)
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(transformer, ema, transformer.parameters()):
+                    publish(args, build_pipeline(), smooth, wanted, argument, step)
     progress.close()
 
-    # 7. Save the pipeline
+    # 6. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not stop:
-        publish()
+    if accelerator.is_main_process and (not stop or step == max_steps):
+        with evaluated(transformer, ema, transformer.parameters()):
+            publish(args, build_pipeline(), smooth, wanted, argument)
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

@@ -9,36 +9,31 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.schedulers.samplers import uniform
-from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments, tracker_config
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config
+from diffusers_vqdit.training import setup
+from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
+from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
-from diffusers_vqdit.training.data import choose_validation_split, load_splits, shuffled_batches, take_split
+from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
-from diffusers_vqdit.training.launch import make_accelerator
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, parameter_groups, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
-from diffusers_vqdit.training.run import TrainingRun, due, training_run
+from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
+from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
 from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
 
 
@@ -135,34 +130,8 @@ def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> Pr
     )
 
 
-@torch.no_grad()
-def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
-    """Share of captions that come back exactly as text."""
-    model.eval()
-    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
-    decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
-    texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
-    model.train()
-    exact = sum(text == normalized(tokenizer, truth) for text, truth in zip(texts, captions, strict=True))
-    return {"validation/exact": exact / len(captions)}
-
-
-def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    with training_run(
-        accelerator,
-        args.output_dir,
-        folders=["tokenizer"],
-        files=["README.md", "config.json"],
-        max_skipped_steps=args.max_skipped_steps,
-    ) as run:
-        train(args, accelerator, run)
-
-
-def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    set_seed(args.seed)
-
-    # 1. Captions and tokenizer
+def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The captions of the training split, and those that validation measures."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -179,7 +148,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         return [text for column in lists for row in column for text in row]
 
     captions = read("train")
-    held_out = captions if args.validation_split == "none" else read(args.validation_split)
+    return captions, captions if args.validation_split == "none" else read(args.validation_split)
+
+
+def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     if args.pretrained_model_name_or_path is not None:
         model, tokenizer = load_text_vq(
             args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32
@@ -200,78 +172,81 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             codebook_norm=args.codebook_norm,
             restart_threshold=args.restart_threshold,
         )
-    warn_of_cut(captions, tokenizer, model.config.max_length)
-    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
-
-    # 2. Model
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
         for block in (*model.encoder, *model.decoder):
             block.compile()
-    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    return model, tokenizer
 
-    # 3. Optimizer and learning rate
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.adam_weight_decay),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
-    )
-    global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_steps = args.max_train_steps or math.ceil(len(tokens) / global_batch) * args.num_train_epochs
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    if ema is not None:
-        ema.to(accelerator.device)
 
-    # 4. Resume
-    more_states = {"ema": ema} if ema is not None else {}
+@torch.no_grad()
+def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
+    """Share of captions that come back exactly as text."""
+    model.eval()
+    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
+    decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
+    texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
+    model.train()
+    exact = sum(text == normalized(tokenizer, truth) for text, truth in zip(texts, captions, strict=True))
+    return {"validation/exact": exact / len(captions)}
+
+
+def publish(
+    args: argparse.Namespace,
+    model: TextVQModel,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[str],
+    step: int | None = None,
+) -> None:
+    """Save the model and its card, and push them where that is asked for."""
+    files = save_pretrained_atomically(model, args.output_dir)
+    saved = save_pretrained_atomically(tokenizer, args.output_dir / "tokenizer")
+    files = [*files, *(f"tokenizer/{name}" for name in saved)]
+    split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
+    dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
+    exact = validate(model, tokenizer, held_out)["validation/exact"]
+    measures = [Measure("text tokenizer", "exact round trips", exact, dataset)]
+    publish_run(args, model, files=files, measures=measures, step=step)
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = setup.make_accelerator(args)
+    with setup.open_run(args, accelerator, folders=["tokenizer"], files=["README.md", "config.json"]) as run:
+        train(args, accelerator, run)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
+    # 1. Captions, tokenizer, model
+    captions, held_out = load_captions(args)
+    model, tokenizer = build_model(args, captions)
+    warn_of_cut(captions, tokenizer, model.config.max_length)
+    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
+
+    # 2. Optimizer and learning rate
+    ema = setup.make_ema(args, model.parameters(), accelerator.device)
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(tokens))
+
+    # 3. Resume
     identity = {
         "script": "train_text_vq",
         "use_ema": args.use_ema,
         "random_token_probability": args.random_token_probability,
         "model": plain_config(unwrap(model)),
-        "tokenizer": fingerprint(tokenizer.get_vocab()),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "training data": fingerprint(tokens),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    run.begin(checkpoint, identity=identity, args=args, states=more_states)
-    step = run.step
-    if accelerator.is_main_process and accelerator.log_with:
-        accelerator.init_trackers("text_vq", config=tracker_config(args))
-    parameters = sum(p.numel() for p in unwrap(model).parameters())
-    logger.info(f"{len(tokens)} captions, {parameters / 1e6:.1f} M parameters, {max_steps} steps of {global_batch}")
+    run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
+    setup.start_trackers(args, accelerator, "text_vq")
 
-    # 5. Train
-    micro_step = step * args.gradient_accumulation_steps
-    batches = shuffled_batches(
-        len(tokens),
-        args.train_batch_size,
-        seed=args.seed,
-        start=micro_step,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    progress = tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    # 4. Train
+    step, micro_step = run.step, run.step * args.gradient_accumulation_steps
+    batches = setup.run_batches(args, accelerator, len(tokens), step)
+    progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, measured, stop = time.time(), 0, {}, False
-
-    def publish(model: TextVQModel, step: int | None = None) -> None:
-        """Save the model and its card, and push them where that is asked for."""
-        files = save_pretrained_atomically(model, args.output_dir)
-        saved = save_pretrained_atomically(tokenizer, args.output_dir / "tokenizer")
-        files = [*files, *(f"tokenizer/{name}" for name in saved)]
-        split = "training captions" if args.validation_split == "none" else f"{args.validation_split} split"
-        dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
-        exact = validate(model, tokenizer, held_out)["validation/exact"]
-        measures = [Measure("text tokenizer", "exact round trips", exact, dataset)]
-        publish_run(args, model, files=files, measures=measures, step=step)
-
-    while step < max_steps:
+    while step < max_steps and not stop:
         batch = tokens[next(batches)]
         # Drawn for each row of the global batch, however many processes share it.
         generator = row_generators(args.seed, micro_step, len(batch), rank=accelerator.process_index)
@@ -281,13 +256,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         micro_step += 1
         with accelerator.accumulate(model):
             output = model(batch)
-            cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
+            cross_entropy = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
             loss = cross_entropy + output.commit_loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, model.parameters(), loss, args.max_grad_norm)
-                if stepped:
-                    lr_scheduler.step()
+                norm, stepped = run.optimizer_step(
+                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
+                )
+                if ema is not None and stepped:
+                    ema.step(model.parameters())
             optimizer.zero_grad()
         seen += len(batch) * accelerator.num_processes
         if not accelerator.sync_gradients:
@@ -295,8 +272,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        if ema is not None and stepped:
-            ema.step(model.parameters())
         losses = accelerator.reduce(torch.stack([cross_entropy, output.commit_loss]).detach(), "mean").tolist()
         logs = {
             "cross_entropy": losses[0],
@@ -308,15 +283,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             "captions_per_second": seen / (time.time() - started),
         }
         progress.update(1)
-        progress.set_postfix(
-            {
-                "ce": f"{logs['cross_entropy']:.4f}",
-                "vq": f"{logs['commitment']:.4f}",
-                "usage": f"{logs['usage']:.2f}",
-                "captions/s": f"{logs['captions_per_second']:.0f}",
-                **{name.removeprefix("validation/"): f"{value:.3f}" for name, value in measured.items()},
-            }
-        )
+        shown = {"ce": f"{losses[0]:.4f}", "vq": f"{losses[1]:.4f}", "usage": f"{logs['usage']:.2f}"}
+        shown["captions/s"] = f"{logs['captions_per_second']:.0f}"
+        shown |= {name.removeprefix("validation/"): f"{value:.3f}" for name, value in measured.items()}
+        progress.set_postfix(shown)
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
         if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):
@@ -325,25 +295,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             logger.info(f"step {step}: {measured}")
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
-            run.save(step, total_limit=args.checkpoints_total_limit)
-            if stop:
-                break
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps:
-                with averaged_weights(ema, model.parameters()):
-                    publish(unwrap(model).eval(), step)
-                model.train()
+            save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **run.kept())
+            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(unwrap(model), ema, model.parameters()):
+                    publish(args, unwrap(model), tokenizer, held_out, step)
     progress.close()
 
-    # 6. Save
+    # 5. Save
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not stop:
+    if accelerator.is_main_process and (not stop or step == max_steps):
         if ema is not None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()
         if model.config.num_codebooks == 1:
             kept = len(model.merge_codes())
             logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
-        publish(model)
+        publish(args, model, tokenizer, held_out)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
+from ..models.vae_latents import raw_latents
 from ..utils.fingerprints import model_fingerprint, tensor_sha256
 from ..utils.weight_files import replacing_file
+from .data import to_pixels
 
 
 def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: bool) -> dict[str, str]:
@@ -52,4 +55,29 @@ def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
         raise ValueError(f"{named} was made with other {' and '.join(differing)}; delete it or name another")
     if metadata["latents"] != tensor_sha256(latents):
         raise ValueError(f"{named} is damaged: its latents' SHA-256 is not the one in it; delete it or name another")
+    return latents
+
+
+@torch.no_grad()
+def cache_latents(
+    vae: torch.nn.Module, pictures: torch.Tensor, path: Path | None, *, random_flip: bool, device: torch.device
+) -> torch.Tensor:
+    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from a file if it is there.
+
+    Args:
+        pictures: (N, 3, H, W) uint8.
+        path: the file, which is written if it isn't there; None for no file.
+        random_flip: whether each picture's mirror image is a second variant.
+    """
+    identity = latents_identity(vae, pictures, random_flip) if path is not None else {}
+    if path is not None and path.exists():
+        return load_latents(path, identity)
+    parts = []
+    for part in tqdm(pictures.split(64), desc="Latents"):
+        pixels = to_pixels(part.to(device))
+        both = [pixels, pixels.flip(-1)][: 2 if random_flip else 1]
+        parts.append(torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1))
+    latents = torch.cat(parts)
+    if path is not None:
+        save_latents(path, latents, identity)
     return latents

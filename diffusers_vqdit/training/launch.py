@@ -1,16 +1,12 @@
 """How a training script starts: whether as many processes run as its launcher was asked for, and Accelerate."""
 
-import argparse
 import logging
 import os
 import sys
-from datetime import timedelta
 from pathlib import PurePath
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 
 logger = logging.getLogger(__name__)
@@ -67,29 +63,3 @@ def check_launch() -> None:
             f"only. The global batch is {asked} times smaller than was meant. For {asked} processes on this machine: "
             f"torchrun --nproc_per_node {asked} {sys.argv[0]} ..."
         )
-
-
-def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool = False) -> Accelerator:
-    """The Accelerator of a training script, after [`check_launch`], and a log of what it tells.
-
-    Args:
-        args: the script's, with those of [`add_training_arguments`] and [`add_keeping_arguments`].
-        find_unused_parameters: whether a step may leave parameters without a gradient.
-    """
-    check_launch()
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
-        ),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-            # The others wait while one process encodes the data, draws or uploads; ten minutes are the default.
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),
-        ],
-        step_scheduler_with_optimizer=False,
-    )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    return accelerator

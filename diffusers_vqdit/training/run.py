@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..utils.checks import shown
 from ..utils.weight_files import fsync
-from .checkpoints import check_identity, load_checkpoint, read_manifest, save_checkpoint, set_aside
+from .checkpoints import check_identity, load_checkpoint, read_manifest, set_aside
 from .files import (
     SCRATCH_PREFIX,
     DiskFullError,
@@ -141,7 +141,7 @@ class TrainingRun:
             checkpoint: what [`find_checkpoint`] gave.
             identity: what must be as it was in the checkpoint, JSON values by name.
             args: the script's arguments; those in `SETTINGS` had better be as they were.
-            states: see [`save_checkpoint`]; they are loaded too.
+            states: see [`save_checkpoint`]; they are loaded too. Those that are None are not there.
 
         Returns:
             the checkpoint's measures, or none.
@@ -152,12 +152,13 @@ class TrainingRun:
         self.identity, self.states = identity, states
         self.settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
         self.settings["processes"] = self.accelerator.num_processes
+        self.states = {name: state for name, state in states.items() if state is not None}
         measures: dict[str, Any] = {}
         if checkpoint is not None:
             manifest = read_manifest(checkpoint)
             check_identity(checkpoint, manifest, self.identity, self.settings)
             wanted = [[dict(group, params=None) for group in one.param_groups] for one in self.accelerator._optimizers]
-            load_checkpoint(self.accelerator, checkpoint, states)
+            load_checkpoint(self.accelerator, checkpoint, self.states)
             if any(manifest.settings.get(name) != self.settings.get(name) for name in OPTIMIZER_SETTINGS):
                 self._set_optimizers(wanted)
             self.step, measures = manifest.step, manifest.measures
@@ -184,19 +185,15 @@ class TrainingRun:
                 group["initial_lr"] for group in scheduler.scheduler.optimizer.param_groups
             ]
 
-    def save(self, step: int, measures: dict[str, Any] | None = None, *, total_limit: int | None = None) -> Path:
-        """Save a checkpoint of the run, as [`save_checkpoint`] does; all processes must call it together."""
-        return save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            step,
-            total_limit=total_limit,
-            run=self.id,
-            identity=self.identity,
-            settings=self.settings,
-            measures={**(measures or {}), "skipped_steps": self.skipped_steps},
-            states=self.states,
-        )
+    def kept(self, **measures: Any) -> dict[str, Any]:
+        """What [`save_checkpoint`] is to keep of the run, with the measures so far."""
+        return {
+            "run": self.id,
+            "identity": self.identity,
+            "settings": self.settings,
+            "measures": {**measures, "skipped_steps": self.skipped_steps},
+            "states": self.states,
+        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -207,8 +204,9 @@ class TrainingRun:
         parameters: Iterable[torch.nn.Parameter],
         loss: torch.Tensor,
         max_grad_norm: float,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> tuple[float, bool]:
-        """Clip the gradients and step, unless they or the loss are not finite on any process.
+        """Clip the gradients and step, the learning rate too, unless they or the loss are not finite on any process.
 
         fp16's own overflows, which lower its scale, are no fault and are not counted.
 
@@ -227,6 +225,8 @@ class TrainingRun:
             finite = self.accelerator.reduce(finite.float(), "mean") == 1.0
         if bool(finite):
             optimizer.step()
+            if lr_scheduler is not None and not optimizer.step_was_skipped:
+                lr_scheduler.step()
             return float(norm), not optimizer.step_was_skipped
         self._skipped_now = True
         if scaler is not None:

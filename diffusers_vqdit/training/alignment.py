@@ -1,0 +1,62 @@
+"""Aligning a transformer's hidden states with a frozen vision encoder's features (REPA, Yu et al. 2024)."""
+
+import argparse
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModel
+
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from .latent_loss import AlignmentProjector, patch_features
+
+
+@torch.no_grad()
+def cache_features(
+    args: argparse.Namespace, pictures: torch.Tensor, grid: int, device: torch.device
+) -> torch.Tensor | None:
+    """Features (N, variants, grid^2, F) of ``--alignment_encoder``, float16 on the CPU; None where there is none.
+
+    Args:
+        pictures: (N, 3, H, W) uint8.
+        grid: positions of a side that the features are brought to.
+    """
+    if args.alignment_encoder is None:
+        return None
+    encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval().to(device)
+    encoder = getattr(encoder, "vision_model", encoder)
+    processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
+    parts = []
+    for part in tqdm(pictures.split(64), desc="Features"):
+        both = [part, part.flip(-1)][: 2 if args.random_flip else 1]
+        inputs = [processor(images=list(one), return_tensors="pt").pixel_values.to(device) for one in both]
+        parts.append(torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1))
+    return torch.cat(parts)
+
+
+class AlignedTransformer(torch.nn.Module):
+    """The transformer, and the projection of one block's output where it is aligned; one module for one optimizer."""
+
+    def __init__(self, transformer: VQDiTTransformer2DModel, layer: int, feature_dim: int | None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = transformer.config
+        if feature_dim is not None:
+            if not 1 <= layer <= len(transformer.transformer_blocks):
+                raise ValueError(f"alignment_layer={layer} must be in [1, {len(transformer.transformer_blocks)}]")
+            self.projector = AlignmentProjector(transformer.inner_dim, feature_dim)
+            transformer.transformer_blocks[layer - 1].register_forward_hook(self._keep)
+
+    # What the last forward pass is to be aligned by.
+    projected: torch.Tensor | None = None
+
+    def _keep(self, block: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._hidden = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # A caption passes through the blocks before the latents do, so that the latents' states are kept last.
+        output = self.transformer(*args, **kwargs)
+        if hasattr(self, "projector"):
+            # In the output as well, where DistributedDataParallel looks for what gets gradients.
+            output["projected"] = self.projected = self.projector(self._hidden)
+        return output

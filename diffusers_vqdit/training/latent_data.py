@@ -1,0 +1,92 @@
+"""What a transformer over latents is trained on: pictures with captions and labels, read once, drawn for a batch."""
+
+import argparse
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from ..models.text_vq import TextVQModel
+from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
+from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
+from .columns import caption_lists, draw_captions, encode_labels, warn_of_cut
+from .data import decode_images, load_training_dataset
+from .latent_loss import drawn_to_drop
+
+
+def load_data(
+    args: argparse.Namespace, parts: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, list[list[str]]], torch.Tensor | None, dict[int, str]]:
+    """What is trained on: pictures (N, 3, H, W) uint8, their captions by column, labels (N,), the labels' names."""
+    if args.caption_columns and parts["text_encoder"] is None:
+        raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        columns=[*args.caption_columns, *([args.label_column] if args.label_column else [])],
+        image_column=args.image_column,
+        max_samples=args.max_train_samples,
+        cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
+    )
+    vae, transformer = parts["vae"], parts["transformer"]
+    resolution = args.resolution
+    if resolution is None:
+        size = vae.config.sample_size
+        resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
+    captions = {column: caption_lists(dataset[column], column) for column in args.caption_columns}
+    if captions:
+        every = [text for lists in captions.values() for row in lists for text in row]
+        ours = isinstance(parts["text_encoder"], TextVQModel)
+        length = parts["text_encoder"].config.max_length if ours else parts["max_sequence_length"]
+        warn_of_cut(every, parts["tokenizer"], length)
+    labels, id2label = None, parts["id2label"]
+    if args.label_column is not None:
+        known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
+        feature, values = dataset.features[args.label_column], dataset[args.label_column]
+        labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
+    pictures, rows = decode_images(dataset, args.image_column, resolution, resize_mode=parts["resize_mode"])
+    captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
+    return pictures, captions, labels[rows] if labels is not None else None, id2label
+
+
+def normalized_latents(vae: torch.nn.Module, latents: torch.Tensor, *, measure: bool) -> torch.Tensor:
+    """Latents (N, variants, C, h, w), normalised by the statistics in the VQ's config.
+
+    Args:
+        measure: take the latents' own statistics, and note them in the config, where it has none.
+    """
+    if measure and vae.config.latents_mean is None:
+        # Those of one process, as the others may have encoded a little differently.
+        mean, std = broadcast_object_list(list(measure_latents(latents.flatten(0, 1).split(1024))))
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
+    mean, deviation = (value.cpu() for value in latent_statistics(vae))
+    return (latents - mean) / deviation
+
+
+def draw_conditions(
+    args: argparse.Namespace,
+    pipeline: VQDiTLatentPipeline,
+    captions: dict[str, list[list[str]]],
+    labels: torch.Tensor | None,
+    rows: torch.Tensor,
+    generator: list[torch.Generator],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The labels (B,) of a batch and its encoded captions, where there are some, each dropped on its own.
+
+    So either alone, both and neither are trained.
+    """
+    null_label = pipeline.transformer.config.num_embeds_ada_norm
+    drop = drawn_to_drop(len(rows), args.label_dropout, generator)
+    class_labels = torch.full((len(rows),), null_label)
+    if labels is not None:
+        class_labels = torch.where(drop, null_label, labels[rows])
+    if not captions:
+        return class_labels, {}
+    states, mask = pipeline.encode_prompt(draw_captions(captions, rows, generator))
+    drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
+    return class_labels, {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask & ~drop[:, None].to(mask.device),
+    }

@@ -1,0 +1,135 @@
+"""How every training script begins: Accelerate, optimizer, moving averages, trackers, batches."""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from .arguments import tracker_config
+from .data import shuffled_batches
+from .launch import check_launch
+from .optimization import parameter_groups
+from .run import TrainingRun, training_run
+
+
+logger = get_logger(__name__)
+
+
+def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool = False) -> Accelerator:
+    """Set up Accelerate, the log on the terminal and the seed of all generators, as the script's arguments say.
+
+    Args:
+        find_unused_parameters: for models of which a step may train a part only.
+    """
+    check_launch()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            # The others wait while one process encodes the data, draws or uploads; ten minutes are the default.
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        ],
+        step_scheduler_with_optimizer=False,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    set_seed(args.seed)
+    return accelerator
+
+
+def open_run(
+    args: argparse.Namespace, accelerator: Accelerator, *, folders: Sequence[str], files: Sequence[str]
+) -> AbstractContextManager[TrainingRun]:
+    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]."""
+    return training_run(
+        accelerator, args.output_dir, folders=folders, files=files, max_skipped_steps=args.max_skipped_steps
+    )
+
+
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over a model's trained parameters, with weight decay where it belongs (see [`parameter_groups`])."""
+    return torch.optim.AdamW(
+        parameter_groups(model, args.adam_weight_decay),
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+
+
+def prepare(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    num_samples: int,
+    *,
+    scale_lr: bool = False,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, int]:
+    """The model as Accelerate wraps it, its optimizer, the learning rate schedule, and how many steps there will be.
+
+    Args:
+        num_samples: of the training data, from which epochs become steps.
+        scale_lr: multiply the learning rate by the processes and the accumulated batches.
+    """
+    batches = accelerator.num_processes * args.gradient_accumulation_steps
+    optimizer = make_optimizer(args, model, args.learning_rate * batches if scale_lr else args.learning_rate)
+    global_batch = args.train_batch_size * batches
+    max_steps = args.max_train_steps or math.ceil(num_samples / global_batch) * args.num_train_epochs
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(
+        f"{num_samples} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of {global_batch}"
+    )
+    return *accelerator.prepare(model, optimizer, lr_scheduler), max_steps
+
+
+def make_ema(
+    args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], device: torch.device
+) -> EMAModel | None:
+    """The parameters' moving averages, where ``--use_ema`` asks for them."""
+    if not args.use_ema:
+        return None
+    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+    ema.to(device)
+    return ema
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator, project: str) -> None:
+    """Tell the trackers of ``--report_to`` what the run is."""
+    if accelerator.is_main_process and accelerator.log_with:
+        accelerator.init_trackers(project, config=tracker_config(args))
+
+
+def run_batches(
+    args: argparse.Namespace, accelerator: Accelerator, num_samples: int, step: int
+) -> Iterator[torch.Tensor]:
+    """This process's batches of rows, see [`shuffled_batches`], from those of optimizer step `step` on."""
+    return shuffled_batches(
+        num_samples,
+        args.train_batch_size,
+        seed=args.seed,
+        start=step * args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
+def progress_bar(accelerator: Accelerator, max_steps: int, step: int) -> tqdm:
+    """The bar of a run's optimizer steps, which one process of a machine shows."""
+    return tqdm(total=max_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)

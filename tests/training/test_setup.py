@@ -1,0 +1,79 @@
+"""What every training script begins with, and what a run keeps."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from diffusers_vqdit.training.optimization import evaluated
+from diffusers_vqdit.training.run import SETTINGS, training_run
+from diffusers_vqdit.training.setup import make_ema, prepare, run_batches
+from diffusers_vqdit.training.validation import save_grid
+
+
+def arguments(**changes):
+    values = {
+        **{
+            "learning_rate": 0.1,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.99,
+            "adam_epsilon": 1e-8,
+            "adam_weight_decay": 0.1,
+        },
+        **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "train_batch_size": 4, "max_train_steps": None},
+        **{"num_train_epochs": 3, "gradient_accumulation_steps": 2, "seed": 0, "use_ema": True, "ema_decay": 0.9},
+    }
+    return argparse.Namespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale_lr", "steps", "rate"),
+    [({}, False, 9, 0.1), ({}, True, 9, 0.2), ({"max_train_steps": 5}, False, 5, 0.1)],
+)
+def test_epochs_become_steps_and_the_rate_follows_the_batch(changes, scale_lr, steps, rate):
+    """17 samples in batches of 2 x 4: three steps an epoch, the last of them short."""
+    model = torch.nn.Linear(2, 2)
+    _, optimizer, _, max_steps = prepare(arguments(**changes), Accelerator(), model, 17, scale_lr=scale_lr)
+    assert (max_steps, [group["lr"] for group in optimizer.param_groups]) == (steps, [rate, rate])
+
+
+def test_batches_go_on_where_the_steps_stopped():
+    whole, rest = (run_batches(arguments(), Accelerator(), 10, step) for step in (0, 3))
+    skipped = [next(whole) for _ in range(3 * 2)]
+    assert len(skipped) == 6 and all(torch.equal(next(whole), next(rest)) for _ in range(8))
+
+
+def test_averages_are_made_only_where_asked_for_and_given_back():
+    model = torch.nn.Linear(2, 2)
+    assert make_ema(arguments(use_ema=False), model.parameters(), torch.device("cpu")) is None
+    ema = make_ema(arguments(), model.parameters(), torch.device("cpu"))
+    start = model.weight.detach().clone()
+    model.weight.data += 1
+    with pytest.raises(KeyError), evaluated(model, ema, model.parameters()):
+        assert not model.training and torch.equal(model.weight, start)
+        raise KeyError
+    assert model.training and torch.equal(model.weight, start + 1)
+
+
+def test_a_run_keeps_its_states_and_skipped_steps(tmp_path):
+    accelerator, ema = Accelerator(), object()
+    with training_run(accelerator, tmp_path / "out") as run:
+        args = argparse.Namespace(**{name: 0 for name in SETTINGS})
+        run.begin(None, identity={"a": 1}, args=args, states={"ema": ema, "lecam": None})
+        run.skipped_steps = 2
+        kept = run.kept(loss=0.5)
+    assert kept["states"] == {"ema": ema} and kept["identity"] == {"a": 1} and kept["run"] == run.id
+    assert kept["measures"] == {"loss": 0.5, "skipped_steps": 2} and kept["settings"]["processes"] == 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (8, 8)), (3, (24, 8)), (5, (24, 16)), (6, (24, 16))])
+def test_a_grid_holds_every_image(tmp_path: Path, count, size):
+    images = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(count)]
+    grid = save_grid(images, min(3, count), tmp_path, 7)
+    assert grid.size == size
+    assert Image.open(tmp_path / "samples" / "step-000007.png").tobytes() == grid.tobytes()
+    found = [grid.getpixel((8 * (i % 3), 8 * (i // 3)))[0] for i in range(count)]
+    assert found == [40 * i for i in range(count)]
