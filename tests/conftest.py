@@ -2,14 +2,19 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from PIL import Image, ImageDraw
 
-from diffusers_vqdit import (
+# Before huggingface_hub is imported: a test that asks the Hub fails at once, and those of a Hub of their own say so.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+from diffusers_vqdit import (  # noqa: E402
     ImageVQModel,
     MaskedDiffusionScheduler,
     TextVQModel,
