@@ -40,6 +40,13 @@ def _of_call(name: str) -> property:
     return property(read, write)
 
 
+def check_components(**components: Any) -> None:
+    """Raise a ValueError that names a component without which there is no pipeline."""
+    for name, component in components.items():
+        if component is None:
+            raise ValueError(f"{name}=None must be a component: the pipeline can't do without it")
+
+
 def check_lora(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
     """Raise a ValueError unless each tensor of a LoRA is finite and belongs to a layer of the transformer, whose size
     it has. Names are those of PEFT behind ``transformer.``."""

@@ -22,12 +22,12 @@ from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
-from ..utils.checks import check_choice, shown
+from ..utils.checks import check_choice, check_integer, shown
 from ..utils.images import RESIZE_MODES
 from .check_inputs import callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin, check_lora
+from .pipeline_utils import PluginPipelineMixin, check_components, check_lora
 from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
@@ -110,11 +110,15 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         segments: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        check_components(transformer=transformer, scheduler=scheduler)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
+        lowres_factor = check_integer("lowres_factor", lowres_factor, 2)
+        if not transformer.config.get("segments"):
+            raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
         )
-        labels, known = label_names(labels or []), transformer.config.get("segments") or {}
+        labels, known = label_names(labels or []), transformer.config.segments
         segments = check_segment_entries(segments or {}, known, self._optional_components)
         named = segments.get(LABEL, {}).get("names")
         if labels and named and labels != label_names(named):
@@ -125,6 +129,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                 "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
             )
         labels = labels or label_names(named or [])
+        size = known[LABEL]["vocab_size"] if LABEL in known else len(labels)
+        if len(labels) > size:
+            raise ValueError(f"labels={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
         self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)

@@ -19,7 +19,7 @@ from ..models.layers import VQDiTPrefix
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..models.vae_latents import decode_latents, downsample_factor, encode_latents
-from ..utils.checks import check_choice, shown
+from ..utils.checks import check_choice, check_integer, shown
 from ..utils.images import (
     RESIZE_MODES,
     cut_out,
@@ -30,7 +30,7 @@ from ..utils.images import (
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import callback_inputs, check_labels, check_prediction
 from .latent_inputs_mixin import LatentInputsMixin
-from .pipeline_utils import PluginPipelineMixin
+from .pipeline_utils import PluginPipelineMixin, check_components
 
 
 logger = logging.get_logger(__name__)
@@ -87,7 +87,9 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         resize_mode: str = "crop",
     ) -> None:
         super().__init__()
+        check_components(transformer=transformer, vae=vae, scheduler=scheduler)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
+        max_sequence_length = check_integer("max_sequence_length", max_sequence_length, 1)
         if transformer.config.get("segments") is not None:
             raise ValueError(
                 "transformer has segments; VQDiTPipeline is for those, this pipeline is for segments=None"
@@ -95,7 +97,12 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        names = {str(number): name for number, name in (id2label or {}).items()}
+        named = id2label or {}
+        if not isinstance(named, dict) or not all(
+            str(number).isdecimal() and isinstance(name, str) for number, name in named.items()
+        ):
+            raise ValueError(f"id2label={shown(id2label)} must be a dict of names by number, such as {{0: 'cat'}}")
+        names = {str(number): name for number, name in named.items()}
         self.register_to_config(id2label=names, max_sequence_length=max_sequence_length, resize_mode=resize_mode)
         self.labels = {part.strip(): int(number) for number, name in names.items() for part in name.split(",")}
         self.labels |= {name: int(number) for number, name in names.items()}  # "cat, dog" may be one name

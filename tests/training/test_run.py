@@ -335,3 +335,36 @@ def test_prompts_that_can_not_be_drawn_are_refused(pipeline):
     with pytest.raises(ValueError, match="can't be drawn: .*text->image.*it knows"):
         check_drawable(pipeline, "prompt", "validation_prompts", ["a dot"])
     assert pipeline.transformer.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other settings
+
+
+def test_a_resumed_run_takes_the_rates_it_is_given_and_else_the_checkpoints(tmp_path):
+    """So that a run stopped by steps that were not finite goes on with a lower rate, as its message says."""
+
+    def run_steps(rate, beta, steps, checkpoint):
+        accelerator = Accelerator(step_scheduler_with_optimizer=False)
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(beta, 0.99))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        args = argparse.Namespace(**{**vars(ARGS), "learning_rate": rate, "adam_beta1": beta})
+        with training_run(accelerator, tmp_path) as run:
+            run.begin(checkpoint, identity={}, args=args, states={})
+            for _ in range(steps):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+                schedule.step()
+            kept = run.kept()
+            path = save_checkpoint(accelerator, tmp_path, run.step + steps, **kept)
+        group = optimizer.param_groups[0]
+        return path, group["lr"], group["betas"][0]
+
+    path, rate, beta = run_steps(1.0, 0.9, 3, None)
+    assert (rate, beta) == (pytest.approx(1 / 4), 0.9)
+    path, rate, beta = run_steps(1.0, 0.9, 1, path)
+    assert (rate, beta) == (pytest.approx(1 / 5), 0.9)
+    _, rate, beta = run_steps(0.1, 0.8, 1, path)
+    assert (rate, beta) == (pytest.approx(0.1 / 6), 0.8)
