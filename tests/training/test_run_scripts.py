@@ -73,7 +73,7 @@ def assert_same(folder, other):
     assert weights.keys() == others.keys() and weights
     assert not [name for name, value in weights.items() if not torch.equal(value, others[name])]
     assert card == other_card
-    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    assert not [name for name in os.listdir(folder) if name.startswith(".") and name != ".lock"]
 
 
 class Killed(Exception):
