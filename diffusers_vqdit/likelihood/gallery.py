@@ -36,6 +36,7 @@ class GalleryIndex:
         segment, query: the segment of the items and that of the queries.
         way: the task whose PMI the features stand for.
         model: [`~likelihood.retrieval.fingerprint`] of the transformer.
+        tokenizers: [`~likelihood.retrieval.tokenizers_digest`]; empty where it isn't known.
         codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
         features (`torch.Tensor` of shape `(G, R)`): float16.
         bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
@@ -53,6 +54,7 @@ class GalleryIndex:
     features: torch.Tensor
     bias: torch.Tensor
     basis: torch.Tensor
+    tokenizers: str = ""
 
     def __post_init__(self) -> None:
         self._faiss = None
@@ -101,7 +103,7 @@ class GalleryIndex:
             raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
         tensors = {name: getattr(self, name).contiguous() for name in GALLERY_TENSORS}
         with replacing_file(path) as unfinished:
-            metadata = {name: getattr(self, name) for name in GALLERY_STRINGS}
+            metadata = {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
             save_file(tensors, unfinished, metadata={**metadata, "sha256": _digest(metadata, tensors)})
 
     @classmethod
@@ -130,7 +132,7 @@ class GalleryIndex:
         if digest is not None and digest != _digest(strings, tensors):
             raise ValueError(f"{str(path)!r} is damaged: its content has another SHA-256 than when it was written")
         try:
-            return cls(**strings, **tensors)
+            return cls(**strings, **tensors, tokenizers=found.get("tokenizers", ""))
         except ValueError as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
 

@@ -54,6 +54,15 @@ def fingerprint(transformer: VQDiTTransformer2DModel) -> str:
     return digest.hexdigest()
 
 
+def tokenizers_digest(tokenizers: list[torch.nn.Module]) -> str:
+    """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of."""
+    digest = hashlib.sha256()
+    for tokenizer in tokenizers:
+        for name, value in sorted(tokenizer.state_dict().items()):
+            digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
     """The tasks whose likelihoods rank a gallery's items for a query.
 

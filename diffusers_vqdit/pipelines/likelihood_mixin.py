@@ -8,7 +8,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
 from ..likelihood.bounds import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
-from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve
+from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve, tokenizers_digest
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
@@ -240,8 +240,12 @@ class LikelihoodMixin:
             parts = [items]
         codes = torch.cat([processor.encode(part) for part in parts])
         output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
+        output.tokenizers = self._tokenizers_digest(segment)
         self.maybe_free_model_hooks()
         return output
+
+    def _tokenizers_digest(self, segment: str) -> str:
+        return tokenizers_digest([getattr(self, name) for name in self._segment(segment).needs[:1]])
 
     @torch.no_grad()
     def retrieve(
@@ -278,6 +282,11 @@ class LikelihoodMixin:
         """
         if not isinstance(gallery, GalleryIndex):
             raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
+        if gallery.tokenizers and gallery.tokenizers != self._tokenizers_digest(gallery.segment):
+            raise ValueError(
+                f"gallery was indexed with another tokenizer of {gallery.segment!r} than this pipeline's, or in "
+                "another dtype; index it with this one"
+            )
         batch_size = check_integer("batch_size", batch_size, 1)
         top_k = check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)

@@ -289,3 +289,22 @@ def test_threads_share_a_model(transformer):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_gallery_of_another_tokenizer_or_a_damaged_one_is_refused(pipeline, make_pipeline, tmp_path):
+    pictures = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    gallery = pipeline.index(image=pictures)
+    gallery.save(tmp_path / "gallery.safetensors")
+    loaded = GalleryIndex.load(tmp_path / "gallery.safetensors")
+    assert loaded.tokenizers == gallery.tokenizers and len(pipeline.retrieve("a dot", loaded, top_k=2).indices[0]) == 2
+    pipeline.image_vq = make_pipeline(7).image_vq
+    with pytest.raises(ValueError, match="indexed with another tokenizer of 'image'"):
+        pipeline.retrieve("a dot", loaded, top_k=2)
+    whole = (tmp_path / "gallery.safetensors").read_bytes()
+    size, refused = len(whole), 0
+    for place in range(size - 1, size - 400, -7):  # among the tensors
+        (tmp_path / "gallery.safetensors").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="gallery.safetensors"):
+            GalleryIndex.load(tmp_path / "gallery.safetensors")
+        refused += 1
+    assert refused > 50
