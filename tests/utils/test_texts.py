@@ -114,4 +114,4 @@ def test_what_is_no_text_is_refused_by_name(text):
 def test_a_prompt_of_nothing_visible_is_refused(shipped, pipeline, text):
     pipeline.tokenizer = shipped
     with pytest.raises(ValueError, match="prompt .* has nothing to read"):
-        pipeline._tokenize([text])
+        pipeline.encode_prompt([text])
