@@ -215,7 +215,7 @@ def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, pict
     run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'lora'} --max_train_steps 12 --checkpointing_steps 8")
     files = [path.name for path in (tmp_path / "lora").iterdir() if path.is_file()]
     weights = "pytorch_lora_weights.safetensors"
-    assert sorted(files) == ["README.md", weights]
+    assert sorted(files) == [".lock", "README.md", weights]
     size = (tmp_path / "lora" / weights).stat().st_size
     assert size < (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size / 4
 
