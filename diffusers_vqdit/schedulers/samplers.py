@@ -52,10 +52,11 @@ def draw_masked(
     size, noise = logits.shape[-1], noise[masked]
     at_once = max(1, len(noise))
     if logits.device.type == "cpu" and len(noise) * size > 2**20:
-        at_once = max(1, 2**18 // size)
+        at_once = max(3, 2**18 // size)
     rows, positions = masked.nonzero(as_tuple=True)
-    parts = []
-    for row, position, part in zip(*(x.split(at_once) for x in (rows, positions, noise)), strict=True):
+    # Even parts, of two rows or more: PyTorch sums a single one by parts of its own, one a thread, to other bits.
+    parts, count = [], max(1, -(-len(noise) // at_once))
+    for row, position, part in zip(*(x.tensor_split(count) for x in (rows, positions, noise)), strict=True):
         codes, log_probabilities, probabilities = draw(logits[row, position], part, temperature)
         parts.append((codes, log_probabilities, entropies(probabilities) if entropy else None))
     codes, log_probabilities, found = zip(*parts, strict=True)
