@@ -253,7 +253,7 @@ EVERYWHERE = {
     "label_column": "x={}",
     "image_vq": "/home/bob/{}/vq",
     "text_vq": "../{}",
-    "cache_dir": "/tmp/{}",
+    "cache_dir": "/home/someone/{}",
     "tasks": "{}",
     "report_to": "{}",
     "logging_dir": "{}",
