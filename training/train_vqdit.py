@@ -81,6 +81,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
     add_patch_argument(models)
+    models.add_argument(
+        "--use_rotary_positional_embeddings",
+        action="store_true",
+        help="Rotate queries and keys by position, too: for grids and lengths of other sizes than are trained on.",
+    )
     models.add_argument("--dropout", type=share, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
@@ -190,6 +195,7 @@ def build_transformer(
             dropout=args.dropout or 0.0,
             segments=segments,
             tasks=names,
+            use_rotary_positional_embeddings=args.use_rotary_positional_embeddings,
         )
     else:
         transformer = extend_transformer(pretrained, segments, labels, names, lora=args.rank is not None)

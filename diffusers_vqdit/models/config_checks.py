@@ -221,6 +221,7 @@ def check_transformer(config: Mapping[str, Any]) -> None:
     c = config
     for name in ("attention_bias", "upcast_attention", "norm_elementwise_affine", "time_conditioned"):
         check_flag(name, c[name])
+    rotary = check_flag("use_rotary_positional_embeddings", c["use_rotary_positional_embeddings"])
     for name in ("num_attention_heads", "attention_head_dim", "in_channels", "norm_num_groups"):
         check_integer(name, c[name], 1, MAX_WIDTH)
     check_integer("num_layers", c["num_layers"], 1, MAX_LAYERS)
@@ -248,6 +249,12 @@ def check_transformer(config: Mapping[str, Any]) -> None:
             )
         check_segments(c["segments"])
         check_tasks(c["tasks"], c["segments"])
+        axes = max(len(segment["shape"]) for segment in c["segments"].values())
+        if rotary and c["attention_head_dim"] < 2 * axes:
+            raise ValueError(
+                f"use_rotary_positional_embeddings=True needs attention_head_dim={c['attention_head_dim']} to be at "
+                f"least {2 * axes}: two channels for each of the {axes} axes of a segment"
+            )
         return
     # diffusers' table of positions has sines and cosines of two axes.
     if dim % 4:
@@ -259,7 +266,7 @@ def check_transformer(config: Mapping[str, Any]) -> None:
         raise ValueError(f"patch_size={c['patch_size']} must be at most sample_size={c['sample_size']}")
     if c["num_embeds_ada_norm"] is None:
         raise ValueError("num_embeds_ada_norm=None must be the number of labels, at least 1, with segments=None")
-    for name, default in (("tasks", None), ("time_conditioned", False)):
+    for name, default in (("tasks", None), ("time_conditioned", False), ("use_rotary_positional_embeddings", False)):
         if c[name] != default:
             raise ValueError(f"{name}={shown(c[name])} needs segments; with segments=None it must be {default}")
 

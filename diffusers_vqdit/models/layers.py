@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 
 @dataclass
@@ -79,3 +80,20 @@ def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], di
 
 
 _kept_positions = lru_cache(maxsize=64)(_sincos_positions)
+
+
+def rotary_positions(
+    shape: tuple[int, ...], head_dim: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (prod(shape), head_dim) that rotate the queries and keys of a line or a grid.
+
+    Each axis has an equal, even part of the channels; those left over are not rotated. A coordinate is the number of
+    steps from the start, whatever the shape that was trained on, so that a distance means the same on each grid
+    (Su et al. 2021, section 3.2.2; on two axes Heo et al. 2024, section 3.2).
+    """
+    part = head_dim // (2 * len(shape)) * 2
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    tables = [get_1d_rotary_pos_embed(part, x.flatten(), use_real=True) for x in torch.meshgrid(*axes, indexing="ij")]
+    rest = (0, head_dim - part * len(shape))
+    cos, sin = (torch.cat(parts, dim=1) for parts in zip(*tables, strict=True))
+    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)

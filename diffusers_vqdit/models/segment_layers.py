@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..utils.checks import check_flag, check_integers
-from .layers import modulate, sincos_positions
+from .layers import modulate, rotary_positions, sincos_positions
 
 
 class CodebookHeads(nn.ModuleList):
@@ -90,9 +90,16 @@ class SegmentLayers:
         """The segment whose embeddings and head this one uses."""
         return self.config.segments[name].get("shared_with", name)
 
-    def _embed(self, codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Embedded codes with positions (B, N, D), and the segments' lengths in positions."""
-        segments, parts = self.config.segments, []
+    def _embed(
+        self, codes: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[int, ...], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Embedded codes with positions (B, N, D), the segments' lengths in positions, and the cosines and sines
+        (N, head_dim) of a model with rotary positions.
+
+        Those are beside the added ones, not in their place: where all codes are masked, all values are equal, and no
+        rotation of queries and keys tells one position from another.
+        """
+        segments, parts, rotations = self.config.segments, [], []
         for name, value in codes.items():
             table, patch = self._table(name), segment_patch(segments, name)
             grid, trained = (
@@ -108,8 +115,11 @@ class SegmentLayers:
                 embedded = self.proj_in[table](self.code_embeddings[table](value).flatten(2))  # (B, n, D)
             else:
                 embedded = self.code_embeddings[table](value.flatten(1))  # (B, n, D)
+            if self.config.use_rotary_positional_embeddings:
+                rotations.append(rotary_positions(grid, self.config.attention_head_dim, embedded.device))
             parts.append(embedded + sincos_positions(grid, trained, self.inner_dim).to(embedded))
-        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
+        rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
+        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
 
     def _places(self, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.LongTensor, ...]:
         """What a segment's head takes besides states: each code's place in its patch (N,), where it has several."""

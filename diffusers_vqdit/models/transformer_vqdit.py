@@ -61,17 +61,19 @@ class VQDiTBlock(nn.Module):
         lengths: tuple[int, ...],
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         keys_only: bool = False,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
 
-        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together.
+        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together;
+        `image_rotary_emb` has the cosines and sines (N, head_dim) of a model with rotary positions.
         """
         modulation = expand_segments(self.adaln(conditioning), lengths)  # (1 or B, N, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
         if keys_only:
-            return hidden_states, *self.attn1.keys_and_values(normed)
-        attended, key, value = self.attn1(normed, prefix)
+            return hidden_states, *self.attn1.keys_and_values(normed, image_rotary_emb)
+        attended, key, value = self.attn1(normed, prefix, image_rotary_emb)
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         normed = modulate(self.norm2, hidden_states, shift2, scale2)
         return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
@@ -112,6 +114,9 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         freq_shift: for ``segments=None``: s in the frequencies 10000^(-k / (128 - s)) of the time's embedding; 1 in
             stock DiT and 0 in the original one, whose ``norm_eps`` is 1e-6 besides.
         caption_channels: for ``segments=None``: channels of the text encoder's states; None for no captions.
+        use_rotary_positional_embeddings: with segments: whether queries and keys are rotated by their position in
+            their segment, too (Su et al. 2021). The added sine-cosine positions say where on its grid a position is,
+            scaled to it; these say how far two are apart. For grids and lengths of other sizes than were trained on.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others; a segment lacks its
@@ -149,6 +154,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         time_conditioned: bool = False,
         freq_shift: float = 1.0,
         caption_channels: int | None = None,
+        use_rotary_positional_embeddings: bool = False,
     ) -> None:
         check_transformer(self.config)
         if segments is None:
@@ -306,12 +312,12 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             ValueError: for no segment or an unknown one, a wrong shape or dtype, or a code out of range.
         """
         given = self._ordered(given, "given")
-        hidden_states, lengths = self._embed(given)  # (B, S, D)
+        hidden_states, lengths, rotary = self._embed(given)  # (B, S, D)
         conditioning = self._conditioning(given, generated=False)
         keys, values = [], []
         for block in self.transformer_blocks:
             last = block is self.transformer_blocks[-1]
-            hidden_states, key, value = self._block(block, hidden_states, conditioning, lengths, None, last)
+            hidden_states, key, value = self._block(block, hidden_states, conditioning, lengths, None, last, rotary)
             keys.append(key)
             values.append(value)
         return VQDiTPrefix(tuple(given), keys, values)
@@ -386,7 +392,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
 
         # 2. Generated segments
-        hidden, lengths = self._embed(codes)  # (B, N, D)
+        hidden, lengths, rotary = self._embed(codes)  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
         conditioning = self._conditioning(codes, generated=True, timestep=timestep)
@@ -396,7 +402,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
-            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory)
+            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory, False, rotary)
 
         # 3. Heads
         modulation = self.adaln_out(conditioning)  # (1 or B, segments, 2D)
