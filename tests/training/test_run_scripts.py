@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,28 +196,32 @@ def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
         run(name, "out", load_training_dataset=None)
 
 
+# How many moments of each script: `KILLS=20 python -m pytest tests/training/test_run_scripts.py -k random_moment -s`
+KILLS = int(os.environ.get("KILLS", 1))
+
+
 @pytest.mark.slow
-def test_a_process_that_is_killed_and_one_that_is_interrupted(run, root, arguments, tmp_path):
-    """SIGKILL and Ctrl-C at any moment: the second ends by its signal, after a checkpoint; then both are resumed."""
-    name, more = "train_text_vq", "--max_train_steps 300 --checkpointing_steps 50 --checkpoints_total_limit 0"
-    resume = f"{more} --resume_from_checkpoint latest"
-
-    def start(more, step):
-        command = [sys.executable, root / "training" / f"{name}.py", *arguments(name, "broken", more)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (tmp_path / "broken" / f"checkpoint-{step}").is_dir():
-            time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 0.1))
-        return process
-
-    process = start(more, 50)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process = start(resume, 150)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == -signal.SIGINT
-    last = checkpoints(tmp_path / "broken")[-1]
-    assert verify_checkpoint(last).step < 300
-    run(name, "broken", resume)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_process_stopped_at_a_random_moment_ends_bit_identical(run, root, arguments, tmp_path, name):
+    """By SIGKILL and by Ctrl-C in turns: about any step, checkpoint or the final save, and then resumed."""
+    more, folder = "--max_train_steps 60 --checkpointing_steps 5 --checkpoints_total_limit 0", tmp_path / "broken"
     run(name, "whole", more)
-    assert_same(tmp_path / "whole", tmp_path / "broken")
+    found = []
+    for number in range(KILLS):
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, root / "training" / f"{name}.py", *arguments(name, "broken", more)]
+        process, kind = (
+            subprocess.Popen(command, stderr=subprocess.DEVNULL),
+            (signal.SIGKILL, signal.SIGINT)[number % 2],
+        )
+        step = random.randrange(0, 61, 5)
+        begun = folder / f"checkpoint-{step}" if step else folder / ".lock"
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0.0, 2.0 if step in (0, 60) else 0.2))
+        process.send_signal(kind)
+        assert process.wait() in (-kind, 0)  # 0: it had ended
+        found.append(f"{len(checkpoints(folder))}{'' if process.returncode else ' (ended)'}")
+        run(name, "broken", f"{more} --resume_from_checkpoint latest")
+        assert_same(tmp_path / "whole", folder)
+    print(f"\n{name}: {KILLS} of {KILLS} bit-identical; checkpoints there were when stopped: {', '.join(found)}")
