@@ -19,7 +19,7 @@ from .segment_layers import check_patch
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
-SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks")
+SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels")
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 
@@ -287,6 +287,9 @@ def check_segments(segments: Any) -> None:
             raise ValueError(
                 f"segments[{name!r}]: unknown {sorted(map(str, unknown))}; it takes {', '.join(SEGMENT_KEYS)}"
             )
+        if "channels" in segment:
+            check_states_segment(name, segment)
+            continue
         check_integer(f"segments[{name!r}]: vocab_size", segment.get("vocab_size"), 1, MAX_CODES)
         shape = segment.get("shape")
         if not isinstance(shape, list | tuple) or len(shape) not in (1, 2, 3):
@@ -302,6 +305,7 @@ def check_segments(segments: Any) -> None:
             if (
                 not isinstance(other, dict)
                 or "shared_with" in other
+                or "channels" in other
                 or other.get("vocab_size") != segment["vocab_size"]
             ):
                 raise ValueError(
@@ -312,6 +316,17 @@ def check_segments(segments: Any) -> None:
         check_patch(segments, name)
 
 
+def check_states_segment(name: str, segment: Mapping[str, Any]) -> None:
+    """Check a segment of an encoder's states: its channels and its length, and nothing that codes have."""
+    check_integer(f"segments[{name!r}]: channels", segment["channels"], 1, MAX_WIDTH)
+    if others := sorted(set(segment) - {"channels", "shape"}):
+        raise ValueError(f"segments[{name!r}]: states have channels and shape, but {others} are for codes")
+    shape = segment.get("shape")
+    if not isinstance(shape, list | tuple) or len(shape) != 1:
+        raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must be [n], how many states there are")
+    check_integer(f"segments[{name!r}]: shape={shown(shape)}: a side", shape[0], 1, MAX_CODES)
+
+
 def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the task that can't be read, or that has other segments than these."""
     if tasks is None:
@@ -320,8 +335,10 @@ def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
         raise ValueError(f"tasks={shown(tasks)} must be a list of tasks such as 'text->image', or None")
     for task in tasks:
         try:
-            names = Task.parse(task).segments
+            parsed = Task.parse(task)
         except ValueError as error:
             raise ValueError(f"tasks: {error}") from error
-        if unknown := sorted(set(names) - set(segments)):
+        if unknown := sorted(set(parsed.segments) - set(segments)):
             raise ValueError(f"tasks: {task!r} has the segments {unknown}; segments has {sorted(segments)}")
+        if states := [name for name in parsed.generated if "channels" in segments[name]]:
+            raise ValueError(f"tasks: {task!r} generates {states}: states of an encoder are given, never generated")

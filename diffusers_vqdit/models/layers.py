@@ -45,6 +45,26 @@ class VQDiTPrefix:
         return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values], mask)
 
 
+def join_masks(
+    masks: dict[str, torch.Tensor], names: tuple[str, ...], lengths: tuple[int, ...], hidden_states: torch.Tensor
+) -> torch.BoolTensor | None:
+    """Masks (B, n) of some segments as one of all their positions, (B, 1, 1, S); None where nothing is padding."""
+    if not isinstance(masks, dict) or set(masks) - set(names):
+        found = sorted(masks) if isinstance(masks, dict) else type(masks).__name__
+        raise ValueError(f"given_mask must be a dict with some of the given segments {sorted(names)}, got {found}")
+    if not masks:
+        return None
+    parts, size = [], len(hidden_states)
+    for name, length in zip(names, lengths, strict=True):
+        mask = masks.get(name, hidden_states.new_ones(size, length))
+        if not isinstance(mask, torch.Tensor) or mask.shape != (size, length):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"given_mask[{name!r}] must have shape {(size, length)}, got {got}")
+        parts.append(mask.to(hidden_states.device).bool())
+    joined = torch.cat(parts, dim=1)[:, None, None, :]
+    return None if not torch.compiler.is_compiling() and joined.all() else joined
+
+
 def modulate(
     norm: nn.LayerNorm, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:

@@ -96,7 +96,7 @@ class MaskedSequenceProcessor:
     def __init__(self, given_length):
         self.given_length = given_length
 
-    def __call__(self, attn, hidden_states, prefix=None, image_rotary_emb=None):
+    def __call__(self, attn, hidden_states, prefix=None, image_rotary_emb=None, attention_mask=None):
         assert prefix is None
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
