@@ -206,7 +206,7 @@ def test_a_process_stopped_at_a_random_moment_ends_bit_identical(run, root, argu
     """By SIGKILL and by Ctrl-C in turns: about any step, checkpoint or the final save, and then resumed."""
     more, folder = "--max_train_steps 60 --checkpointing_steps 5 --checkpoints_total_limit 0", tmp_path / "broken"
     run(name, "whole", more)
-    found = []
+    found, chance = [], random.SystemRandom()  # each run seeds the module's own generator
     for number in range(KILLS):
         shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, root / "training" / f"{name}.py", *arguments(name, "broken", more)]
@@ -214,11 +214,11 @@ def test_a_process_stopped_at_a_random_moment_ends_bit_identical(run, root, argu
             subprocess.Popen(command, stderr=subprocess.DEVNULL),
             (signal.SIGKILL, signal.SIGINT)[number % 2],
         )
-        step = random.randrange(0, 61, 5)
+        step = chance.randrange(0, 61, 5)
         begun = folder / f"checkpoint-{step}" if step else folder / ".lock"
         while process.poll() is None and not begun.exists():
             time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 2.0 if step in (0, 60) else 0.2))
+        time.sleep(chance.uniform(0.0, 2.0 if step in (0, 60) else 0.2))
         process.send_signal(kind)
         assert process.wait() in (-kind, 0)  # 0: it had ended
         found.append(f"{len(checkpoints(folder))}{'' if process.returncode else ' (ended)'}")
