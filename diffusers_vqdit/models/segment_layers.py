@@ -108,7 +108,7 @@ class SegmentLayers:
                 embedded = self.proj_in[table](self.code_embeddings[table](value).flatten(2))  # (B, n, D)
             else:
                 embedded = self.code_embeddings[table](value.flatten(1))  # (B, n, D)
-            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim).to(embedded))
+            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded))
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
 
     def _places(self, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.LongTensor, ...]:
@@ -186,6 +186,18 @@ def check_divisible(argument: str, shape: tuple[int, ...], patch: tuple[int, ...
     """Raise a ValueError unless the patch divides the shape, axis by axis."""
     if any(length % size for length, size in zip(shape, patch, strict=True)):
         raise ValueError(f"{argument}: shape={list(shape)} must be divisible by the segment's patch {list(patch)}")
+
+
+def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
+    if masked.keys() != codes.keys():
+        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
+    for name, value in masked.items():
+        expected = tuple(codes[name].flatten(1).shape)
+        if value.dtype != torch.bool or tuple(value.shape) != expected:
+            raise ValueError(
+                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
+            )
 
 
 def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:

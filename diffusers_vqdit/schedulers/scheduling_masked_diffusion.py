@@ -63,8 +63,9 @@ class MaskedDiffusionEvent:
         revealed (`torch.BoolTensor` of shape `(B, N)`): codes that are to be revealed, for `step`; None where the
             sampler chooses them by the model's output.
         steps_left (`torch.LongTensor` of shape `(B,)`): steps of each row after this one.
-        num_masked (`torch.LongTensor` of shape `(B,)`): masked codes of each row, on the CPU. Rows without any don't
-            need the model, unless the scheduler remasks.
+        num_masked (`torch.LongTensor` of shape `(B,)`): masked codes of each row, on the CPU.
+        rows (`torch.LongTensor` of shape `(R,)`): the rows that need the model, on the CPU: those with masks, unless
+            the scheduler remasks.
     """
 
     timesteps: torch.Tensor
@@ -72,6 +73,7 @@ class MaskedDiffusionEvent:
     revealed: torch.Tensor | None
     steps_left: torch.LongTensor
     num_masked: torch.LongTensor
+    rows: torch.LongTensor
 
 
 class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigMixin):
@@ -239,9 +241,9 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         self.num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         times = torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
         self.timesteps = times.flip(0)[:-1].float().to(device)
-        # The shares of masks with 0, ..., n steps left; a step reads its own on the host.
-        self._ratios = self.mask_ratio(times).to(device)
-        self._host_ratios = self.mask_ratio(times).tolist()
+        # The shares of masks with 0, ..., n steps left
+        self._ratios = self.mask_ratio(times)
+        self._host_ratios = self._ratios.tolist()
 
     def scale_model_input(self, sample: torch.LongTensor, timestep: torch.Tensor | None = None) -> torch.LongTensor:
         """Codes need no scaling; here for interchange with other schedulers."""
@@ -301,23 +303,23 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             raise ValueError(f"masked must be bool (B, N), got {masked.dtype} of shape {tuple(masked.shape)}")
         batch_size, device = len(masked), masked.device
         num_masked = masked.sum(1).cpu()  # the one wait for the device in a step
+        rows = ((num_masked > 0) | (self.config.remask > 0)).nonzero()[:, 0]  # remasking goes on without masks
         if self.config.sampler == "ancestral" and not self.config.remask:
             left = torch.full((batch_size,), steps, device=device)
             if previous is not None:
                 left = left.minimum(previous.steps_left)
             noise = uniform(masked.shape, generator, device)
-            left, revealed = next_reveals(masked, noise, self._ratios.to(device), left)
+            self._ratios = self._ratios.to(device)
+            left, revealed = next_reveals(masked, noise, self._ratios, left)
             times = (left + 1).double() / self.num_inference_steps
-            return MaskedDiffusionEvent(times.float(), bool(num_masked.any()), revealed, left, num_masked)
+            return MaskedDiffusionEvent(times.float(), len(rows) > 0, revealed, left, num_masked, rows)
         left = torch.full((batch_size,), steps - 1, device=device)
         if self.config.sampler in ("entropy_bound", "threshold"):
             # Rows take as many steps as they need: their times are those of their own shares of masks.
             times = self.time_of_mask_ratio(masked.double().mean(1))
         else:
             times = (left + 1).double() / self.num_inference_steps
-        # Remasking goes on where nothing is masked.
-        needs_model = bool(num_masked.any()) or self.config.remask > 0
-        return MaskedDiffusionEvent(times.float(), needs_model, None, left, num_masked)
+        return MaskedDiffusionEvent(times.float(), len(rows) > 0, None, left, num_masked, rows)
 
     @torch.no_grad()
     def step(
