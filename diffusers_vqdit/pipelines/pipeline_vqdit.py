@@ -27,7 +27,7 @@ from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora
+from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits
 from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
@@ -305,9 +305,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         ).sample  # (R, N, K), or (2R, N, K) with and without what is given
         finite = parts = are_possible(*logits.values())
         if scale is not None:
-            # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-            pairs = {name: value.chunk(2) for name, value in logits.items()}
-            logits = {n: torch.lerp(free, own, scale.to(own)[:, None, None]) for n, (own, free) in pairs.items()}
+            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
             finite = are_possible(*logits.values())
         checks.add(finite, parts, guidance_scale)
         if len(rows) < size:
