@@ -45,6 +45,23 @@ class VQDiTPrefix:
         return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values], mask)
 
 
+@dataclass
+class VQDiTModulation:
+    """adaLN of the generated segments, where no time conditions it: the same at every sampling step.
+
+    Args:
+        names (`tuple[str, ...]`): the generated segments.
+        conditioning (`torch.Tensor` of shape `(1, segments, D)`): what it was made of.
+        blocks (`list[torch.Tensor]`): for each layer shifts, scales and gates (1, segments, 6D).
+        out (`torch.Tensor` of shape `(1, segments, 2D)`): the output's shift and scale.
+    """
+
+    names: tuple[str, ...]
+    conditioning: torch.Tensor
+    blocks: list[torch.Tensor]
+    out: torch.Tensor
+
+
 def join_masks(
     masks: dict[str, torch.Tensor], names: tuple[str, ...], lengths: tuple[int, ...], hidden_states: torch.Tensor
 ) -> torch.BoolTensor | None:
@@ -77,18 +94,23 @@ def modulate(
     return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
-def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
+def sincos_positions(
+    shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int, like: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
     Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
-    Vaswani et al. 2017, section 3.5).
+    Vaswani et al. 2017, section 3.5). Of the device and dtype of `like`, by default float32 on the CPU.
     """
-    if torch.compiler.is_compiling():  # torch.export's tensors have no values: one that is kept spoils all later calls
-        return _sincos_positions(shape, trained_shape, dim)
-    return _kept_positions(shape, trained_shape, dim)
+    device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
+    # torch.export's tensors have no values: one that is kept spoils all later calls.
+    make = _sincos_positions if torch.compiler.is_compiling() else _kept_positions
+    return make(shape, trained_shape, dim, device, dtype)
 
 
-def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
+def _sincos_positions(
+    shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
     part = dim // (2 * len(shape)) * 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
     axes = [torch.arange(n, dtype=torch.float64) * (base / n) for n, base in zip(shape, trained_shape, strict=True)]
@@ -96,7 +118,7 @@ def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], di
     for coordinate in torch.meshgrid(*axes, indexing="ij"):
         angle = coordinate.flatten()[:, None] * frequencies
         waves += [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()
+    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float().to(device, dtype)
 
 
 _kept_positions = lru_cache(maxsize=64)(_sincos_positions)

@@ -135,7 +135,7 @@ class SegmentLayers:
                 )
             if self.config.use_rotary_positional_embeddings:
                 rotations.append(rotary_positions(grid, self.config.attention_head_dim, embedded.device))
-            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim).to(embedded))
+            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded))
         rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
 
@@ -221,20 +221,35 @@ def unpatchify(values: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, .
     return values.permute(0, *axes, -1).flatten(1, -2)
 
 
-def check_states(argument: str, states: torch.Tensor, channels: int) -> None:
-    """Raise a ValueError unless states of an encoder are finite numbers (B, n, channels)."""
+def check_states(argument: str, name: str, states: torch.Tensor, channels: int) -> None:
+    """Raise a ValueError unless states of an encoder are given, and are finite numbers (B, n, channels)."""
+    where = f"{argument}[{name!r}]"
+    if argument != "given":
+        raise ValueError(f"{where}: states of an encoder are given, never generated")
     if states.ndim != 3 or states.shape[2] != channels or not states.is_floating_point() or not states.numel():
         raise ValueError(
-            f"{argument} must be states (B, n, {channels}) of an encoder, got {states.dtype} of {tuple(states.shape)}"
+            f"{where} must be states (B, n, {channels}) of an encoder, got {states.dtype} of {tuple(states.shape)}"
         )
     if not torch.compiler.is_compiling() and not states.isfinite().all():
-        raise ValueError(f"{argument} has states that are not finite")
+        raise ValueError(f"{where} has states that are not finite")
 
 
 def check_divisible(argument: str, shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
     """Raise a ValueError unless the patch divides the shape, axis by axis."""
     if any(length % size for length, size in zip(shape, patch, strict=True)):
         raise ValueError(f"{argument}: shape={list(shape)} must be divisible by the segment's patch {list(patch)}")
+
+
+def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
+    if masked.keys() != codes.keys():
+        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
+    for name, value in masked.items():
+        expected = tuple(codes[name].flatten(1).shape)
+        if value.dtype != torch.bool or tuple(value.shape) != expected:
+            raise ValueError(
+                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
+            )
 
 
 def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:

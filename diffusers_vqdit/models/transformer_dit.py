@@ -220,7 +220,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             mask = None if mask.all() else mask[:, None, None, :]  # (B, 1, 1, S); without one, attention is fused
         hidden = self.caption_projection(self.caption_norm(states.to(self.caption_embedding.dtype)))  # (B, S, D)
         length = hidden.shape[1]
-        hidden = hidden + sincos_positions((length,), (length,), self.inner_dim).to(hidden)
+        hidden = hidden + sincos_positions((length,), (length,), self.inner_dim, hidden)
         conditioning = F.silu(self.caption_embedding)  # (1, D)
         within = None
         if mask is not None:

@@ -18,8 +18,8 @@ from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTPrefix, join_masks, modulate
-from .segment_layers import SegmentLayers, check_divisible, check_states, segment_patch
+from .layers import VQDiTModulation, VQDiTPrefix, join_masks, modulate
+from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, segment_patch
 from .transformer_dit import LatentDiT
 
 
@@ -56,21 +56,27 @@ class VQDiTBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         conditioning: torch.Tensor,
-        lengths: tuple[int, ...],
+        lengths: tuple[int, ...] = (),
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         keys_only: bool = False,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        modulation: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
         """Hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
 
         `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together;
         `image_rotary_emb` has the cosines and sines (N, head_dim) of a model with rotary positions; `attention_mask`
-        is the attention's.
+        is the attention's. `modulation` is what the block makes of the conditioning (1 or B, segments, 6D): all it
+        returns where there are no hidden states.
         """
-        modulation = expand_segments(self.adaln(conditioning), lengths)  # (1 or B, N, 6D)
+        if hidden_states is None:
+            return self.adaln(conditioning)
+        if modulation is None:
+            modulation = self.adaln(conditioning)
+        modulation = expand_segments(modulation, lengths)  # (1 or B, N, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
         if keys_only:
@@ -221,7 +227,9 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the forward pass
 
-    def _ordered(self, codes: dict[str, torch.Tensor], argument: str) -> dict[str, torch.Tensor]:
+    def _ordered(
+        self, codes: dict[str, torch.Tensor], argument: str, check_values: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
         segments = self.config.segments
         if not isinstance(codes, dict) or not codes:
@@ -230,10 +238,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         for name, value in codes.items():
             if name not in segments:
                 raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
-            if "channels" in segments[name] and argument != "given":
-                raise ValueError(f"{argument}[{name!r}]: states of an encoder are given, never generated")
             if "channels" in segments[name]:
-                check_states(f"{argument}[{name!r}]", value, segments[name]["channels"])
+                check_states(argument, name, value, segments[name]["channels"])
                 continue
             shape, size = segments[name]["shape"], segments[name]["vocab_size"]
             if value.ndim != 1 + len(shape):
@@ -246,7 +252,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
                 raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
             if not value.numel():
                 raise ValueError(f"{argument}[{name!r}] must not be empty, got shape {tuple(value.shape)}")
-            if torch.compiler.is_compiling():
+            if not check_values or torch.compiler.is_compiling():
                 continue  # values are unknown while a graph is traced
             # Checked here, as a wrong index on a GPU kills the process's whole context.
             low, high = torch.stack(value.aminmax()).tolist()
@@ -313,6 +319,24 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             values.append(value)
         return VQDiTPrefix(tuple(given), keys, values, mask)
 
+    @apply_forward_hook
+    def encode_modulation(self, hidden_states: dict[str, torch.LongTensor]) -> VQDiTModulation:
+        """adaLN's shifts, scales and gates of the generated segments, for reuse at every sampling step.
+
+        Args:
+            hidden_states: name -> codes (B, *shape) of the generated segments; their values are not read.
+
+        Raises:
+            ValueError: for a model that is time_conditioned, or wrong codes as in [`forward`].
+        """
+        if self.config.time_conditioned:
+            raise ValueError("encode_modulation: the model is time_conditioned, so that adaLN is another at each time")
+        codes = self._ordered(hidden_states, "hidden_states", check_values=False)
+        conditioning = self._conditioning(codes, generated=True)  # (1, segments, D)
+        # Through the blocks' own calls, as weights that are offloaded by blocks are elsewhere until then.
+        blocks = [block(None, conditioning) for block in self.transformer_blocks]
+        return VQDiTModulation(tuple(codes), conditioning, blocks, self.adaln_out(conditioning))
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -328,6 +352,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
         with_unconditional: bool = False,
+        modulation: VQDiTModulation | None = None,
+        check_values: bool = True,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> VQDiTOutput | Transformer2DModelOutput | tuple:
@@ -345,6 +371,9 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
             with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
                 pass: the logits then have twice the rows, first those with it.
+            modulation: what [`encode_modulation`] made of the same segments; None makes it anew.
+            check_values: whether to look at the codes' values, which waits for the device. A loop whose codes come
+                from a scheduler may check them where they enter.
             encoder_hidden_states, encoder_attention_mask: for ``segments=None`` only: see [`encode_caption`].
 
         Returns:
@@ -354,9 +383,10 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            if given is not None or given_mask is not None or masked is not None or with_unconditional:
+            if given is not None or given_mask is not None or masked is not None or with_unconditional or modulation:
                 raise ValueError(
-                    "given, given_mask, masked and with_unconditional need a model with segments; this one has None"
+                    "given, given_mask, masked, with_unconditional and modulation need a model with segments; this "
+                    "one has segments=None"
                 )
             if encoder_hidden_states is not None:
                 if prefix is not None:
@@ -374,7 +404,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             raise ValueError("give given or prefix, not both")
         if given_mask and not has_given:
             raise ValueError("given_mask needs given; a prefix has its own")
-        codes = self._ordered(hidden_states, "hidden_states")
+        codes = self._ordered(hidden_states, "hidden_states", check_values)
         if masked is not None:
             check_masked(masked, codes)
 
@@ -390,36 +420,30 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         hidden, lengths, rotary = self._embed(codes)  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
-        conditioning = self._conditioning(codes, generated=True, timestep=timestep)
+        if modulation is None:
+            conditioning = self._conditioning(codes, generated=True, timestep=timestep)
+        elif modulation.names != tuple(codes):
+            raise ValueError(f"modulation is of the segments {list(modulation.names)}, but these are {list(codes)}")
+        else:
+            conditioning = modulation.conditioning
         if with_unconditional:
             hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
         mask = None
         if prefix is not None and prefix.mask is not None:
-            own = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
-            mask = torch.cat([prefix.mask, own], dim=-1)  # (B, 1, 1, S + N)
+            seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
+            mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
-            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory, False, rotary, mask)
+            own = modulation.blocks[layer] if modulation is not None else None
+            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory, False, rotary, mask, own)
 
         # 3. Heads
-        modulation = self.adaln_out(conditioning)  # (1 or B, segments, 2D)
+        out = self.adaln_out(conditioning) if modulation is None else modulation.out  # (1 or B, segments, 2D)
         sample = {}
         for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
-            shift, scale = modulation[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
+            shift, scale = out[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
             where = masked[name] if masked is not None else None
             sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
-
-
-def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
-    if masked.keys() != codes.keys():
-        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
-    for name, value in masked.items():
-        expected = tuple(codes[name].flatten(1).shape)
-        if value.dtype != torch.bool or tuple(value.shape) != expected:
-            raise ValueError(
-                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
-            )

@@ -16,18 +16,18 @@ from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
-from ..likelihood.bounds import check_logits, code_log_probabilities
+from ..likelihood.bounds import are_possible, code_log_probabilities, constant_modulation
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer, shown
 from ..utils.images import RESIZE_MODES
-from .check_inputs import callback_inputs
+from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora
+from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits
 from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
@@ -241,7 +241,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         masks = {name: self._mask_token_id(name) for name in codes}
         fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
         sizes = [value.shape[1] for value in fixed.values()]
-        predicted, event = dict(codes), None
+        predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
+        # A callback may change the codes and the weights.
+        options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for index, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
@@ -249,8 +251,10 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                 masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
                 event = scheduler.next_event(timestep, masked, event, generator=generator)
                 if event.needs_model:
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
-                    logits = self._predict(codes, event.timesteps, prefix, scale, guidance_scale)
+                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
+                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
+                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
+                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
                     revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
                     for (name, value), reveal in zip(codes.items(), revealed, strict=True):
                         step = scheduler.step(
@@ -262,6 +266,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                             shape=value.shape[1:],
                             temperature=temperature,
                             generator=generator,
+                            check_values=False,
                         )
                         codes = codes | {name: step.prev_sample.view_as(value)}
                         predicted[name] = step.pred_original_sample.view_as(value)
@@ -274,36 +279,38 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                     codes = current if only is None else {only: current}
                     guidance_scale = self._guidance_scale
                 progress_bar.update()
+        checks.read()
         return codes, predicted
 
     def _predict(
         self,
         codes: dict[str, torch.LongTensor],
-        timesteps: torch.Tensor,
+        event: MaskedDiffusionEvent,
         prefix: VQDiTPrefix | None,
-        scale: torch.Tensor,
+        scale: torch.Tensor | None,
         guidance_scale: float,
+        checks: FiniteChecks,
+        options: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,).
-
-        Raises:
-            ValueError: if they are not finite.
-        """
-        guided = bool((scale != 1.0).any())
+        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
+        0 for rows that are done. `checks` note whether they are finite."""
+        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
+        if len(rows) < size:
+            rows = rows.to(timesteps.device)
+            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
+            prefix = prefix if prefix is None else prefix.select(rows)
+            scale = scale if scale is None else scale[rows]
         logits = self.transformer(
-            codes, timestep=timesteps, prefix=prefix, with_unconditional=guided
-        ).sample  # (B, N, K), or (2B, N, K) with and without what is given
-        if not guided:
-            for value in logits.values():
-                check_logits(value)
-            return logits
-        # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-        combined = {}
-        for name, value in logits.items():
-            own, free = value.chunk(2)
-            combined[name] = torch.lerp(free, own, scale.to(value)[:, None, None])
-            check_logits(combined[name], (free, own), guidance_scale)
-        return combined
+            codes, timestep=timesteps, prefix=prefix, with_unconditional=scale is not None, **options
+        ).sample  # (R, N, K), or (2R, N, K) with and without what is given
+        finite = parts = are_possible(*logits.values())
+        if scale is not None:
+            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
+            finite = are_possible(*logits.values())
+        checks.add(finite, parts, guidance_scale)
+        if len(rows) < size:
+            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
+        return logits
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -405,9 +412,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         # 3. Start from masks, and from what is known
         codes = self.prepare_latents(task, batch_size * tiles, known or latents)
 
-        # 4. Denoise, with a scheduler of the call's own
+        # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(num_inference_steps)
         codes, predicted = self._denoise(
             codes,
             prefix,

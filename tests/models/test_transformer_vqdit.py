@@ -174,6 +174,61 @@ def test_one_pass_with_and_without_what_is_given_equals_two(codes, generated, ti
         model(sides, timestep=timestep, with_unconditional=True)
 
 
+@pytest.mark.parametrize("generated", [["image"], ["image", "label"]])
+@pytest.mark.parametrize("with_unconditional", [True, False])
+def test_adaln_once_a_run_equals_adaln_at_each_call(codes, generated, with_unconditional):
+    """Bit for bit, and through the calls of the blocks: weights that are offloaded by blocks come with those."""
+    model = make()
+    given = {"text": codes["text"]}
+    targets = {name: codes[name] for name in generated}
+    inside = []
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda *_: inside.append(True))
+        block.register_forward_hook(lambda *_: inside.pop() and None)
+        block.adaln.register_forward_pre_hook(lambda *_: inside[-1] and None)
+    options = {"prefix": model.encode_prefix(given), "with_unconditional": with_unconditional}
+    plain = model(targets, **options).sample
+    modulation = model.encode_modulation(targets)
+    for block in model.transformer_blocks:
+        block.adaln = None  # not needed any more
+    found = model(targets, modulation=modulation, **options).sample
+    assert all(torch.equal(found[name], plain[name]) for name in generated)
+    with pytest.raises(ValueError, match="modulation is of the segments .* but these are .'text'."):
+        model({"text": codes["text"]}, modulation=modulation)
+    with pytest.raises(ValueError, match="encode_modulation: the model is time_conditioned"):
+        make(time_conditioned=True).encode_modulation(targets)
+
+
+def test_a_forward_pass_is_one_graph(codes):
+    model = make()
+    given, targets = {"text": codes["text"]}, {"image": codes["image"]}
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        prefix = torch.compile(model.encode_prefix, fullgraph=True, backend="eager")(given)
+        options = {"prefix": prefix, "with_unconditional": True, "modulation": model.encode_modulation(targets)}
+        expected, found = (one(targets, **options).sample["image"] for one in (model, traced))
+    assert all(torch.equal(x, y) for x, y in zip(prefix.keys, model.encode_prefix(given).keys, strict=True))
+    assert torch.equal(found, expected)
+
+
+def test_repeated_blocks_compile_once(codes):
+    model, graphs = make(num_layers=4), []
+    expected = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    prefix = model.encode_prefix({"text": codes["text"]})
+    count = len(graphs)
+    for _ in range(2):
+        found = model({"image": codes["image"]}, prefix=prefix).sample["image"]
+    assert torch.equal(found, expected)
+    assert count <= 2 and len(graphs) == count + 1  # the last block of what is given stops halfway
+
+
 def test_the_order_of_a_dict_has_no_meaning(codes):
     model = make()
     one = model({"image": codes["image"], "label": codes["label"]}, given={"text": codes["text"]}).sample
