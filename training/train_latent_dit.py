@@ -44,7 +44,7 @@ from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, p
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.latent_data import draw_conditions, load_data, normalized_latents
-from diffusers_vqdit.training.latent_files import cache_latents
+from diffusers_vqdit.training.latent_files import cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import evaluated, unwrap
@@ -64,6 +64,8 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
+
+PROJECT = "vqdit-latent"  # of the trackers
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -290,9 +292,12 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
+        project=PROJECT,
         folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
+        if args.latents_file is not None and accelerator.is_main_process:
+            check_latents_file(args.latents_file)
         train(args, accelerator, run)
 
 
@@ -345,7 +350,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
-    setup.start_trackers(args, accelerator, "vqdit-latent")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 5. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps

@@ -39,7 +39,7 @@ from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, p
 from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.finetuning import extend_transformer
-from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, save_lora
+from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers, save_lora
 from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
@@ -60,6 +60,8 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
+
+PROJECT = "vqdit"  # of the trackers
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -234,6 +236,7 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
+        project=PROJECT,
         folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
@@ -245,6 +248,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     parts = load_components(args)
+    if args.rank is not None:
+        check_lora_layers(parts["transformer"], args.lora_layers)
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:
@@ -291,7 +296,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    setup.start_trackers(args, accelerator, "vqdit")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
-from ..utils.weight_files import check_finite, fsync
+from ..utils.weight_files import check_finite, finish_file, fsync, new_file_mode
 from .files import (
     CHECKPOINT_PREFIX,
     SCRATCH_PREFIX,
@@ -140,9 +140,9 @@ def _flat_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
 def _write_manifest(
     folder: Path, step: int, run: str, identity: dict[str, Any], settings: dict[str, Any], measures: dict[str, Any]
 ) -> None:
-    files = {}
+    files, mode = {}, new_file_mode(folder)
     for name in _files_in(folder):
-        fsync(folder / name)
+        finish_file(folder / name, mode)
         files[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     manifest = Manifest(step, run, _plain(identity), _plain(settings), _plain(measures), files)
     content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
