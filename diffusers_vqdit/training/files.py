@@ -31,10 +31,11 @@ SCRATCH_PREFIX = ".tmp-diffusers-vqdit-"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
+# What a disk is called that takes no more, and what it is that is used up.
 _FULL = {
-    errno.ENOSPC: "no space left on device",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EFBIG: "the limit of the size of files (ulimit -f) was reached",
+    errno.ENOSPC: ("no space left on device", ""),
+    errno.EDQUOT: ("no space left on device", " (the quota is used up)"),
+    errno.EFBIG: ("file too large", " (the limit of the size of files, ulimit -f, is reached)"),
 }
 
 
@@ -89,7 +90,8 @@ def full_disk_named(what: str, folder: Path) -> Iterator[None]:
 def full_disk_error(number: int, what: str, folder: Path) -> DiskFullError:
     found = checkpoints(folder)
     kept = f"{found[-1].name} is whole" if found else "there is no checkpoint yet"
-    return DiskFullError(number, f"{_FULL[number]} while writing {what} in {folder}; {kept}")
+    full, why = _FULL[number]
+    return DiskFullError(number, f"{full} while writing {what} in {folder}{why}; {kept}")
 
 
 def full_disk_number(error: BaseException | None) -> int | None:

@@ -83,7 +83,7 @@ def new_file_mode(folder: Path) -> int:
 
 
 def finish_file(path: Path, mode: int) -> None:
-    """Bring a file to the disk, with the permissions of any new file; safetensors lets the owner alone read its own."""
+    """Bring a file to the disk, with the permissions of any new file; safetensors gives others none."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
         with suppress(OSError):  # some file systems have none
             path.chmod(mode)
