@@ -207,6 +207,8 @@ def check_output_file(argument: str, path: Path, suffix: str = "") -> None:
     try:
         if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
             raise ValueError(f"{named} is no regular file; give one, or the path of a new one")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = unfinished_path(path)
         try:

@@ -3,8 +3,10 @@
 import argparse
 import copy
 import errno
+import itertools
 import multiprocessing
 import os
+import re
 import subprocess
 
 import pytest
@@ -16,9 +18,16 @@ from diffusers_vqdit import ImageVQModel, TextVQModel
 from diffusers_vqdit.training import files
 from diffusers_vqdit.training.checkpoints import save_checkpoint
 from diffusers_vqdit.training.code_files import write_shard
-from diffusers_vqdit.training.files import DiskFullError, check_kind, full_disk_named, save_pretrained_atomically
+from diffusers_vqdit.training.files import (
+    DiskFullError,
+    check_kind,
+    check_output_file,
+    full_disk_named,
+    save_pretrained_atomically,
+)
 from diffusers_vqdit.training.latent_files import save_latents
 from diffusers_vqdit.training.lora import add_lora, save_lora
+from diffusers_vqdit.utils.checks import shown
 
 
 def names(folder):
@@ -159,13 +168,60 @@ def test_a_disk_that_is_really_full(image_vq, tmp_path):
 
 
 def test_what_is_there_in_another_kind_is_named(tmp_path):
-    (tmp_path / "samples").write_text("")
-    (tmp_path / "README.md").mkdir()
-    with pytest.raises(ValueError, match="has a file 'samples' where a folder"):
-        check_kind(tmp_path, ["samples"], [])
-    with pytest.raises(ValueError, match="has a folder 'README.md' where a file"):
-        check_kind(tmp_path, [], ["README.md"])
-    check_kind(tmp_path, ["README.md", "logs"], ["samples", "config.json"])
+    """Of 13 folders and 13 files that runs write: a file, a link to nothing or a pipe in their place, at any depth."""
+    folders = ["samples", "codes", "logs/vqdit", "logs", "older-checkpoints", "transformer", "tokenizer", "scheduler"]
+    files = ["README.md", "model_index.json", "pipeline.py"]
+    found = [*("config.json", "tokenizer.json", "segments.json", "scheduler_config.json", "codes-00003.parquet")]
+    found += ["diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "step-000250.png", "7.png"]
+    kinds = {
+        "file": lambda path: path.write_text(""),
+        "link": lambda path: path.symlink_to(path.parent / "nothing"),
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+    }
+    count = 0
+    for name, (kind, make), parent in itertools.product([*folders, *files, *found], kinds.items(), ("", "samples")):
+        if (kind == "folder" and name in folders) or (parent and name not in found):
+            continue
+        place = tmp_path / str(count) / parent / name
+        place.parent.mkdir(parents=True)
+        make(place)
+        if kind == "file" and name not in folders:
+            check_kind(tmp_path / str(count), folders, files)
+        else:
+            with pytest.raises(ValueError, match=f"output_dir='{tmp_path / str(count)}' has .*{re.escape(name)}'"):
+                check_kind(tmp_path / str(count), folders, files)
+        count += 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"has a file '{tmp_path}/file'"):
+        check_kind(tmp_path / "0" / "new", [f"{tmp_path}/file/logs"], [])
+    print(f"things in the place of what a run writes: {count}")
+
+
+@pytest.mark.parametrize("name", ["notes", "checkpoint-best", "config.json.d", "1.jpg", "model", "codes-1.csv"])
+def test_folders_of_the_users_are_none_of_that(tmp_path, name):
+    (tmp_path / name).mkdir()
+    check_kind(tmp_path, ["samples", "logs"], ["README.md"])
+
+
+def test_a_file_to_write_at_the_end_is_tried_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing" / "x")
+    bad = ["file/x.png", "file/below/x.png", "folder.png", "pipe.png", "dangling.png", "dangling.png/x.png", "."]
+    bad += [f"{'x' * 246}.png", f"{'x' * 256}/x.png", "/proc/nothing/x.png", "/dev/null", "x.jpg", "x", "x.png.zip"]
+    for name in bad:
+        named = f"output_file={shown(str(tmp_path / name))}"
+        with pytest.raises(ValueError, match=f"^{re.escape(named)} .*(must|is|can't)"):
+            check_output_file("output_file", tmp_path / name, ".png")
+    good = ["x.png", "new/folder/x.png", "x.PNG", "brackets [1].png", "\u4e2d\u6587.png", "-x.png", "x y.png"]
+    for name in good:
+        check_output_file("output_file", tmp_path / name, ".png")
+        assert not (tmp_path / name).exists() and not any((tmp_path / name).parent.glob(".*"))
+    check_output_file("output_file", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    print(f"paths of files to write: {len(bad)} refused, {len(good)} taken")
 
 
 def _limited(size, save, results):

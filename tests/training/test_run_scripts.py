@@ -190,9 +190,51 @@ def test_validation_is_tried_before_the_first_step(run, tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
+    folders = {"train_image_vq": "samples", "train_text_vq": "tokenizer"}.get(name, "transformer")
+    logs = {"train_image_vq": "image_vq", "train_text_vq": "text_vq", "train_latent_dit": "vqdit-latent"}
+    for number, place in enumerate(["logs", f"logs/{logs.get(name, 'vqdit')}", "older-checkpoints", folders]):
+        path = tmp_path / f"out{number}" / place
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        with pytest.raises(ValueError, match=f"output_dir='{tmp_path}/out{number}' has a file '{place}' where a fold"):
+            run(name, f"out{number}", "--report_to tensorboard", train=None)
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     with pytest.raises(ValueError, match="has a folder 'README.md'"):
-        run(name, "out", load_training_dataset=None)
+        run(name, "out", train=None)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/x", "file/below/x", "no.safetensors", f"{'x' * 250}"])
+def test_where_latents_are_kept_is_tried_before_anything_is_read(run, tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "no.safetensors").write_text("no latents")
+    with pytest.raises(ValueError, match="latents_file='.* (can't be written|is no regular file|is damaged)"):
+        run("train_latent_dit", "out", f"--latents_file {tmp_path / place}", train=None)
+
+
+def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(run, pipeline, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    start = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --rank 2 --lora_layers"
+    bad = [
+        "to_x",
+        "to_q to_x",
+        "q",
+        "o_q",
+        "attn1",
+        "norm1 to_q",
+        "transformer_blocks",
+        "to_q.weight",
+        "TO_Q",
+        "to_out",
+    ]
+    bad += ["transformer_blocks.2.attn1.to_q", "all-linear", ".*", "to_q,to_k"]
+    for layers in bad:
+        with pytest.raises(ValueError, match="lora_layers has '.*', which must be linear layers, some of .*to_q'"):
+            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+    for layers in ["to_q", "attn1.to_k ff.net.2", "transformer_blocks.1.attn1.to_q"]:
+        with pytest.raises(TypeError):  # goes on
+            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+    print(f"layers of LoRA that are not there: {len(bad)} refused")
 
 
 @pytest.mark.slow
