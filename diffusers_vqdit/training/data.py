@@ -56,10 +56,12 @@ def load_splits(
     elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
         if not Path(dataset_name).is_file():
             raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
-        options = {"columns": check_parquet(dataset_name, columns)}
+        features = check_parquet(dataset_name, columns)
         file = glob.escape(_without_magic(dataset_name, cache_dir))
         with _loading(dataset_name, "is no parquet file that can be read"):
-            table = load_dataset("parquet", data_files=file, cache_dir=cache_dir, **options)
+            table = load_dataset(
+                "parquet", data_files=file, cache_dir=cache_dir, features=features, columns=features and list(features)
+            )
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
@@ -167,8 +169,8 @@ def choose_validation_split(splits: dict, validation_split: str | None) -> str:
     return validation_split
 
 
-def check_parquet(path: str, columns: Iterable[str] = ()) -> list[str] | None:
-    """The columns of a parquet file that can be loaded; None for all of them.
+def check_parquet(path: str, columns: Iterable[str] = ()):
+    """The `datasets.Features` of a parquet file's columns, where some of them can't be loaded and are left out.
 
     Raises:
         ValueError: if it is none, has no rows or several columns of one name, or if one of `columns` is of a type that
@@ -198,7 +200,8 @@ def check_parquet(path: str, columns: Iterable[str] = ()) -> list[str] | None:
         if name in columns:
             raise ValueError(f"{message}; give it as strings, numbers, bytes, or lists or structs of them")
         logger.warning(f"{message}; it is left out")
-    return [name for name in schema.names if name not in odd] if odd else None
+    fields = [field for field in schema if field.name not in odd]
+    return Features.from_arrow_schema(pa.schema(fields, schema.metadata)) if odd else None
 
 
 @contextmanager
