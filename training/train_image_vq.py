@@ -145,7 +145,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     losses.add_argument("--discriminator_max_grad_norm", type=non_negative_number, default=1.0)
 
     add_keeping_arguments(parser)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
+        parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
+    return args
 
 
 def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
@@ -153,8 +156,6 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
         return None
     if args.lpips_weights is not None:
         return PerceptualLoss.from_lpips(*args.lpips_weights)
-    if args.perceptual_backbone is None:
-        raise ValueError("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
     return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
 
 

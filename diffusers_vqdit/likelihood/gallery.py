@@ -35,7 +35,7 @@ class GalleryIndex:
     Args:
         segment, query: the segment of the items and that of the queries.
         way: the task whose PMI the features stand for.
-        model: [`~likelihood.retrieval.fingerprint`] of the transformer.
+        model: [`~likelihood.retrieval.transformer_digest`] of the transformer.
         tokenizers: [`~likelihood.retrieval.tokenizers_digest`]; empty where it isn't known.
         codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
         features (`torch.Tensor` of shape `(G, R)`): float16.

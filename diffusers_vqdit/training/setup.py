@@ -47,7 +47,10 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
         ],
         step_scheduler_with_optimizer=False,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # Of other libraries only what may be wrong: they tell of each file of a checkpoint, and of each download.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for name in ("diffusers_vqdit", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
     set_seed(args.seed)
     return accelerator
 
