@@ -118,11 +118,12 @@ class CheckpointMixin:
         private: bool | None = None,
         create_pr: bool = False,
     ) -> None:
-        """Publish what was just saved in a folder, and a card: diffusers' ``save_pretrained(push_to_hub=True)``."""
+        """Publish what was just saved in a folder, and its card: diffusers' ``save_pretrained(push_to_hub=True)``."""
         name = repo_id or Path(folder).resolve().name
         repo_id = create_repo(name, exist_ok=True, private=private, token=token).repo_id
-        card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
-        populate_model_card(card).save(Path(folder, "README.md"))
+        if not Path(folder, "README.md").is_file():
+            card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
+            populate_model_card(card).save(Path(folder, "README.md"))
         self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
 

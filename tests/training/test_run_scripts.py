@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -263,3 +264,17 @@ def test_a_process_that_is_killed_and_one_that_is_interrupted(run, root, argumen
     run(name, "broken", resume)
     run(name, "whole", more)
     assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_in_which_nothing_is_wrong_warns_of_nothing(root, pipeline, picture_folder, tmp_path):
+    """Nor does it repeat what other libraries tell of each file; a resumed finetuning, as the terminal shows it."""
+    pipeline.save_pretrained(tmp_path / "pipe")
+    command = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --train_data_dir {picture_folder} --use_ema "
+    command += f"--tasks text->image:1 --train_batch_size 4 --checkpointing_steps 1 --output_dir {tmp_path / 'out'} "
+    for more in ("--max_train_steps 2", "--max_train_steps 2 --resume_from_checkpoint checkpoint-1"):
+        command_line = [sys.executable, root / "training" / "train_vqdit.py", *command.split(), *more.split()]
+        done = subprocess.run(command_line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [re.split("[\r\n]", line)[-1] for line in done.stderr.splitlines()]
+        logged = [line for line in lines if re.search(r" (DEBUG|INFO|WARNING|ERROR) |[Ww]arning|float32", line)]
+        assert logged and all(re.search(r" INFO (diffusers_vqdit|__main__)", line) for line in logged), logged
