@@ -199,7 +199,7 @@ def test_what_is_pushed_has_a_card_of_ours(hub, client, pipeline, text_vq, tmp_p
     (tmp_path / "saved" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine too\n")
     pipeline.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="alice/saved")
     assert card("saved").content == "---\nlicense: mit\n---\n\n# Mine too\n"
-    blank = populate_model_card(load_or_create_model_card(str(tmp_path / "nothing")))
+    blank = populate_model_card(load_or_create_model_card("alice/nothing"))
     blank.data.license = "apache-2.0"
     blank.push_to_hub("alice/model")  # by an earlier version
     pipeline.image_vq.push_to_hub("alice/model")

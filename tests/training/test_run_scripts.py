@@ -271,7 +271,7 @@ def test_a_run_in_which_nothing_is_wrong_warns_of_nothing(root, pipeline, pictur
     pipeline.save_pretrained(tmp_path / "pipe")
     command = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --train_data_dir {picture_folder} --use_ema "
     command += f"--tasks text->image:1 --train_batch_size 4 --checkpointing_steps 1 --output_dir {tmp_path / 'out'} "
-    for more in ("--max_train_steps 2", "--max_train_steps 2 --resume_from_checkpoint checkpoint-1"):
+    for more in ("--max_train_steps 2", "--max_train_steps 2 --resume_from_checkpoint latest"):
         command_line = [sys.executable, root / "training" / "train_vqdit.py", *command.split(), *more.split()]
         done = subprocess.run(command_line, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
