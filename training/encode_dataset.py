@@ -75,7 +75,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with output_folder(args.output_dir, files=[INDEX_FILE]):
+    with output_folder(args.output_dir, files=[INDEX_FILE], kept="the codes that were there are whole"):
         encode(args)
 
 

@@ -87,9 +87,9 @@ def full_disk_named(what: str, folder: Path) -> Iterator[None]:
         raise full_disk_error(number, what, folder) from error
 
 
-def full_disk_error(number: int, what: str, folder: Path) -> DiskFullError:
+def full_disk_error(number: int, what: str, folder: Path, kept: str | None = None) -> DiskFullError:
     found = checkpoints(folder)
-    kept = f"{found[-1].name} is whole" if found else "there is no checkpoint yet"
+    kept = kept or (f"{found[-1].name} is whole" if found else "there is no checkpoint yet")
     full, why = _FULL[number]
     return DiskFullError(number, f"{full} while writing {what} in {folder}{why}; {kept}")
 

@@ -326,12 +326,17 @@ def training_run(
 
 
 @contextmanager
-def output_folder(output_dir: str | Path, *, folders: Sequence[str] = (), files: Sequence[str] = ()) -> Iterator[None]:
+def output_folder(
+    output_dir: str | Path, *, folders: Sequence[str] = (), files: Sequence[str] = (), kept: str | None = None
+) -> Iterator[None]:
     """A folder that a program has to itself until the end of the ``with`` block, see [`prepare_output_dir`].
+
+    Args:
+        kept: what is whole where the disk is full; by default the last checkpoint.
 
     Raises:
         ValueError: if the folder can't be written, or another program is writing there.
-        OSError: if the disk is full, saying which checkpoint is whole.
+        OSError: if the disk is full, saying what is whole.
     """
     lock = prepare_output_dir(output_dir, folders=folders, files=files)
     try:
@@ -342,7 +347,7 @@ def output_folder(output_dir: str | Path, *, folders: Sequence[str] = (), files:
         number = full_disk_number(error)
         if number is None:
             raise
-        raise full_disk_error(number, f"other files ({error})", Path(output_dir)) from error
+        raise full_disk_error(number, f"other files ({error})", Path(output_dir), kept) from error
     finally:
         lock.release()
 
