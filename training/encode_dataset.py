@@ -13,8 +13,10 @@ import argparse
 
 import torch
 
+from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -22,6 +24,7 @@ from diffusers_vqdit.utils.arguments import (
     model_name,
     non_negative_integer,
     positive_integer,
+    torch_device,
 )
 
 
@@ -63,7 +66,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args(input_args)
     if args.image_vq is None and args.text_vq is None:
@@ -72,6 +75,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    with output_folder(args.output_dir, files=[INDEX_FILE], kept="the codes that were there are whole"):
+        encode(args)
+
+
+def encode(args: argparse.Namespace) -> None:
     image_column = args.image_column if args.image_vq else None
     caption_column = args.caption_column if args.text_vq else None
     prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if args.text_vq else ([], [])

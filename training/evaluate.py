@@ -45,7 +45,16 @@ from diffusers_vqdit.training.evaluation_texts import (
     measure_text,
     measure_text_to_text,
 )
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    font_file,
+    model_name,
+    number,
+    positive_integer,
+    random_seed,
+    torch_device,
+)
 
 
 MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dict]] = {
@@ -96,17 +105,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
     )
     parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--font", help="Font file for the picture; Chinese needs one that has it.")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=Path, help="By default the pipeline's folder.")
     return parser.parse_args(input_args)
 
 
 def main(args: argparse.Namespace) -> None:
+    output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
+    for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
+        check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
-    output_dir.mkdir(parents=True, exist_ok=True)
     resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
     data = EmojiData.load(pipeline.image_vq, resolution, args)
     report = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
@@ -52,6 +53,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     check_launch()
     accelerator = Accelerator()
+    if args.output_file is not None and accelerator.is_main_process:
+        check_output_file("output_file", args.output_file)
     model = ImageVQModel.from_pretrained(args.tokenizer, subfolder=args.subfolder).to(accelerator.device)
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
@@ -79,7 +82,6 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         print(json.dumps(figures, indent=2))
         if args.output_file is not None:
-            args.output_file.parent.mkdir(parents=True, exist_ok=True)
             args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
     accelerator.end_training()
 

@@ -37,13 +37,12 @@ from diffusers_vqdit.training.arguments import (
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators, step_generator
-from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.finetuning import extend_transformer
-from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, save_lora
+from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
-from diffusers_vqdit.training.model_card import Measure, published_name
+from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
-from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.task_codes import load_codes
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
@@ -60,6 +59,8 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
+
+PROJECT = "vqdit"  # of the trackers
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -199,7 +200,7 @@ def build_transformer(
         )
     else:
         transformer = extend_transformer(pretrained, segments, labels, names, lora=args.rank is not None)
-        transformer.to(torch.float32)
+        transformer.float()
         if args.dropout is not None:
             set_dropout(transformer, args.dropout)
     transformer.train()
@@ -213,24 +214,10 @@ def build_transformer(
     return transformer
 
 
-def publish(
-    args: argparse.Namespace, pipeline: VQDiTPipeline, task_losses: dict[str, float], step: int | None = None
-) -> None:
-    """Save the pipeline, or the LoRA, and its card, and push them where that is asked for."""
-    if args.rank is not None:
-        files = save_lora(pipeline.transformer, args.output_dir)
-    else:
-        files = save_pretrained_atomically(pipeline, args.output_dir)
-    measure = f"training loss ({args.loss_weighting})"
-    prompts, name = args.validation_prompts, published_name(args)
-    publish_run(
-        args,
-        pipeline,
-        files=files,
-        measures=[Measure(task, measure, loss, "training data") for task, loss in task_losses.items()],
-        samples=draw_gallery(pipeline, prompts, args.output_dir, name, args.seed, hub_token=args.hub_token),
-        step=step,
-    )
+def loss_measures(args: argparse.Namespace, task_losses: dict[str, float]) -> list[Measure]:
+    """The losses of the tasks, for the model card."""
+    metric = f"training loss ({args.loss_weighting})"
+    return [Measure(task, metric, loss, "training data") for task, loss in task_losses.items()]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -240,6 +227,7 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
+        project=PROJECT,
         folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
@@ -251,6 +239,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     parts = load_components(args)
+    if args.rank is not None:
+        check_lora_layers(parts["transformer"], args.lora_layers)
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:
@@ -297,7 +287,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    setup.start_trackers(args, accelerator, "vqdit")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
@@ -356,14 +346,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(unwrap(transformer), ema, trained):
-                    publish(args, build_pipeline(), task_losses, step)
+                    measured = loss_measures(args, task_losses)
+                    publish_pipeline(args, build_pipeline(), measured, args.validation_prompts, step=step)
     progress.close()
 
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
         with evaluated(unwrap(transformer), ema, trained):
-            publish(args, build_pipeline(), task_losses)
+            publish_pipeline(args, build_pipeline(), loss_measures(args, task_losses), args.validation_prompts)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class GalleryIndex:
     Args:
         segment, query: the segment of the items and that of the queries.
         way: the task whose PMI the features stand for.
-        model: [`~likelihood.retrieval.fingerprint`] of the transformer.
+        model: [`~likelihood.retrieval.transformer_digest`] of the transformer.
         tokenizers: [`~likelihood.retrieval.tokenizers_digest`]; empty where it isn't known.
         codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
         features (`torch.Tensor` of shape `(G, R)`): float16.
@@ -152,8 +153,8 @@ class GalleryIndex:
         count = check_integer("count", count, 1, len(self))
         queries = queries.float().cpu()
         if find_spec("faiss") is not None:
-            import faiss
-
+            # No import statement: diffusers would warn of a repository's pipeline.py that it isn't installed.
+            faiss = import_module("faiss")
             if self._faiss is None:
                 # The bias is one more feature, whose counterpart in a query is 1.
                 self._faiss = faiss.IndexFlatIP(self.features.shape[1] + 1)

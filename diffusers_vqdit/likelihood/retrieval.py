@@ -46,7 +46,7 @@ class RetrievalOutput(BaseOutput):
     scores: torch.Tensor
 
 
-def fingerprint(transformer: VQDiTTransformer2DModel) -> str:
+def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
     """A digest of the segments and of the first weights of each layer, which any training changes."""
     digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
     for name, value in sorted(transformer.state_dict().items()):
@@ -206,7 +206,7 @@ def build_index(
         segment=segment,
         query=query,
         way=str(way),
-        model=fingerprint(transformer),
+        model=transformer_digest(transformer),
         codes=codes.to(small).cpu(),
         features=torch.cat(features).cpu(),
         bias=torch.cat(bias).cpu(),
@@ -244,7 +244,7 @@ def retrieve(
             f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
             f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
         )
-    if gallery.model != fingerprint(transformer):
+    if gallery.model != transformer_digest(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
     check_items("query", query, transformer, gallery.query)
     query = query.long()

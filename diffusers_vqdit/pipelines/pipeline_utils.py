@@ -1,8 +1,10 @@
 """What the pipelines of this package have in common."""
 
+import functools
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +18,32 @@ from ..utils.weight_files import replacing_weights
 
 
 class CallStates(threading.local):
-    """What the calls of this thread tell of themselves, for each pipeline."""
+    """What the calls of this thread tell of themselves, for each pipeline that of the innermost call."""
 
     def __init__(self) -> None:
         self.of = weakref.WeakKeyDictionary()
 
 
 _call_states = CallStates()
+
+
+def with_own_state(call: Callable) -> Callable:
+    """A pipeline's call with a state of its own; one that its callback makes gives the state back at its end."""
+
+    @functools.wraps(call)
+    def with_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _call_states.of.get(self, {})
+        outer = before if before.get("runs") else None
+        state = {**before, "runs": True, "outer": outer, "interrupts": self._interrupts}
+        _call_states.of[self] = state
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            state["runs"] = False
+            if outer is not None:
+                _call_states.of[self] = outer
+
+    return with_state
 
 
 def _of_call(name: str) -> property:
@@ -107,7 +128,7 @@ class PluginPipelineMixin(CheckpointMixin):
     @property
     def interrupt(self) -> bool:
         """Whether the call that runs in this thread is to end: ``pipe._interrupt = True``, said in any thread or by a
-        callback, ends all the calls that run then."""
+        callback, ends all the calls that run then, but for one in whose callback it is said by another call's."""
         return self._interrupt
 
     @property
@@ -116,10 +137,13 @@ class PluginPipelineMixin(CheckpointMixin):
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        if value:
-            self._interrupts += 1
-        else:  # a call that begins heeds those to come
-            _call_states.of.setdefault(self, {})["interrupts"] = self._interrupts
+        state = _call_states.of.setdefault(self, {})
+        if not value:
+            state["interrupts"] = self._interrupts
+            return
+        self._interrupts += 1
+        while (state := state.get("outer")) is not None:  # the calls in whose callbacks this one runs
+            state["interrupts"] += 1
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.

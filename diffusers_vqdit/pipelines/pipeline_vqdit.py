@@ -27,7 +27,7 @@ from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits
+from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
 from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
 
 
@@ -315,6 +315,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -402,7 +403,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature
         )
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+        self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
         # 2. Encode what is given, and what is known of the generated side
         prefix, known, finish, tiles = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)

@@ -30,7 +30,7 @@ from ..utils.images import (
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
 from .latent_inputs_mixin import LatentInputsMixin
-from .pipeline_utils import PluginPipelineMixin, check_components
+from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
 
 
 logger = logging.get_logger(__name__)
@@ -294,6 +294,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -374,7 +375,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             tensor_inputs=tensor_inputs,
         )
         guidance_scale = guidance_scale if texts is not None or numbers is not None else 1.0
-        self._guidance_scale, self._interrupt, device = guidance_scale, False, self._execution_device
+        self._guidance_scale, device = guidance_scale, self._execution_device
 
         # 2. Encode what is given
         labels, prefix = self._encode_inputs(texts, numbers, total)

@@ -1,6 +1,7 @@
-"""Columns of captions and labels: what they may hold, and labels as numbers."""
+"""Columns of pictures, captions and labels: what they may hold, and labels as numbers."""
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,63 @@ from ..utils.texts import tokenize_to_length, visible
 
 
 logger = logging.getLogger(__name__)
+
+
+def as_picture_column(dataset, column: str):
+    """The dataset with a column of pictures as one of undecoded `datasets.Image`.
+
+    Raises:
+        ValueError: that names the column and its type, unless it is of bytes, paths, structs of them, or arrays.
+    """
+    from datasets import Image, Value
+
+    feature, kind, accepted = dataset.features[column], dataset.data.schema.field(column).type, False
+    if isinstance(feature, Image):
+        accepted = True
+    elif isinstance(feature, Value):
+        accepted = feature.dtype in _BYTES + _PATHS
+        # Image is cast to from the plain types alone.
+        plain = {"string_view": "large_string", "binary_view": "large_binary"}.get(feature.dtype)
+        if feature.dtype.startswith("fixed_size_binary"):
+            accepted, plain = True, "large_binary"
+        if plain is not None:
+            dataset = dataset.cast_column(column, Value(plain))
+    elif isinstance(feature, dict):
+        known = {"bytes": (*_BYTES, "null"), "path": (*_PATHS, "null")}
+        fields = {name: getattr(feature[name], "dtype", "") for name in known if name in feature}
+        accepted = fields and all(
+            dtype in known[name] or (name == "bytes" and dtype.startswith("fixed_size_binary"))
+            for name, dtype in fields.items()
+        )
+    else:
+        accepted = _array_depth(feature) in (2, 3)
+    if not accepted:
+        raise ValueError(
+            f"column {column!r} has the type {kind}; pictures must be bytes of a "
+            "picture file, paths, structs with 'bytes', 'path' or both, or arrays of (H, W) or (H, W, C) integers"
+        )
+    try:
+        return dataset.cast_column(column, Image(decode=False))
+    except Exception as error:  # of Arrow and numpy, for arrays that are ragged or out of range
+        raise ValueError(f"column {column!r} has the type {kind}, and values that are no pictures: {error}") from error
+
+
+_BYTES = ("binary", "large_binary", "binary_view")
+_PATHS = ("string", "large_string", "string_view")
+
+
+def _array_depth(feature: Any) -> int:
+    """Dimensions of a column of arrays of integers; 0 for any other."""
+    if hasattr(feature, "shape"):
+        return len(feature.shape) if "int" in feature.dtype else 0
+    depth = 0
+    while hasattr(feature, "feature"):
+        feature, depth = feature.feature, depth + 1
+    return depth if re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "") or "") else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
 
 
 def check_captions(captions: Iterable[Any], column: str) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ..utils.checks import shown
 from ..utils.images import resize_image, to_rgb
+from .columns import as_picture_column
 from .image_folder import holds_pictures_only, read_image_folder
 
 
@@ -49,27 +51,30 @@ def load_splits(
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
         table = read_image_folder(train_data_dir, columns, output_dir)
-    elif dataset_name.lower().endswith(".parquet"):
+    elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
+        table = read_image_folder(dataset_name, columns, output_dir)
+    elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
         if not Path(dataset_name).is_file():
             raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
+        features = check_parquet(dataset_name, columns)
         file = glob.escape(_without_magic(dataset_name, cache_dir))
-        try:
-            table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
-        except Exception as error:  # of Arrow, of `datasets`, wrapped in one another
-            raise ValueError(f"dataset_name={dataset_name!r} is no parquet file that can be read: {error}") from error
-    elif Path(dataset_name).is_dir():
-        if holds_pictures_only(Path(dataset_name)):
-            table = read_image_folder(dataset_name, columns, output_dir)
-        else:
-            table = load_dataset(_without_magic(dataset_name, cache_dir), dataset_config_name, cache_dir=cache_dir)
+        with _loading(dataset_name, "is no parquet file that can be read"):
+            table = load_dataset(
+                "parquet", data_files=file, cache_dir=cache_dir, features=features, columns=features and list(features)
+            )
     else:
-        table = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        local = Path(dataset_name).is_dir()
+        source = _without_magic(dataset_name, cache_dir) if local else dataset_name
+        with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
+            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir)
 
     everything = next(iter(table.values()))
     if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(everything["split"]):
+        if isinstance(value, list | dict):
+            raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
         rows.setdefault(value, []).append(row)
     unsaid = len(rows.pop(None, [])) + len(rows.pop("", []))
     if unsaid:
@@ -114,7 +119,7 @@ def load_training_dataset(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         train_data_dir=train_data_dir,
-        columns=columns,
+        columns=[*columns, *([image_column] if image_column else [])],
         cache_dir=cache_dir,
         output_dir=output_dir,
     )
@@ -130,16 +135,16 @@ def take_split(
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
-    from datasets import Image
-
     if split not in splits:
         raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
     dataset = splits[split]
+    if not len(dataset):
+        raise ValueError(f"split={split!r} has no rows")
     for column in [*columns, *([image_column] if image_column else [])]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
     if image_column:
-        dataset = dataset.cast_column(image_column, Image(decode=False))
+        dataset = as_picture_column(dataset, image_column)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset
@@ -162,6 +167,54 @@ def choose_validation_split(splits: dict, validation_split: str | None) -> str:
             "measures on training data"
         )
     return validation_split
+
+
+def check_parquet(path: str, columns: Iterable[str] = ()):
+    """The `datasets.Features` of a parquet file's columns, where some of them can't be loaded and are left out.
+
+    Raises:
+        ValueError: if it is none, has no rows or several columns of one name, or if one of `columns` is of a type that
+            can't be loaded; it names the file, the column and the type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features
+
+    named = f"dataset_name={shown(path)}"
+    try:
+        schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{named} is no parquet file that can be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{named} has no rows")
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"{named} has several columns called {twice[0]!r}; they must have different names")
+    odd = {}
+    for field in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([field]))
+        except ValueError:
+            odd[field.name] = str(field.type)
+    for name, kind in odd.items():
+        message = f"{named}: column {name!r} has the type {kind}, which can't be read"
+        if name in columns:
+            raise ValueError(f"{message}; give it as strings, numbers, bytes, or lists or structs of them")
+        logger.warning(f"{message}; it is left out")
+    fields = [field for field in schema if field.name not in odd]
+    return Features.from_arrow_schema(pa.schema(fields, schema.metadata)) if odd else None
+
+
+@contextmanager
+def _loading(dataset_name: str, problem: str) -> Iterator[None]:
+    """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
+    try:
+        yield
+    except Exception as error:
+        reasons = [error]
+        while (cause := reasons[-1].__cause__) is not None:
+            reasons.append(cause)
+        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
+        raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error
 
 
 def _without_magic(path: str, cache_dir: str | None) -> str:

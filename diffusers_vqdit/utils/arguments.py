@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import ImageFont
 
 from .checks import check_integer, check_number, shown
 from .redaction import known_secrets, without_secrets
@@ -56,6 +58,29 @@ _CHECKPOINT_FILES = (
     *("random_states_*.pkl", "optimizer.bin", "optimizer.pt", "scheduler.bin", "*_fsdp.bin", "*_fsdp_[0-9]*"),
     *("optimizer_*", "*.distcp", "mp_rank_*", "zero_to_fp32.py", "global_step*"),
 )
+
+
+def torch_device(text: str) -> str:
+    """The type of a flag that takes a device of PyTorch that is there, such as ``cpu`` or ``cuda:1``."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # of any backend
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        known = ["cpu"] + [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
+        reason = str(error).splitlines()[0]
+        message = f"value={shown(text)} must be a device that is here, one of {known}: {reason}"
+        raise argparse.ArgumentTypeError(message) from None
+    return text
+
+
+def font_file(text: str) -> str:
+    """The type of a flag that takes a font file that Pillow can read."""
+    try:
+        ImageFont.truetype(text, 12)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"value={shown(text)} must be a font file, such as .ttf: {error}") from None
+    return text
 
 
 def model_name(text: str) -> str:

@@ -13,6 +13,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitInfo, create_repo
 
+from .cards import fill_blank_card
 from .checks import check_integer, shown
 from .hub import push_folder, saved_files
 from .weight_files import check_finite, check_weights, replacing_weights, weight_file_of
@@ -96,6 +97,8 @@ class CheckpointMixin:
     ) -> CommitInfo:
         # What `push_to_hub` and `save_pretrained(push_to_hub=True)` of diffusers upload with. The latter's folder is
         # the user's, who may keep other things there.
+        if subfolder is None:
+            fill_blank_card(self, Path(working_dir, "README.md"), repo_id)
         return push_folder(
             working_dir,
             repo_id,
@@ -115,11 +118,12 @@ class CheckpointMixin:
         private: bool | None = None,
         create_pr: bool = False,
     ) -> None:
-        """Publish what was just saved in a folder, and a card: diffusers' ``save_pretrained(push_to_hub=True)``."""
+        """Publish what was just saved in a folder, and its card: diffusers' ``save_pretrained(push_to_hub=True)``."""
         name = repo_id or Path(folder).resolve().name
         repo_id = create_repo(name, exist_ok=True, private=private, token=token).repo_id
-        card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
-        populate_model_card(card).save(Path(folder, "README.md"))
+        if not Path(folder, "README.md").is_file():
+            card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
+            populate_model_card(card).save(Path(folder, "README.md"))
         self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
 

@@ -22,7 +22,7 @@ from .weight_files import weight_file_of
 _push_logger = logging.get_logger(__name__)
 
 # What tokenizers and processors save besides the vocabulary.
-_TOKENIZER_FILES = {
+TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 }
@@ -49,7 +49,7 @@ def saved_files(saved: Any, folder: str | os.PathLike) -> list[str]:
         if isinstance(part, torch.nn.Module):
             names |= {"config.json", "generation_config.json"}
         elif part is not saved:
-            names |= _TOKENIZER_FILES | set(getattr(part, "vocab_files_names", {}).values())
+            names |= TOKENIZER_FILES | set(getattr(part, "vocab_files_names", {}).values())
         for path in (Path(folder) / prefix).glob("*"):
             stem, _ = weight_file_of(path.name) or ("", "")
             weights = isinstance(part, torch.nn.Module) and stem in ("diffusion_pytorch_model", "model")
