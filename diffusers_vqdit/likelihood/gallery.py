@@ -59,6 +59,7 @@ class GalleryIndex:
 
     def __post_init__(self) -> None:
         self._faiss = None
+        self._marginals = {}  # of the model, by `retrieve`
         for name in GALLERY_STRINGS:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")
