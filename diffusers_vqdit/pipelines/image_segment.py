@@ -131,6 +131,10 @@ class ImageSegment(SegmentProcessor):
             raise ValueError(f"{where}['factor']={shown(entry['factor'])} needs 'lowres_of' beside it")
         return entry
 
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        return {"resolution": geometry["shape"][0] * tokenizer.downsample_factor}
+
     @property
     def resolution(self) -> tuple[int, int]:
         """Height and width in pixels."""

@@ -88,6 +88,11 @@ class LabelSegment(SegmentProcessor):
                 raise ValueError(f"{where}['names'] are {len(entry['names'])}, but the transformer has {size} codes")
         return entry
 
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        # Names that the pipeline lacks come after its own.
+        return {"names": names_by_code(entry.get("names", ())), "more_names": True}
+
     @property
     def names(self) -> list[str]:
         """The labels' names in the order of their codes; may be fewer than these."""

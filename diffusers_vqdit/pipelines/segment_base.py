@@ -224,6 +224,11 @@ class SegmentProcessor(ABC):
             )
         return entry
 
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Options of the reader of a column whose segment a pipeline has already, so that codes fit what it has."""
+        return {}
+
     @abstractmethod
     def read(self, value: Any) -> list:
         """One or several values as a list that is checked, before any work.

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def load_training_dataset(
     train_data_dir: str | None = None,
     split: str = "train",
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -98,8 +98,8 @@ def load_training_dataset(
         split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
             source without the split asked for is refused.
         columns: the columns that must be there.
-        image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_images`], which
-            skips broken files.
+        image_column: the column that holds pictures, or several. It is read undecoded: decode it with
+            [`decode_images`], which skips broken files.
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.
@@ -124,7 +124,7 @@ def take_split(
     split: str,
     *,
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
@@ -133,11 +133,12 @@ def take_split(
     if split not in splits:
         raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
     dataset = splits[split]
-    for column in [*columns, *([image_column] if image_column else [])]:
+    image_columns = [image_column] if isinstance(image_column, str) else list(image_column or [])
+    for column in [*columns, *image_columns]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
-    if image_column:
-        dataset = dataset.cast_column(image_column, Image(decode=False))
+    for column in image_columns:
+        dataset = dataset.cast_column(column, Image(decode=False))
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset

@@ -62,11 +62,17 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
-def check_segment_flags(flags: Sequence[SegmentFlag]) -> None:
-    """Raise a ValueError that names a segment that two flags make."""
+def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
+    """The columns of flags that hold picture files, and the others.
+
+    Raises:
+        ValueError: for a segment that two flags make.
+    """
     names = [flag.name for flag in flags]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--segment: {twice[0]!r} is given twice; each names one segment")
+    files = [flag.column for flag in flags if MODALITIES[flag.modality].reader.feature == "Image"]
+    return list(dict.fromkeys(files)), [flag.column for flag in flags if flag.column not in files]
 
 
 def load_tokenizers(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 
 def find_component(name: str, component: str, cache_dir: str | None = None) -> tuple[str, str]:
