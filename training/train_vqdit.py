@@ -121,8 +121,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--tasks",
         default="text->image:4,image->text:2,->image:1",
         help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
-        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A list that begins with an "
-        "arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
+        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A "
+        "list that begins with an arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
     )
 
     training = add_training_arguments(

@@ -26,13 +26,54 @@ def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeD
     Raises:
         ValueError: if these differ, or the pretrained pipeline knows low resolution by another factor.
     """
+    given = {"lowres_factor": args.lowres_factor, "resize_mode": args.resize_mode}
+    if codes is not None:
+        found = {"lowres_factor": codes.lowres_factor, "resize_mode": codes.settings.get("resize_mode")}
+        for name, value in found.items():
+            if None not in (value, given[name]) and value != given[name]:
+                raise ValueError(f"{name}={given[name]!r}, but the codes in {args.codes_dir!r} have {value!r}")
+        given = found
+    if LOWRES in known_segments(parts) and given["lowres_factor"] not in (None, parts["lowres_factor"]):
+        raise ValueError(
+            f"lowres_factor={given['lowres_factor']}, but the pretrained pipeline's is {parts['lowres_factor']}"
+        )
+    parts |= {name: value for name, value in given.items() if value is not None}
+
+
+def known_segments(parts: Mapping[str, Any]) -> dict[str, dict]:
+    """The segments of the pretrained transformer, none without one."""
+    return parts["transformer"].config.segments if parts["transformer"] is not None else {}
+
+
+def known_entry(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a segment of the pretrained pipeline is."""
+    geometry = known_segments(parts)[name]
+    entry = parts["segments"].get(name) or entry_by_name(name, geometry, parts["labels"], parts["lowres_factor"])
+    kind = MODALITIES[entry["modality"]]
+    return entry if kind.tokenizer is None else {"tokenizer": kind.tokenizer, **entry}
+
+
+def load_codes(
+    args: argparse.Namespace, parts: dict[str, Any], segments: set[str], accelerator: Accelerator
+) -> CodeDataset:
+    """Read the folder of codes, after writing it from a dataset where that is what was given.
+
+    Args:
+        args: the script's arguments.
+        parts: the pipeline's, to which the tokenizers of the codes are added where they are not named components.
+        segments: those that are trained on.
+
+    Raises:
+        ValueError: if the codes are other tokenizers' or labels' than those there are.
+    """
+    flags = [flag for flag in args.segment if flag.name in segments]
     available = _available(parts)
-    paths = {path: available[name] for name, path in (("image_vq", args.image_vq), ("text_vq", args.text_vq)) if path}
+    own = {} if args.pretrained_model_name_or_path else {"image_vq": args.image_vq, "text_vq": args.text_vq}
+    paths = {path: available[name] for name, path in own.items() if path}
     loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
     available |= loaded
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
-        _match_tokenizers(codes, available, segments)
         _take_tokenizers(codes, parts, available, segments)
         codes.check_tokenizers(*(parts[name] for name in NAMED), parts["segment_tokenizers"])
         _check_labels(args, parts, codes, segments)
@@ -49,7 +90,6 @@ def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeD
         encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
     accelerator.wait_for_everyone()
     codes = CodeDataset(folder)
-    _match_tokenizers(codes, available, segments)
     _take_tokenizers(codes, parts, available, segments)
     return codes
 
@@ -65,6 +105,10 @@ def segment_columns(
     known, available = known_segments(parts), _available(parts)
     flags = [(flag.name, flag.modality, flag.column) for flag in args.segment if flag.name in segments]
     if LABEL in segments and args.label_column is not None:
+        if LABEL in [name for name, *_ in flags]:
+            raise ValueError(
+                f"label_column={args.label_column!r}, but --segment makes {LABEL!r} too; give one of them"
+            )
         flags.insert(0, (LABEL, modality_of(LabelSegment), args.label_column))
     prints = tokenizer_fingerprints({name: model for name, (model, _) in available.items()})
     columns = {}
@@ -143,39 +187,37 @@ def _available(parts: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _match_tokenizers(
-    codes: CodeDataset, available: dict[str, tuple[Any, Any]], segments: set[str]
+def _take_tokenizers(
+    codes: CodeDataset, parts: dict[str, Any], available: dict[str, tuple[Any, Any]], segments: set[str]
 ) -> None:
-    """Call the tokenizers in the codes' entries as they are called here, where they are called otherwise.
+    """Put the codes' tokenizers that no named component holds into the pipeline's container, and call them in the
+    entries as they are called here.
 
     Raises:
         ValueError: if there is none for a segment's codes.
     """
     prints = tokenizer_fingerprints({name: model for name, (model, _) in available.items()})
-    for name in sorted(segments & set(codes.entries)):
+    several = parts["segment_tokenizers"]
+    titles = list(several.tokenizers) if several is not None else []
+    shared = {codes.segments[name].get("shared_with", name) for name in segments & set(codes.segments)}
+    for name in sorted((segments | shared) & set(codes.entries)):
         entry = codes.entries[name]
         title = entry.get("tokenizer")
-        wanted = codes.fingerprints.get(title)
-        if wanted is None or prints.get(title) == wanted:
+        if title is None:
             continue
-        if same := [one for one, value in prints.items() if value == wanted]:
-            codes.entries[name] = {**entry, "tokenizer": same[0]}
-        elif title not in prints and title not in NAMED:  # without those, the pipeline takes and gives codes
+        wanted = codes.fingerprints.get(title)
+        if wanted != prints.get(title) and (same := [one for one, value in prints.items() if value == wanted]):
+            title = same[0]
+            codes.entries[name] = {**entry, "tokenizer": title}
+        if title in NAMED:  # which may be missing: without them, the pipeline takes and gives codes
+            continue
+        if title not in prints:
             given = "another one was given" if name in prints else "it isn't there"
             raise ValueError(
                 f"the codes of {name!r} in {str(codes.folder)!r} were made by the tokenizer {title!r}, and {given}: "
                 f"give it as --segment {name}={entry['modality']}:COLUMN:TOKENIZER, or encode the data again"
             )
-
-
-def _take_tokenizers(
-    codes: CodeDataset, parts: dict[str, Any], available: dict[str, tuple[Any, Any]], segments: set[str]
-) -> None:
-    """Put those that no named component holds into the pipeline's container."""
-    several = parts["segment_tokenizers"]
-    titles = list(several.tokenizers) if several is not None else []
-    titles += [codes.entries[name].get("tokenizer") for name in sorted(segments & set(codes.entries))]
-    titles = [title for title in dict.fromkeys(titles) if title is not None and title not in NAMED]
+        titles.append(title)
     if titles:
         beside = {title: available[title][1] for title in titles if available[title][1] is not None}
         parts["segment_tokenizers"] = MultiTokenizerModel({title: available[title][0] for title in titles}, beside)
