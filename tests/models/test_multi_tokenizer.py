@@ -25,7 +25,7 @@ def equal(one, other):
 def test_what_was_saved_is_loaded(several, tmp_path, variant, max_shard_size):
     several.save_pretrained(tmp_path, variant=variant, max_shard_size=max_shard_size)
     loaded = MultiTokenizerModel.from_pretrained(tmp_path, variant=variant)
-    assert equal(loaded, several) and loaded.config == several.config
+    assert equal(loaded, several) and loaded.config.kinds == several.config.kinds
     texts = ["a red apple", "红苹果"]
     assert loaded.beside["summary"](texts).input_ids == several.beside["summary"](texts).input_ids
     part = type(several.tokenizers["sketch"]).from_pretrained(tmp_path / "sketch.tokenizer", variant=variant)
@@ -44,8 +44,9 @@ def test_it_moves_and_casts_as_one(several):
 
 
 def test_a_model_of_transformers_is_a_tokenizer_too(several, tmp_path):
-    codec = DacModel(DacConfig(encoder_hidden_size=4, downsampling_ratios=[2], decoder_hidden_size=8, hidden_size=8,
-                               n_codebooks=2, codebook_size=16, codebook_dim=2, upsampling_ratios=[2])).eval()  # fmt: skip
+    small = {"encoder_hidden_size": 4, "decoder_hidden_size": 8, "hidden_size": 8, "codebook_dim": 2}
+    small |= {"downsampling_ratios": [2], "upsampling_ratios": [2], "n_codebooks": 2, "codebook_size": 16}
+    codec = DacModel(DacConfig(**small)).eval()
     more = MultiTokenizerModel({**several.tokenizers, "speech": codec}, several.beside)
     more.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["kinds"]["speech"] == ["transformers", "DacModel"]
