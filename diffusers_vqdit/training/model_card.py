@@ -197,6 +197,7 @@ def _is_hub_id(name: str | None) -> bool:
 def _base_models(args: argparse.Namespace) -> list[str]:
     keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
     names = [getattr(args, key, None) for key in keys]
+    names += [flag.tokenizer for flag in getattr(args, "segment", ())]
     return [name for name in names if _is_hub_id(name)]
 
 
