@@ -10,9 +10,9 @@ import diffusers_vqdit
 
 
 TRAINING_UTILS = (
-    "averaged_weights check_captions checkpoint_step checkpoints code_usage decode_image decode_images find_checkpoint "
-    "load_training_dataset parameter_groups psnr row_generators save_checkpoint save_pretrained_atomically "
-    "set_dropout shuffled_batches ssim step_generator to_pixels tracker_config unwrap"
+    "averaged_weights check_captions checkpoint_step checkpoints code_usage decode_image decode_images "
+    "find_checkpoint load_training_dataset parameter_groups psnr row_generators save_checkpoint "
+    "save_pretrained_atomically set_dropout shuffled_batches ssim step_generator to_pixels tracker_config unwrap"
 )
 
 

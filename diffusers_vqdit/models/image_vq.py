@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
@@ -207,6 +208,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
         model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
         model = cls(**model_config)
+        check_converted(model.state_dict(), state_dict, "tokenizer")
         model.load_state_dict(state_dict)
         return model.eval()
 
