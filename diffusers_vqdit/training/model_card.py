@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
+from ..tasks import Task
 from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
 
 
@@ -136,7 +137,7 @@ def training_card(
         tags=["diffusers_vqdit", "vq-vae", *kind["tags"]],
         datasets=[shown.dataset_name] if data_is_public else None,
         base_model=base_models or None,
-        widget=[{"text": text, "output": {"url": path}} for path, text in (samples or {}).items()] or None,
+        widget=[dict(text=text, output={"url": path}) for path, text in (samples or {}).items()] or None,
         model_name=name.split("/")[-1],
         eval_results=[_eval_result(measure, kind["pipeline_tag"]) for measure in measures] or None,
     )
@@ -251,7 +252,8 @@ def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             "risks": _GENERATOR_RISKS,
         }
     tasks = list(model.transformer.config.tasks or [])
-    draws = not tasks or any("image" in task.split("->")[1].split("+") for task in tasks)
+    pictures = {name for name, segment in model._segments.items() if segment.output_field == "images"}
+    draws = not tasks or any(pictures.intersection(Task.parse(task).generated) for task in tasks)
     return {
         "pipeline_tag": "text-to-image" if draws else "image-to-text",
         "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
