@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,7 +58,7 @@ class GalleryIndex:
     tokenizers: str = ""
 
     def __post_init__(self) -> None:
-        self._faiss = None
+        self._faiss: Any = None
         for name in GALLERY_STRINGS:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")

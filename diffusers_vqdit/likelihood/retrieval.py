@@ -16,6 +16,7 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -175,7 +176,7 @@ def build_index(
     codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
-    way = max(ways, key=sizes.get)
+    way = max(ways, key=sizes.__getitem__)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(codes), generator=generator)[:FIT_SIZE].to(codes.device)
     sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
@@ -267,7 +268,7 @@ def retrieve(
             "this model"
         )
     known = {Task.parse(task) for task in tasks}
-    free = {
+    free: dict[Task, Any] = {
         way: all_masked(transformer, way.generated[0]) if Task((), way.generated) in known else None for way in ways
     }
 

@@ -284,7 +284,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             raise ValueError(f"the caption has {len(prefix)} samples, but hidden_states {batch_size}")
         if class_labels is None:
             class_labels = torch.full((batch_size,), self.config.num_embeds_ada_norm, device=hidden_states.device)
-        timestep = timestep.reshape(-1).expand(batch_size)
+        timestep = torch.as_tensor(timestep).reshape(-1).expand(batch_size)
 
         # 1. Patches, and what the latents may see of the prefix
         # Contiguous, or each of the blocks' norms would copy what the convolution has laid out by channels.

@@ -307,8 +307,9 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
 
     def _ratios(self, device: torch.device) -> torch.Tensor:
         """The shares of masks (n + 1,) with 0, ..., n steps left, float64."""
-        steps = torch.arange(self.num_inference_steps + 1, dtype=torch.float64, device=device)
-        return self.mask_ratio(steps / self.num_inference_steps)
+        count = self.num_inference_steps or 0
+        steps = torch.arange(count + 1, dtype=torch.float64, device=device)
+        return self.mask_ratio(steps / count)
 
     @torch.no_grad()
     def step(

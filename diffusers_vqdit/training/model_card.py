@@ -285,7 +285,7 @@ def _is_hub_id(name: str | None) -> bool:
 def _base_models(args: argparse.Namespace) -> list[str]:
     keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
     names = [getattr(args, key, None) for key in keys]
-    return [name for name in names if _is_hub_id(name)]
+    return [name for name in names if name is not None and _is_hub_id(name)]
 
 
 def _eval_result(measure: Measure, pipeline_tag: str) -> EvalResult:
