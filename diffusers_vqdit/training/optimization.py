@@ -56,7 +56,8 @@ def set_dropout(model: ModelMixin, dropout: float) -> None:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel or torch.compile."""
+    """The model inside DistributedDataParallel or torch.compile: Accelerate's ``unwrap_model``, for losses too, which
+    know no accelerator."""
     from accelerate.utils import extract_model_from_parallel
 
     return extract_model_from_parallel(model, keep_torch_compile=False)
