@@ -15,6 +15,7 @@ from .version import __version__
 
 _import_structure = {
     "models.image_vq": ["ImageVQModel"],
+    "models.multi_tokenizer": ["MultiTokenizerModel"],
     "models.text_vq": ["TextVQModel"],
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
@@ -39,6 +40,7 @@ _training_utils = {
 if TYPE_CHECKING:
     from .likelihood.gallery import GalleryIndex
     from .models.image_vq import ImageVQModel
+    from .models.multi_tokenizer import MultiTokenizerModel
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput

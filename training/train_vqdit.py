@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.segment_base import LABEL
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -45,7 +46,8 @@ from diffusers_vqdit.training.model_card import Measure, published_name
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
-from diffusers_vqdit.training.task_codes import load_codes
+from diffusers_vqdit.training.segment_columns import add_segment_argument
+from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
@@ -95,6 +97,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--caption_column", default="text")
     data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     data.add_argument("--label_column")
+    add_segment_argument(data)
     data.add_argument(
         "--image_augmentations",
         type=non_negative_integer,
@@ -118,8 +121,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--tasks",
         default="text->image:4,image->text:2,->image:1",
         help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
-        "Besides image, image_lowres, text and label, a task may name any column of texts. A list that begins with an "
-        "arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
+        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A "
+        "list that begins with an arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
     )
 
     training = add_training_arguments(
@@ -144,7 +147,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
-    if args.pretrained_model_name_or_path is None and args.image_vq is None and args.text_vq is None:
+    tokenizers = [args.image_vq, args.text_vq, *args.segment]
+    if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
@@ -165,6 +169,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "text_vq": text_vq,
         "tokenizer": tokenizer,
         "transformer": None,
+        "segment_tokenizers": None,
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
         "labels": [],
         "lowres_factor": args.lowres_factor or 2,
@@ -177,7 +182,7 @@ def build_transformer(
     args: argparse.Namespace,
     pretrained: VQDiTTransformer2DModel | None,
     segments: dict[str, dict],
-    labels: list[str],
+    labels: dict[str, list[str]],
     tasks: list[tuple[Task, float]],
 ) -> VQDiTTransformer2DModel:
     """The transformer that is trained: a new one, or the pretrained one with what the data has beside its own."""
@@ -234,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
-        folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
+        folders=["samples", "codes", "transformer", "scheduler", *VQDiTPipeline._optional_components],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
         train(args, accelerator, run)
@@ -252,14 +257,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
         )
     known_labels = parts.pop("labels")
-    labels = codes.labels if "label" in names or not known_labels else known_labels
+    labels = codes.labels if LABEL in names or not known_labels else known_labels
 
     # 2. Transformer, optimizer, learning rate
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
     parts["segments"] = parts["segments"] | {name: one for name, one in codes.entries.items() if name in needed}
     segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     base = None if args.rank is None else model_fingerprint(parts["transformer"])
-    transformer = build_transformer(args, parts["transformer"], segments, labels, tasks)
+    grown = names_of_labels(parts["segments"], labels)
+    transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     ema = setup.make_ema(args, trained, accelerator.device)
@@ -277,6 +283,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 3. Resume
     # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
     made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
+    more = parts["segment_tokenizers"].parts if parts["segment_tokenizers"] is not None else {}
     identity = {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
@@ -286,6 +293,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "scheduler": plain_config(scheduler),
         "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        **{f"tokenizer {name}": fingerprint(one) for name, one in more.items() if isinstance(one, torch.nn.Module)},
         "labels": labels,
         "base of the LoRA": base,
     }

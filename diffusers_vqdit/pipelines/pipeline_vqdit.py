@@ -13,22 +13,24 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import BaseOutput, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
 from ..likelihood.bounds import check_logits, code_log_probabilities
 from ..models.image_vq import ImageVQModel
+from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
-from ..utils.checks import check_choice, check_integer, shown
+from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
 from .check_inputs import callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora
-from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
+from .segment_base import EncodedValue
+from .segment_processors import check_label_names, check_segment_entries
 
 
 EXAMPLE_DOC_STRING = """
@@ -77,11 +79,13 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
         segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
-            ``"tokenizer"``, the component that makes their codes, by default ``image_vq`` or ``text_vq``; a label's
+            ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
+            `segment_tokenizers`; a label's
             ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures that another picture segment's are
             made from, with ``"factor"``, how many times smaller they are (2). A segment that is not in it is a label
             if its name is ``label`` (with the names `labels`), a picture if its codes are on a grid (and those of
             ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else a text.
+        segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
 
     Raises:
         ValueError: if `segments` has a segment that the transformer doesn't have, an unknown modality or option, or
@@ -94,7 +98,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
     """
 
     model_cpu_offload_seq = "text_vq->transformer->image_vq"
-    _optional_components = ["image_vq", "text_vq", "tokenizer"]
+    _optional_components = ["image_vq", "text_vq", "tokenizer", "segment_tokenizers"]
+    # Its parts are called, and not itself, so that no hook would bring it to the device.
+    _exclude_from_cpu_offload = ["segment_tokenizers"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -108,6 +114,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         lowres_factor: int = 2,
         resize_mode: str = "crop",
         segments: dict[str, dict[str, Any]] | None = None,
+        segment_tokenizers: MultiTokenizerModel | None = None,
     ) -> None:
         super().__init__()
         check_components(transformer=transformer, scheduler=scheduler)
@@ -116,22 +123,20 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         if not transformer.config.get("segments"):
             raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
+            transformer=transformer,
+            scheduler=scheduler,
+            image_vq=image_vq,
+            text_vq=text_vq,
+            tokenizer=tokenizer,
+            segment_tokenizers=segment_tokenizers,
         )
-        labels, known = label_names(labels or []), transformer.config.segments
-        segments = check_segment_entries(segments or {}, known, self._optional_components)
-        named = segments.get(LABEL, {}).get("names")
-        if labels and named and labels != label_names(named):
-            raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(label_names(named))}")
-        if not labels and not named and LABEL in known:
-            logging.get_logger(__name__).warning(
-                "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
-                "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
-            )
-        labels = labels or label_names(named or [])
-        size = known[LABEL]["vocab_size"] if LABEL in known else len(labels)
-        if len(labels) > size:
-            raise ValueError(f"labels={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
+        known = transformer.config.segments
+        named = [name for name in self._optional_components if name != "segment_tokenizers"]
+        more = list(segment_tokenizers.tokenizers) if segment_tokenizers is not None else []
+        if clash := sorted(set(named) & set(more)):
+            raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+        segments = check_segment_entries(segments or {}, known, [*named, *more])
+        labels = check_label_names(labels, segments, known)
         self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -161,6 +166,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         """
         config = json.loads(super().to_json_string())
         config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
+        if config.get("segment_tokenizers") == [None, None]:  # as version 0.1 wrote it, which doesn't know them
+            del config["segment_tokenizers"]
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _encode_inputs(
@@ -196,7 +203,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
         prefix = self.transformer.encode_prefix(given) if given else None
         if strength is not None:
-            name = next(name for name in known if isinstance(segments[name], ImageSegment))
+            name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
         if repeats > 1 and passed:
             # Each sample's tiles stay together.

@@ -2,17 +2,15 @@
 
 import glob
 import hashlib
-import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 
-from ..utils.checks import shown
-from ..utils.images import resize_image, to_rgb
+from ..utils.decoding import decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .image_folder import holds_pictures_only, read_image_folder
 
 
@@ -84,7 +82,7 @@ def load_training_dataset(
     train_data_dir: str | None = None,
     split: str = "train",
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -100,8 +98,8 @@ def load_training_dataset(
         split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
             source without the split asked for is refused.
         columns: the columns that must be there.
-        image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_images`], which
-            skips broken files.
+        image_column: the column that holds pictures, or several. It is read undecoded: decode it with
+            [`decode_images`], which skips broken files.
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.
@@ -126,7 +124,7 @@ def take_split(
     split: str,
     *,
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
@@ -135,11 +133,12 @@ def take_split(
     if split not in splits:
         raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
     dataset = splits[split]
-    for column in [*columns, *([image_column] if image_column else [])]:
+    image_columns = [image_column] if isinstance(image_column, str) else list(image_column or [])
+    for column in [*columns, *image_columns]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
-    if image_column:
-        dataset = dataset.cast_column(image_column, Image(decode=False))
+    for column in image_columns:
+        dataset = dataset.cast_column(column, Image(decode=False))
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset
@@ -190,38 +189,6 @@ def _without_magic(path: str, cache_dir: str | None) -> str:
 # Pictures
 
 
-def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
-    """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
-
-    Args:
-        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
-        resolution: height and width of the result.
-        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
-            white.
-
-    Raises:
-        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
-            read as RGB ([`~utils.images.to_rgb`]).
-    """
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and path is None:
-        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
-    # A pipe would block, and Pillow would say of a folder that it may not be read.
-    if data is None and not os.path.isfile(path):
-        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
-    try:
-        Image.init()
-        # EPS pictures are programs that Ghostscript runs, for as long as they like.
-        formats = [name for name in Image.ID if name != "EPS"]
-        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
-    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
-        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
-    with picture:
-        picture = resize_image(to_rgb(picture), (resolution, resolution), resize_mode)
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
 def decode_images(
     dataset, image_column: str, resolution: int, *, resize_mode: str = "crop"
 ) -> tuple[torch.Tensor, list[int]]:
@@ -251,27 +218,45 @@ def decode_rows(
     dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
 ) -> tuple[torch.Tensor, list[int]]:
     """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
-    pictures, read = [], []
     column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+
+    def read(row: int) -> torch.Tensor:
+        picture = decode_image(column[row][image_column], resolution, resize_mode=resize_mode)
+        return to_bytes(picture)
+
+    pictures, kept = read_rows(read, lambda row: place(column[row][image_column], row), rows, "picture", skipped)
+    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), kept
+
+
+def read_rows(
+    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int], noun: str, skipped: int = 0
+) -> tuple[list, list[int]]:
+    """What `read` gives for each row, and these rows, without those where it raises: they are named, the first of all.
+
+    Args:
+        placed: says where a row's value is, for the warning.
+        noun: what it is.
+        skipped: how many were left out before.
+    """
+    values, kept = [], []
     for row in rows:
-        value = None
         try:
-            value = column[row][image_column]
-            picture = decode_image(value, resolution, resize_mode=resize_mode)
-        except Exception as error:  # whatever a picture raises: it is one of many
+            value = read(row)
+        except Exception as error:  # whatever a value raises: it is one of many
             if skipped < MAX_NAMED:
-                named = (value.get("path") if isinstance(value, dict) else None) or f"in row {row}"
-                logger.warning(f"skipped picture {named}: {type(error).__name__}: {error}")
+                logger.warning(f"skipped {noun} {_placed(placed, row)}: {type(error).__name__}: {error}")
             skipped += 1
             continue
-        pictures.append(((picture + 1.0) * 127.5).round().to(torch.uint8))
-        read.append(row)
-    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), read
+        values.append(value)
+        kept.append(row)
+    return values, kept
 
 
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1.0
+def _placed(placed: Callable[[int], str], row: int) -> str:
+    try:
+        return placed(row)
+    except Exception:  # what can't be read may not tell its path either
+        return f"in row {row}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

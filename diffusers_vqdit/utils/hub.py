@@ -40,12 +40,13 @@ def saved_files(saved: Any, folder: str | os.PathLike) -> list[str]:
         their paths in the folder, sorted.
     """
     found = {name for name in ("README.md", getattr(saved, "config_name", "")) if (Path(folder) / name).is_file()}
-    parts = {"": saved}
-    if components := getattr(saved, "components", None):
-        parts = {f"{name}/": part for name, part in components.items() if part is not None}
+    parts = _saved_parts(saved, "")
+    if "" not in parts:
         found |= {name for name in [REMOTE_CODE_FILE] if (Path(folder) / name).is_file()}
     for prefix, part in parts.items():
         names = {getattr(part, "config_name", "")}
+        if pattern := getattr(part, "index_files", None):
+            names |= {path.name for path in (Path(folder) / prefix).glob(pattern)}
         if isinstance(part, torch.nn.Module):
             names |= {"config.json", "generation_config.json"}
         elif part is not saved:
@@ -56,6 +57,18 @@ def saved_files(saved: Any, folder: str | os.PathLike) -> list[str]:
             if path.is_file() and (path.name in names or weights):
                 found.add(prefix + path.name)
     return sorted(found)
+
+
+def _saved_parts(saved: Any, prefix: str) -> dict[str, Any]:
+    """What ``save_pretrained`` writes, by folder: a pipeline's components, and those of a component that has some."""
+    components = getattr(saved, "components", None) or getattr(saved, "saved_parts", None)
+    if not components:
+        return {prefix: saved}
+    parts = {prefix: saved} if isinstance(saved, torch.nn.Module) else {}
+    for name, part in components.items():
+        if part is not None:
+            parts |= _saved_parts(part, f"{prefix}{name}/")
+    return parts
 
 
 def push_folder(

@@ -29,6 +29,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _on_background(image, "white")[0]
 
 
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A picture as a tokenizer of so many channels sees it: [`to_rgb`] for 3, and grey for 1.
+
+    Raises:
+        ValueError: for any other number, or what [`to_rgb`] refuses.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"image must be arrays or tensors: the tokenizer's pictures have {channels} channels")
+    return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
+
+
 def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it has such pixels."""
     if not isinstance(image, Image.Image):
@@ -93,7 +104,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize_mode: str = "
 
 
 def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Tensor]:
-    """Each picture of what a pipeline is passed: as an RGB picture of Pillow's, or a float32 tensor (C, H, W).
+    """Each picture of what a pipeline is passed: as a picture of Pillow's, RGB or grey, or a float32 tensor (C, H, W).
 
     Args:
         image: one or a list of: PIL pictures, arrays ((B,) H, W, C) or tensors ((B,) C, H, W) of floats in [0, 1], of
@@ -107,9 +118,7 @@ def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Ten
     if not images:
         raise ValueError("image=[] is an empty list; give at least one, or None")
     if all(isinstance(one, Image.Image) for one in images):
-        if channels != 3:
-            raise ValueError(f"image must be arrays or tensors: the tokenizer's pictures have {channels} channels")
-        return [to_rgb(one) for one in images]
+        return [to_channels(one, channels) for one in images]
     kinds = {type(one).__name__ for one in images}
     if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
         raise ValueError(
@@ -173,7 +182,8 @@ def own_size(images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3), or (H, W) where it is grey
+    return torch.atleast_3d(pixels).permute(2, 0, 1).float() / 255
 
 
 def read_mask(mask_image: Any, size: tuple[int, int], count: int) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""Pictures of a dataset's column, as they are stored, to tensors."""
+
+import io
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .checks import shown
+from .images import resize_image, to_channels
+
+
+def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channels: int = 3) -> torch.Tensor:
+    """One undecoded picture of a `datasets` image column as a (C, resolution, resolution) float tensor in [-1, 1].
+
+    Args:
+        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
+        resolution: height and width of the result.
+        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
+            white.
+        channels: C, 3 for RGB or 1 for grey.
+
+    Raises:
+        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
+            read as RGB ([`~utils.images.to_rgb`]).
+    """
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    if data is None and path is None:
+        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
+    # A pipe would block, and Pillow would say of a folder that it may not be read.
+    if data is None and not os.path.isfile(path):
+        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
+    try:
+        Image.init()
+        # EPS pictures are programs that Ghostscript runs, for as long as they like.
+        formats = [name for name in Image.ID if name != "EPS"]
+        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
+    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
+        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
+    with picture:
+        picture = resize_image(to_channels(picture, channels), (resolution, resolution), resize_mode)
+        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return to_pixels(data.view(resolution, resolution, channels).permute(2, 0, 1))
+
+
+def place(value: Any, row: int) -> str:
+    """Where a row's undecoded value is: its path, or the row."""
+    return (value.get("path") if isinstance(value, dict) else None) or f"in row {row}"
+
+
+def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1.0
+
+
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 pictures in [-1, 1] as uint8."""
+    return ((pixels + 1.0) * 127.5).round().to(torch.uint8)
