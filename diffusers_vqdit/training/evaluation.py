@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from ..pipelines.segment_processors import ARGUMENTS
+from ..pipelines.segment_base import ARGUMENTS
 from ..tasks import Task
 from .data import decode_images, load_training_dataset, to_pixels
 

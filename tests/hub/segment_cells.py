@@ -42,6 +42,8 @@ for row in pipe.tasks:
         made = pipe(**call, output=name, num_inference_steps=2, **extra).segments[name]
         found["repainted"][name] = len(made) == 1
 codes = pipe.transformer.config.segments
-assert all(torch.is_tensor(value) for value in pipe(output_type="latent", **passed(given), output=generated).segments.values())
+assert all(
+    torch.is_tensor(value) for value in pipe(output_type="latent", **passed(given), output=generated).segments.values()
+)
 with open(output, "w") as file:
     json.dump(found, file)
