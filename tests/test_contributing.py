@@ -58,7 +58,7 @@ def run(tree, arguments, **environment):
 def test_the_worked_example_trains_draws_and_is_loaded_without_the_package(page, tree):
     command = shlex.split(block(page, "train").replace("\\\n", " "))
     assert command[0] == "python"
-    quick = "--max_train_steps 150 --train_batch_size 32 --learning_rate 2e-3 --lr_warmup_steps 0 --report_to none"
+    quick = "--max_train_steps 200 --train_batch_size 32 --learning_rate 4e-3 --lr_warmup_steps 0 --report_to none"
     run(tree, [sys.executable, "-W", "ignore", *command[1:], *quick.split(), "--checkpointing_steps", "0"])
     check = """
 import numpy as np, torch
