@@ -111,7 +111,8 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         place = kwargs.pop("subfolder", None) or ""
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = cls.load_config(pretrained_model_name_or_path, subfolder=place or None, **hub)
-        cls.extract_init_dict(config)  # checks the class and the format
+        # Checks the class and the format; the rest are no arguments of ours.
+        cls.extract_init_dict({name: value for name, value in config.items() if name.startswith("_")})
         parts = []
         for entry, end in (("kinds", ""), ("kinds_beside", "/tokenizer")):
             kinds, found = config.get(entry), {}

@@ -252,10 +252,8 @@ def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             "risks": _GENERATOR_RISKS,
         }
     tasks = list(model.transformer.config.tasks or [])
-    pictures = {name for name, segment in model._segments.items() if segment.output_field == "images"}
-    draws = not tasks or any(pictures.intersection(Task.parse(task).generated) for task in tasks)
     return {
-        "pipeline_tag": "text-to-image" if draws else "image-to-text",
+        "pipeline_tag": _pipeline_tag(model, tasks),
         "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
         "summary": "A diffusion transformer over codes, by diffusers_vqdit."
         + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
@@ -269,6 +267,33 @@ def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "wrongly, and with no sign of doubt.",
         "risks": _GENERATOR_RISKS,
     }
+
+
+# The Hub's names of tasks, by what is given and what is generated.
+_TAGS = {
+    ("images", "images"): "image-to-image",
+    ("images", "texts"): "image-to-text",
+    ("images", "labels"): "image-classification",
+    ("texts", "texts"): "text-generation",
+    ("texts", "labels"): "text-classification",
+}
+
+
+def _pipeline_tag(pipeline: Any, tasks: Sequence[str]) -> str:
+    """The Hub's name of what a pipeline does first of all: to draw, from texts unless it knows pictures alone."""
+    kinds = {name: segment.output_field for name, segment in pipeline._segments.items()}
+    pairs = {
+        (given, generated)
+        for task in map(Task.parse, tasks)
+        for given in {kinds[name] for name in task.given} or {""}
+        for generated in {kinds[name] for name in task.generated}
+    }
+    draws = {given for given, generated in pairs if generated == "images"}
+    if not pairs or draws - {"images", ""} or draws == {""}:
+        return "text-to-image"
+    if draws:
+        return _TAGS["images", "images"]
+    return next((tag for pair, tag in _TAGS.items() if pair in pairs), "text-generation")
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -285,6 +310,7 @@ def _is_hub_id(name: str | None) -> bool:
 def _base_models(args: argparse.Namespace) -> list[str]:
     keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
     names = [getattr(args, key, None) for key in keys]
+    names += [flag.tokenizer for flag in getattr(args, "segment", ())]
     return [name for name in names if name is not None and _is_hub_id(name)]
 
 

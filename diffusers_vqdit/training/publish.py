@@ -14,6 +14,7 @@ from ..utils.hub import push_folder, saved_files
 from ..utils.provenance import save_generated
 from ..utils.redaction import known_secrets, without_secrets
 from .model_card import Measure, published_name, training_card
+from .validation import passing
 
 
 _run_logger = logging.get_logger(__name__)
@@ -56,10 +57,13 @@ def draw_gallery(
         the prompts by the path of their picture in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    gallery, secrets = {}, known_secrets(hub_token)
+    gallery: dict[str, str] = {}
+    secrets = known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        images = pipeline(**{argument: list(prompts)}, generator=generators).images
+        images = pipeline(**passing(pipeline, argument, prompts), generator=generators).images
+        if images is None:  # texts, which a gallery doesn't show
+            return gallery
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = f"samples/{index}.png"
             shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))

@@ -30,6 +30,7 @@ from .files import (
     says_full,
     scratch_folder,
 )
+from .validation import passing
 
 
 logger = logging.getLogger(__name__)
@@ -351,7 +352,7 @@ def check_drawable(pipeline: Any, argument: str, flag: str, wanted: Sequence[str
     generators = [torch.Generator().manual_seed(0) for _ in wanted]
     try:
         with torch.random.fork_rng():
-            pipeline(**{argument: list(wanted)}, num_inference_steps=1, generator=generators)
+            pipeline(**passing(pipeline, argument, wanted), num_inference_steps=1, generator=generators)
     except ValueError as error:
         raise ValueError(f"{flag}={shown(list(wanted))} can't be drawn: {error}") from error
     finally:

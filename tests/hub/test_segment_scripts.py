@@ -71,8 +71,8 @@ def published(folder, hub, client, name):
     """The pipeline of a run: as it was saved, and pushed to the local Hub and loaded again; and what a process without
     the package makes of it there."""
     saved = VQDiTPipeline.from_pretrained(folder)
-    saved.push_to_hub(f"alice/{name}")
-    loaded = VQDiTPipeline.from_pretrained(f"alice/{name}", cache_dir=folder.parent / "cache")
+    saved.push_to_hub(f"alice/segments-{name}")
+    loaded = VQDiTPipeline.from_pretrained(f"alice/segments-{name}", cache_dir=folder.parent / "cache")
     for pipe in (saved, loaded):
         pipe.set_progress_bar_config(disable=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
@@ -80,7 +80,7 @@ def published(folder, hub, client, name):
     environment["HF_HUB_DISABLE_XET"] = "1"
     output = folder.parent / f"{name}.json"
     done = subprocess.run(
-        [sys.executable, CELLS, f"alice/{name}", str(output)], env=environment, capture_output=True, text=True
+        [sys.executable, CELLS, f"alice/segments-{name}", str(output)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return saved, loaded, json.loads(output.read_text())
@@ -149,8 +149,8 @@ def test_sketch(run, places, hub, client):
     with pytest.raises(ValueError, match="'sketch' is made by another tokenizer in the pretrained pipeline"):
         run(
             "train_vqdit",
-            f"{tuned} --segment sketch=image:drawing:{places / 'image_vq'} --tasks sketch->sketch "
-            f"--output_dir {places / 'y'}".replace("sketch->sketch", "->sketch"),
+            f"{tuned} --segment sketch=image:drawing:{places / 'image_vq'} --tasks=->sketch "
+            f"--output_dir {places / 'y'}",
         )
 
 
@@ -201,11 +201,17 @@ def test_document_to_summary(run, places, hub, client):
 
     summary = f"--segment document=text:body --segment summary=text:abstract:{places / 'other_vq'}"
     model = type(pipe.text_vq).from_pretrained(places / "text_vq")
-    model.quantizers[0].codebook.data.add_(0.1)
+    model.to_logits.bias.data.add_(0.1)
     model.save_pretrained(places / "other_vq")
     pipe.tokenizer.save_pretrained(places / "other_vq" / "tokenizer")
     tasks = "--tasks document->summary,->summary"
-    run("train_vqdit", f"{data} {summary} {tasks} {TINY} --output_dir {places / 'out'} --validation_prompts red")
+    run(
+        "train_vqdit",
+        f"{data} {summary} {tasks} {TINY} --output_dir {places / 'out'} --validation_prompts red --validation_steps 2",
+    )
+    assert "red: " in (places / "out" / "samples" / "step-000002.txt").read_text()
+    card = (places / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "document-to-summary" in card
     saved, loaded, found = published(places / "out", hub, client, "summary")
     document = "a red box and a dot"
     for pipe in (saved, loaded):
