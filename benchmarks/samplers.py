@@ -53,6 +53,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
+    # The columns of the dataset, as EmojiData.load reads them
+    parser.set_defaults(image_column="image", caption_columns={"text": "English"}, label_column="label")
     parser.add_argument("--num_samples", type=positive_integer, default=256, help="Captions, one sample each.")
     parser.add_argument("--batch_size", type=positive_integer, default=32)
     parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
@@ -103,7 +105,8 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
 
 
 def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
-    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
+    side = pipeline.transformer.config.segments[evaluation.Roles.of(pipeline).image]["shape"][0]
+    resolution = side * pipeline.image_vq.downsample_factor
     data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args)
     rows, captions = data.train, data.texts(data.train)
 

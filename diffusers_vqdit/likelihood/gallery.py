@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,8 +59,8 @@ class GalleryIndex:
     tokenizers: str = ""
 
     def __post_init__(self) -> None:
-        self._faiss = None
-        self._marginals = {}  # of the model, by `retrieve`
+        self._faiss: Any = None
+        self._marginals: dict[tuple, Any] = {}  # of the model, by `retrieve`
         for name in GALLERY_STRINGS:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")

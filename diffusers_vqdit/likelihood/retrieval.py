@@ -17,6 +17,7 @@ import itertools
 import json
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -118,7 +119,7 @@ def all_masked(
 def _marginal(
     transformer: VQDiTTransformer2DModel, gallery: GalleryIndex, segment: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`all_masked`] with nothing given: computed once for a gallery, since it is of one model ([`fingerprint`])."""
+    """[`all_masked`] with nothing given: computed once for a gallery, since it is of one model ([`transformer_digest`])."""
     device = transformer.device
     key = segment, device, torch.is_autocast_enabled(device.type)
     if key not in gallery._marginals:
@@ -192,7 +193,7 @@ def build_index(
     codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
-    way = max(ways, key=sizes.get)
+    way = max(ways, key=sizes.__getitem__)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
     chosen, others = order[:FIT_SIZE], order[FIT_SIZE:]
     sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
@@ -282,7 +283,7 @@ def retrieve(
             "this model"
         )
     known = {Task.parse(task) for task in tasks}
-    free = {
+    free: dict[Task, Any] = {
         way: _marginal(transformer, gallery, way.generated[0]) if Task((), way.generated) in known else None
         for way in ways
     }

@@ -85,26 +85,9 @@ def check_blocks(
             )
 
 
-def check_image_vq(
-    config: Mapping[str, Any], quantizer_options: Mapping[str, Sequence[str]], defaults: Mapping[str, Any]
-) -> None:
-    """Check the arguments of [`ImageVQModel`].
-
-    Args:
-        config: the arguments.
-        quantizer_options: those that each type of quantizer takes.
-        defaults: what the others must be.
-    """
+def check_block_types(config: Mapping[str, Any], code_dim: int) -> None:
+    """Check an image tokenizer's types of blocks, and what goes with those that are not the usual ones."""
     c = config
-    check_integer("latent_channels", c["latent_channels"], 1, MAX_WIDTH)
-    check_integer("sample_size", c["sample_size"], 1, MAX_CODES)
-    check_number("scaling_factor", c["scaling_factor"], 0, above=True)
-    for name in ("mid_block_add_attention", "lookup_from_codebook", "force_upcast"):
-        check_flag(name, c[name])
-
-    # 1. Encoder and decoder
-    blocks = ("block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels")
-    check_blocks(*(c[name] for name in blocks))
     maskgit = False
     for name, stock, own in (
         ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), MASKGIT_BLOCKS[0]),
@@ -118,11 +101,6 @@ def check_image_vq(
         for index, block in enumerate(c[name]):
             check_choice(f"{name}[{index}]", block, (*stock, own))
         maskgit |= own in c[name]
-    activation = c["act_fn"].lower() if isinstance(c["act_fn"], str) else c["act_fn"]
-    check_choice("act_fn", activation, tuple(ACT2CLS))
-    check_choice("norm_type", c["norm_type"], ("group", "spatial"))
-    code_dim = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
-    check_integer("vq_embed_dim", code_dim, 1, MAX_WIDTH)
     if maskgit:
         for name, value, expected in (
             ("down_block_types", set(c["down_block_types"]), {MASKGIT_BLOCKS[0]}),
@@ -144,6 +122,34 @@ def check_image_vq(
             raise ValueError(
                 f"vq_embed_dim={code_dim} must be latent_channels={c['latent_channels']} with norm_type='spatial'"
             )
+
+
+def check_image_vq(
+    config: Mapping[str, Any], quantizer_options: Mapping[str, Sequence[str]], defaults: Mapping[str, Any]
+) -> None:
+    """Check the arguments of [`ImageVQModel`].
+
+    Args:
+        config: the arguments.
+        quantizer_options: those that each type of quantizer takes.
+        defaults: what the others must be.
+    """
+    c = config
+    check_integer("latent_channels", c["latent_channels"], 1, MAX_WIDTH)
+    check_integer("sample_size", c["sample_size"], 1, MAX_CODES)
+    check_number("scaling_factor", c["scaling_factor"], 0, above=True)
+    for name in ("mid_block_add_attention", "lookup_from_codebook", "force_upcast"):
+        check_flag(name, c[name])
+
+    # 1. Encoder and decoder
+    blocks = ("block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels")
+    check_blocks(*(c[name] for name in blocks))
+    activation = c["act_fn"].lower() if isinstance(c["act_fn"], str) else c["act_fn"]
+    check_choice("act_fn", activation, tuple(ACT2CLS))
+    check_choice("norm_type", c["norm_type"], ("group", "spatial"))
+    code_dim = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
+    check_integer("vq_embed_dim", code_dim, 1, MAX_WIDTH)
+    check_block_types(c, code_dim)
 
     # 2. Quantizer
     check_choice("quantizer_type", c["quantizer_type"], tuple(quantizer_options))

@@ -1,6 +1,10 @@
 """Copies of a transformer that know more: more segments, more codes of a segment, more labels."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn as nn
 
 from ..utils.checks import check_integer, shown
 
@@ -8,7 +12,17 @@ from ..utils.checks import check_integer, shown
 class GrowthMixin:
     """The part of [`VQDiTTransformer2DModel`] that makes larger copies of it, for finetuning."""
 
-    def with_segments(self, segments: dict[str, dict[str, Any]]) -> "GrowthMixin":
+    # The model's, of diffusers and of its other parts
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    training: bool
+    has_shared_embedder: bool
+    segment_embedding: nn.Embedding
+    from_config: ClassVar[Callable[..., Any]]
+    state_dict: Callable[[], dict[str, torch.Tensor]]
+
+    def with_segments(self, segments: dict[str, dict[str, Any]]) -> Self:
         """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
 
         A new segment that is shared with a known one begins in its role.
@@ -38,7 +52,7 @@ class GrowthMixin:
         model.load_state_dict(state)
         return model.to(self.device, self.dtype).train(self.training)
 
-    def with_vocab_size(self, name: str, size: int) -> "GrowthMixin":
+    def with_vocab_size(self, name: str, size: int) -> Self:
         """A copy whose segment has more codes, for training with more labels. Known codes keep their weights.
 
         New codes begin with fresh embeddings and logits of zero; the mask is the row after them. Segments that share
@@ -74,7 +88,7 @@ class GrowthMixin:
         model.load_state_dict(state)
         return model.to(self.device, self.dtype).train(self.training)
 
-    def with_num_embeds_ada_norm(self, size: int) -> "GrowthMixin":
+    def with_num_embeds_ada_norm(self, size: int) -> Self:
         """A copy with embeddings for more labels, new ones fresh. Known labels, and none, give what they gave.
 
         Args:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
@@ -135,7 +137,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         # VQModel's own __init__ makes the stock quantizer and the stock blocks only.
         super(VQModel, self).__init__()
         code_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
-        widths = {
+        widths: dict[str, Any] = {
             "block_out_channels": block_out_channels,
             "layers_per_block": layers_per_block,
             "norm_num_groups": norm_num_groups,
@@ -207,6 +209,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
         model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
         model = cls(**model_config)
+        check_converted(model.state_dict(), state_dict, "tokenizer")
         model.load_state_dict(state_dict)
         return model.eval()
 
@@ -361,7 +364,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         def scale(n: int) -> int:
             return n * tile_out // tile
 
-        result, weight = None, None
+        result: Any = None
+        weight: Any = None
         for top in starts(height):
             for left in starts(width):
                 part = function(x[:, :, top : top + tile, left : left + tile])

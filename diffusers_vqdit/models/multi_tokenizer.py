@@ -120,7 +120,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 raise ValueError(f"{pretrained_model_name_or_path}: {entry}={shown(kinds)} must be classes by name")
             for name, kind in kinds.items():
                 folder = "/".join(part for part in (place, f"{name}.tokenizer{end}") if part)
-                part = _class_of(f"{pretrained_model_name_or_path}: {entry}[{name!r}]", kind)
+                part: Any = _class_of(f"{pretrained_model_name_or_path}: {entry}[{name!r}]", kind)
                 options = kwargs if issubclass(part, ModelMixin) else hub
                 if issubclass(part, transformers.PreTrainedModel):
                     options = hub | {n: kwargs[n] for n in ("variant", "dtype", "device_map") if n in kwargs}

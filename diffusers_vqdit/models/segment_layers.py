@@ -71,6 +71,11 @@ class SegmentLayers:
     there for a segment of one code a position.
     """
 
+    # The model's, of diffusers and of its other parts
+    config: Any
+    inner_dim: int
+    norm_out: nn.Module
+
     def _build_embeddings(self, segments: dict[str, dict[str, Any]], dim: int) -> None:
         self.code_embeddings, self.proj_in = nn.ModuleDict(), nn.ModuleDict()
         for name, segment in segments.items():
@@ -267,6 +272,6 @@ def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:
     separate = check_flag(f"{argument}: separate_codebooks", owner.get("separate_codebooks", False))
     if "patch" in owner:
         patch = check_integers(f"{argument}: patch", owner["patch"], 1, len(segment["shape"]))
-        check_divisible(argument, segment["shape"], patch)
+        check_divisible(argument, tuple(segment["shape"]), tuple(patch))
     elif separate:
         raise ValueError(f"{argument}: separate_codebooks=True needs a patch: a codebook for each place in it")

@@ -160,7 +160,7 @@ class SegmentProcessor(ABC):
         None  # the component where the entry names none; "" where it must name one; None: needs none
     )
     named_beside: str | None = None  # the component beside that one
-    reader: type[ColumnReader] | None = None  # of a dataset's column
+    reader: type[ColumnReader]  # of a dataset's column
     noun = "value"  # for messages
     output_field = ""  # of the pipeline's output, where it has one
     takes_mask = False  # whether a mask says what of a value is unknown

@@ -5,12 +5,13 @@ Pure functions: the noise comes from an explicit generator or is an argument.
 
 import functools
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:

@@ -409,7 +409,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             # (Wang et al. 2025; with sigma = 0 Sahoo et al. 2024).
             sigma = self._remask_probability(ratio, next_ratio)
             revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
-        elif by_entropy:
+        elif entropies is not None:  # by_entropy
             # At temperature 0 the entropies are those at 1: of one code they would not say how sure the model is.
             entropy = entropies.masked_fill(~masked, math.inf)
             revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked

@@ -387,7 +387,7 @@ def set_aside(output_dir: Path, run: str, step: int) -> None:
         owner = _run_of(path)
         if owner == run and read_manifest(path).step <= step:
             continue
-        folder = output_dir / OLDER / (owner if re.fullmatch(r"[\w-]+", owner or "") else "unknown")
+        folder = output_dir / OLDER / (owner if owner and re.fullmatch(r"[\w-]+", owner) else "unknown")
         folder.mkdir(parents=True, exist_ok=True)
         target, count = folder / path.name, 1
         while target.exists():

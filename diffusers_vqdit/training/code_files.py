@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ INDEX_FILE = "segments.json"
 SUFFIXES = ("", "_prompts", "_variants")
 
 
-def write_shard(path: Path, columns: dict[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
+def write_shard(path: Path, columns: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
     """Write each column's rows of codes, of any shape, and return the shard's entry in the index."""
     arrays = {}
     for name, rows in columns.items():

@@ -103,7 +103,8 @@ def encode_dataset(
     for note in encoder.notes:
         logger.warning(note)
 
-    shards, skipped = [], 0
+    shards: list[dict[str, Any]] = []
+    skipped = 0
     starts = range(0, len(dataset), shard_size)
     with scratch_folder(Path(output_dir)) as scratch:
         for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
@@ -160,8 +161,8 @@ class _Encoder:
                 if key not in self.readers:
                     self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
-            if self.of[name][0].shape is not None:
-                self.shapes[name] = self.of[name][0].shape
+            if (shape := self.of[name][0].shape) is not None:
+                self.shapes[name] = shape
         self.notes = [note for reader in self.readers.values() for note in reader.notes]
         self.settings = next((reader.settings for reader in self.readers.values() if reader.settings), {})
         # The first whose values are files, and may be broken.

@@ -25,7 +25,7 @@ from ..utils.weight_files import check_finite, fsync, move_into_place, unfinishe
 try:
     import resource  # not on Windows
 except ImportError:
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 SCRATCH_PREFIX = ".tmp-diffusers-vqdit-"
 CHECKPOINT_PREFIX = "checkpoint-"

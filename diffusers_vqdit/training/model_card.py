@@ -109,7 +109,7 @@ def training_card(
         tags=["diffusers_vqdit", "vq-vae", *kind["tags"]],
         datasets=[shown.dataset_name] if data_is_public else None,
         base_model=base_models or None,
-        widget=[{"text": text, "output": {"url": path}} for path, text in (samples or {}).items()] or None,
+        widget=[dict(text=text, output={"url": path}) for path, text in (samples or {}).items()] or None,
         model_name=name.split("/")[-1],
         eval_results=[_eval_result(measure, kind["pipeline_tag"]) for measure in measures] or None,
     )
@@ -198,7 +198,7 @@ def _base_models(args: argparse.Namespace) -> list[str]:
     keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
     names = [getattr(args, key, None) for key in keys]
     names += [flag.tokenizer for flag in getattr(args, "segment", ())]
-    return [name for name in names if _is_hub_id(name)]
+    return [name for name in names if name is not None and _is_hub_id(name)]
 
 
 def _eval_result(measure: Measure, pipeline_tag: str) -> EvalResult:

@@ -59,7 +59,8 @@ def draw_gallery(
         the prompts by the path of their picture in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    gallery, secrets = {}, known_secrets(hub_token)
+    gallery: dict[str, str] = {}
+    secrets = known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
         images = pipeline(**passing(pipeline, argument, prompts), generator=generators).images

@@ -124,9 +124,9 @@ def columns_of_flags(
         raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
     if text_columns and caption_column is None:
         raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
-    for column in text_columns:
-        if column in RESERVED or column == caption_column:
-            raise ValueError(f"text_columns={text_columns!r}: {column!r} can't name a segment of its own")
+    for title in text_columns:
+        if title in RESERVED or title == caption_column:
+            raise ValueError(f"text_columns={text_columns!r}: {title!r} can't name a segment of its own")
     if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
         raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
 
@@ -165,7 +165,8 @@ def name_tokenizers(
     Raises:
         ValueError: if a segment's tokenizer is missing, or isn't needed.
     """
-    found, used = {}, {}
+    found: dict[str, SegmentColumn] = {}
+    used: dict[str, Any] = {}
     for name, column in columns.items():
         kind = MODALITIES[check_choice(f"segments[{name!r}]: the modality", column.modality, list(MODALITIES))]
         if kind.tokenizer is None:

@@ -75,7 +75,7 @@ def load_codes(
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
         _take_tokenizers(codes, parts, available, segments)
-        codes.check_tokenizers(*(parts[name] for name in NAMED), parts["segment_tokenizers"])
+        codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
         _check_labels(args, parts, codes, segments)
         settle_reading(args, parts, codes)
         return codes
@@ -131,7 +131,7 @@ def segment_columns(
                     "leave the tokenizer out"
                 )
             title = entry.get("tokenizer")
-            model, beside = available.get(title, (None, None))
+            model, beside = available.get(title or "", (None, None))
             options = MODALITIES[modality].known_options(entry, known[name], model)
         columns[name] = SegmentColumn(modality, column, model, beside, title, options=options)
     return columns

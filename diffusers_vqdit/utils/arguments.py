@@ -8,7 +8,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -110,7 +110,7 @@ class _ArgumentParser(argparse.ArgumentParser):
         # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing.
         self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         super().error(without_secrets(message, known_secrets()))
 
 

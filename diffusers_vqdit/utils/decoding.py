@@ -26,7 +26,8 @@ def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channe
         ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
             read as RGB ([`~utils.images.to_rgb`]).
     """
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    data: Any = value.get("bytes") if isinstance(value, dict) else None
+    path: Any = value.get("path") if isinstance(value, dict) else None
     if data is None and path is None:
         raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
     # A pipe would block, and Pillow would say of a folder that it may not be read.
@@ -36,7 +37,7 @@ def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channe
         Image.init()
         # EPS pictures are programs that Ghostscript runs, for as long as they like.
         formats = [name for name in Image.ID if name != "EPS"]
-        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
+        picture: Image.Image = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
     except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
         raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
     with picture:
@@ -86,7 +87,7 @@ def as_picture_column(dataset, column: str):
     elif isinstance(feature, dict):
         known = {"bytes": (*_BYTES, "null"), "path": (*_PATHS, "null")}
         fields = {name: getattr(feature[name], "dtype", "") for name in known if name in feature}
-        accepted = fields and all(
+        accepted = bool(fields) and all(
             dtype in known[name] or (name == "bytes" and dtype.startswith("fixed_size_binary"))
             for name, dtype in fields.items()
         )

@@ -116,12 +116,14 @@ def push_folder(
                 raise ValueError(f"files has {name!r}, which is no file in folder={str(folder)!r}")
     else:
         names = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    allowed = None if allow_patterns is None else [*allow_patterns]
     ignored = [*ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
-    names = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignored))
+    names = list(filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=ignored))
     if not names:
         raise ValueError(f"folder={str(folder)!r} has no file to publish (allow_patterns={allow_patterns})")
     api, prefix, repository, operations = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else "", None, None
-    for attempt in range(max_retries + 1):
+    attempt = 0
+    while True:
         try:
             repository = repository or api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             operations = operations or [CommitOperationAdd(prefix + name, _content(folder, name)) for name in names]
@@ -136,6 +138,7 @@ def push_folder(
             delay = wait * 2**attempt
             _push_logger.warning(f"upload to {repo_id} failed, trying again in {delay:.1f} s: {error}")
             time.sleep(delay)
+            attempt += 1
 
 
 def _content(folder: str | os.PathLike, name: str) -> str | bytes:
@@ -153,7 +156,7 @@ def _content(folder: str | os.PathLike, name: str) -> str | bytes:
     return str(path) if cleaned == text else cleaned.encode("utf-8")
 
 
-def _is_transient(error: Exception) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether trying again may help: the server failed, or the connection did."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429

@@ -125,7 +125,7 @@ def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Ten
             f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
             f"{', '.join(sorted(kinds))}"
         )
-    read = []
+    read: list[torch.Tensor] = []
     for one in images:
         axis = -1 if isinstance(one, np.ndarray) else -3
         if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
@@ -165,8 +165,8 @@ def fit_images(
             pixels.append(one)
         elif isinstance(one, torch.Tensor):
             bands = [Image.fromarray(band.numpy()) for band in (one * 255).round().byte().cpu()]
-            bands = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
-            pixels.append((torch.from_numpy(np.stack(bands)).float() / 255).to(one.device))
+            arrays = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
+            pixels.append((torch.from_numpy(np.stack(arrays)).float() / 255).to(one.device))
         else:
             pixels.append(_pixels(resize_image(one, size, resize_mode)))
     return torch.stack(pixels)
@@ -174,11 +174,11 @@ def fit_images(
 
 def own_size(images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
     """Pictures from [`read_images`] at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
-    images = [_pixels(one) if isinstance(one, Image.Image) else one for one in images]
-    sizes = {tuple(one.shape[1:]) for one in images}
+    pixels = [_pixels(one) if isinstance(one, Image.Image) else one for one in images]
+    sizes = {tuple(one.shape[1:]) for one in pixels}
     if len(sizes) > 1:
         raise ValueError(f"image: the pictures of one call must have one size here, got {sorted(sizes)}")
-    return torch.stack(images)
+    return torch.stack(pixels)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
@@ -225,7 +225,7 @@ def _grey_mask(mask: Image.Image) -> Image.Image:
     except ValueError as error:
         raise ValueError(f"mask_image: {error}") from error
     grey = rgb.convert("L")
-    if transparent and grey.getextrema()[1] < 128:
+    if transparent and np.asarray(grey).max() < 128:
         raise ValueError(
             "mask_image is transparent or black everywhere, so that nothing would be repainted: paint white where to "
             "repaint"
@@ -291,9 +291,9 @@ def resize_pixels(pixels: torch.Tensor, size: tuple[int, int], resize_mode: str 
         )
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         return resize(pixels[..., top : top + inner[0], left : left + inner[1]], size)
-    top, left, *inner = fitted_box((height, width), size)
-    right, bottom = size[1] - left - inner[1], size[0] - top - inner[0]
-    return F.pad(resize(pixels, tuple(inner)), (left, right, top, bottom), value=1.0)
+    top, left, *fitted = fitted_box((height, width), size)
+    right, bottom = size[1] - left - fitted[1], size[0] - top - fitted[0]
+    return F.pad(resize(pixels, (fitted[0], fitted[1])), (left, right, top, bottom), value=1.0)
 
 
 def cut_out(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

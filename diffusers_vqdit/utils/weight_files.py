@@ -223,6 +223,29 @@ def check_weights(
         )
 
 
+def check_converted(expected: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor], kind: str) -> None:
+    """Raise a ValueError unless converted weights are a model's, name by name and shape by shape.
+
+    Args:
+        expected: the model's own tensors, of which names and shapes are read.
+        converted: those of another code base, under our names.
+        kind: what the message calls the model.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in converted]
+    problems += [f"{name} is not part of the architecture" for name in converted if name not in expected]
+    problems += [
+        f"{name} must have shape {tuple(own.shape)}, got {tuple(converted[name].shape)}"
+        for name, own in expected.items()
+        if name in converted and converted[name].shape != own.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(
+            f"the checkpoint is not a whole {kind} that the diffusers blocks can express (names after conversion): "
+            f"{'; '.join(problems[:4])}{more}"
+        )
+
+
 def _kind(tensor: torch.Tensor) -> str:
     if tensor.is_floating_point():
         return "floating-point"
