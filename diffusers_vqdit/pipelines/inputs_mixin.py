@@ -1,5 +1,6 @@
 """What a call of a pipeline over codes asks for: its arguments checked and read, and the task they mean."""
 
+import math
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class InputsMixin:
             guidance_scale = max(one.guidance_scale for one in generated) if self._can_guide(task) else 1.0
         if num_inference_steps is None:
             steps = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
-            num_inference_steps = max(steps) if steps else sum(one.shape[0] for one in generated)
+            num_inference_steps = max(steps) if steps else sum(math.prod(one.shape) for one in generated)
         temperatures = [one.temperature for one in generated]
         if temperature is None and task.given and None not in temperatures:
             temperature = max(temperatures)

@@ -178,3 +178,13 @@ class PluginPipelineMixin(CheckpointMixin):
             )
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)
+
+
+def forget_positions(
+    codes: torch.LongTensor, other: torch.LongTensor, touched: torch.BoolTensor, mask_token_id: int
+) -> torch.LongTensor:
+    """Codes (B, *grid), or (B, *grid, q) of q a position, with all those masked of the positions that are touched
+    (B, *grid) or have other codes in `other`."""
+    changed = (codes != other).reshape(*touched.shape, -1).any(-1)  # (B, *grid)
+    unknown = touched | changed
+    return codes.masked_fill(unknown.view(*unknown.shape, *[1] * (codes.ndim - unknown.ndim)), mask_token_id)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..models.config_checks import SEGMENT_KEYS
+from ..models.segment_layers import check_patch
 from ..pipelines.segment_processors import LABEL, check_segment_entries
 from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
@@ -80,7 +81,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         need(SEGMENT_NAME.fullmatch(name) is not None, "segments", name, "named with letters, digits and underscores")
         need(isinstance(segment, dict), entry, segment, "an object with vocab_size and shape")
         shape, size = segment.get("shape"), segment.get("vocab_size")
-        need(isinstance(shape, list) and len(shape) in (1, 2), f"{entry}.shape", shape, "[n] or [h, w]")
+        need(isinstance(shape, list) and len(shape) in (1, 2, 3), f"{entry}.shape", shape, "[n], [h, w] or [t, h, w]")
         for number in (size, *shape):
             need(type(number) is int and 0 < number < 2**31, entry, segment, "of positive integers")
         if "shared_with" in segment:
@@ -95,6 +96,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     entries = {n: {k: v for k, v in one.items() if k not in SEGMENT_KEYS} for n, one in segments.items()}
     segments = {n: {k: v for k, v in one.items() if k in SEGMENT_KEYS} for n, one in segments.items()}
     try:
+        for name in segments:
+            check_patch(segments, name)
         entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments, TOKENIZERS)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,16 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
-from ..pipelines.segment_processors import IMAGE, LABEL, LOWRES, TEXT, check_segment_entries, entry_by_name
+from ..pipelines.segment_processors import (
+    IMAGE,
+    LABEL,
+    LOWRES,
+    TEXT,
+    ImageSegment,
+    TextSegment,
+    check_segment_entries,
+    entry_by_name,
+)
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.checks import check_integer
@@ -124,10 +134,9 @@ def encode_dataset(
                 digest.update(tensor_sha256(pictures).encode())
                 batches = pictures.split(batch_size)
                 columns |= _encode_pictures(batches, image_vq, image_augmentations, lowres_factor, generator)
-                shape = list(columns[IMAGE][0].shape)
-                segments[IMAGE] = {"vocab_size": image_vq.num_codes, "shape": shape}
+                segments[IMAGE] = _geometry(image_vq, columns[IMAGE][0], ImageSegment.ndim)
                 if lowres_factor is not None:
-                    segments[LOWRES] = {**segments[IMAGE], "shared_with": IMAGE}
+                    segments[LOWRES] = _geometry(image_vq, columns[LOWRES][0], ImageSegment.ndim, IMAGE)
             encoded = {}
             for column, lists in texts.items():
                 chosen = [lists[row] for row in rows]
@@ -137,8 +146,7 @@ def encode_dataset(
                 if column is None:
                     continue
                 columns[name] = [codes[0] for codes in encoded[column]]
-                shared = {"shared_with": TEXT} if name != TEXT else {}
-                segments[name] = {"vocab_size": text_vq.num_codes, "shape": list(columns[name][0].shape), **shared}
+                segments[name] = _geometry(text_vq, columns[name][0], TextSegment.ndim, None if name == TEXT else TEXT)
                 if any(len(row) > 1 for row in texts[column]):
                     columns[f"{name}_variants"] = encoded[column]
             if wordings:
@@ -154,7 +162,8 @@ def encode_dataset(
         if skipped:
             logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
         used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
-        entries = {n: entry_by_name(n, geometry, labels or [], lowres_factor) for n, geometry in segments.items()}
+        owners = {n: segments.get(geometry.get("shared_with"), {}) for n, geometry in segments.items()}
+        entries = {n: entry_by_name(n, owners[n] | one, labels or [], lowres_factor) for n, one in segments.items()}
         entries = check_segment_entries(entries, segments, TOKENIZERS)
         settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
         write_index(
@@ -208,6 +217,18 @@ def _encode_label_column(dataset, column: str, labels: list[str] | None) -> tupl
     return codes, list(names.values())
 
 
+def _geometry(
+    model: ImageVQModel | TextVQModel, codes: torch.Tensor, ndim: int, shared_with: str | None = None
+) -> dict[str, Any]:
+    """A segment of one sample's codes, whose positions have `ndim` axes: residual codes share a position."""
+    geometry = {"vocab_size": model.num_codes, "shape": list(codes.shape)}
+    if shared_with is not None:
+        return {**geometry, "shared_with": shared_with}
+    if codes.ndim > ndim:
+        geometry |= {"patch": [1] * ndim + [codes.shape[-1]], "separate_codebooks": True}
+    return geometry
+
+
 def _remove_codes(folder: Path) -> None:
     """Remove an earlier index and its shards, the index first, so that what is left is never read."""
     for old in [folder / INDEX_FILE, *folder.glob(f"codes-{'[0-9]' * 5}.parquet")]:
@@ -215,7 +236,7 @@ def _remove_codes(folder: Path) -> None:
 
 
 def _encode_lists(lists: list[list[str]], text_vq: TextVQModel, tokenizer, batch_size: int) -> list[torch.Tensor]:
-    """Codes (V, L) of the texts of each row."""
+    """Codes (V, L), or (V, L, q), of the texts of each row."""
     codes = encode_texts([text for row in lists for text in row], text_vq, tokenizer, batch_size)
     return list(codes.split([len(row) for row in lists]))
 
@@ -234,7 +255,7 @@ def _encode_pictures(
     lowres_factor: int | None,
     generator: torch.Generator,
 ) -> dict[str, list[torch.Tensor]]:
-    """Columns of codes (h, w) of uint8 pictures, of moved copies and of smaller ones."""
+    """Columns of codes (h, w), or (h, w, q), of uint8 pictures, of moved copies and of smaller ones."""
 
     def encode(change=lambda pixels: pixels) -> torch.Tensor:
         return torch.cat([image_vq.encode_codes(change(to_pixels(x)).to(image_vq.device)).cpu() for x in batches])
@@ -250,7 +271,7 @@ def _encode_pictures(
 
 
 def encode_texts(texts: list[str], text_vq: TextVQModel, tokenizer, batch_size: int = 64) -> torch.Tensor:
-    """Codes (N, L) int64 of `texts`, on the CPU."""
+    """Codes (N, L), or (N, L, q), int64 of `texts`, on the CPU."""
     codes = []
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]

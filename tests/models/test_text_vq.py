@@ -139,7 +139,7 @@ def test_merging_leaves_one_code_of_those_that_rounding_would_choose_among(token
     model.save_pretrained(tmp_path)
     assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(ids), codes)
     residual = TextVQModel(vocab_size=32, max_length=12, num_codebooks=2, codebook_norm="none")
-    with pytest.raises(ValueError, match="num_codebooks=1, the model has 2"):
+    with pytest.raises(ValueError, match="num_quantizers=1, the model has 2"):
         residual.merge_codes()
 
 
