@@ -1,6 +1,5 @@
 """How like two pictures are, and how much of a codebook is in use."""
 
-
 import torch
 
 
