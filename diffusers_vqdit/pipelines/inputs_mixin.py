@@ -39,15 +39,16 @@ class InputsMixin:
         options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
         parts = [*self._optional_components, "image_processor", "pixel_processor"]
         components = {name: getattr(self, name) for name in parts}
+        segments, known = self.transformer.config.segments or {}, (list(self.config.labels), self.config.lowres_factor)
         return {
             name: make_segment(
                 name,
-                said.get(name) or entry_by_name(name, geometry, list(self.config.labels), self.config.lowres_factor),
+                said.get(name) or entry_by_name(name, segments, *known),
                 geometry=geometry,
                 components=components,
                 **options,
             )
-            for name, geometry in (self.transformer.config.segments or {}).items()
+            for name, geometry in segments.items()
         }
 
     def _segment(self, name: str) -> SegmentProcessor:

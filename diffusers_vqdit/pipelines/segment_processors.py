@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
+from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, check_integer, shown
 from ..utils.images import (
     back_project,
@@ -91,9 +92,9 @@ class SegmentProcessor:
         resize_mode: str,
         device: Callable[[], torch.device],
     ) -> None:
-        self.name, self.entry, self.resize_mode, self.device = name, entry, resize_mode, device
+        self.name, self.entry, self.components = name, entry, components
+        self.resize_mode, self.device = resize_mode, device
         self.vocab_size, self.shape = geometry["vocab_size"], tuple(geometry["shape"])
-        self.components = components
         self.argument = next((a for a, segment in ARGUMENTS.items() if segment == name), f"inputs[{name!r}]")
 
     @property
@@ -114,8 +115,8 @@ class SegmentProcessor:
         Raises:
             ValueError: for an option that doesn't fit.
         """
-        several = segments[segments[name].get("shared_with", name)].get("separate_codebooks") and cls.tokenizer
-        if len(segments[name]["shape"]) not in (cls.ndim, cls.ndim + bool(several)):
+        axes = len(segments[name]["shape"])
+        if cls.ndim not in (axes, axes - (cls.tokenizer is not None and has_codebooks(segments, name))):
             raise ValueError(
                 f"{where}['modality']={entry['modality']!r} needs a grid of {cls.ndim} dimensions, but the "
                 f"transformer has {name!r} of shape {list(segments[name]['shape'])}"
@@ -215,7 +216,7 @@ class ImageSegment(SegmentProcessor):
             self.vq.encode_codes(resize_pixels(filled, self.resolution))
             for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
         )
-        touched = touched_patches(mask, self.resolution, self.shape[: self.ndim])
+        touched = touched_patches(mask, self.resolution, self.shape[:2])
 
         def finish(codes: torch.LongTensor, repeats: int, output_type: str) -> Any:
             every = (tensor.repeat_interleave(repeats, dim=0) for tensor in (pixels, mask))
@@ -230,9 +231,8 @@ class ImageSegment(SegmentProcessor):
 
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
-        return self.components["image_processor"].postprocess(
-            self.vq.decode_codes(codes).sample, output_type=output_type
-        )
+        sample = self.vq.decode_codes(codes).sample
+        return self.components["image_processor"].postprocess(sample, output_type)
 
 
 class LowResolutionSegment(ImageSegment):
@@ -250,9 +250,8 @@ class LowResolutionSegment(ImageSegment):
             # Both segments have one tokenizer's codes.
             drawn, lowres = self.vq.decode_codes(codes).sample.float(), pixels.repeat_interleave(repeats, dim=0)
             enlarged = join_tiles(drawn, tuple(lowres.shape[-2:]), factor)
-            return self.components["image_processor"].postprocess(
-                back_project(enlarged, 2.0 * lowres - 1.0), output_type
-            )
+            enlarged = back_project(enlarged, 2.0 * lowres - 1.0)
+            return self.components["image_processor"].postprocess(enlarged, output_type)
 
         codes = self.vq.encode_codes(resize(tiles, (height, width)))
         return EncodedValue(codes, self.entry["lowres_of"], finish, len(tiles) // len(pixels))
@@ -396,11 +395,11 @@ def label_names(names: Any) -> list[str]:
     return list(names)
 
 
-def entry_by_name(name: str, geometry: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
-    """What a segment is in a checkpoint that doesn't say it: by its name and its grid, codebooks' axis left out."""
+def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
+    """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid of positions."""
     if name == LABEL:
         return {"modality": "label", "names": labels}
-    if len(geometry["shape"]) - bool(geometry.get("separate_codebooks")) == ImageSegment.ndim:
+    if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndim:
         lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": "image", **lowres}
     return {"modality": "text"}

@@ -162,8 +162,7 @@ def encode_dataset(
         if skipped:
             logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
         used = (image_vq if image_column else None, text_vq if texts else None, tokenizer if texts else None)
-        owners = {n: segments.get(geometry.get("shared_with"), {}) for n, geometry in segments.items()}
-        entries = {n: entry_by_name(n, owners[n] | one, labels or [], lowres_factor) for n, one in segments.items()}
+        entries = {name: entry_by_name(name, segments, labels or [], lowres_factor) for name in segments}
         entries = check_segment_entries(entries, segments, TOKENIZERS)
         settings = {"resolution": resolution, "resize_mode": resize_mode, "image_augmentations": image_augmentations}
         write_index(
