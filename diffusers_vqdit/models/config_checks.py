@@ -214,6 +214,11 @@ def check_text_vq(config: Mapping[str, Any]) -> None:
         raise ValueError(f"kernel_size={c['kernel_size']} must be odd")
     options = ("num_codes", "code_dim", *_QUANTIZER_CHOICES, *_QUANTIZER_NUMBERS)
     check_quantizer(**{name: c[name] for name in options if name in c})
+    if c["quantizer_type"] == "rvq" and c["code_dim"] % c["downsample_factor"]:
+        raise ValueError(
+            f"code_dim={c['code_dim']} must be a multiple of downsample_factor={c['downsample_factor']} with "
+            "quantizer_type='rvq'"
+        )
     for name in ("num_codebooks", "num_quantizers"):
         if c[name] > 1 and c["codebook_norm"] == "l2":
             raise ValueError(f"{name}={c[name]} needs codebook_norm='none', not 'l2': residuals have no unit length")

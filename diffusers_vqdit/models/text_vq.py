@@ -62,6 +62,10 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     whose transformer puts a position's codes into one position. With ``"vq"`` it has one, or `num_codebooks` residual
     codes side by side: (B, L * num_codebooks).
 
+    Each of the r = `downsample_factor` tokens of a position has `code_dim` / r of the channels that ``"rvq"``
+    quantizes, and level i of q sees those of the first ceil(i r / q) tokens. So what its code says of these doesn't
+    hang on the tokens after them, and tokens that were never seen side by side come back too.
+
     Encoder and decoder see a window of some tokens only. What a code means then hardly depends on the rest of the
     caption, so captions that were never seen come back as well.
 
@@ -115,13 +119,19 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         patch = downsample_factor * hidden_size
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.encoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
-        self.to_code = nn.Sequential(nn.LayerNorm(patch), nn.Linear(patch, code_dim))
+        number = num_codebooks * num_quantizers
+        if quantizer_type == "rvq":
+            width, channels = hidden_size, code_dim // downsample_factor  # token by token
+            seen = [-(-downsample_factor * level // number) * channels for level in range(1, number + 1)]
+        else:
+            width, channels, seen = patch, code_dim, [code_dim] * number
+        self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
         # Residual codes are Euclidean: a norm keeps the latents' scale from drifting away from the codebook's.
-        self.code_norm = nn.Identity() if codebook_norm == "l2" else nn.LayerNorm(code_dim, elementwise_affine=False)
+        self.code_norm = nn.Identity() if codebook_norm == "l2" else nn.LayerNorm(channels, elementwise_affine=False)
         self.quantizers = ResidualVectorQuantizer(
             VectorQuantizer(
                 num_codes,
-                code_dim,
+                dim,
                 beta=beta,
                 codebook_norm=codebook_norm,
                 codebook_update=codebook_update,
@@ -129,7 +139,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
             )
-            for _ in range(num_codebooks * num_quantizers)
+            for dim in seen
         )
         self.from_code = nn.Linear(code_dim, patch)
         self.decoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
@@ -226,8 +236,14 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     def _encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         hidden_states = self._run(self.encoder, self.token_embedding(input_ids))  # (B, T, H)
-        patches = hidden_states.unflatten(1, (-1, self.config.downsample_factor)).flatten(2)  # (B, T/r, rH)
-        return self.code_norm(self.to_code(patches))  # (B, T/r, D)
+        if self.config.quantizer_type == "vq":
+            hidden_states = self._join(hidden_states)  # (B, T/r, rH)
+        latents = self.code_norm(self.to_code(hidden_states))
+        return latents if self.config.quantizer_type == "vq" else self._join(latents)  # (B, T/r, D)
+
+    def _join(self, states: torch.Tensor) -> torch.Tensor:
+        """States (B, T, C) of tokens as those of positions (B, T/r, rC)."""
+        return states.unflatten(1, (-1, self.config.downsample_factor)).flatten(2)
 
     @apply_forward_hook
     @torch.no_grad()

@@ -161,6 +161,11 @@ def test_a_bad_argument_is_named_before_anything_is_built(maker, name, monkeypat
             {"quantizer_type": "rvq", "num_codebooks": 2, "codebook_norm": "none"},
             ["num_codebooks=2", "quantizer_type='rvq'"],
         ),
+        (
+            "text",
+            {"quantizer_type": "rvq", "downsample_factor": 4, "code_dim": 6, "codebook_norm": "none"},
+            ["code_dim=6", "downsample_factor=4"],
+        ),
         ("image", {"num_quantizers": 2}, ["num_quantizers=2", "quantizer_type='vq'"]),
         ("image", {"quantizer_type": "rvq", "codebook_norm": "l2"}, ["codebook_norm='l2'", "quantizer_type='rvq'"]),
         ("codes", {"segments": {"a": {"vocab_size": 0, "shape": [4]}}}, ["segments['a']", "vocab_size=0"]),

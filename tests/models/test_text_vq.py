@@ -157,13 +157,12 @@ def test_merging_leaves_one_code_of_those_that_rounding_would_choose_among(token
 @pytest.mark.parametrize("levels", [1, 3])
 def test_residual_codes_are_those_that_lay_side_by_side_with_an_axis_of_their_own(tokenizer, tmp_path, levels):
     options = {"vocab_size": len(tokenizer), "max_length": 12, "num_codes": 64, "hidden_size": 16, "code_dim": 4}
-    options |= {"downsample_factor": 2, "codebook_norm": "none"}
-    line = TextVQModel(**options, num_codebooks=levels).eval()
-    model = TextVQModel(**options, quantizer_type="rvq", num_quantizers=levels).eval()
+    line = TextVQModel(**options, codebook_norm="none", num_codebooks=levels).eval()
+    model = TextVQModel(**options, codebook_norm="none", quantizer_type="rvq", num_quantizers=levels).eval()
     model.load_state_dict(line.state_dict())
     batch = tokens(tokenizer, ["a red apple", "红苹果"])
     codes, flat = model.encode_codes(**batch), line.encode_codes(**batch)
-    assert codes.shape == (2, 6, levels) and torch.equal(codes.flatten(1), flat)
+    assert codes.shape == (2, 12, levels) and torch.equal(codes.flatten(1), flat)
     assert torch.equal(model.decode_codes(codes), line.decode_codes(flat))
     assert torch.equal(model.embed(**batch), line.embed(**batch))
     for ours, other in zip(model.encode_states(**batch), line.encode_states(**batch), strict=True):
@@ -174,8 +173,34 @@ def test_residual_codes_are_those_that_lay_side_by_side_with_an_axis_of_their_ow
     torch.testing.assert_close(output.perplexity.mean(), other.perplexity)
     model.save_pretrained(tmp_path)
     assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(**batch), codes)
-    with pytest.raises(ValueError, match=rf"shape \(B, 6, {levels}\), got \(2, {6 * levels}\)"):
+    with pytest.raises(ValueError, match=rf"shape \(B, 12, {levels}\), got \(2, {12 * levels}\)"):
         model.decode_codes(flat)
+
+
+@pytest.mark.parametrize(
+    ("factor", "levels", "seen"), [(2, 2, [1, 2]), (4, 2, [2, 4]), (3, 2, [2, 3]), (2, 3, [1, 2, 2])]
+)
+def test_a_level_sees_the_first_tokens_of_a_position_only(factor, levels, seen):
+    model = TextVQModel(
+        vocab_size=50,
+        max_length=12,
+        downsample_factor=factor,
+        num_codes=40,
+        code_dim=4 * factor,
+        codebook_norm="none",
+        quantizer_type="rvq",
+        num_quantizers=levels,
+    ).train()
+    ids = torch.randint(1, 50, (32, 12))
+    for _ in range(3):
+        model(ids)
+    codes = model.eval().encode_codes(ids)
+    for place in range(factor):
+        changed = ids.unflatten(1, (-1, factor)).clone()
+        changed[:, :, place] = changed[:, :, place] % 49 + 1
+        other = model.encode_codes(changed.flatten(1))
+        for level in range(levels):
+            assert torch.equal(other[..., level], codes[..., level]) == (place >= seen[level])
 
 
 def test_residual_codes_halve_the_error():
