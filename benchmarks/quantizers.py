@@ -3,7 +3,7 @@
 
     python benchmarks/quantizers.py --max_train_steps 3000 --output_dir outputs/quantizers
 
-Beside the package's five, those of vector-quantize-pytorch are dropped into the same model and loop where it is
+Beside the package's own, those of vector-quantize-pytorch are dropped into the same model and loop where it is
 installed (pip install vector-quantize-pytorch), with options that match. All have about as many codes: `--num_codes`
 must be a power of two, and FSQ takes levels whose product is near it. All have the same seed and see the same batches.
 Speed is that of a training step of the whole model, relative to the first row's, all taking turns. What
@@ -67,6 +67,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
     ours = {
         "vq": {**codebook, **ema},
         "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
+        "rvq, two codes": {**codebook, **ema, "codebook_norm": "none", "quantizer_type": "rvq", "num_quantizers": 2},
         "simvq": {**codebook, "quantizer_type": "simvq", "gradient_estimator": "rotation"},
         "ibq": {**codebook, "quantizer_type": "ibq", **entropy},
         "ibq, unit length": {**codebook, "quantizer_type": "ibq", "codebook_norm": "l2", **entropy},

@@ -50,7 +50,7 @@ from diffusers_vqdit.training.image_losses import (
     discriminator_loss,
     generator_loss,
 )
-from diffusers_vqdit.training.metrics import code_usage, psnr
+from diffusers_vqdit.training.metrics import by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
@@ -281,9 +281,9 @@ def validate(
             drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
     model.train()
     grid = save_grid(VaeImageProcessor().postprocess(torch.cat(drawn)), len(drawn[0]), args.output_dir, step)
-    usage, perplexity = code_usage(torch.cat(codes), model.num_codes)
-    psnr_mean = float(torch.cat(values).mean())
-    return {"validation/psnr": psnr_mean, "validation/usage": usage, "validation/perplexity": perplexity}, grid
+    counts = [torch.bincount(part, minlength=model.num_codes) for part in by_level(torch.cat(codes))]
+    figures = {"psnr": float(torch.cat(values).mean()), **level_figures(*usage_of_counts(torch.stack(counts)))}
+    return {f"validation/{name}": value for name, value in figures.items()}, grid
 
 
 def publish(
@@ -393,7 +393,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         run.end_step(step)
         values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in logs.values()])
         logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
-        logs |= {"usage": output.usage.item(), "perplexity": output.perplexity.item()}
+        logs |= level_figures(output.usage, output.perplexity)
         speed = seen / (time.time() - started)
         progress.update(1)
         shown = {"mse": f"{logs['mse']:.4f}", "vq": f"{logs['commitment']:.4f}", "usage": f"{logs['usage']:.2f}"}

@@ -27,14 +27,16 @@ from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
+from diffusers_vqdit.training.metrics import level_figures
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
-from diffusers_vqdit.utils.texts import normalized, tokenize_to_length
+from diffusers_vqdit.utils.texts import tokenize_to_length
 
 
 logger = get_logger(__name__)
@@ -54,7 +56,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--max_length", type=positive_integer, default=24, help="Tokens of a caption; longer ones are cut."
     )
     model.add_argument("--downsample_factor", type=positive_integer, default=1, help="Tokens a code position.")
-    model.add_argument("--num_codebooks", type=positive_integer, default=1, help="Residual codes a position.")
+    model.add_argument("--quantizer_type", choices=["vq", "rvq"], default="vq", help="rvq: residual codes.")
+    model.add_argument("--num_quantizers", type=positive_integer, default=1, help="Codes a position, of rvq.")
+    model.add_argument(
+        "--num_codebooks", type=positive_integer, default=1, help="Codes a position of vq, which lie side by side."
+    )
     model.add_argument("--num_codes", type=positive_integer, default=4096)
     model.add_argument("--code_dim", type=positive_integer, default=16)
     model.add_argument("--hidden_size", type=positive_integer, default=128)
@@ -62,7 +68,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--kernel_size", type=positive_integer, default=1, help="Window of the convolutions, in positions."
     )
-    model.add_argument("--codebook_norm", choices=["none", "l2"], default="l2")
+    model.add_argument(
+        "--codebook_norm",
+        choices=["none", "l2"],
+        help="By default l2 for vq and none for rvq.",
+    )
     model.add_argument("--restart_threshold", type=non_negative_number, default=0.05)
 
     data = parser.add_argument_group("data")
@@ -80,6 +90,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=share,
         default=0.25,
         help="Share of tokens replaced by random ones, so that rare tokens and new neighbours are learned too.",
+    )
+
+    data.add_argument(
+        "--pack_captions",
+        action="store_true",
+        help="Train on rows of several captions, a position of padding after each: faster where most are short.",
     )
 
     add_training_arguments(
@@ -153,6 +169,23 @@ def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return captions, captions if args.validation_split == "none" else read(args.validation_split)
 
 
+def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: int) -> torch.Tensor:
+    """Tokens (M, T) of several captions a row, of those (N, T) of one a row, in their order.
+
+    Each begins at a position of its own, and one position of padding or more comes after it, but at a row's end.
+    """
+    length = tokens.shape[1]
+    sizes = (tokens != pad_token_id).sum(1).add(downsample_factor - 1).div(downsample_factor, rounding_mode="floor")
+    rows, end = [], length
+    for caption, size in zip(tokens, (sizes * downsample_factor).tolist(), strict=True):
+        if end + size > length:
+            rows.append(torch.full_like(caption, pad_token_id))
+            end = 0
+        rows[-1][end : end + size] = caption[:size]
+        end += size + downsample_factor
+    return torch.stack(rows)
+
+
 def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     if args.pretrained_model_name_or_path is not None:
         model, tokenizer = load_text_vq(
@@ -165,13 +198,15 @@ def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQMo
             max_length=args.max_length,
             pad_token_id=tokenizer.pad_token_id,
             downsample_factor=args.downsample_factor,
+            quantizer_type=args.quantizer_type,
+            num_quantizers=args.num_quantizers,
             num_codebooks=args.num_codebooks,
             num_codes=args.num_codes,
             code_dim=args.code_dim,
             hidden_size=args.hidden_size,
             num_layers=args.num_layers,
             kernel_size=args.kernel_size,
-            codebook_norm=args.codebook_norm,
+            codebook_norm=args.codebook_norm or ("none" if args.quantizer_type == "rvq" else "l2"),
             restart_threshold=args.restart_threshold,
         )
     model.train()
@@ -186,13 +221,9 @@ def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQMo
 @torch.no_grad()
 def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
     """Share of captions that come back exactly as text."""
-    model.eval()
-    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
-    decoded = [model.decode_codes(model.encode_codes(part.to(model.device))).argmax(-1) for part in tokens.split(256)]
-    texts = tokenizer.batch_decode(torch.cat(decoded), skip_special_tokens=True)
+    figures = measure_text_tokenizer(model, tokenizer, {"captions": captions})
     model.train()
-    exact = sum(text == normalized(tokenizer, truth) for text, truth in zip(texts, captions, strict=True))
-    return {"validation/exact": exact / len(captions)}
+    return {"validation/exact": figures["exact_captions"]}
 
 
 def publish(
@@ -227,6 +258,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     model, tokenizer = build_model(args, captions)
     warn_of_cut(captions, tokenizer, model.config.max_length)
     tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
+    if args.pack_captions:
+        tokens = pack_captions(tokens, tokenizer.pad_token_id, model.config.downsample_factor)
+    captions_a_row = len(captions) / len(tokens)
 
     # 2. Optimizer and learning rate
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
@@ -270,7 +304,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 if ema is not None and stepped:
                     ema.step(model.parameters())
             optimizer.zero_grad()
-        seen += len(batch) * accelerator.num_processes
+        seen += captions_a_row * len(batch) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
 
@@ -280,8 +314,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         logs = {
             "cross_entropy": losses[0],
             "commitment": losses[1],
-            "usage": output.usage.item(),
-            "perplexity": output.perplexity.item(),
+            **level_figures(output.usage, output.perplexity),
             "gradient_norm": norm,
             "skipped_steps": run.skipped_steps,
             "captions_per_second": seen / (time.time() - started),
@@ -311,7 +344,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         if ema is not None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()
-        if model.config.num_codebooks == 1:
+        if len(model.quantizers) == 1:
             kept = len(model.merge_codes())
             logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
         publish(args, model, tokenizer, held_out)

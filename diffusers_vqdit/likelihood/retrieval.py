@@ -119,7 +119,7 @@ def all_masked(
 def _marginal(
     transformer: VQDiTTransformer2DModel, gallery: GalleryIndex, segment: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`all_masked`] with nothing given: computed once for a gallery, since it is of one model ([`transformer_digest`])."""
+    """[`all_masked`] with nothing given: computed once for a gallery, as it is of one model."""
     device = transformer.device
     key = segment, device, torch.is_autocast_enabled(device.type)
     if key not in gallery._marginals:

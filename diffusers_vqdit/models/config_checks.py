@@ -29,8 +29,8 @@ def check_quantizer(**options: Any) -> None:
     for name, value in options.items():
         if name in _QUANTIZER_CHOICES:
             check_choice(name, value, _QUANTIZER_CHOICES[name])
-        elif name in ("num_codes", "code_dim"):
-            check_integer(name, value, 1, MAX_CODES if name == "num_codes" else MAX_WIDTH)
+        elif name in _QUANTIZER_SIZES:
+            check_integer(name, value, 1, _QUANTIZER_SIZES[name])
         elif name == "levels":
             check_levels(name, value)
         else:
@@ -46,6 +46,7 @@ _QUANTIZER_CHOICES = {
     "codebook_init": ("uniform", "data", "kmeans"),
     "gradient_estimator": ("straight_through", "rotation"),
 }
+_QUANTIZER_SIZES = {"num_codes": MAX_CODES, "code_dim": MAX_WIDTH, "num_quantizers": MAX_LAYERS}
 # Lowest and highest value, and whether the lowest is left out.
 _QUANTIZER_NUMBERS = {
     "beta": (0, None, False),
@@ -209,17 +210,24 @@ def check_text_vq(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"max_length={c['max_length']} must be a multiple of downsample_factor={c['downsample_factor']}"
         )
-    check_integer("num_codebooks", c["num_codebooks"], 1, MAX_LAYERS)
+    check_choice("quantizer_type", c["quantizer_type"], ("vq", "rvq"))
+    for name, other in (("num_codebooks", "rvq"), ("num_quantizers", "vq")):
+        if check_integer(name, c[name], 1, MAX_LAYERS) > 1 and c["quantizer_type"] == other:
+            raise ValueError(f"{name}={c[name]} must be 1 with quantizer_type={other!r}")
     check_integer("hidden_size", c["hidden_size"], 1, MAX_WIDTH)
     check_integer("num_layers", c["num_layers"], 0, MAX_LAYERS)
     if check_integer("kernel_size", c["kernel_size"], 1, MAX_WIDTH) % 2 == 0:
         raise ValueError(f"kernel_size={c['kernel_size']} must be odd")
     options = ("num_codes", "code_dim", *_QUANTIZER_CHOICES, *_QUANTIZER_NUMBERS)
     check_quantizer(**{name: c[name] for name in options if name in c})
-    if c["num_codebooks"] > 1 and c["codebook_norm"] == "l2":
+    if c["quantizer_type"] == "rvq" and c["code_dim"] % c["downsample_factor"]:
         raise ValueError(
-            f"num_codebooks={c['num_codebooks']} needs codebook_norm='none', not 'l2': residuals have no unit length"
+            f"code_dim={c['code_dim']} must be a multiple of downsample_factor={c['downsample_factor']} with "
+            "quantizer_type='rvq'"
         )
+    for name in ("num_codebooks", "num_quantizers"):
+        if c[name] > 1 and c["codebook_norm"] == "l2":
+            raise ValueError(f"{name}={c[name]} needs codebook_norm='none', not 'l2': residuals have no unit length")
 
 
 def check_transformer(config: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from .outputs import CastableOutput
 from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
 from .quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
 from .quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from .quantizers_residual import ResidualVectorQuantizer
 
 
 _ENTROPY = ("entropy_weight", "entropy_temperature")
@@ -30,6 +31,10 @@ _ENTROPY = ("entropy_weight", "entropy_temperature")
 QUANTIZER_OPTIONS = {
     "vq": (
         *("beta", "codebook_norm", "codebook_update", "codebook_init", "ema_decay", "restart_threshold"),
+        *("gradient_estimator", *_ENTROPY),
+    ),
+    "rvq": (
+        *("num_quantizers", "beta", "codebook_update", "codebook_init", "ema_decay", "restart_threshold"),
         *("gradient_estimator", *_ENTROPY),
     ),
     "simvq": ("beta", "gradient_estimator", *_ENTROPY),
@@ -47,8 +52,9 @@ class ImageVQOutput(CastableOutput):
         sample (`torch.Tensor` of shape `(B, C, H, W)`): the reconstruction.
         commit_loss (`torch.Tensor`): the quantizer's loss, with all its terms; a scalar.
         entropy_loss (`torch.Tensor`): the entropy loss's share of `commit_loss`.
-        codes (`torch.LongTensor` of shape `(B, h, w)`): in [0, num_codes).
-        usage, perplexity (`torch.Tensor`): of the batch's codes, see [`~models.quantizers.QuantizerOutput`].
+        codes (`torch.LongTensor` of shape `(B, h, w)`, or `(B, h, w, q)` of residual codes): in [0, num_codes).
+        usage, perplexity (`torch.Tensor`): of the batch's codes, see [`~models.quantizers.QuantizerOutput`]; `(q,)` of
+            residual codes, one a level.
     """
 
     sample: torch.Tensor
@@ -72,7 +78,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
             `quant_conv`.
         pixel_range: the range of pixels that encoder and decoder were trained with. Pictures given and returned are
             in [-1, 1] whatever it is.
-        quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]); ``"simvq"``
+        quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]); ``"rvq"``,
+            q residual codes a position ([`~models.quantizers_residual.ResidualVectorQuantizer`]); ``"simvq"``
             ([`~models.quantizers_codebook.SimVectorQuantizer`]), ``"ibq"``
             ([`~models.quantizers_codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
             ([`~models.quantizers_lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
@@ -90,6 +97,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         entropy_weight, entropy_temperature: of the entropy loss.
         fsq_levels: levels of each of FSQ's channels. `vq_embed_dim` must be their number, and `num_vq_embeddings`
             their product; with ``"lfq"`` it must be 2^vq_embed_dim.
+        num_quantizers: levels q of ``"rvq"``, each with a codebook of `num_vq_embeddings` codes.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.
@@ -131,6 +139,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         entropy_temperature: float = 0.01,
         fsq_levels: tuple[int, ...] | None = None,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
+        num_quantizers: int = 1,
     ) -> None:
         parameters = inspect.signature(ImageVQModel.__init__).parameters
         check_image_vq(self.config, QUANTIZER_OPTIONS, {name: one.default for name, one in parameters.items()})
@@ -170,6 +179,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
             entropy_weight=entropy_weight,
             entropy_temperature=entropy_temperature,
             fsq_levels=fsq_levels,
+            num_quantizers=num_quantizers,
         )
         self.use_slicing = False
         self.use_tiling = False
@@ -215,7 +225,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
     @property
     def num_codes(self) -> int:
-        """Size K of the codebook."""
+        """Size K of the codebook, of each of them with residual codes."""
         return self.config.num_vq_embeddings
 
     @property
@@ -258,7 +268,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
     @apply_forward_hook
     @torch.no_grad()
     def encode_codes(self, sample: torch.Tensor) -> torch.LongTensor:
-        """Codes (B, h, w) int64 in [0, num_codes) of pictures (B, C, H, W) in [-1, 1].
+        """Codes (B, h, w), or (B, h, w, q), int64 in [0, num_codes) of pictures (B, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: if the shape, dtype or value range is not that.
@@ -276,13 +286,15 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
     @apply_forward_hook
     def decode_codes(self, codes: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """Pictures (B, C, H, W), about [-1, 1], of codes (B, h, w).
+        """Pictures (B, C, H, W), about [-1, 1], of codes (B, h, w) or (B, h, w, q).
 
         Raises:
             ValueError: if the codes have another shape or dtype, or are out of range.
         """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must have shape (B, h, w), got {tuple(codes.shape)}")
+        levels = (self.config.num_quantizers,) if self.config.quantizer_type == "rvq" else ()
+        if codes.ndim != 3 + len(levels) or codes.shape[3:] != levels:
+            shape = ", ".join(map(str, ("B", "h", "w", *levels)))
+            raise ValueError(f"codes must have shape ({shape}), got {tuple(codes.shape)}")
         vectors = self.quantize.lookup(codes).to(self.dtype)
         quantized = vectors.permute(0, 3, 1, 2).contiguous()  # (B, D, h, w)
         return self.decode(quantized, force_not_quantize=True, return_dict=return_dict)
@@ -385,6 +397,9 @@ def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) ->
     taken = {name: options[name] for name in QUANTIZER_OPTIONS[quantizer_type]}
     if quantizer_type == "vq":
         return VectorQuantizer(num_codes, code_dim, **taken)
+    if quantizer_type == "rvq":
+        number = taken.pop("num_quantizers")
+        return ResidualVectorQuantizer(VectorQuantizer(num_codes, code_dim, **taken) for _ in range(number))
     if quantizer_type == "simvq":
         return SimVectorQuantizer(num_codes, code_dim, **taken)
     if quantizer_type == "ibq":

@@ -302,19 +302,30 @@ class VectorQuantizer(CodebookQuantizer):
             ValueError: if the vectors do not end in D channels, or in training if the moving averages are not float32.
         """
         self.check_vectors(vectors)
+        with torch.autocast(device_type=vectors.device.type, enabled=False):
+            z = self.flat(vectors)
+            output = self.assign(z)
+            quantized = self.estimate(z, output.quantized).to(vectors.dtype).view(vectors.shape)
+            codes = output.codes.view(vectors.shape[:-1])
+            return QuantizerOutput(**{**output, "quantized": quantized, "codes": codes})
+
+    def flat(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors (..., D) as (N, D) float32, of unit length with ``codebook_norm="l2"``."""
+        z = vectors.reshape(-1, self.code_dim).float()
+        return F.normalize(z, dim=-1) if self.codebook_norm == "l2" else z
+
+    def estimate(self, z: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        """`quantized` with a gradient to `z`, both (N, D)."""
+        return (rotate_to if self.gradient_estimator == "rotation" else straight_through)(z, quantized)
+
+    def assign(self, z: torch.Tensor) -> QuantizerOutput:
+        """What `forward` gives of vectors (N, D) as [`flat`] makes them, but `quantized` as the codebook has it."""
         if self.training and hasattr(self, "cluster_size") and self.cluster_size.dtype != torch.float32:
             # An update is some hundredth of the average: below the resolution of half precision for a steady code.
             raise ValueError(
                 f"the codebook's moving averages are {self.cluster_size.dtype}, training needs torch.float32: keep "
                 "the model in float32 and use autocast (mixed precision)"
             )
-        with torch.autocast(device_type=vectors.device.type, enabled=False):
-            return self._forward(vectors)
-
-    def _forward(self, vectors: torch.Tensor) -> QuantizerOutput:
-        z = vectors.reshape(-1, self.code_dim).float()  # (N, D)
-        if self.codebook_norm == "l2":
-            z = F.normalize(z, dim=-1)
         if self.training and self.codebook_init != "uniform" and self.updates == 0:
             self._initialize(gather_rows(z.detach()))
         codebook = self.codebook.float()
@@ -333,10 +344,9 @@ class VectorQuantizer(CodebookQuantizer):
         share = self.use_of_codes(codes)
         if self.training:
             self._update(z.detach(), codes, share, (z - quantized).detach().square().sum(1))
-        estimate = rotate_to if self.gradient_estimator == "rotation" else straight_through
         return QuantizerOutput(
-            quantized=estimate(z, quantized).to(vectors.dtype).view(vectors.shape),
-            codes=codes.view(vectors.shape[:-1]),
+            quantized=quantized,
+            codes=codes,
             loss=loss + entropy_loss,
             entropy_loss=entropy_loss,
             usage=(share > 0).float().mean(),

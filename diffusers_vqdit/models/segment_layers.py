@@ -200,6 +200,11 @@ def segment_patch(segments: dict[str, dict[str, Any]], name: str) -> tuple[int, 
     return tuple(table.get("patch", (1,) * len(segments[name]["shape"])))
 
 
+def has_codebooks(segments: dict[str, dict[str, Any]], name: str) -> bool:
+    """Whether the places in a segment's patch have codebooks of their own, as the last axis of residual codes has."""
+    return segments[segments[name].get("shared_with", name)].get("separate_codebooks", False)
+
+
 def num_tables(segments: dict[str, dict[str, Any]], name: str) -> int:
     """The embedding tables, and heads, of a segment that shares with none."""
     return math.prod(segment_patch(segments, name)) if segments[name].get("separate_codebooks") else 1

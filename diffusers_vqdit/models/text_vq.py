@@ -13,6 +13,7 @@ from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .config_checks import check_text_vq
 from .outputs import CastableOutput
 from .quantizers import VectorQuantizer
+from .quantizers_residual import ResidualVectorQuantizer
 
 
 SIF_SMOOTHING = 1e-3  # a of Arora et al. 2017, who found 1e-3 to 1e-4 best
@@ -25,8 +26,9 @@ class TextVQOutput(CastableOutput):
     Args:
         logits (`torch.Tensor` of shape `(B, T, V)`): scores of the tokens.
         commit_loss (`torch.Tensor`): codebook and commitment loss, a scalar.
-        codes (`torch.LongTensor` of shape `(B, L)`): in [0, num_codes).
-        usage, perplexity (`torch.Tensor`): of the batch's codes, means over the codebooks.
+        codes (`torch.LongTensor` of shape `(B, L)`, or `(B, L, q)` of residual codes): in [0, num_codes).
+        usage, perplexity (`torch.Tensor`): of the batch's codes, means over the codebooks; `(q,)` of residual codes,
+            one a level.
     """
 
     logits: torch.Tensor
@@ -54,9 +56,15 @@ class ConvBlock(nn.Module):
 class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     """A VQ-VAE over token ids.
 
-    `downsample_factor` tokens share a position, and each position has `num_codebooks` residual codes (Zeghidour et al.
-    2021, SoundStream, section III.C), so a caption of up to `max_length` tokens becomes L = max_length /
-    downsample_factor * num_codebooks codes, the codes of a position side by side.
+    `downsample_factor` tokens share a position, so a caption of up to `max_length` tokens has L = max_length /
+    downsample_factor of them. With ``quantizer_type="rvq"`` a position has q = `num_quantizers` residual codes
+    (Zeghidour et al. 2021, SoundStream, section III.C) and a caption the codes (B, L, q): a segment of shape [L, q],
+    whose transformer puts a position's codes into one position. With ``"vq"`` it has one, or `num_codebooks` residual
+    codes side by side: (B, L * num_codebooks).
+
+    Each of the r = `downsample_factor` tokens of a position has `code_dim` / r of the channels that ``"rvq"``
+    quantizes, and level i of q sees those of the first ceil(i r / q) tokens. So what its code says of these doesn't
+    hang on the tokens after them, and tokens that were never seen side by side come back too.
 
     Encoder and decoder see a window of some tokens only. What a code means then hardly depends on the rest of the
     caption, so captions that were never seen come back as well.
@@ -66,12 +74,14 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         max_length: number T of token positions; shorter captions are padded.
         pad_token_id: the token of padding.
         downsample_factor: tokens a position.
-        num_codebooks: residual codes a position.
+        num_codebooks: codes a position with ``"vq"``.
         num_codes: size K of the codebook; residual codebooks are told apart by their place.
         code_dim: length of a code vector.
         hidden_size, num_layers, kernel_size: width, depth and window (odd) of the encoder and the decoder.
         beta, codebook_norm, codebook_update, codebook_init, ema_decay, restart_threshold: see
-            [`~models.quantizers.VectorQuantizer`].
+            [`~models.quantizers.VectorQuantizer`]. Several codes a position need ``codebook_norm="none"``.
+        quantizer_type: ``"vq"`` or ``"rvq"``.
+        num_quantizers: codes a position with ``"rvq"``.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.
@@ -101,19 +111,27 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         codebook_init: str = "data",
         ema_decay: float = 0.99,
         restart_threshold: float = 0.05,
+        quantizer_type: str = "vq",
+        num_quantizers: int = 1,
     ) -> None:
         super().__init__()
         check_text_vq(self.config)
         patch = downsample_factor * hidden_size
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.encoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
-        self.to_code = nn.Sequential(nn.LayerNorm(patch), nn.Linear(patch, code_dim))
+        number = num_codebooks * num_quantizers
+        if quantizer_type == "rvq":
+            width, channels = hidden_size, code_dim // downsample_factor  # token by token
+            seen = [-(-downsample_factor * level // number) * channels for level in range(1, number + 1)]
+        else:
+            width, channels, seen = patch, code_dim, [code_dim] * number
+        self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels))
         # Residual codes are Euclidean: a norm keeps the latents' scale from drifting away from the codebook's.
-        self.code_norm = nn.Identity() if codebook_norm == "l2" else nn.LayerNorm(code_dim, elementwise_affine=False)
-        self.quantizers = nn.ModuleList(
+        self.code_norm = nn.Identity() if codebook_norm == "l2" else nn.LayerNorm(channels, elementwise_affine=False)
+        self.quantizers = ResidualVectorQuantizer(
             VectorQuantizer(
                 num_codes,
-                code_dim,
+                dim,
                 beta=beta,
                 codebook_norm=codebook_norm,
                 codebook_update=codebook_update,
@@ -121,7 +139,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
             )
-            for _ in range(num_codebooks)
+            for dim in seen
         )
         self.from_code = nn.Linear(code_dim, patch)
         self.decoder = nn.ModuleList(ConvBlock(hidden_size, kernel_size) for _ in range(num_layers))
@@ -136,8 +154,14 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     @property
     def num_code_positions(self) -> int:
-        """Number L of codes of a caption."""
+        """Number L of codes of a caption, or of its positions where they have several."""
         return self.config.max_length // self.config.downsample_factor * self.config.num_codebooks
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of a caption's codes: (L,), or (L, q) of residual codes."""
+        levels = (self.config.num_quantizers,) if self.config.quantizer_type == "rvq" else ()
+        return (self.num_code_positions, *levels)
 
     @torch.no_grad()
     def merge_codes(self, tolerance: float = 0.05) -> torch.LongTensor:
@@ -157,7 +181,10 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             ValueError: with several codebooks, which can't differ in size.
         """
         if len(self.quantizers) > 1:
-            raise ValueError(f"merge_codes needs num_codebooks=1, the model has {len(self.quantizers)}")
+            raise ValueError(
+                f"merge_codes needs num_codebooks=1 and num_quantizers=1, the model has {len(self.quantizers)} "
+                "codebooks"
+            )
         quantizer = self.quantizers[0]
         codebook = quantizer.codebook.double()  # (K, D)
         radius = tolerance * codebook.square().sum(1).mean()
@@ -169,6 +196,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 free[code] = True
         kept = free.nonzero()[:, 0]
         quantizer.keep(kept)
+        self.quantizers.num_codes = len(kept)
         self.register_to_config(num_codes=len(kept))
         return kept
 
@@ -208,35 +236,42 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     def _encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         hidden_states = self._run(self.encoder, self.token_embedding(input_ids))  # (B, T, H)
-        patches = hidden_states.unflatten(1, (-1, self.config.downsample_factor)).flatten(2)  # (B, T/r, rH)
-        return self.code_norm(self.to_code(patches))  # (B, T/r, D)
+        if self.config.quantizer_type == "vq":
+            hidden_states = self._join(hidden_states)  # (B, T/r, rH)
+        latents = self.code_norm(self.to_code(hidden_states))
+        return latents if self.config.quantizer_type == "vq" else self._join(latents)  # (B, T/r, D)
+
+    def _join(self, states: torch.Tensor) -> torch.Tensor:
+        """States (B, T, C) of tokens as those of positions (B, T/r, rC)."""
+        return states.unflatten(1, (-1, self.config.downsample_factor)).flatten(2)
 
     @apply_forward_hook
     @torch.no_grad()
     def encode_codes(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
     ) -> torch.LongTensor:
-        """Codes (B, L) int64 in [0, num_codes) of token ids (B, T). Tokens where the mask is zero count as padding.
+        """Codes (B, L), or (B, L, q), int64 in [0, num_codes) of token ids (B, T). Tokens where the mask is zero count
+        as padding.
 
         Raises:
             ValueError: if the shape or dtype is another, or an id is out of range.
         """
-        residual = self._encode(self._check_tokens(input_ids, attention_mask))
-        codes = []
-        for quantizer in self.quantizers:
-            codes.append(quantizer.encode(residual))
-            residual = residual - quantizer.lookup(codes[-1])
-        return torch.stack(codes, -1).flatten(1)  # (B, T/r, q) -> (B, L)
+        codes = self.quantizers.encode(self._encode(self._check_tokens(input_ids, attention_mask)))
+        return codes.view(-1, *self.code_shape)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Codes to tokens
 
+    def _levels(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """The codes of each position (B, T/r, codes), whose number may be 1."""
+        if codes.shape[1:] != self.code_shape:
+            shape = ", ".join(map(str, self.code_shape))
+            raise ValueError(f"codes must have shape (B, {shape}), got {tuple(codes.shape)}")
+        return codes.reshape(len(codes), -1, len(self.quantizers))
+
     def _lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         """Sum (B, T/r, D) of the residual codes' vectors."""
-        if codes.ndim != 2 or codes.shape[1] != self.num_code_positions:
-            raise ValueError(f"codes must have shape (B, {self.num_code_positions}), got {tuple(codes.shape)}")
-        each = codes.unflatten(1, (-1, self.config.num_codebooks)).unbind(-1)
-        return sum(quantizer.lookup(part) for quantizer, part in zip(self.quantizers, each, strict=True))
+        return self.quantizers.lookup(self._levels(codes))
 
     def _decode_states(self, quantized: torch.Tensor) -> torch.Tensor:
         patches = self.from_code(quantized)  # (B, T/r, rH)
@@ -248,7 +283,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode_codes(self, codes: torch.LongTensor) -> torch.Tensor:
-        """Logits (B, T, V) over the tokens, of codes (B, L).
+        """Logits (B, T, V) over the tokens, of codes (B, L) or (B, L, q).
 
         Raises:
             ValueError: if the shape or dtype is another, or a code is out of range.
@@ -288,7 +323,7 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         states = self._decode_states(self._lookup(codes)).float()  # (B, T, H)
         weights = (tokens != self.config.pad_token_id).float()
         if hasattr(self.quantizers[0], "cluster_size"):
-            each = codes.unflatten(1, (-1, self.config.num_codebooks)).unbind(-1)
+            each = self._levels(codes).unbind(-1)
             frequencies = [q.cluster_size.float()[part] for q, part in zip(self.quantizers, each, strict=True)]
             frequency = torch.stack(frequencies).mean(0)  # (B, T/r)
             rarity = SIF_SMOOTHING / (SIF_SMOOTHING + frequency)
@@ -300,21 +335,17 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     ) -> TextVQOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode token ids (B, T)."""
         latents = self._encode(self._check_tokens(input_ids, attention_mask))
-        residual, outputs = latents, []
-        for quantizer in self.quantizers:
-            outputs.append(quantizer(residual))
-            residual = residual - outputs[-1].quantized.detach()
-        quantized = sum(output.quantized for output in outputs)
-        # Straight through the sum, once: each residual code would else pass the gradient on again.
-        logits = self._decode(latents + (quantized - latents).detach())
-        loss = sum(output.loss for output in outputs)
-        codes = torch.stack([output.codes for output in outputs], -1).flatten(1)
+        output = self.quantizers(latents)
+        # Straight through to the latents, not to their unit vectors.
+        logits = self._decode(latents + (output.quantized - latents).detach())
+        codes = output.codes.view(-1, *self.code_shape)
         if not return_dict:
-            return logits, loss, codes
+            return logits, output.loss, codes
+        each = self.config.quantizer_type == "rvq"
         return TextVQOutput(
             logits=logits,
-            commit_loss=loss,
+            commit_loss=output.loss,
             codes=codes,
-            usage=torch.stack([output.usage for output in outputs]).mean(),
-            perplexity=torch.stack([output.perplexity for output in outputs]).mean(),
+            usage=output.usage if each else output.usage.mean(),
+            perplexity=output.perplexity if each else output.perplexity.mean(),
         )

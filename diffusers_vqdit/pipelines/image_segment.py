@@ -26,7 +26,7 @@ from ..utils.images import (
     split_tiles,
     touched_patches,
 )
-from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcessor
+from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
 class ImageReader(ColumnReader):
@@ -127,7 +127,7 @@ class ImageSegment(SegmentProcessor):
     def check_entry(cls, where: str, entry: dict[str, Any], name: str, segments: Mapping[str, Any]) -> dict[str, Any]:
         entry = super().check_entry(where, entry, name, segments)
         if "lowres_of" in entry:
-            others = [other for other in segments if other != name and len(segments[other]["shape"]) in cls.ndims]
+            others = [n for n in segments if n != name and len(segments[n]["shape"]) == len(segments[name]["shape"])]
             check_choice(f"{where}['lowres_of']", entry["lowres_of"], others)
             entry["factor"] = check_integer(f"{where}['factor']", entry.get("factor", 2), 2)
         elif "factor" in entry:
@@ -183,13 +183,12 @@ class ImageSegment(SegmentProcessor):
             for filled in (smooth, smooth.masked_fill(mask > 0, 0.0))
         )
         touched = touched_patches(mask, self.resolution, self.shape[:2])  # (B, h, w)
-        unknown = touched.view(*touched.shape, *[1] * (codes.ndim - 3)) | (codes != other)
 
         def finish(codes: torch.LongTensor, repeats: int, output_type: str) -> Any:
             every = (tensor.repeat_interleave(repeats, dim=0) for tensor in (pixels, mask))
             return self.paste(codes, *every, output_type)
 
-        return EncodedValue(codes.masked_fill(unknown, self.vocab_size), self.name, finish)
+        return EncodedValue(forget_positions(codes, other, touched, self.vocab_size), self.name, finish)
 
     def paste(self, codes: torch.LongTensor, pixels: torch.Tensor, mask: torch.Tensor, output_type: str) -> Any:
         """Pictures of codes (B, h, w) where a mask (B, 1, H, W) is 1, elsewhere `pixels` (B, C, H, W) in [0, 1]."""

@@ -27,15 +27,16 @@ class InputsMixin:
         said = self.config.get("segments") or {}
         options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
         components = self._tokenizing_components
+        segments, known = self.transformer.config.segments or {}, (list(self.config.labels), self.config.lowres_factor)
         return {
             name: make_segment(
                 name,
-                said.get(name) or entry_by_name(name, geometry, list(self.config.labels), self.config.lowres_factor),
+                said.get(name) or entry_by_name(name, segments, *known),
                 geometry=geometry,
                 components=components,
                 **options,
             )
-            for name, geometry in (self.transformer.config.segments or {}).items()
+            for name, geometry in segments.items()
         }
 
     @property

@@ -29,7 +29,7 @@ from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
-from .segment_base import EncodedValue
+from .segment_base import EncodedValue, forget_positions
 from .segment_processors import check_label_names, check_segment_entries
 
 
@@ -216,7 +216,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
     def _forget(
         self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str
     ) -> torch.LongTensor:
-        """Codes (B, h, w) with the share `strength` of them masked, those that fit the others worst."""
+        """Codes (B, h, w), or (B, h, w, q), masked at the share `strength` of positions: where they fit the others
+        worst."""
         scheduler = self.scheduler
         times = (
             (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
@@ -226,8 +227,10 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         fit = code_log_probabilities(
             self.transformer, {segment: codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
         )[segment]  # (B, N)
+        fit = fit.unflatten(1, (codes.shape[1] * codes.shape[2], -1)).mean(2)  # (B, h * w)
         worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
-        return codes.flatten(1).scatter(1, worst, self._mask_token_id(segment)).view_as(codes)
+        touched = torch.zeros_like(fit, dtype=torch.bool).scatter(1, worst, True).view(codes.shape[:3])
+        return forget_positions(codes, codes, touched, self._mask_token_id(segment))
 
     def _mask_token_id(self, segment: str) -> int:
         return self.transformer.config.segments[segment]["vocab_size"]

@@ -155,10 +155,8 @@ class SegmentProcessor(ABC):
     """
 
     options: tuple[str, ...] = ()
-    ndims: tuple[int, ...] = (1, 2)  # of the grid of codes; the last may be residual codes of a position
-    tokenizer: str | None = (
-        None  # the component where the entry names none; "" where it must name one; None: needs none
-    )
+    ndims: tuple[int, ...] = (1, 2)  # of the grid of codes; the second is with residual codes of a position
+    tokenizer: str | None = None  # the component where the entry names none; "": it must name one; None: needs none
     named_beside: str | None = None  # the component beside that one
     reader: type[ColumnReader]  # of a dataset's column
     noun = "value"  # for messages
@@ -228,10 +226,11 @@ class SegmentProcessor(ABC):
         Raises:
             ValueError: for an option that doesn't fit.
         """
-        if len(segments[name]["shape"]) not in cls.ndims:
+        shape, residual = segments[name]["shape"], cls.tokenizer is not None and has_codebooks(segments, name)
+        if len(shape) not in cls.ndims or len(shape) > cls.ndims[0] and not residual:
             raise ValueError(
                 f"{where}['modality']={entry['modality']!r} needs a grid of {' or '.join(map(str, cls.ndims))} "
-                f"dimensions, but the transformer has {name!r} of shape {list(segments[name]['shape'])}"
+                f"dimensions, but the transformer has {name!r} of shape {list(shape)}"
             )
         return entry
 
@@ -281,3 +280,13 @@ class SegmentProcessor(ABC):
     def has_blanks(self, value: Any) -> bool:
         """Whether a value itself asks to be filled in."""
         return False
+
+
+def forget_positions(
+    codes: torch.LongTensor, other: torch.LongTensor, touched: torch.BoolTensor, mask_token_id: int
+) -> torch.LongTensor:
+    """Codes (B, *grid), or (B, *grid, q) of q a position, with all those masked of the positions that are touched
+    (B, *grid) or have other codes in `other`."""
+    changed = (codes != other).reshape(*touched.shape, -1).any(-1)  # (B, *grid)
+    unknown = touched | changed
+    return codes.masked_fill(unknown.view(*unknown.shape, *[1] * (codes.ndim - unknown.ndim)), mask_token_id)

@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
+from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
@@ -27,11 +28,11 @@ def modality_of(kind: type[SegmentProcessor]) -> str:
     return next(name for name, one in MODALITIES.items() if one is kind)
 
 
-def entry_by_name(name: str, geometry: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
-    """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid."""
+def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
+    """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid of positions."""
     if name == LABEL:
         return {"modality": modality_of(LabelSegment), "names": labels}
-    if len(geometry["shape"]) == 2:
+    if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndims[0]:
         lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": modality_of(ImageSegment), **lowres}
     return {"modality": modality_of(TextSegment)}

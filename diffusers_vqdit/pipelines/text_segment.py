@@ -12,7 +12,7 @@ from ..models.text_vq import TextVQModel
 from ..utils.checks import shown
 from ..utils.components import find_beside, find_component
 from ..utils.texts import caption_lists, check_texts, cut_texts, tokenize_to_length
-from .segment_base import ColumnReader, EncodedValue, SegmentProcessor
+from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
 logger = logging.get_logger(__name__)
@@ -123,8 +123,7 @@ class TextSegment(SegmentProcessor):
         filled = [self.vq.encode_codes(torch.where(known, tokens, token), attention_mask) for token in (pad, blank)]
         touched = (~known).unflatten(1, (-1, self.vq.config.downsample_factor)).any(-1)  # (B, T/r)
         touched = touched.repeat_interleave(filled[0].shape[1] // touched.shape[1], dim=1)
-        touched = touched.view(*touched.shape, *[1] * (filled[0].ndim - 2)) | (filled[0] != filled[1])
-        return filled[0].masked_fill(touched, self.vocab_size), tokens, known
+        return forget_positions(*filled, touched, self.vocab_size), tokens, known
 
     def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
         codes, *written = self.infill(values)

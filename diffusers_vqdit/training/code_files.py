@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..models.config_checks import SEGMENT_KEYS
+from ..models.segment_layers import check_patch
 from ..pipelines.segment_base import LABEL
 from ..pipelines.segment_processors import check_segment_entries
 from ..tasks import SEGMENT_NAME
@@ -95,6 +96,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     entries = {n: {k: v for k, v in one.items() if k not in SEGMENT_KEYS} for n, one in segments.items()}
     segments = {n: {k: v for k, v in one.items() if k in SEGMENT_KEYS} for n, one in segments.items()}
     try:
+        for name in segments:
+            check_patch(segments, name)
         entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error

@@ -213,15 +213,19 @@ class _Encoder:
         return {**shard, **wordings}
 
     def geometry(self) -> dict[str, dict[str, Any]]:
-        """Vocabulary size and shape of each segment. Those of one tokenizer and one shape share their embeddings."""
+        """Vocabulary size and shape of each segment, and the patch of residual codes, which share a position. Segments
+        of one tokenizer and one shape share their embeddings."""
         found: dict[str, dict[str, Any]] = {}
         first: dict[tuple, str] = {}
         for name, shape in self.shapes.items():
             found[name] = {"vocab_size": self.of[name][0].vocab_size, "shape": shape}
         for name, column in self.columns.items():
+            shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
             if column.tokenizer_name is not None:
-                other = first.setdefault((column.modality, column.tokenizer_name, *self.shapes[name]), name)
+                other = first.setdefault((column.modality, column.tokenizer_name, *shape), name)
                 found[name] |= {"shared_with": other} if other != name else {}
+            if len(shape) > ndim and "shared_with" not in found[name]:
+                found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
         return found
 
     def entries(self) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,5 @@
 """How like two pictures are, and how much of a codebook is in use."""
 
-import math
-
 import torch
 
 
@@ -42,7 +40,26 @@ def ssim(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def code_usage(codes: torch.Tensor, num_codes: int) -> tuple[float, float]:
     """Share of the codebook in use, and perplexity (exp of the entropy in nats), over all `codes`."""
-    counts = torch.bincount(codes.flatten(), minlength=num_codes).double()
-    probabilities = counts / counts.sum()
-    entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum()
-    return float((counts > 0).double().mean()), math.exp(float(entropy))
+    usage, perplexity = usage_of_counts(torch.bincount(codes.flatten(), minlength=num_codes))
+    return float(usage), float(perplexity)
+
+
+def usage_of_counts(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`code_usage`], float64 (...), of how often each code occurs (..., K)."""
+    share = counts.double() / counts.sum(-1, keepdim=True)
+    entropy = -(share * share.clamp_min(1e-30).log()).sum(-1)
+    return (counts > 0).double().mean(-1), entropy.exp()
+
+
+def by_level(codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Codes (N, h, w) as one row (N * h * w,); of residual ones (N, h, w, q) a row for each level."""
+    return codes.reshape(codes.shape[:3].numel(), -1).unbind(1)
+
+
+def level_figures(usage: torch.Tensor, perplexity: torch.Tensor) -> dict[str, float]:
+    """``usage`` and ``perplexity``; of residual codes' (q,) the means, and ``usage_1``, ``perplexity_1``, ... too."""
+    figures = {"usage": usage.mean().item(), "perplexity": perplexity.mean().item()}
+    if usage.numel() > 1:
+        figures |= {f"usage_{level}": value for level, value in enumerate(usage.tolist(), 1)}
+        figures |= {f"perplexity_{level}": value for level, value in enumerate(perplexity.tolist(), 1)}
+    return figures

@@ -1,15 +1,16 @@
-"""How well an image tokenizer gives pictures back, and how it uses its codes."""
+"""How well a tokenizer gives pictures or texts back, and how it uses its codes."""
 
 from collections.abc import Callable
 
 import torch
 
 from ..models.image_vq import ImageVQModel
-from ..models.quantizers import perplexity
+from ..models.text_vq import TextVQModel
 from ..utils.distributed import sum_over_processes
+from ..utils.texts import normalized, tokenize_to_length
 from .data import to_pixels
 from .frechet_distance import FrechetDistance
-from .metrics import psnr, ssim
+from .metrics import by_level, level_figures, psnr, ssim, usage_of_counts
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def measure_image_tokenizer(
 
     Returns:
         ``psnr`` in dB and ``ssim``, means over the pictures; ``mse`` of pixels in [-1, 1], over them all; ``usage``,
-        the share of the codes that is used; ``perplexity`` in [1, num_codes]; ``count``; and ``rfid`` with `features`.
+        the share of the codes that is used; ``perplexity`` in [1, num_codes]; of residual codes these two for each
+        level, ``usage_1``, ..., and their means; ``count``; and ``rfid`` with `features`.
 
     Raises:
         ValueError: if there are fewer pictures than processes.
@@ -42,7 +44,7 @@ def measure_image_tokenizer(
         raise ValueError(f"{len(pictures)} pictures can't be shared by {world_size} processes")
     model.eval()
     part, sums = pictures[rank::world_size], torch.zeros(4, dtype=torch.float64, device=model.device)
-    counts = torch.zeros(model.num_codes, dtype=torch.float64, device=model.device)
+    counts = torch.zeros(model.config.num_quantizers, model.num_codes, dtype=torch.float64, device=model.device)
     distance = None if features is None else FrechetDistance(features)
     for batch in part.split(batch_size):
         original = to_pixels(batch).to(model.device)
@@ -51,18 +53,49 @@ def measure_image_tokenizer(
         error = (decoded - original).square().mean((1, 2, 3))
         values = torch.stack([psnr(decoded, original), ssim(decoded, original), error, torch.ones_like(error)])
         sums += values.double().sum(1)
-        counts += torch.bincount(codes.flatten(), minlength=model.num_codes)
+        counts += torch.stack([torch.bincount(level, minlength=model.num_codes) for level in by_level(codes)])
         if distance is not None:
             distance.update(original, real=True)
             distance.update(decoded, real=False)
     sums, counts = sum_over_processes(sums), sum_over_processes(counts)
     count = sums[3].item()
     figures = {name: sums[index].item() / count for index, name in enumerate(("psnr", "ssim", "mse"))}
-    figures |= {
-        "usage": (counts > 0).double().mean().item(),
-        "perplexity": perplexity(counts / counts.sum()).item(),
-        "count": int(count),
-    }
+    figures |= level_figures(*usage_of_counts(counts)) | {"count": int(count)}
     if distance is not None:
         figures["rfid"] = distance.compute()
     return figures
+
+
+@torch.no_grad()
+def measure_text_tokenizer(
+    model: TextVQModel, tokenizer, captions: dict[str, list[str]], batch_size: int = 256
+) -> dict[str, float]:
+    """Shares of captions that come back exactly, as the tokenizer's normaliser writes them, and the use of codes.
+
+    Args:
+        model: the text VQ; it is left in evaluation mode.
+        tokenizer: the tokenizer beside it.
+        captions: by column, one or more each.
+        batch_size: captions encoded at once.
+
+    Returns:
+        ``exact_{column}`` of each column; ``usage`` and ``perplexity`` of the codes of positions that hold a token, as
+        [`measure_image_tokenizer`] has them; ``positions``, how many of these a caption has on average; ``count``.
+    """
+    model.eval()
+    figures, used, count = {}, [], 0
+    for column, texts in captions.items():
+        exact = 0
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            tokens = tokenize_to_length(tokenizer, part, model.config.max_length)[0].to(model.device)
+            codes = model.encode_codes(tokens)
+            decoded = tokenizer.batch_decode(model.decode_codes(codes).argmax(-1), skip_special_tokens=True)
+            exact += sum(text == normalized(tokenizer, truth) for text, truth in zip(decoded, part, strict=True))
+            real = (tokens != tokenizer.pad_token_id).unflatten(1, (-1, model.config.downsample_factor)).any(-1)
+            used.append(codes.reshape(*real.shape, -1)[real].cpu())  # (M, q)
+        figures[f"exact_{column}"] = exact / len(texts)
+        count += len(texts)
+    codes = torch.cat(used)
+    counts = torch.stack([torch.bincount(level, minlength=model.num_codes) for level in codes.unbind(1)])
+    return figures | level_figures(*usage_of_counts(counts)) | {"positions": len(codes) / count, "count": count}

@@ -56,7 +56,7 @@ NOT_NEGATIVE = [-0.5, math.nan, math.inf, "0.1", None, True, [0.1]]
 BAD = {
     "image": {
         **dict.fromkeys(["in_channels", "out_channels", "latent_channels", "sample_size", "layers_per_block"], COUNTS),
-        **dict.fromkeys(["num_vq_embeddings", "norm_num_groups"], COUNTS),
+        **dict.fromkeys(["num_vq_embeddings", "norm_num_groups", "num_quantizers"], COUNTS),
         "vq_embed_dim": [value for value in COUNTS if value is not None],
         **dict.fromkeys(["mid_block_add_attention", "lookup_from_codebook", "force_upcast"], FLAGS),
         **dict.fromkeys(["act_fn", "norm_type", "quantizer_type"], CHOICES),
@@ -70,11 +70,11 @@ BAD = {
         "latents_mean": [[0.0] * 4, 1.0],
     },
     "text": {
-        **dict.fromkeys(["vocab_size", "max_length", "downsample_factor", "num_codebooks"], COUNTS),
+        **dict.fromkeys(["vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_quantizers"], COUNTS),
         **dict.fromkeys(["num_codes", "code_dim", "hidden_size", "kernel_size"], COUNTS),
         "num_layers": COUNTS[1:],
         "pad_token_id": [-1, 20, 0.0, None, "0"],
-        **dict.fromkeys(["codebook_norm", "codebook_update", "codebook_init"], CHOICES),
+        **dict.fromkeys(["codebook_norm", "codebook_update", "codebook_init", "quantizer_type"], CHOICES),
         "beta": NOT_NEGATIVE,
         **dict.fromkeys(["ema_decay", "restart_threshold"], [2, *NOT_NEGATIVE]),
     },
@@ -154,6 +154,20 @@ def test_a_bad_argument_is_named_before_anything_is_built(maker, name, monkeypat
         ("image", {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, ["latents_std", "above 0"]),
         ("text", {"max_length": 5, "downsample_factor": 2}, ["max_length=5", "downsample_factor=2"]),
         ("text", {"num_codebooks": 2}, ["num_codebooks", "codebook_norm"]),
+        ("text", {"quantizer_type": "rvq", "num_quantizers": 2}, ["num_quantizers=2", "codebook_norm='none'"]),
+        ("text", {"num_quantizers": 2, "codebook_norm": "none"}, ["num_quantizers=2", "quantizer_type='vq'"]),
+        (
+            "text",
+            {"quantizer_type": "rvq", "num_codebooks": 2, "codebook_norm": "none"},
+            ["num_codebooks=2", "quantizer_type='rvq'"],
+        ),
+        (
+            "text",
+            {"quantizer_type": "rvq", "downsample_factor": 4, "code_dim": 6, "codebook_norm": "none"},
+            ["code_dim=6", "downsample_factor=4"],
+        ),
+        ("image", {"num_quantizers": 2}, ["num_quantizers=2", "quantizer_type='vq'"]),
+        ("image", {"quantizer_type": "rvq", "codebook_norm": "l2"}, ["codebook_norm='l2'", "quantizer_type='rvq'"]),
         ("codes", {"segments": {"a": {"vocab_size": 0, "shape": [4]}}}, ["segments['a']", "vocab_size=0"]),
         ("codes", {"segments": {"a": {"vocab_size": True, "shape": [4]}}}, ["segments['a']", "vocab_size"]),
         ("codes", {"segments": {"a": {"vocab_size": 10**9, "shape": [4]}}}, ["segments['a']", "vocab_size"]),

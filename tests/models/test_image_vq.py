@@ -87,6 +87,7 @@ def test_codes_are_those_of_the_forward_pass():
 
 QUANTIZERS = {
     "vq": {"gradient_estimator": "rotation", "entropy_weight": 0.1},
+    "rvq": {"num_quantizers": 3, "codebook_update": "ema", "codebook_init": "data", "restart_threshold": 0.1},
     "simvq": {"vq_embed_dim": 6, "gradient_estimator": "rotation"},
     "ibq": {"codebook_norm": "l2"},
     "fsq": {"fsq_levels": (4, 4, 4), "vq_embed_dim": 3},
@@ -118,6 +119,7 @@ def test_every_quantizer_trains_saves_and_loads(tmp_path, quantizer_type):
     model.eval().save_pretrained(tmp_path)
     loaded = ImageVQModel.from_pretrained(tmp_path)
     codes = model.encode_codes(sample)
+    assert codes.shape[3:] == ((3,) if quantizer_type == "rvq" else ()) and torch.equal(codes, model(sample).codes)
     assert codes.max() < model.num_codes == 64
     assert torch.equal(loaded.encode_codes(sample), codes)
     with torch.no_grad():

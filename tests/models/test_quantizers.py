@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from diffusers_vqdit.models.quantizers import VectorQuantizer, assignment_entropy, rotate_to
 from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
 from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers_residual import ResidualVectorQuantizer
 
 
 def test_loss_and_gradients_equal_autograd_on_the_formula():
@@ -144,6 +145,9 @@ DISTRIBUTED = {
     "restart": lambda: VectorQuantizer(16, 3, restart_threshold=0.9, gradient_estimator="rotation"),
     "vq, entropy": lambda: VectorQuantizer(16, 3, codebook_norm="l2", entropy_weight=0.1, entropy_temperature=0.5),
     "simvq": lambda: SimVectorQuantizer(16, 3),
+    "rvq": lambda: ResidualVectorQuantizer(
+        VectorQuantizer(16, 3, codebook_update="ema", codebook_init="kmeans", restart_threshold=0.5) for _ in range(3)
+    ),
     "ibq": lambda: IndexBackpropagationQuantizer(16, 3, entropy_weight=0.1, entropy_temperature=0.5),
     "lfq": lambda: LookupFreeQuantizer(3, entropy_weight=0.1, entropy_temperature=2.0),
 }

@@ -7,6 +7,9 @@ from accelerate.utils import convert_to_fp32
 from diffusers_vqdit import TextVQModel
 
 
+RESIDUAL = {"quantizer_type": "rvq", "num_quantizers": 2, "codebook_norm": "none"}
+
+
 def tokens(tokenizer, texts):
     return tokenizer(texts, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
 
@@ -84,6 +87,8 @@ def test_rare_codes_weigh_more_in_embeddings(text_vq, tokenizer):
         ({}, 12),
         ({"downsample_factor": 2, "num_codebooks": 2, "codebook_norm": "none", "kernel_size": 3}, 12),
         ({"downsample_factor": 3, "num_codebooks": 1, "num_layers": 2}, 4),
+        ({**RESIDUAL, "downsample_factor": 2, "kernel_size": 3}, (6, 2)),
+        ({**RESIDUAL, "downsample_factor": 4, "num_quantizers": 1}, (3, 1)),
     ],
 )
 def test_shapes_and_forward_agree_with_the_code_api(tokenizer, options, positions):
@@ -91,7 +96,8 @@ def test_shapes_and_forward_agree_with_the_code_api(tokenizer, options, position
     model.eval()
     batch = tokens(tokenizer, ["a red apple", "红苹果"])
     codes = model.encode_codes(batch.input_ids, batch.attention_mask)
-    assert codes.shape == (2, positions) == (2, model.num_code_positions)
+    shape = positions if isinstance(positions, tuple) else (positions,)
+    assert codes.shape == (2, *shape) == (2, *model.code_shape) and model.num_code_positions == shape[0]
     assert codes.dtype == torch.int64 and 0 <= codes.min() and codes.max() < 64
     output = model(batch.input_ids, batch.attention_mask)
     assert torch.equal(output.codes, codes)
@@ -99,7 +105,12 @@ def test_shapes_and_forward_agree_with_the_code_api(tokenizer, options, position
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"downsample_factor": 2, "num_codebooks": 2, "codebook_norm": "none", "kernel_size": 3}]
+    "options",
+    [
+        {},
+        {"downsample_factor": 2, "num_codebooks": 2, "codebook_norm": "none", "kernel_size": 3},
+        {**RESIDUAL, "downsample_factor": 2},
+    ],
 )
 def test_it_learns_to_give_captions_back(tokenizer, options):
     model = TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=256, hidden_size=32, code_dim=8, **options)
@@ -139,8 +150,61 @@ def test_merging_leaves_one_code_of_those_that_rounding_would_choose_among(token
     model.save_pretrained(tmp_path)
     assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(ids), codes)
     residual = TextVQModel(vocab_size=32, max_length=12, num_codebooks=2, codebook_norm="none")
-    with pytest.raises(ValueError, match="num_codebooks=1, the model has 2"):
+    with pytest.raises(ValueError, match="num_quantizers=1, the model has 2"):
         residual.merge_codes()
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_residual_codes_are_those_that_lay_side_by_side_with_an_axis_of_their_own(tokenizer, tmp_path, levels):
+    options = {"vocab_size": len(tokenizer), "max_length": 12, "num_codes": 64, "hidden_size": 16, "code_dim": 4}
+    line = TextVQModel(**options, codebook_norm="none", num_codebooks=levels).eval()
+    model = TextVQModel(**options, codebook_norm="none", quantizer_type="rvq", num_quantizers=levels).eval()
+    model.load_state_dict(line.state_dict())
+    batch = tokens(tokenizer, ["a red apple", "红苹果"])
+    codes, flat = model.encode_codes(**batch), line.encode_codes(**batch)
+    assert codes.shape == (2, 12, levels) and torch.equal(codes.flatten(1), flat)
+    assert torch.equal(model.decode_codes(codes), line.decode_codes(flat))
+    assert torch.equal(model.embed(**batch), line.embed(**batch))
+    for ours, other in zip(model.encode_states(**batch), line.encode_states(**batch), strict=True):
+        assert torch.equal(ours, other)
+    output, other = model(**batch), line(**batch)
+    assert torch.equal(output.logits, other.logits) and torch.equal(output.commit_loss, other.commit_loss)
+    assert output.usage.shape == output.perplexity.shape == (levels,)
+    torch.testing.assert_close(output.perplexity.mean(), other.perplexity)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(**batch), codes)
+    with pytest.raises(ValueError, match=rf"shape \(B, 12, {levels}\), got \(2, {12 * levels}\)"):
+        model.decode_codes(flat)
+
+
+@pytest.mark.parametrize(
+    ("factor", "levels", "seen"), [(2, 2, [1, 2]), (4, 2, [2, 4]), (3, 2, [2, 3]), (2, 3, [1, 2, 2])]
+)
+def test_a_level_sees_the_first_tokens_of_a_position_only(factor, levels, seen):
+    model = TextVQModel(
+        vocab_size=50,
+        max_length=12,
+        downsample_factor=factor,
+        num_codes=40,
+        code_dim=4 * factor,
+        codebook_norm="none",
+        quantizer_type="rvq",
+        num_quantizers=levels,
+    ).train()
+    ids = torch.randint(1, 50, (32, 12))
+    for _ in range(3):
+        model(ids)
+    codes = model.eval().encode_codes(ids)
+    for place in range(factor):
+        changed = ids.unflatten(1, (-1, factor)).clone()
+        changed[:, :, place] = changed[:, :, place] % 49 + 1
+        other = model.encode_codes(changed.flatten(1))
+        for level in range(levels):
+            same = torch.equal(other[..., level], codes[..., level])
+            if place >= seen[level]:
+                assert same
+            elif place >= [0, *seen][level]:  # what this level is the first to see
+                assert not same
 
 
 def test_residual_codes_halve_the_error():

@@ -41,6 +41,7 @@ SINGLE = {
         *(("block_out_channels", "0", "at least 1"), ("layers_per_block", "-1", "at least 1")),
         *(("norm_num_groups", "0", "at least 1"), ("num_vq_embeddings", "0", "at least 1")),
         *(("vq_embed_dim", "0", "at least 1"), ("resolution", "0", "at least 1"), ("fsq_levels", "1", "at least 2")),
+        ("num_quantizers", "0", "at least 1"),
         *(
             ("beta", "-1", "at least 0"),
             ("entropy_weight", "nan", "at least 0"),
@@ -55,7 +56,7 @@ SINGLE = {
         *((name, "0", "at least 1") for name in ("tokenizer_vocab_size", "max_length", "downsample_factor")),
         *(
             (name, "0", "at least 1")
-            for name in ("num_codebooks", "num_codes", "code_dim", "hidden_size", "num_layers")
+            for name in ("num_codebooks", "num_quantizers", "num_codes", "code_dim", "hidden_size", "num_layers")
         ),
     ],
     "training/train_vqdit": [

@@ -166,7 +166,10 @@ def test_adversarial_training_resumes_to_the_same_weights(run, root, tmp_path, a
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "quantizer",
-    ["simvq --gradient_estimator rotation", "fsq --fsq_levels 8 5 5", "lfq --vq_embed_dim 6 --entropy_weight 0.1"],
+    [
+        *("rvq --num_quantizers 2", "simvq --gradient_estimator rotation", "fsq --fsq_levels 8 5 5"),
+        "lfq --vq_embed_dim 6 --entropy_weight 0.1",
+    ],
 )
 def test_every_quantizer_trains(run, root, tmp_path, quantizer):
     run(
@@ -177,7 +180,47 @@ def test_every_quantizer_trains(run, root, tmp_path, quantizer):
     )
     model = ImageVQModel.from_pretrained(tmp_path)
     assert model.config.quantizer_type == quantizer.split()[0]
-    assert model.num_codes == {"simvq": 1024, "fsq": 200, "lfq": 64}[model.config.quantizer_type]
+    assert model.num_codes == {"rvq": 1024, "simvq": 1024, "fsq": 200, "lfq": 64}[model.config.quantizer_type]
+
+
+@pytest.mark.slow
+def test_residual_codes_from_the_tokenizers_to_the_transformer(run, root, tmp_path, capsys):
+    data = f"--dataset_name {root / 'training/data/emoji.parquet'}"
+    residual, few = "--quantizer_type rvq --num_quantizers 2", f"{data} --max_train_samples 10 --report_to none"
+    run(
+        "train_image_vq",
+        f"{few} --output_dir {tmp_path / 'image_vq'} {residual} --resolution 16 --block_out_channels 8 8 "
+        "--norm_num_groups 4 --latent_channels 8 --num_vq_embeddings 32 --train_batch_size 4 --max_train_steps 2",
+    )
+    run(
+        "train_text_vq",
+        f"{few} --output_dir {tmp_path / 'text_vq'} {residual} --downsample_factor 2 --pack_captions --num_codes 32 "
+        "--tokenizer_vocab_size 300 --max_length 16 --train_batch_size 2 --max_train_steps 2",
+    )
+    models = f"--image_vq {tmp_path / 'image_vq'} --text_vq {tmp_path / 'text_vq'}"
+    run("encode_dataset", f"{data} --max_samples 10 {models} --text_columns text_zh --output_dir {tmp_path / 'codes'}")
+    tasks = "--tasks text->image,image->text,text->text_zh"
+    run(
+        "train_vqdit",
+        f"--codes_dir {tmp_path / 'codes'} {models} {TINY} {tasks} --output_dir {tmp_path / 'base'} "
+        "--max_train_steps 2 --train_batch_size 4",
+    )
+    pipe = VQDiTPipeline.from_pretrained(tmp_path / "base")
+    segments = pipe.transformer.config.segments
+    assert segments["image"]["shape"] == [8, 8, 2] and segments["image"]["patch"] == [1, 1, 2]
+    assert segments["text"]["shape"] == [8, 2] and segments["text"]["patch"] == [1, 2]
+    assert isinstance(pipe(image=pipe("an apple", num_inference_steps=2).images[0]).texts[0], str)
+    run(  # another patch needs to be asked for, here as before
+        "train_vqdit",
+        f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tmp_path / 'codes'} {TINY} {tasks} "
+        f"--output_dir {tmp_path / 'more'} --max_train_steps 1 --train_batch_size 4",
+    )
+    capsys.readouterr()
+    run("evaluate_tokenizer", f"{data} --tokenizer {tmp_path / 'text_vq'} --caption_columns text text_zh")
+    figures = json.loads(capsys.readouterr().out)
+    assert {"exact_text", "exact_text_zh", "usage_1", "usage_2", "perplexity_2", "positions"} < figures.keys()
+    run("evaluate_tokenizer", f"{data} --tokenizer {tmp_path / 'image_vq'} --max_samples 4")
+    assert {"psnr", "usage_2", "perplexity_1"} < json.loads(capsys.readouterr().out).keys()
 
 
 @pytest.mark.slow
