@@ -12,7 +12,7 @@ from ..utils.checks import shown
 from .check_inputs import check_batch, check_call
 from .segment_base import ARGUMENTS, IMAGE, LABEL, TEXT, SegmentProcessor
 from .segment_processors import entry_by_name, make_segment, output_by_name
-from .task_table import TaskRow, TaskTable
+from .task_table import TaskRow, TaskTable, hub_task_of
 
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
@@ -287,6 +287,12 @@ class InputsMixin:
             call = ", ".join([*arguments, f'output="{"+".join(task.generated)}"'])
             rows.append(TaskRow(str(task), num_inference_steps, guidance_scale, f"pipe({call})"))
         return rows
+
+    @property
+    def hub_task(self) -> str:
+        """The Hub's name of what the checkpoint does, for its card."""
+        kinds = {name: segment.output_field for name, segment in self._segments.items()}
+        return hub_task_of(self.transformer.config.tasks or [], kinds)
 
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
         """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""

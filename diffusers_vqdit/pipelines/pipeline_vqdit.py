@@ -3,17 +3,14 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
 from ..likelihood.bounds import are_possible, code_log_probabilities, constant_modulation
@@ -28,6 +25,7 @@ from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
+from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
 from .segment_base import EncodedValue, forget_positions
 from .segment_processors import check_label_names, check_segment_entries
@@ -45,24 +43,6 @@ EXAMPLE_DOC_STRING = """
             >>> texts = pipe("a <mask> apple", output="text").texts
             ```
 """
-
-
-@dataclass
-class VQDiTPipelineOutput(BaseOutput):
-    """Output of [`VQDiTPipeline`]; None for what was not generated.
-
-    Args:
-        images: list of PIL pictures, array (B, H, W, C) or tensor (B, C, H, W) in [0, 1], or codes (B, h, w).
-        texts: list of strings, or codes (B, L).
-        labels: list of label names, or codes (B, 1).
-        segments: all that was generated, by the segment's name. Where a task generates several pictures or several
-            texts, `images` and `texts` are the first of them by name.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
-    texts: list[str] | torch.Tensor | None = None
-    labels: list[str] | torch.Tensor | None = None
-    segments: dict[str, Any] | None = None
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..models.segment_layers import has_codebooks
+
 
 # The segments that arguments of their own are for; all others are passed by name.
 TEXT, IMAGE, LABEL = "text", "image", "label"

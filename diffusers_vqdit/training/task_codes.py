@@ -47,8 +47,8 @@ def known_segments(parts: Mapping[str, Any]) -> dict[str, dict]:
 
 def known_entry(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What a segment of the pretrained pipeline is."""
-    geometry = known_segments(parts)[name]
-    entry = parts["segments"].get(name) or entry_by_name(name, geometry, parts["labels"], parts["lowres_factor"])
+    known = known_segments(parts)
+    entry = parts["segments"].get(name) or entry_by_name(name, known, parts["labels"], parts["lowres_factor"])
     kind = MODALITIES[entry["modality"]]
     return entry if kind.tokenizer is None else {"tokenizer": kind.tokenizer, **entry}
 

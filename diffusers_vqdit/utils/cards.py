@@ -1,12 +1,9 @@
 """What a model card says: of a kind of model, and on a card of one whose training isn't known."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-
-from ..tasks import Task
 
 
 CARD_TEMPLATE = """\
@@ -126,7 +123,7 @@ def describe_model(model: Any) -> dict[str, Any]:
         }
     tasks = list(model.transformer.config.tasks or [])
     return {
-        "pipeline_tag": _pipeline_tag(model, tasks),
+        "pipeline_tag": model.hub_task,
         "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
         "summary": "A diffusion transformer over codes, by diffusers_vqdit."
         + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
@@ -140,33 +137,6 @@ def describe_model(model: Any) -> dict[str, Any]:
         "wrongly, and with no sign of doubt.",
         "risks": _GENERATOR_RISKS,
     }
-
-
-# The Hub's names of tasks, by what is given and what is generated.
-_TAGS = {
-    ("images", "images"): "image-to-image",
-    ("images", "texts"): "image-to-text",
-    ("images", "labels"): "image-classification",
-    ("texts", "texts"): "text-generation",
-    ("texts", "labels"): "text-classification",
-}
-
-
-def _pipeline_tag(pipeline: Any, tasks: Sequence[str]) -> str:
-    """The Hub's name of what a pipeline does first of all: to draw, from texts unless it knows pictures alone."""
-    kinds = {name: segment.output_field for name, segment in pipeline._segments.items()}
-    pairs = {
-        (given, generated)
-        for task in map(Task.parse, tasks)
-        for given in {kinds[name] for name in task.given} or {""}
-        for generated in {kinds[name] for name in task.generated}
-    }
-    draws = {given for given, generated in pairs if generated == "images"}
-    if not pairs or draws - {"images", ""} or draws == {""}:
-        return "text-to-image"
-    if draws:
-        return _TAGS["images", "images"]
-    return next((tag for pair, tag in _TAGS.items() if pair in pairs), "text-generation")
 
 
 def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
