@@ -37,6 +37,7 @@ from diffusers_vqdit.training.arguments import (
     with_patches,
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
@@ -239,6 +240,31 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
+def run_identity(
+    args: argparse.Namespace,
+    parts: dict,
+    codes: CodeDataset,
+    transformer: VQDiTTransformer2DModel,
+    tasks: list[tuple[Task, float]],
+    labels: list[str],
+) -> dict:
+    """What must be as it was where a run is resumed."""
+    # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
+    made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
+    several = parts["segment_tokenizers"].tokenizers if parts["segment_tokenizers"] is not None else {}
+    return {
+        "script": "train_vqdit",
+        **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
+        "tasks": {str(task): weight for task, weight in tasks},
+        "transformer": plain_config(transformer),
+        "scheduler": plain_config(parts["scheduler"]),
+        "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
+        **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        **{f"tokenizer {name}": fingerprint(one) for name, one in several.items()},
+        "labels": labels,
+    }
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Tasks, tokenizers, codes
     tasks = parse_tasks(args.tasks)
@@ -277,22 +303,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
 
     # 3. Resume
-    # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
-    made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
-    more = parts["segment_tokenizers"].parts if parts["segment_tokenizers"] is not None else {}
-    identity = {
-        "script": "train_vqdit",
-        **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
-        "tasks": {str(task): weight for task, weight in tasks},
-        "segments": segments,
-        "transformer": plain_config(unwrap(transformer)),
-        "scheduler": plain_config(scheduler),
-        "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
-        **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
-        **{f"tokenizer {name}": fingerprint(one) for name, one in more.items() if isinstance(one, torch.nn.Module)},
-        "labels": labels,
-        "base of the LoRA": base,
-    }
+    identity = run_identity(args, parts, codes, unwrap(transformer), tasks, labels)
+    identity |= {"segments": segments, "base of the LoRA": base}
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
     setup.start_trackers(args, accelerator, PROJECT)

@@ -93,7 +93,7 @@ def check_label_names(labels: Any, entries: Mapping[str, dict], segments: Mappin
     labels, named = names_by_code(labels or []), names_by_code(entries.get(LABEL, {}).get("names", []))
     if labels and named and labels != named:
         raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(named)}")
-    if not labels and not named and LABEL in segments:
+    if not labels and not named and LABEL in segments and LABEL not in entries:
         _segments_logger.warning(
             "the transformer generates labels, but their names were not passed, so that labels are numbers. To make a "
             "pipeline of another's components, pass labels=list(pipe.config.labels) too"

@@ -90,7 +90,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             need(fits, f"{entry}.shared_with", segment["shared_with"], f"a segment with vocab_size={size} of its own")
     need(isinstance(labels, list) and all(type(x) is str for x in labels), "labels", labels, "a list of strings")
     need(len(set(labels)) == len(labels), "labels", labels, "different names")
-    if LABEL in segments:
+    if LABEL in segments and ("names" in segments[LABEL] or "modality" not in segments[LABEL]):
         size = segments[LABEL]["vocab_size"]
         need(len(labels) == size, "labels", labels, f"the names of the {size} codes of the segment {LABEL!r}")
     entries = {n: {k: v for k, v in one.items() if k not in SEGMENT_KEYS} for n, one in segments.items()}

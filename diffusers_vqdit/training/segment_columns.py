@@ -41,7 +41,7 @@ def segment_flag(text: str) -> SegmentFlag:
             "letters, digits and underscores"
         )
     try:
-        check_choice("modality", modality, list(MODALITIES))
+        check_choice(f"value={shown(text)}: the modality", modality, list(MODALITIES))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if MODALITIES[modality].tokenizer is None and len(parts) > 1:

@@ -71,7 +71,7 @@ def load_codes(
     own = {} if args.pretrained_model_name_or_path else {"image_vq": args.image_vq, "text_vq": args.text_vq}
     paths = {path: available[name] for name, path in own.items() if path}
     loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
-    available |= loaded
+    available = loaded | available  # what the pretrained pipeline has under a name goes on
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
         _take_tokenizers(codes, parts, available, segments)

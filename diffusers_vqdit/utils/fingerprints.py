@@ -13,13 +13,14 @@ _NOT_ENCODING = ("sample_size", "latents_mean", "latents_std", "scaling_factor",
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over all weights of a diffusers model and over what its config has beside the defaults.
+    """SHA-256 over all weights of a model of diffusers or transformers, and what its config has beside the defaults.
 
     The same for a model and for a copy that was saved and loaded, in whatever folder. A tokenizer's sample size and
     latent statistics are left out, as it encodes the same whatever they are.
     """
     defaults = {n: p.default for n, p in inspect.signature(type(model).__init__).parameters.items()}
-    config = json.loads(json.dumps(dict(model.config), default=str))
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)  # transformers', ours
+    config = json.loads(json.dumps(config, default=str))
     kept = {
         name: value
         for name, value in config.items()
@@ -35,7 +36,10 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 over what a transformers tokenizer makes of a text, but for its length."""
+    """SHA-256 over what a transformers tokenizer makes of a text, but for its length; or over what a feature extractor
+    is configured to."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return hashlib.sha256(tokenizer.to_json_string().encode()).hexdigest()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.segment_base import ColumnReader, SegmentColumn, SegmentProcessor
 from diffusers_vqdit.pipelines.segment_processors import MODALITIES
+from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
+from diffusers_vqdit.training.segment_columns import segment_flag
 
 
 GEOMETRY = {
@@ -229,17 +233,89 @@ def test_what_is_passed_is_named_by_its_segment(pipe):
         pipe(inputs={"document": "a dot"}, output="summary", mask_image=MASK)
 
 
-def test_a_new_modality_is_a_class_and_a_line(image_vq, text_vq, tokenizer, monkeypatch):
+class NumberReader(ColumnReader):
+    """A column of integers from 0."""
+
+    shape = [1]
+
+    def __init__(self, dataset, column, tokenizer=None, beside=None, *, most=9, **options):
+        super().__init__(dataset, column)
+        if not all(isinstance(value, int) and 0 <= value <= most for value in dataset[column]):
+            raise ValueError(f"column {column!r} must hold integers from 0 to {most}")
+        self.entry = {"most": most}
+
+    @property
+    def vocab_size(self):
+        return self.entry["most"] + 1
+
+    def read(self, row):
+        return self.dataset[row][self.column]
+
+    def digest(self, values):
+        return str(values).encode()
+
+    def encode(self, values, batch_size):
+        return [torch.tensor([[value]]) for value in values]
+
+
+class NumberSegment(SegmentProcessor):
     """Numbers, one code each: as a contributor would add them."""
 
-    class NumberSegment(MODALITIES["label"]):
-        def read(self, value):
-            return [int(one) for one in (value if isinstance(value, list) else [value])]
+    options = ("most",)
+    reader = NumberReader
+    noun = "number"
 
-        def decode(self, codes, output_type="pil"):
-            return codes[:, 0].tolist()
+    def read(self, value):
+        return [int(one) for one in (value if isinstance(value, list) else [value])]
 
+    def encode(self, values):
+        return torch.tensor(values, device=self.device())[:, None]
+
+    def decode(self, codes, output_type="pil"):
+        return codes[:, 0].tolist()
+
+
+def test_a_new_modality_is_a_file_and_a_line(image_vq, text_vq, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setitem(MODALITIES, "number", NumberSegment)
-    pipe = make(image_vq, text_vq, tokenizer, segments={**SEGMENTS, "style": {"modality": "number"}})
-    assert pipe(inputs={"sketch": PICTURE}, output="style").segments["style"][0] in range(3)
-    assert len(pipe(inputs={"style": [0, 2]}).images) == 2
+    data = datasets.Dataset.from_dict({"age": [3, 0, 9], "drawing": [PICTURE] * 3})
+    columns = {"age": SegmentColumn("number", "age"), "sketch": SegmentColumn("image", "drawing", image_vq)}
+    codes = CodeDataset(encode_dataset(data, tmp_path / "codes", segments=columns))
+    assert codes.codes["age"].tolist() == [[3], [0], [9]]
+    assert codes.entries["age"] == {"modality": "number", "most": 9}
+    assert codes.segments["age"] == {"vocab_size": 10, "shape": [1]}
+    assert str(segment_flag("age=number:years")) == "age=number:years"
+    entries = {**codes.entries, "sketch": {"modality": "image"}}
+    pipe = make(image_vq, text_vq, tokenizer, codes.segments, ["sketch->age", "age->sketch"], segments=entries)
+    pipe.save_pretrained(tmp_path / "pipe")
+    for one in (pipe, VQDiTPipeline.from_pretrained(tmp_path / "pipe")):
+        one.set_progress_bar_config(disable=True)
+        assert one(inputs={"sketch": PICTURE}).segments["age"][0] in range(10)
+        assert len(one(inputs={"age": [0, 2]}).images) == 2
+        gallery = one.index(inputs={"age": [1, 2, 3]})
+        assert one.retrieve(PICTURE, gallery, top_k=3).indices.sort().values.tolist() == [[0, 1, 2]]
+        assert one.score("age->sketch", inputs={"age": [1, 2], "sketch": PICTURE}, num_samples=2).nll.shape == (2,)
+        with pytest.raises(ValueError, match=r"asks for 'age', which you passed: it is given or generated"):
+            one(inputs={"age": 3}, output="age")
+    with pytest.raises(TypeError, match="abstract"):
+        type("Half", (SegmentProcessor,), {"read": lambda self, value: value})(
+            "age", {}, {"vocab_size": 1, "shape": [1]}, {}, "crop", None
+        )
+    with pytest.raises(ValueError, match="column 'age' must hold integers from 0 to 9"):
+        encode_dataset(datasets.Dataset.from_dict({"age": [99]}), tmp_path / "x", segments={"age": columns["age"]})
+
+
+def test_columns_that_do_not_fit_are_named(image_vq, text_vq, tmp_path):
+    data = datasets.Dataset.from_dict({"kind": ["a", "b"], "drawing": [PICTURE] * 2})
+    for columns, message in [
+        ({"kind": SegmentColumn("audio", "kind")}, "modality='audio' must be one of"),
+        ({"kind": SegmentColumn("label", "kind", image_vq)}, r"segments\['kind'\] has a tokenizer, which a label"),
+        ({"sketch": SegmentColumn("image", "drawing")}, r"segments\['sketch'\] needs a tokenizer .* or image_vq"),
+        ({"title": SegmentColumn("text", "kind", text_vq)}, r"\['title'\]: its tokenizer needs a tokenizer beside it"),
+        ({"kind": SegmentColumn("label", "style")}, "column 'style' is not in the data"),
+        ({"kind": "label"}, r"segments\['kind'\]='label' must be a SegmentColumn"),
+        ({"kind": SegmentColumn("label", "kind", options={"names": ["a"]})}, r"the labels \['b'\] are not among"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode_dataset(data, tmp_path, segments=columns)
+    with pytest.raises(ValueError, match="segments has 'label', which another argument makes too"):
+        encode_dataset(data, tmp_path, label_column="kind", segments={"label": SegmentColumn("label", "kind")})

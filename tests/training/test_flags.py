@@ -63,6 +63,8 @@ SINGLE = {
         *(("dropout", "1.5", "in [0, 1]"), ("lora_dropout", "-1", "in [0, 1]"), ("rank", "0", "at least 1")),
         *(("lora_alpha", "0", "at least 1"), ("image_augmentations", "-1", "at least 0")),
         *(("lowres_factor", "1", "at least 2"), ("num_attention_heads", "0", "at least 1")),
+        *(("segment", value, "NAME=MODALITY:COLUMN") for value in ("sketch", "a b=image:x", "=image:x", "a=image")),
+        *(("segment", "a=audio:x", "must be one of"), ("segment", "a=label:x:y", "a label doesn't need")),
     ],
     "training/train_latent_dit": [
         *((name, "1.1", "in [0, 1]") for name in ("label_dropout", "caption_dropout", "dropout")),
