@@ -40,8 +40,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def bag_of_codes(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """Which codes occur in each text: (B, L) to (B, K) of zeros and ones."""
-    return torch.zeros(len(codes), num_codes).scatter_(1, codes, 1.0)
+    """Which codes occur in each text: (B, L) to (B, K) of zeros and ones; residual ones (B, L, q) to (B, q K)."""
+    levels = codes.shape[2] if codes.ndim == 3 else 1
+    codes = codes.view(len(codes), -1, levels) + num_codes * torch.arange(levels)
+    return torch.zeros(len(codes), levels * num_codes).scatter_(1, codes.flatten(1), 1.0)
 
 
 def probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:

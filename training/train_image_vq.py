@@ -50,7 +50,7 @@ from diffusers_vqdit.training.image_losses import (
     discriminator_loss,
     generator_loss,
 )
-from diffusers_vqdit.training.metrics import by_level, level_figures, psnr, usage_of_counts
+from diffusers_vqdit.training.metrics import counts_by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
@@ -281,8 +281,8 @@ def validate(
             drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
     model.train()
     grid = save_grid(VaeImageProcessor().postprocess(torch.cat(drawn)), len(drawn[0]), args.output_dir, step)
-    counts = [torch.bincount(part, minlength=model.num_codes) for part in by_level(torch.cat(codes))]
-    figures = {"psnr": float(torch.cat(values).mean()), **level_figures(*usage_of_counts(torch.stack(counts)))}
+    usage = level_figures(*usage_of_counts(counts_by_level(torch.cat(codes), model.num_codes)))
+    figures = {"psnr": float(torch.cat(values).mean()), **usage}
     return {f"validation/{name}": value for name, value in figures.items()}, grid
 
 

@@ -271,7 +271,6 @@ def loss_measures(args: argparse.Namespace, loss: float | None) -> list[Measure]
 def main(args: argparse.Namespace) -> None:
     # Without captions in a batch, their projection gets no gradient.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with setup.open_run(
         args,
         accelerator,

@@ -229,7 +229,6 @@ def loss_measures(args: argparse.Namespace, task_losses: dict[str, float]) -> li
 def main(args: argparse.Namespace) -> None:
     # A step trains the embeddings and heads of its task's segments only.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with setup.open_run(
         args,
         accelerator,

@@ -11,7 +11,7 @@ from ..utils.images import lower_resolution, resize
 from .codes import encode_texts
 from .data import to_pixels
 from .evaluation import EmojiData, Roles, label_names, mean, sample, share, task_between, tasks_between
-from .metrics import code_usage, psnr, ssim
+from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
 
 @torch.no_grad()
@@ -24,12 +24,12 @@ def round_trips(pipeline: VQDiTPipeline, captions: list[str]) -> list[bool]:
 
 def measure_tokenizers(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     real, decoded = to_pixels(data.pictures[data.test]), data.decoded[data.test]
-    usage, perplexity = code_usage(data.codes, pipeline.image_vq.num_codes)
+    codes = level_figures(*usage_of_counts(counts_by_level(data.codes, pipeline.image_vq.num_codes)))
     figures = {
         f"pictures of {real.shape[-1]} px, whole test split, PSNR": mean(psnr(decoded, real), "dB"),
         f"pictures of {real.shape[-1]} px, whole test split, SSIM": mean(ssim(decoded, real), ""),
-        "image codebook, all pictures, usage": {"value": usage},
-        "image codebook, all pictures, perplexity": {"value": perplexity, "unit": "codes"},
+        "image codebook, all pictures, usage": {"value": codes["usage"]},
+        "image codebook, all pictures, perplexity": {"value": codes["perplexity"], "unit": "codes"},
     }
     if Roles.of(pipeline).caption:
         for column, language in data.captions.items():

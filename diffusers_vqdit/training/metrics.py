@@ -51,9 +51,10 @@ def usage_of_counts(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (counts > 0).double().mean(-1), entropy.exp()
 
 
-def by_level(codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes (N, h, w) as one row (N * h * w,); of residual ones (N, h, w, q) a row for each level."""
-    return codes.reshape(codes.shape[:3].numel(), -1).unbind(1)
+def counts_by_level(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """How often each code occurs in codes (N, h, w), (1, K); of residual ones (N, h, w, q) on each level, (q, K)."""
+    levels = codes.reshape(codes.shape[:3].numel(), -1).unbind(1)
+    return torch.stack([torch.bincount(level, minlength=num_codes) for level in levels])
 
 
 def level_figures(usage: torch.Tensor, perplexity: torch.Tensor) -> dict[str, float]:

@@ -52,6 +52,8 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
     for name in ("diffusers_vqdit", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
     set_seed(args.seed)
+    if getattr(args, "allow_tf32", False):
+        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 

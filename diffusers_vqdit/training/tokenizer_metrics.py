@@ -10,7 +10,7 @@ from ..utils.distributed import sum_over_processes
 from ..utils.texts import normalized, tokenize_to_length
 from .data import to_pixels
 from .frechet_distance import FrechetDistance
-from .metrics import by_level, level_figures, psnr, ssim, usage_of_counts
+from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def measure_image_tokenizer(
         error = (decoded - original).square().mean((1, 2, 3))
         values = torch.stack([psnr(decoded, original), ssim(decoded, original), error, torch.ones_like(error)])
         sums += values.double().sum(1)
-        counts += torch.stack([torch.bincount(level, minlength=model.num_codes) for level in by_level(codes)])
+        counts += counts_by_level(codes, model.num_codes)
         if distance is not None:
             distance.update(original, real=True)
             distance.update(decoded, real=False)

@@ -70,7 +70,8 @@ def describe_model(model: Any) -> dict[str, Any]:
             "summary": f"An image tokenizer: pictures to a grid of codes of {model.num_codes}, and back, by "
             "diffusers_vqdit.",
             "usage": 'from diffusers_vqdit import ImageVQModel\n\nmodel = ImageVQModel.from_pretrained("{name}")\n'
-            "codes = model.encode_codes(sample)  # (B, C, H, W) in [-1, 1] to (B, h, w)\n"
+            "codes = model.encode_codes(sample)  # (B, C, H, W) in [-1, 1] to "
+            f"{'(B, h, w, q)' if model.config.quantizer_type == 'rvq' else '(B, h, w)'}\n"
             "sample = model.decode_codes(codes).sample",
             "intended_use": "Codes of pictures like those it was trained on, for generation, retrieval or "
             "compression where losses do no harm.",
