@@ -212,7 +212,7 @@ def test_guidance_is_the_combination_of_two_predictions(pipe):
     prefix = pipe.transformer.encode_caption(*pipe.encode_prompt(["a red apple", "green"]))
     with torch.no_grad():
         for given in (None, prefix):
-            guided = pipe._predict(latents, time, labels, given, 2.5, FiniteChecks("predictions are"))
+            guided = pipe._predict(latents, time, labels, given, 2.5, FiniteChecks("prediction is"))
             conditional = pipe.transformer(latents, time, labels, prefix=given).sample
             free = pipe.transformer(latents, time).sample
             torch.testing.assert_close(guided, free + 2.5 * (conditional - free), atol=1e-5, rtol=1e-5)
@@ -434,9 +434,9 @@ def test_a_callback_may_change_the_guidance_of_its_call(pipe):
     assert not torch.equal(cut_off, guided)
     plain = pipe._predict
 
-    def late(latents, timestep, labels, prefix, guidance_scale):
+    def late(latents, timestep, labels, prefix, guidance_scale, checks):
         steps.append(guidance_scale)
-        return plain(latents, timestep, labels, prefix, 5.0 if len(steps) == 1 else 1.0)
+        return plain(latents, timestep, labels, prefix, 5.0 if len(steps) == 1 else 1.0, checks)
 
     pipe._predict = late
     assert torch.equal(draw(pipe, "a red apple", guidance_scale=5.0, **options), cut_off)
