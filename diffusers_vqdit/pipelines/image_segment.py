@@ -112,6 +112,7 @@ class ImageSegment(SegmentProcessor):
     noun = "picture"
     output_field = "images"
     takes_mask = True
+    has_size = True
     guidance_scale = 3.0
     how_to_pass = "give mask_image to repaint a part or strength to repair it; this checkpoint can't enlarge pictures"
 
@@ -143,6 +144,26 @@ class ImageSegment(SegmentProcessor):
         """Height and width in pixels."""
         factor = self.vq.downsample_factor
         return self.shape[0] * factor, self.shape[1] * factor
+
+    def shape_of(self, height: int | None, width: int | None, patch: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the codes of pictures of a size in pixels; None for that of the training.
+
+        Raises:
+            ValueError: unless it is a multiple of what a position covers.
+        """
+        sides = []
+        for argument, size, codes, own in zip(
+            ("height", "width"), (height, width), patch[:2], self.resolution, strict=True
+        ):
+            step = self.vq.downsample_factor * codes
+            size = own if size is None else check_integer(argument, size, step)
+            if size % step:
+                raise ValueError(
+                    f"{argument}={size} must be a multiple of {step}, what one position covers, such as "
+                    f"{size // step * step} or {-(-size // step) * step}"
+                )
+            sides.append(size // self.vq.downsample_factor)
+        return (*sides, *self.shape[2:])
 
     def read(self, value: Any) -> list:
         try:

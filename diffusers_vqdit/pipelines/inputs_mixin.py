@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import PipelineImageInput
 
+from ..models.segment_layers import segment_patch
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
@@ -24,6 +25,10 @@ class InputsMixin:
     @property
     def _segments(self) -> dict[str, SegmentProcessor]:
         """By name. Of the components that the pipeline has now: any may be exchanged for another."""
+        return self._segments_of({})
+
+    def _segments_of(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, SegmentProcessor]:
+        """By name, with grids of codes of these shapes in place of the transformer's own."""
         said = self.config.get("segments") or {}
         options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
         components = self._tokenizing_components
@@ -32,7 +37,7 @@ class InputsMixin:
             name: make_segment(
                 name,
                 said.get(name) or entry_by_name(name, segments, *known),
-                geometry=geometry,
+                geometry={**geometry, "shape": shapes.get(name, geometry["shape"])},
                 components=components,
                 **options,
             )
@@ -68,12 +73,15 @@ class InputsMixin:
         num_images_per_prompt: int,
         output_type: str,
         generator: torch.Generator | list[torch.Generator] | None,
+        height: int | None = None,
+        width: int | None = None,
         **options: Any,
-    ) -> tuple[Task, dict[str, list], torch.Tensor | None, int]:
+    ) -> tuple[Task, dict[str, list], torch.Tensor | None, int, dict[str, tuple[int, ...]]]:
         """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides.
 
         Returns:
-            the task, what is passed by segment ([`_read`]), the masks, and the number of samples without tiles.
+            the task, what is passed by segment ([`_read`]), the masks, the number of samples without tiles, and the
+            shapes of codes that height and width ask for ([`_shapes`]).
 
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
@@ -98,6 +106,7 @@ class InputsMixin:
             )
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
         passed, segments = self._read(passed), self._segments
+        shapes = self._shapes(task, passed, height, width)
         if mask_image is not None:
             known = [name for name in passed if name in task.generated and segments[name].takes_mask]
             mask_image = segments[known[0]].read_mask(mask_image, passed[known[0]])
@@ -106,8 +115,32 @@ class InputsMixin:
         if latents is not None and partly_known:
             raise ValueError(f"latents can't be given with {partly_known} partly known: both say where to start")
         if not any(segments[name].tiled for name in passed):  # its tiles are not known yet
-            self.prepare_latents(task, total, latents)
-        return task, passed, mask_image, total
+            self.prepare_latents(task, total, latents, shapes)
+        return task, passed, mask_image, total, shapes
+
+    def _shapes(
+        self, task: Task, passed: dict[str, list], height: int | None, width: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the generated pictures' codes, by segment, where a size in pixels is given; else none.
+
+        Raises:
+            ValueError: for a size that no grid of codes makes, or where none is to be chosen.
+        """
+        if height is None and width is None:
+            return {}
+        segments, shapes = self._segments, {}
+        sized = [name for name in task.generated if segments[name].has_size]
+        said = {name: size for name, size in (("height", height), ("width", width)) if size is not None}
+        shown_sizes = " and ".join(f"{name}={shown(size)}" for name, size in said.items())
+        if not sized:
+            raise ValueError(f"{shown_sizes}: the task {str(task)!r} generates nothing that has a size")
+        if tiled := [name for name in passed if segments[name].tiled]:
+            raise ValueError(f"{shown_sizes}: what {tiled[0]!r} is made to has the size of what is passed, enlarged")
+        for name in sized:
+            self._check_components(name, shown_sizes)
+            patch = segment_patch(self.transformer.config.segments, name)
+            shapes[name] = segments[name].shape_of(height, width, patch)
+        return shapes
 
     def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
@@ -306,8 +339,14 @@ class InputsMixin:
             if components.get(component) is None:
                 raise ValueError(f"{what} needs the component {component}, which is None")
 
-    def prepare_latents(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:
-        """The codes to start from: all masked, or the caller's."""
+    def prepare_latents(
+        self,
+        task: Task,
+        batch_size: int,
+        latents: Codes | None,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+    ) -> dict[str, torch.LongTensor]:
+        """The codes to start from: all masked, or the caller's; of `shapes`, where these have the segment."""
         segments = self.transformer.config.segments
         codes = {}
         if latents is not None and not isinstance(latents, dict):
@@ -320,7 +359,7 @@ class InputsMixin:
             if name not in task.generated:
                 raise ValueError(f"latents has the segment {name!r}, but the task {str(task)!r} doesn't generate it")
         for name in task.generated:
-            size, shape = segments[name]["vocab_size"], tuple(segments[name]["shape"])
+            size, shape = segments[name]["vocab_size"], (shapes or {}).get(name, tuple(segments[name]["shape"]))
             if latents is None or name not in latents:
                 codes[name] = torch.full((batch_size, *shape), size, device=self._execution_device)
                 continue
@@ -331,6 +370,11 @@ class InputsMixin:
                 raise ValueError(
                     f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "
                     f"got {value.dtype} of shape {tuple(value.shape)}"
+                )
+            if name in (shapes or {}) and value.shape[1:] != shape:
+                raise ValueError(
+                    f"latents of {name!r} have the shape {tuple(value.shape)}, but height and width ask for {shape} "
+                    "each; give one of the two"
                 )
             if value.numel() and (value.min() < 0 or value.max() > size):
                 raise ValueError(

@@ -157,10 +157,11 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         mask_image: torch.Tensor | None,
         strength: float | None,
         repeats: int,
+        shapes: dict[str, tuple[int, ...]],
     ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], dict[str, Callable], int]:
         """The prefix of what is given, the codes of what is known of the generated side, what finishes its segments'
         values ([`EncodedValue`]), and the tiles of each sample; for each sample `repeats` times."""
-        segments, known = self._segments, {}
+        segments, known = self._segments_of(shapes), {}
         encoded: dict[str, EncodedValue] = {}
         for name, value in passed.items():
             segment = segments[name]
@@ -317,6 +318,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         mask_image: PipelineImageInput | None = None,
         strength: float | None = None,
         inputs: dict[str, Any] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         temperature: float | None = None,
@@ -349,6 +352,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
+            height, width: of generated pictures in pixels, multiples of what a position covers (the tokenizer's
+                factor, times the patch); by default those of the training. A picture to repaint is fitted into this
+                size for the model, and comes out at its own.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
@@ -374,7 +380,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments, and choose those left to us
-        task, passed, mask_image, batch_size = self.check_inputs(
+        task, passed, mask_image, batch_size, shapes = self.check_inputs(
             self._passed(prompt, image, class_label, inputs),
             output,
             mask_image=mask_image,
@@ -387,6 +393,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
             output_type=output_type,
             return_dict=return_dict,
             generator=generator,
+            height=height,
+            width=width,
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
@@ -396,12 +404,14 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
         # 2. Encode what is given, and what is known of the generated side
-        prefix, known, finish, tiles = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
+        prefix, known, finish, tiles = self._encode_inputs(
+            task, passed, mask_image, strength, num_images_per_prompt, shapes
+        )
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(tiles)]
 
         # 3. Start from masks, and from what is known
-        codes = self.prepare_latents(task, batch_size * tiles, known or latents)
+        codes = self.prepare_latents(task, batch_size * tiles, known or latents, shapes)
 
         # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
         scheduler = copy.deepcopy(self.scheduler)
