@@ -58,6 +58,10 @@ class LabelReader(ColumnReader):
     def vocab_size(self) -> int:
         return len(self.entry["names"])
 
+    @property
+    def reads(self) -> tuple:
+        return (*super().reads, *self.entry["names"])
+
     def read(self, row: int) -> torch.LongTensor:
         return self.codes[row]
 
