@@ -1,7 +1,9 @@
 """The rooms of the house: who may import whom, what stands in code, how long it may be, and its types."""
 
 import ast
+import configparser
 import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -159,3 +161,16 @@ def test_types_are_right():
     assert unchecked <= UNCHECKED
     done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tools_and_pythons_are_the_same_everywhere():
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert f"rev: v{pinned['ruff']}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "setup.cfg")
+    extra = {re.match(r"[\w-]+", line)[0] for line in metadata["options.extras_require"]["test"].split()}
+    assert {name.replace("_", "-") for name in extra} <= {name.replace("_", "-") for name in pinned}
+    versions = re.findall(r":: (3\.\d+)", metadata["metadata"]["classifiers"])
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert f"python: {str(versions)}".replace("'", '"') in workflow
+    assert metadata["options"]["python_requires"] == f">={versions[0]}"
