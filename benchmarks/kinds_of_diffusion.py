@@ -40,7 +40,7 @@ from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import VQDiTLatentPipeline
 from diffusers_vqdit.models.vae_latents import downsample_factor
-from diffusers_vqdit.training.evaluation import EmojiData, share
+from diffusers_vqdit.training.evaluation import EmojiData, Roles, share
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 
 
@@ -61,6 +61,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--checkpoints", type=model_name, nargs="+", required=True, help="Pipelines: folders or Hub ids."
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
+    # The columns of the dataset, as EmojiData.load reads them
+    parser.set_defaults(image_column="image", caption_columns={"text": "English"}, label_column="label")
     parser.add_argument(
         "--num_samples", type=positive_integer, default=128, help="Captions, one sample each, and as many labels."
     )
@@ -121,7 +123,7 @@ def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
     if latent:
         image_vq, side = pipeline.vae, pipeline.transformer.config.sample_size
     else:
-        image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments["image"]["shape"][0]
+        image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
     data = EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
     name, results = Path(checkpoint).name, []
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
@@ -140,7 +142,7 @@ def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
         return lambda samples: data.nearest(samples, rows)
 
     def has_label(samples: torch.Tensor) -> list[bool]:
-        found = [data.columns["label"][row] for row in data.nearest_rows(samples)]
+        found = data.labels(data.nearest_rows(samples))
         return [one == label for one, label in zip(found, labels, strict=True)]
 
     fitting = schedulers(pipeline)

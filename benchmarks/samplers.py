@@ -53,6 +53,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
+    # The columns of the dataset, as EmojiData.load reads them
+    parser.set_defaults(image_column="image", caption_columns={"text": "English"}, label_column="label")
     parser.add_argument("--num_samples", type=positive_integer, default=256, help="Captions, one sample each.")
     parser.add_argument("--batch_size", type=positive_integer, default=32)
     parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
@@ -62,6 +64,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--entropy_bounds", type=non_negative_number, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="In nats."
     )
+    parser.add_argument("--thresholds", type=share, nargs="+", default=[0.3, 0.5, 0.7, 0.9], help="Probabilities.")
     parser.add_argument("--remask", type=share, default=0.05, help="eta of ancestral with remasking.")
     parser.add_argument("--guidance_scale", type=number(), default=3.0)
     parser.add_argument("--seed", type=random_seed, default=0)
@@ -95,13 +98,15 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
     compared += [
         ("entropy_bound", {"sampler": "entropy_bound", "entropy_bound": bound}, most) for bound in args.entropy_bounds
     ]
+    compared += [("threshold", {"sampler": "threshold", "threshold": value}, most) for value in args.thresholds]
     remasking = {"sampler": "ancestral", "remask": args.remask}
     compared += [(f"ancestral, remask {args.remask:g}", remasking, steps) for steps in args.num_inference_steps]
     return compared
 
 
 def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
-    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
+    side = pipeline.transformer.config.segments[evaluation.Roles.of(pipeline).image]["shape"][0]
+    resolution = side * pipeline.image_vq.downsample_factor
     data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args)
     rows, captions = data.train, data.texts(data.train)
 
@@ -140,11 +145,18 @@ def plot(results: list[dict], path: Path) -> None:
 
     schedules = list(dict.fromkeys(one["guidance_schedule"] for one in results))
     names = list(dict.fromkeys(one["name"] for one in results))
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # told apart by colour-blind readers too
+    colors = [
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#E69F00",
+        "#56B4E9",
+    ]  # told apart by colour-blind readers too
     figure, axes = plt.subplots(1, len(schedules), figsize=(11, 4.6), sharey=True, squeeze=False)
     for axis, schedule in zip(axes[0], schedules, strict=True):
         part = [one for one in results if one["guidance_schedule"] == schedule]
-        for name, color, marker in zip(names, colors, "osD^v", strict=True):
+        for name, color, marker in zip(names, colors, "osD^vP", strict=True):
             line = sorted((one for one in part if one["name"] == name), key=lambda one: one["calls"])
             axis.errorbar(
                 [one["calls"] for one in line],

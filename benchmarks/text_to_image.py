@@ -1,4 +1,5 @@
-"""Text to image: the small starter beside itself with guidance in two passes, and a model of 256 codes beside aMUSEd.
+"""Text to image: the small starter beside itself with guidance in two passes and with adaLN at each call, and a model
+of 256 codes beside aMUSEd.
 
 Both large models have random weights and about as many of them, twelve guided steps and a batch of 1; neither text
 encoder nor image tokenizer is timed.
@@ -13,7 +14,7 @@ import torch
 from diffusers import AmusedScheduler, UVit2DModel
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.models.layers import VQDiTPrefix
+from diffusers_vqdit.models.layers import VQDiTModulation, VQDiTPrefix
 from diffusers_vqdit.models.transformer_vqdit import VQDiTOutput
 
 from .common import compare
@@ -35,9 +36,10 @@ def sample_ours(transformer: VQDiTTransformer2DModel, text: torch.Tensor, device
     generator = torch.Generator().manual_seed(0)
     prefix = transformer.encode_prefix({"text": text})
     codes = torch.full((1, SIDE, SIDE), CODES, device=device)
+    options = {"modulation": transformer.encode_modulation({"image": codes}), "check_values": False}
     for timestep in scheduler.timesteps:
         if once:
-            logits = transformer({"image": codes}, prefix=prefix, with_unconditional=True).sample["image"]
+            logits = transformer({"image": codes}, prefix=prefix, with_unconditional=True, **options).sample["image"]
         else:
             logits = two_passes(transformer, {"image": codes}, prefix)["image"]
         conditional, free = logits.chunk(2)
@@ -77,7 +79,14 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
         with patch.object(pipe.transformer, "forward", function):
             return pipe("a red apple", generator=torch.Generator().manual_seed(0), output_type="pt").images
 
-    functions = {"ours": partial(starter, forward), "ours, guidance in two passes": partial(starter, in_two)}
+    def at_each_call(codes: dict, modulation: VQDiTModulation, **options) -> VQDiTOutput:
+        return forward(codes, **options)
+
+    functions = {
+        "ours": partial(starter, forward),
+        "ours, adaLN at each call": partial(starter, at_each_call),
+        "ours, guidance in two passes": partial(starter, in_two),
+    }
     yield compare("text->image, starter, guided, batch 1", functions, rounds=rounds, device=device)
 
     segments = {

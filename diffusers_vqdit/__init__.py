@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import diffusers
 from diffusers.utils.import_utils import _LazyModule
 
+from .utils.moved import MovedModule
 from .version import __version__
 
 
 _import_structure = {
     "models.image_vq": ["ImageVQModel"],
+    "models.multi_tokenizer": ["MultiTokenizerModel"],
     "models.text_vq": ["TextVQModel"],
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
@@ -23,9 +25,22 @@ _import_structure = {
     "tasks": ["Task", "parse_tasks"],
 }
 
+# What the module `training_utils` of version 0.1 had.
+_training_utils = {
+    "training.arguments": ["tracker_config"],
+    "training.checkpoints": ["find_checkpoint", "save_checkpoint"],
+    "training.columns": ["check_captions"],
+    "training.data": ["decode_image", "decode_images", "load_training_dataset", "shuffled_batches", "to_pixels"],
+    "training.draws": ["row_generators", "step_generator"],
+    "training.files": ["checkpoint_step", "checkpoints", "save_pretrained_atomically"],
+    "training.metrics": ["code_usage", "psnr", "ssim"],
+    "training.optimization": ["averaged_weights", "parameter_groups", "set_dropout", "unwrap"],
+}
+
 if TYPE_CHECKING:
     from .likelihood.gallery import GalleryIndex
     from .models.image_vq import ImageVQModel
+    from .models.multi_tokenizer import MultiTokenizerModel
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput
@@ -33,8 +48,11 @@ if TYPE_CHECKING:
     from .schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
     from .tasks import Task, parse_tasks
 else:
+    _moved = MovedModule(__name__, __file__, _training_utils, old_name=f"{__name__}.training_utils")
+    sys.modules[f"{__name__}.training_utils"] = _moved
+    _extra = {"__version__": __version__, "training_utils": _moved}
     sys.modules[__name__] = _LazyModule(
-        __name__, __file__, _import_structure, module_spec=__spec__, extra_objects={"__version__": __version__}
+        __name__, __file__, _import_structure, module_spec=__spec__, extra_objects=_extra
     )
 
 # DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so

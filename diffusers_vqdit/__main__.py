@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
+from .training.files import check_output_file
 from .utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
 from .utils.provenance import save_generated
 
@@ -55,7 +56,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
-def wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
+def wrapped(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
     """The text in lines that fit the width, two at the most."""
     lines = [""]
     for word in text.split():
@@ -82,6 +85,10 @@ def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int =
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
+    try:
+        check_output_file("output_file", args.output_file, ".png")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     path = args.pretrained_model_name_or_path
     if path == str(STARTER) and not STARTER.is_dir():
         raise SystemExit(
@@ -112,7 +119,6 @@ def main(args: argparse.Namespace) -> None:
         images += pictures
         labels += [f"-> {text}" for text in texts]
 
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     model_id = "vqdit-emoji" if path == str(STARTER) else path
     save_generated(
         labelled_grid(images, labels),

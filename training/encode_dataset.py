@@ -13,8 +13,12 @@ import argparse
 
 import torch
 
+from diffusers_vqdit.pipelines.segment_base import IMAGE, TEXT, SegmentColumn
+from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
-from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.data import load_splits, take_split
+from diffusers_vqdit.training.run import output_folder
+from diffusers_vqdit.training.segment_columns import add_segment_argument, files_of, load_tokenizers
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -22,6 +26,7 @@ from diffusers_vqdit.utils.arguments import (
     model_name,
     non_negative_integer,
     positive_integer,
+    torch_device,
 )
 
 
@@ -44,6 +49,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     parser.add_argument("--text_columns", nargs="*", default=[], help="More texts, each a segment of that name.")
     parser.add_argument("--label_column")
+    add_segment_argument(parser)
     parser.add_argument(
         "--image_augmentations",
         type=non_negative_integer,
@@ -63,33 +69,50 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args(input_args)
-    if args.image_vq is None and args.text_vq is None:
+    if args.image_vq is None and args.text_vq is None and not args.segment:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    image_column = args.image_column if args.image_vq else None
-    caption_column = args.caption_column if args.text_vq else None
+    with output_folder(args.output_dir, files=[INDEX_FILE], kept="the codes that were there are whole"):
+        encode(args)
+
+
+def encode(args: argparse.Namespace) -> None:
+    named = {flag.name for flag in args.segment}
+    image_column = args.image_column if args.image_vq and IMAGE not in named else None
+    caption_column = args.caption_column if args.text_vq and TEXT not in named else None
+    source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
+    source |= {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "output_dir": args.output_dir}
+    files, others = files_of(args.segment)
     prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if args.text_vq else ([], [])
-    dataset = load_training_dataset(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        split=args.split,
-        columns=[column for column in (caption_column, args.label_column, *prompt_columns, *text_columns) if column],
-        image_column=image_column,
+    others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
+    wanted = [column for column in (*others, *files, caption_column, image_column) if column]
+    splits = load_splits(**source, columns=wanted)
+    if args.segment:
+        # Where segments are named, these two columns may be missing unless something else needs them.
+        there = next(iter(splits.values())).column_names
+        image_column = image_column if image_column in there or args.lowres_factor else None
+        caption_column = caption_column if caption_column in there or prompt_columns or text_columns else None
+    dataset = take_split(
+        splits,
+        args.split,
+        columns=[*others, *([caption_column] if caption_column else [])],
+        image_column=[*files, *([image_column] if image_column else [])],
         max_samples=args.max_samples,
-        cache_dir=args.cache_dir,
-        output_dir=args.output_dir,
     )
     image_vq = load_image_vq(args.image_vq, cache_dir=args.cache_dir).to(args.device).eval() if args.image_vq else None
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
+    known = {args.image_vq: (image_vq, None), args.text_vq: (text_vq, tokenizer)}
+    loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
+    for model, _ in loaded.values():
+        model.to(args.device)
     encode_dataset(
         dataset,
         args.output_dir,
@@ -102,6 +125,10 @@ def main(args: argparse.Namespace) -> None:
         prompt_columns=prompt_columns,
         text_columns=text_columns,
         label_column=args.label_column,
+        segments={
+            flag.name: SegmentColumn(flag.modality, flag.column, *loaded.get(flag.name, (None, None)))
+            for flag in args.segment
+        },
         image_augmentations=args.image_augmentations,
         lowres_factor=args.lowres_factor,
         resize_mode=args.resize_mode,

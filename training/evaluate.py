@@ -6,7 +6,8 @@
 ``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
 options are those of ``training/evaluate_tokenizer.py``.
 
-Takes about half an hour on two CPU cores; ``--tasks`` measures some of them. One sample is drawn for each caption or
+Takes about half an hour on two CPU cores; ``--tasks`` measures some of them, and what the pipeline doesn't do is left
+out. One sample is drawn for each caption or
 picture, from a seed of its own, and each share comes with its standard error. The captions and pictures are held-out
 compositions (a role and a skin tone that training never saw together) or, where it says so, training captions or the
 whole test split. *Nearest picture* is the one of all 3,786 whose reconstruction by the image tokenizer has the
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.evaluation import EmojiData
+from diffusers_vqdit.training.evaluation import EmojiData, Roles
 from diffusers_vqdit.training.evaluation_images import (
     measure_inpainting,
     measure_label_to_image,
@@ -42,10 +43,20 @@ from diffusers_vqdit.training.evaluation_texts import (
     measure_image_to_text,
     measure_infilling,
     measure_joint,
+    measure_plain_text_to_text,
     measure_text,
     measure_text_to_text,
 )
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    font_file,
+    model_name,
+    number,
+    positive_integer,
+    random_seed,
+    torch_device,
+)
 
 
 MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dict]] = {
@@ -57,6 +68,7 @@ MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dic
     "super-resolution": measure_super_resolution,
     "image->text": measure_image_to_text,
     "text->text": measure_text_to_text,
+    "plain text->text": measure_plain_text_to_text,
     "->text": measure_text,
     "infilling": measure_infilling,
     "->image+text": measure_joint,
@@ -75,12 +87,28 @@ def measures(names: str) -> list[str]:
     return chosen
 
 
+def titled_columns(name: str) -> tuple[str, str]:
+    """A column and what the report calls its texts, of ``column=title`` or the column alone."""
+    column, _, title = name.partition("=")
+    return column, title or column
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Measure a VQDiT pipeline on the emoji dataset.")
     parser.add_argument(
         "--pretrained_model_name_or_path", type=model_name, required=True, help="Pipeline: a folder or a Hub id."
     )
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument(
+        "--caption_columns",
+        type=titled_columns,
+        nargs="+",
+        default=[("text", "English"), ("text_zh", "Chinese")],
+        metavar="COLUMN=TITLE",
+        help="Captions, tried as prompts, and what the report calls them; the first are those of the pipeline's.",
+    )
+    parser.add_argument("--label_column", default="label")
     parser.add_argument(
         "--tasks",
         type=measures,
@@ -96,20 +124,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
     )
     parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--font", help="Font file for the picture; Chinese needs one that has it.")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=Path, help="By default the pipeline's folder.")
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    args.caption_columns = dict(args.caption_columns)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
+    output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
+    for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
+        check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    resolution = pipeline.transformer.config.segments["image"]["shape"][0] * pipeline.image_vq.downsample_factor
-    data = EmojiData.load(pipeline.image_vq, resolution, args)
-    report = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
+    side = pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
+    data = EmojiData.load(pipeline.image_vq, side * pipeline.image_vq.downsample_factor, args)
+    measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
+    report = {name: figures for name, figures in measured.items() if figures}
     table = as_table(report)
     (output_dir / "evaluation.json").write_text(json.dumps(report, indent=2))
     (output_dir / "evaluation.md").write_text(table + "\n")

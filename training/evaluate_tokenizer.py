@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.columns import caption_lists
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
@@ -102,12 +103,13 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
 def main(args: argparse.Namespace) -> None:
     check_launch()
     accelerator = Accelerator()
+    if args.output_file is not None and accelerator.is_main_process:
+        check_output_file("output_file", args.output_file)
     kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder)["_class_name"]
     figures = measure_texts(args) if kind == "TextVQModel" else measure_images(args, accelerator)
     if accelerator.is_main_process:
         print(json.dumps(figures, indent=2))
         if args.output_file is not None:
-            args.output_file.parent.mkdir(parents=True, exist_ok=True)
             args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
     accelerator.end_training()
 

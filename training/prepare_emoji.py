@@ -38,7 +38,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser
+from diffusers_vqdit.utils.weight_files import replacing_file
 
 
 PICTURES = "emoji-datasource-google@16.0.0"
@@ -163,6 +165,7 @@ def rows(pictures: tarfile.TarFile, names: tarfile.TarFile) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_output_file("output_file", args.output_file)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.download_dir or Path(temporary)
         with fetch(PICTURES, folder) as pictures, fetch(NAMES, folder) as names:
@@ -170,10 +173,8 @@ def main(args: argparse.Namespace) -> None:
     strings = ["text", "text_zh", "phrase", "keywords", "label", "skin_tone", "emoji", "split", "held_out"]
     features = Features({"image": Image(), **{name: Value("string") for name in strings}})
     dataset = Dataset.from_list(table, features=features)
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.output_file.with_suffix(".tmp")
-    dataset.to_parquet(unfinished)
-    unfinished.replace(args.output_file)
+    with replacing_file(args.output_file) as unfinished:
+        dataset.to_parquet(unfinished)
     print(f"{args.output_file}: {len(table)} pictures, {args.output_file.stat().st_size / 2**20:.1f} MiB")
     for held in ("", "composition", "picture"):
         count = sum(row["held_out"] == held for row in table)

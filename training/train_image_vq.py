@@ -70,6 +70,8 @@ from diffusers_vqdit.utils.arguments import (
 
 logger = get_logger(__name__)
 
+PROJECT = "image_vq"  # of the trackers
+
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train an image VQ-VAE.")
@@ -143,7 +145,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     losses.add_argument("--discriminator_max_grad_norm", type=non_negative_number, default=1.0)
 
     add_keeping_arguments(parser)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
+        parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
+    return args
 
 
 def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
@@ -151,8 +156,6 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
         return None
     if args.lpips_weights is not None:
         return PerceptualLoss.from_lpips(*args.lpips_weights)
-    if args.perceptual_backbone is None:
-        raise ValueError("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
     return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
 
 
@@ -162,6 +165,7 @@ def load_pictures(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
+        columns=[args.image_column],
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
     )
@@ -298,7 +302,9 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
-    with setup.open_run(args, accelerator, folders=["samples"], files=["README.md", "config.json"]) as run:
+    with setup.open_run(
+        args, accelerator, project=PROJECT, folders=["samples"], files=["README.md", "config.json"]
+    ) as run:
         train(args, accelerator, run)
 
 
@@ -337,7 +343,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     states = {"ema": ema, "lecam": lecam if adversarial else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
-    setup.start_trackers(args, accelerator, "image_vq")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step = run.step

@@ -42,13 +42,12 @@ from diffusers_vqdit.training.arguments import (
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators
-from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.latent_data import draw_conditions, load_data, normalized_latents
-from diffusers_vqdit.training.latent_files import cache_latents
+from diffusers_vqdit.training.latent_files import cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
-from diffusers_vqdit.training.model_card import Measure, published_name
+from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, unwrap
-from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
@@ -64,6 +63,8 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
+
+PROJECT = "vqdit-latent"  # of the trackers
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -244,7 +245,7 @@ def build_transformer(
         if args.label_column is not None and max(id2label) >= known:
             logger.info(f"labels new to the pipeline: {[name for n, name in id2label.items() if n >= known]}")
             transformer = transformer.with_num_embeds_ada_norm(max(id2label) + 1)
-        transformer.to(torch.float32)
+        transformer.float()
         if (transformer.config.out_channels == 2 * transformer.config.in_channels) != args.learn_sigma:
             raise ValueError(f"learn_sigma={args.learn_sigma} is not what the pretrained transformer has")
     transformer.train()
@@ -262,25 +263,9 @@ def validation_inputs(args: argparse.Namespace) -> tuple[str, str, list[str]]:
     return "validation_prompts", "prompt", args.validation_prompts
 
 
-def publish(
-    args: argparse.Namespace,
-    pipeline: VQDiTLatentPipeline,
-    loss: float | None,
-    wanted: list[str],
-    argument: str,
-    step: int | None = None,
-) -> None:
-    """Save the pipeline and its card, and push them where that is asked for."""
-    files = save_pretrained_atomically(pipeline, args.output_dir)
-    name = published_name(args)
-    publish_run(
-        args,
-        pipeline,
-        files=files,
-        measures=[Measure(args.objective, "training loss", loss, "training data")] if loss is not None else [],
-        samples=draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token),
-        step=step,
-    )
+def loss_measures(args: argparse.Namespace, loss: float | None) -> list[Measure]:
+    """The loss, for the model card."""
+    return [Measure(args.objective, "training loss", loss, "training data")] if loss is not None else []
 
 
 def main(args: argparse.Namespace) -> None:
@@ -290,9 +275,12 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
+        project=PROJECT,
         folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
+        if args.latents_file is not None and accelerator.is_main_process:
+            check_latents_file(args.latents_file)
         train(args, accelerator, run)
 
 
@@ -345,7 +333,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
-    setup.start_trackers(args, accelerator, "vqdit-latent")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 5. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
@@ -405,14 +393,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(transformer, ema, transformer.parameters()):
-                    publish(args, build_pipeline(), smooth, wanted, argument, step)
+                    measured = loss_measures(args, smooth)
+                    publish_pipeline(args, build_pipeline(), measured, wanted, argument=argument, step=step)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
         with evaluated(transformer, ema, transformer.parameters()):
-            publish(args, build_pipeline(), smooth, wanted, argument)
+            publish_pipeline(args, build_pipeline(), loss_measures(args, smooth), wanted, argument=argument)
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

@@ -41,6 +41,8 @@ from diffusers_vqdit.utils.texts import tokenize_to_length
 
 logger = get_logger(__name__)
 
+PROJECT = "text_vq"  # of the trackers
+
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train a text VQ-VAE and its tokenizer.")
@@ -244,7 +246,9 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
-    with setup.open_run(args, accelerator, folders=["tokenizer"], files=["README.md", "config.json"]) as run:
+    with setup.open_run(
+        args, accelerator, project=PROJECT, folders=["tokenizer"], files=["README.md", "config.json"]
+    ) as run:
         train(args, accelerator, run)
 
 
@@ -273,7 +277,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    setup.start_trackers(args, accelerator, "text_vq")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.segment_base import LABEL
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -37,15 +38,15 @@ from diffusers_vqdit.training.arguments import (
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators, step_generator
-from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.finetuning import extend_transformer
-from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, save_lora
+from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
-from diffusers_vqdit.training.model_card import Measure, published_name
+from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
-from diffusers_vqdit.training.publish import draw_gallery, publish_run, publishes_checkpoints
+from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
-from diffusers_vqdit.training.task_codes import load_codes
+from diffusers_vqdit.training.segment_columns import add_segment_argument
+from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
@@ -60,6 +61,8 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 logger = get_logger(__name__)
+
+PROJECT = "vqdit"  # of the trackers
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +84,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
     add_patch_argument(models)
+    models.add_argument(
+        "--use_rotary_positional_embeddings",
+        action="store_true",
+        help="Rotate queries and keys by position, too: for grids and lengths of other sizes than are trained on.",
+    )
     models.add_argument("--dropout", type=share, help="By default the pretrained transformer's, or 0.")
     models.add_argument("--masking", choices=["cosine", "linear"], default="cosine", help="Masking schedule.")
 
@@ -95,6 +103,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--caption_column", default="text")
     data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     data.add_argument("--label_column")
+    add_segment_argument(data)
     data.add_argument(
         "--image_augmentations",
         type=non_negative_integer,
@@ -118,8 +127,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--tasks",
         default="text->image:4,image->text:2,->image:1",
         help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
-        "Besides image, image_lowres, text and label, a task may name any column of texts. A list that begins with an "
-        "arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
+        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A "
+        "list that begins with an arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
     )
 
     training = add_training_arguments(
@@ -144,7 +153,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
-    if args.pretrained_model_name_or_path is None and args.image_vq is None and args.text_vq is None:
+    tokenizers = [args.image_vq, args.text_vq, *args.segment]
+    if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
@@ -165,6 +175,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "text_vq": text_vq,
         "tokenizer": tokenizer,
         "transformer": None,
+        "segment_tokenizers": None,
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
         "labels": [],
         "lowres_factor": args.lowres_factor or 2,
@@ -177,7 +188,7 @@ def build_transformer(
     args: argparse.Namespace,
     pretrained: VQDiTTransformer2DModel | None,
     segments: dict[str, dict],
-    labels: list[str],
+    labels: dict[str, list[str]],
     tasks: list[tuple[Task, float]],
 ) -> VQDiTTransformer2DModel:
     """The transformer that is trained: a new one, or the pretrained one with what the data has beside its own."""
@@ -190,10 +201,11 @@ def build_transformer(
             dropout=args.dropout or 0.0,
             segments=segments,
             tasks=names,
+            use_rotary_positional_embeddings=args.use_rotary_positional_embeddings,
         )
     else:
         transformer = extend_transformer(pretrained, segments, labels, names, lora=args.rank is not None)
-        transformer.to(torch.float32)
+        transformer.float()
         if args.dropout is not None:
             set_dropout(transformer, args.dropout)
     transformer.train()
@@ -207,24 +219,10 @@ def build_transformer(
     return transformer
 
 
-def publish(
-    args: argparse.Namespace, pipeline: VQDiTPipeline, task_losses: dict[str, float], step: int | None = None
-) -> None:
-    """Save the pipeline, or the LoRA, and its card, and push them where that is asked for."""
-    if args.rank is not None:
-        files = save_lora(pipeline.transformer, args.output_dir)
-    else:
-        files = save_pretrained_atomically(pipeline, args.output_dir)
-    measure = f"training loss ({args.loss_weighting})"
-    prompts, name = args.validation_prompts, published_name(args)
-    publish_run(
-        args,
-        pipeline,
-        files=files,
-        measures=[Measure(task, measure, loss, "training data") for task, loss in task_losses.items()],
-        samples=draw_gallery(pipeline, prompts, args.output_dir, name, args.seed, hub_token=args.hub_token),
-        step=step,
-    )
+def loss_measures(args: argparse.Namespace, task_losses: dict[str, float]) -> list[Measure]:
+    """The losses of the tasks, for the model card."""
+    metric = f"training loss ({args.loss_weighting})"
+    return [Measure(task, metric, loss, "training data") for task, loss in task_losses.items()]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -234,7 +232,8 @@ def main(args: argparse.Namespace) -> None:
     with setup.open_run(
         args,
         accelerator,
-        folders=["samples", "codes", "transformer", "scheduler", "image_vq", "text_vq", "tokenizer"],
+        project=PROJECT,
+        folders=["samples", "codes", "transformer", "scheduler", *VQDiTPipeline._optional_components],
         files=["README.md", "model_index.json", "pipeline.py"],
     ) as run:
         train(args, accelerator, run)
@@ -245,6 +244,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     parts = load_components(args)
+    if args.rank is not None:
+        check_lora_layers(parts["transformer"], args.lora_layers)
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:
@@ -252,14 +253,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
         )
     known_labels = parts.pop("labels")
-    labels = codes.labels if "label" in names or not known_labels else known_labels
+    labels = codes.labels if LABEL in names or not known_labels else known_labels
 
     # 2. Transformer, optimizer, learning rate
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
     parts["segments"] = parts["segments"] | {name: one for name, one in codes.entries.items() if name in needed}
     segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     base = None if args.rank is None else model_fingerprint(parts["transformer"])
-    transformer = build_transformer(args, parts["transformer"], segments, labels, tasks)
+    grown = names_of_labels(parts["segments"], labels)
+    transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     ema = setup.make_ema(args, trained, accelerator.device)
@@ -277,6 +279,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 3. Resume
     # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
     made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
+    more = parts["segment_tokenizers"].parts if parts["segment_tokenizers"] is not None else {}
     identity = {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
@@ -286,12 +289,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "scheduler": plain_config(scheduler),
         "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        **{f"tokenizer {name}": fingerprint(one) for name, one in more.items() if isinstance(one, torch.nn.Module)},
         "labels": labels,
         "base of the LoRA": base,
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
-    setup.start_trackers(args, accelerator, "vqdit")
+    setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
@@ -350,14 +354,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(unwrap(transformer), ema, trained):
-                    publish(args, build_pipeline(), task_losses, step)
+                    measured = loss_measures(args, task_losses)
+                    publish_pipeline(args, build_pipeline(), measured, args.validation_prompts, step=step)
     progress.close()
 
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
         with evaluated(unwrap(transformer), ema, trained):
-            publish(args, build_pipeline(), task_losses)
+            publish_pipeline(args, build_pipeline(), loss_measures(args, task_losses), args.validation_prompts)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

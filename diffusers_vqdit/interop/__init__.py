@@ -1,6 +1,7 @@
-"""Image tokenizers of other code bases as [`ImageVQModel`]: one module for each checkpoint format.
+"""Checkpoints of other code bases as arguments and weights of our models: one module a format, of pure functions.
 
-`ImageVQModel.from_original` is the way in, and ``python -m diffusers_vqdit.interop.convert`` from the command line.
+Nothing here imports a model. `ImageVQModel.from_original` and `VQDiTTransformer2DModel.from_original` are the ways in,
+and ``python -m diffusers_vqdit.interop.convert`` from the command line; they check that the weights are the model's.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..interop import amused, ibq, llamagen, maskgit_vqgan, movq, open_muse, taming
+from . import amused, ibq, llamagen, maskgit_vqgan, movq, open_muse, taming
 from .checkpoint import read_checkpoint, read_config, state_dicts
 
 
@@ -50,7 +51,7 @@ def load_original(
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Arguments and state dict of the `ImageVQModel` that equals a foreign checkpoint.
 
-    The arguments and errors are those of `ImageVQModel.from_original`.
+    The arguments and errors are those of `ImageVQModel.from_original`, which also checks that the state dict is whole.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {tuple(FORMATS)}")
@@ -86,27 +87,4 @@ def load_original(
     model_config, converted = FORMATS[format][0].convert(weights, original)
     if "pixel_range" in original:
         model_config["pixel_range"] = tuple(original["pixel_range"])
-    _check(format, model_config, converted)
     return model_config, {name: value.float().contiguous() for name, value in converted.items()}
-
-
-def _check(format: str, model_config: dict, converted: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError unless the weights are the model's, name by name and shape by shape."""
-    from ..models.image_vq import ImageVQModel
-
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in ImageVQModel(**model_config).state_dict().items()}
-    got = {name: tuple(value.shape) for name, value in converted.items()}
-    problems = [f"{name} is missing" for name in expected if name not in got]
-    problems += [f"{name} is not part of the architecture" for name in got if name not in expected]
-    problems += [
-        f"{name} must have shape {shape}, got {got[name]}"
-        for name, shape in expected.items()
-        if name in got and got[name] != shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(
-            f"the checkpoint is not a whole {format} tokenizer that the diffusers blocks can express (names after "
-            f"conversion): {'; '.join(problems[:4])}{more}"
-        )

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from ..interop import taming
+from . import taming
 
 
 def to_taming(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

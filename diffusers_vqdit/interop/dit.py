@@ -6,13 +6,17 @@ embedding (``freq_shift=0``) and the epsilon before the feed-forward layers (``n
 `VQDiTTransformer2DModel`'s config; stock DiT has the second one only.
 """
 
-import argparse
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.utils import deprecate
 
-from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from .checkpoint import read_checkpoint
 
 
 # Width of the published sizes S, B, L and XL -> attention heads, which no weight's shape tells.
@@ -38,7 +42,7 @@ _BLOCK = {
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
-def convert_from_original(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_from_original(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A `DiTTransformer2DModel` state dict of the original's weights.
 
     Args:
@@ -119,27 +123,22 @@ def convert_to_original(state_dict: dict[str, torch.Tensor], num_patches: int) -
     return converted
 
 
-def load_original_dit(
-    path: str | Path, *, num_attention_heads: int | None = None, use_ema: bool = True
-) -> VQDiTTransformer2DModel:
-    """The model in a ``.pt`` file of the original DiT, with the original's outputs.
+def convert(
+    state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Arguments and state dict of the `VQDiTTransformer2DModel` that gives the original's outputs.
 
     Args:
-        path: a file of weights, or of a training run with ``"ema"`` and ``"model"``.
-        num_attention_heads: not written in the file; by default that of the published size of this width.
-        use_ema: whether to take a training run's moving average or its last weights.
+        state_dict: the original's, as in its ``.pt`` files.
+        num_attention_heads: which no weight's shape tells; by default that of the published size of this width.
 
     Raises:
         ValueError: if the weights are not DiT's, or `num_attention_heads` can't be known.
     """
-    # A training run's file has its arguments beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    if "model" in state_dict and "ema" in state_dict:
-        state_dict = state_dict["ema" if use_ema else "model"]
-    # Weights saved from DistributedDataParallel.
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     weights = convert_from_original(state_dict)
+    if weights["pos_embed.proj.weight"].ndim != 4:
+        shape = tuple(weights["pos_embed.proj.weight"].shape)
+        raise ValueError(f"'x_embedder.proj.weight' must have 4 dimensions, got shape {shape}")
     width, in_channels, patch_size, _ = weights["pos_embed.proj.weight"].shape
     heads = num_attention_heads or HEADS.get(width)
     if heads is None or width % heads:
@@ -149,29 +148,52 @@ def load_original_dit(
         )
     if "pos_embed" not in state_dict:
         raise ValueError("state_dict has no pos_embed, which tells the trained size")
-    model = VQDiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=in_channels,
-        out_channels=len(weights["proj_out_2.bias"]) // patch_size**2,
-        num_layers=_num_layers(state_dict),
-        sample_size=round(state_dict["pos_embed"].shape[1] ** 0.5) * patch_size,
-        patch_size=patch_size,
-        num_embeds_ada_norm=len(state_dict["y_embedder.embedding_table.weight"]) - 1,
-        norm_eps=1e-6,
-        freq_shift=0.0,
-    )
-    model.load_state_dict(weights)
-    return model.share_embedder().eval()
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": in_channels,
+        "out_channels": len(weights["proj_out_2.bias"]) // patch_size**2,
+        "num_layers": _num_layers(state_dict),
+        "sample_size": round(state_dict["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "patch_size": patch_size,
+        "num_embeds_ada_norm": len(state_dict["y_embedder.embedding_table.weight"]) - 1,
+        "norm_eps": 1e-6,
+        "freq_shift": 0.0,
+    }
+    return config, weights
 
 
-def save_original_dit(
-    model: VQDiTTransformer2DModel, path: str | Path, *, ema: VQDiTTransformer2DModel | None = None
-) -> None:
+def load_original(
+    checkpoint: str | Path | Mapping[str, torch.Tensor],
+    *,
+    num_attention_heads: int | None = None,
+    use_ema: bool = True,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """[`convert`] of a ``.pt`` file, or of what one holds.
+
+    The arguments and errors are those of `VQDiTTransformer2DModel.from_original`, which also checks the shapes.
+    """
+    content = read_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint must be a path or a state dict, got {type(content).__name__}")
+    if "model" in content and "ema" in content:
+        content = content["ema" if use_ema else "model"]
+    # Weights saved from DistributedDataParallel.
+    return convert({name.removeprefix("module."): value for name, value in content.items()}, num_attention_heads)
+
+
+def load_original_dit(path: str | Path, *, num_attention_heads: int | None = None, use_ema: bool = True) -> ModelMixin:
+    """Old name of `VQDiTTransformer2DModel.from_original`."""
+    deprecate("load_original_dit", "1.0.0", "Call `VQDiTTransformer2DModel.from_original`.")
+    model_class = import_module("diffusers_vqdit").VQDiTTransformer2DModel
+    return model_class.from_original(path, num_attention_heads=num_attention_heads, use_ema=use_ema)
+
+
+def save_original_dit(model: ModelMixin, path: str | Path, *, ema: ModelMixin | None = None) -> None:
     """Write a model as the original DiT's code reads it.
 
     Args:
-        model: without segments and captions, with ``freq_shift=0`` and ``norm_eps=1e-6``.
+        model: a `VQDiTTransformer2DModel` without segments and captions, with ``freq_shift=0`` and ``norm_eps=1e-6``.
         path: the ``.pt`` file.
         ema: the moving average of its weights; the file then has ``"model"`` and ``"ema"``, as a training run's.
 
@@ -196,7 +218,7 @@ def save_original_dit(
     torch.save(converted if ema is not None else converted["model"], path)
 
 
-def _num_layers(state_dict: dict[str, torch.Tensor]) -> int:
+def _num_layers(state_dict: Mapping[str, torch.Tensor]) -> int:
     layers = {int(name.split(".")[1]) for name in state_dict if name.startswith("blocks.")}
     if not layers:
         raise ValueError("state_dict is no original DiT's: 'blocks.0' is not in it")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..interop import taming
+from . import taming
 
 
 def convert(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict, dict[str, torch.Tensor]]:

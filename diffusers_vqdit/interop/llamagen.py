@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ..interop import taming
+from . import taming
 
 
 def convert(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict, dict[str, torch.Tensor]]:

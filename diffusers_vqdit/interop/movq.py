@@ -6,7 +6,7 @@ Both Kandinsky 2's own checkpoints and open-muse's are read. Kandinsky 2.2's ``m
 
 import torch
 
-from ..interop import taming
+from . import taming
 
 
 def convert(state_dict: dict[str, torch.Tensor], config: dict) -> tuple[dict, dict[str, torch.Tensor]]:

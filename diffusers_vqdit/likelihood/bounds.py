@@ -1,12 +1,13 @@
 """Likelihoods under masked diffusion: bounds on log p(generated | given) of codes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import BaseOutput
 
+from ..models.layers import VQDiTModulation
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..utils.checks import check_integer
 
@@ -38,27 +39,27 @@ class LikelihoodOutput(BaseOutput):
         return self.nll / (self.num_codes * math.log(2.0))
 
 
-def check_logits(
-    logits: torch.Tensor, parts: Iterable[torch.Tensor] = (), guidance_scale: float | None = None
-) -> None:
-    """Raise unless a distribution follows from each row of logits (..., K).
+def are_possible(*logits: torch.Tensor) -> torch.Tensor:
+    """Whether a distribution follows from each row of each of `logits` (..., K); a bool () on their device.
 
     A code that can't be has the logit -inf, so that a row is refused where it holds NaN or inf, or -inf throughout.
-
-    Args:
-        logits: of a transformer, after guidance.
-        parts: what guidance combined them from. Where they are finite, the guidance scale is what is named.
-
-    Raises:
-        ValueError: if they are not finite.
     """
-    if logits.amax(-1).isfinite().all():
-        return
-    if parts and all(part.amax(-1).isfinite().all() for part in parts):
-        raise ValueError(
-            f"guidance_scale={guidance_scale} is too large: with it the transformer's logits are not finite"
-        )
-    raise ValueError("the transformer's logits are not finite")
+    return torch.stack([value.amax(-1).isfinite().all() for value in logits]).all()
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raise a ValueError unless a transformer's logits [`are_possible`]."""
+    if not are_possible(logits):
+        raise ValueError("the transformer's logits are not finite")
+
+
+def constant_modulation(
+    transformer: VQDiTTransformer2DModel, generated: dict[str, torch.LongTensor]
+) -> dict[str, VQDiTModulation]:
+    """What a run's calls of a transformer have in common besides the prefix, as arguments: adaLN, but of the time."""
+    if transformer.config.time_conditioned:
+        return {}
+    return {"modulation": transformer.encode_modulation(generated)}
 
 
 def check_num_samples(num_samples: int) -> None:
@@ -140,6 +141,7 @@ def negative_elbo(
     total = sum(lengths)
     if masks.shape[1] != total:
         raise ValueError(f"masks must have shape (S, {total}), got {tuple(masks.shape)}")
+    constant = constant_modulation(transformer, generated)
     estimates = torch.empty(len(masks), size, dtype=torch.float64)
     for start in range(0, size, batch_size):
         rows = slice(start, min(start + batch_size, size))
@@ -155,7 +157,9 @@ def negative_elbo(
                 mask_token_id = transformer.config.segments[name]["vocab_size"]
                 noised[name] = flat[name][rows].masked_fill(masked[name], mask_token_id).view_as(generated[name][rows])
             timestep = None if times is None else times[index].to(device).expand(count)
-            logits = transformer(noised, timestep=timestep, prefix=part, masked=masked).sample
+            logits = transformer(
+                noised, timestep=timestep, prefix=part, masked=masked, check_values=index == 0, **constant
+            ).sample
             nll = torch.zeros(count, dtype=torch.float64)
             for name in names:
                 if hidden[name].any():
@@ -196,6 +200,7 @@ def code_log_probabilities(
     flat = {name: generated[name].flatten(1) for name in names}
     lengths = [flat[name].shape[1] for name in names]
     size, device = len(flat[names[0]]), flat[names[0]].device
+    constant = constant_modulation(transformer, generated)
     totals = {name: torch.zeros(value.shape, device=device) for name, value in flat.items()}
     for _ in range(rounds):
         half = torch.randperm(sum(lengths), generator=generator) < sum(lengths) // 2
@@ -207,7 +212,7 @@ def code_log_probabilities(
                 mask_token_id = transformer.config.segments[name]["vocab_size"]
                 noised[name] = flat[name].masked_fill(masked[name], mask_token_id).view_as(generated[name])
             timestep = None if times is None else times(float(mask.double().mean())).to(device).expand(size)
-            logits = transformer(noised, timestep=timestep, prefix=prefix, masked=masked).sample
+            logits = transformer(noised, timestep=timestep, prefix=prefix, masked=masked, **constant).sample
             for name in names:
                 check_logits(logits[name])
                 codes = flat[name][:, hidden[name]]  # (B, k)

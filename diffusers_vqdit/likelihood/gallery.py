@@ -3,8 +3,10 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,7 +37,7 @@ class GalleryIndex:
     Args:
         segment, query: the segment of the items and that of the queries.
         way: the task whose PMI the features stand for.
-        model: [`~likelihood.retrieval.fingerprint`] of the transformer.
+        model: [`~likelihood.retrieval.transformer_digest`] of the transformer.
         tokenizers: [`~likelihood.retrieval.tokenizers_digest`]; empty where it isn't known.
         codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
         features (`torch.Tensor` of shape `(G, R)`): float16.
@@ -57,7 +59,8 @@ class GalleryIndex:
     tokenizers: str = ""
 
     def __post_init__(self) -> None:
-        self._faiss = None
+        self._faiss: Any = None
+        self._marginals: dict[tuple, Any] = {}  # of the model, by `retrieve`
         for name in GALLERY_STRINGS:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be a string that isn't empty")
@@ -152,8 +155,8 @@ class GalleryIndex:
         count = check_integer("count", count, 1, len(self))
         queries = queries.float().cpu()
         if find_spec("faiss") is not None:
-            import faiss
-
+            # No import statement: diffusers would warn of a repository's pipeline.py that it isn't installed.
+            faiss = import_module("faiss")
             if self._faiss is None:
                 # The bias is one more feature, whose counterpart in a query is 1.
                 self._faiss = faiss.IndexFlatIP(self.features.shape[1] + 1)

@@ -13,9 +13,11 @@ principal components for a shortlist, which is then ranked by the sums themselve
 """
 
 import hashlib
+import itertools
 import json
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -46,11 +48,16 @@ class RetrievalOutput(BaseOutput):
     scores: torch.Tensor
 
 
-def fingerprint(transformer: VQDiTTransformer2DModel) -> str:
-    """A digest of the segments and of the first weights of each layer, which any training changes."""
+def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
+    """A digest of the segments, of the first weights of each layer, which any training changes, and of the scales of
+    LoRAs that are active."""
     digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
     for name, value in sorted(transformer.state_dict().items()):
         digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    for name, module in transformer.named_modules():
+        if isinstance(scales := getattr(module, "scaling", None), dict):  # a layer of peft's
+            active = [] if module.disable_adapters else module.active_adapters
+            digest.update(f"{name} {sorted((one, scales[one]) for one in active if one in scales)}".encode())
     return digest.hexdigest()
 
 
@@ -107,6 +114,17 @@ def all_masked(
         handle.remove()
     check_logits(logits)
     return states[0].float(), logits.float().log_softmax(-1)
+
+
+def _marginal(
+    transformer: VQDiTTransformer2DModel, gallery: GalleryIndex, segment: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`all_masked`] with nothing given: computed once for a gallery, as it is of one model."""
+    device = transformer.device
+    key = segment, device, torch.is_autocast_enabled(device.type)
+    if key not in gallery._marginals:
+        gallery._marginals[key] = all_masked(transformer, segment)
+    return gallery._marginals[key]
 
 
 def at_codes(table: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
@@ -175,9 +193,9 @@ def build_index(
     codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
-    way = max(ways, key=sizes.get)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(codes), generator=generator)[:FIT_SIZE].to(codes.device)
+    way = max(ways, key=sizes.__getitem__)
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
+    chosen, others = order[:FIT_SIZE], order[FIT_SIZE:]
     sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
     if not sample.isfinite().all():
         raise ValueError("the transformer's features of the gallery are not finite")
@@ -188,28 +206,26 @@ def build_index(
     kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
     head, places = _head(transformer, way.generated[0])
-    if len(chosen) == len(codes):
-        centred = sample[chosen.argsort()].split(batch_size)  # all were computed for the fit
-    else:
-        centred = (_vectors(transformer, way, segment, part) - mean for part in codes.split(batch_size))
+    # What was computed for the fit is not computed again.
+    rest = (_vectors(transformer, way, segment, codes[part]) - mean for part in others.split(batch_size) if len(part))
     features, bias = [], []
-    for part, vectors in zip(codes.split(batch_size), centred, strict=True):
+    for vectors in itertools.chain(sample.split(batch_size), rest):
         features.append((vectors @ basis.float()).half())
         if way.given == (segment,):
             states = mean + features[-1].float() @ basis.float().T
-            logits = head(states.view(len(part), sizes[way], -1).to(head.weight.dtype), *places).float()
+            logits = head(states.view(len(states), sizes[way], -1).to(head.weight.dtype), *places).float()
             bias.append(-logits.logsumexp(-1).sum(1))
         else:
-            bias.append(torch.zeros(len(part), device=codes.device))
+            bias.append(torch.zeros(len(vectors), device=codes.device))
     small = torch.int16 if transformer.config.segments[segment]["vocab_size"] <= 2**15 else torch.int32
     return GalleryIndex(
         segment=segment,
         query=query,
         way=str(way),
-        model=fingerprint(transformer),
+        model=transformer_digest(transformer),
         codes=codes.to(small).cpu(),
-        features=torch.cat(features).cpu(),
-        bias=torch.cat(bias).cpu(),
+        features=torch.cat(features)[order.argsort()].cpu(),
+        bias=torch.cat(bias)[order.argsort()].cpu(),
         basis=basis.cpu(),
     )
 
@@ -244,7 +260,7 @@ def retrieve(
             f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
             f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
         )
-    if gallery.model != fingerprint(transformer):
+    if gallery.model != transformer_digest(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
     check_items("query", query, transformer, gallery.query)
     query = query.long()
@@ -267,8 +283,9 @@ def retrieve(
             "this model"
         )
     known = {Task.parse(task) for task in tasks}
-    free = {
-        way: all_masked(transformer, way.generated[0]) if Task((), way.generated) in known else None for way in ways
+    free: dict[Task, Any] = {
+        way: _marginal(transformer, gallery, way.generated[0]) if Task((), way.generated) in known else None
+        for way in ways
     }
 
     # 1. Shortlist, and the query's own log p while its states are at hand

@@ -5,6 +5,7 @@ import torch.nn as nn
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
 
 
 class DiTAttnProcessor:
@@ -58,10 +59,15 @@ class VQDiTAttnProcessor:
         attn: "VQDiTAttention",
         hidden_states: torch.Tensor,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the new hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
 
         `prefix` has keys and values (R, S, heads, head_dim) for the first R rows; the other rows see none.
+        `image_rotary_emb` has the cosines and sines (N, head_dim) of these positions; None rotates nothing.
+        `attention_mask`, (R, 1, 1 or N, S + N) with a prefix and else (B, 1, 1 or N, N), is false where nothing is
+        seen.
         """
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -70,22 +76,30 @@ class VQDiTAttnProcessor:
         # Autocast leaves norms in float32; backends want one type for all three.
         query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)  # (B, N, heads, head_dim)
         key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)
+        query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
         value = value.unflatten(-1, (-1, attn.head_dim))
         if prefix is None:
-            hidden_states = self._attend(query, key, value)
+            hidden_states = self._attend(query, key, value, attention_mask)
         else:
             rows = len(prefix[0])
             all_keys = torch.cat([prefix[0], key[:rows]], dim=1)  # (R, S + N, heads, head_dim)
             all_values = torch.cat([prefix[1], value[:rows]], dim=1)
-            hidden_states = self._attend(query[:rows], all_keys, all_values)
+            hidden_states = self._attend(query[:rows], all_keys, all_values, attention_mask)
             if rows < len(query):
                 hidden_states = torch.cat([hidden_states, self._attend(query[rows:], key[rows:], value[rows:])])
         hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](hidden_states)), key, value
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         )
 
 
@@ -115,15 +129,26 @@ class VQDiTAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def forward(
-        self, hidden_states: torch.Tensor, prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        hidden_states: torch.Tensor,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.processor(self, hidden_states, prefix)
+        return self.processor(self, hidden_states, prefix, image_rotary_emb, attention_mask)
 
-    def keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(
+        self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values alone: all that the last layer's prefix is for."""
         if self.fused_projections:
             _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             key, value = self.to_k(hidden_states), self.to_v(hidden_states)
-        key = self.norm_k(key.unflatten(-1, (-1, self.head_dim))).to(value.dtype)
+        key = rotate(self.norm_k(key.unflatten(-1, (-1, self.head_dim))).to(value.dtype), image_rotary_emb)
         return key, value.unflatten(-1, (-1, self.head_dim))
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Queries or keys (B, N, heads, head_dim), rotated by cosines and sines (N, head_dim) where there are any."""
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)

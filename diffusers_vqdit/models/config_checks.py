@@ -19,7 +19,7 @@ from .segment_layers import check_patch
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
-SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks")
+SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels")
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 
@@ -86,26 +86,9 @@ def check_blocks(
             )
 
 
-def check_image_vq(
-    config: Mapping[str, Any], quantizer_options: Mapping[str, Sequence[str]], defaults: Mapping[str, Any]
-) -> None:
-    """Check the arguments of [`ImageVQModel`].
-
-    Args:
-        config: the arguments.
-        quantizer_options: those that each type of quantizer takes.
-        defaults: what the others must be.
-    """
+def check_block_types(config: Mapping[str, Any], code_dim: int) -> None:
+    """Check an image tokenizer's types of blocks, and what goes with those that are not the usual ones."""
     c = config
-    check_integer("latent_channels", c["latent_channels"], 1, MAX_WIDTH)
-    check_integer("sample_size", c["sample_size"], 1, MAX_CODES)
-    check_number("scaling_factor", c["scaling_factor"], 0, above=True)
-    for name in ("mid_block_add_attention", "lookup_from_codebook", "force_upcast"):
-        check_flag(name, c[name])
-
-    # 1. Encoder and decoder
-    blocks = ("block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels")
-    check_blocks(*(c[name] for name in blocks))
     maskgit = False
     for name, stock, own in (
         ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), MASKGIT_BLOCKS[0]),
@@ -119,11 +102,6 @@ def check_image_vq(
         for index, block in enumerate(c[name]):
             check_choice(f"{name}[{index}]", block, (*stock, own))
         maskgit |= own in c[name]
-    activation = c["act_fn"].lower() if isinstance(c["act_fn"], str) else c["act_fn"]
-    check_choice("act_fn", activation, tuple(ACT2CLS))
-    check_choice("norm_type", c["norm_type"], ("group", "spatial"))
-    code_dim = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
-    check_integer("vq_embed_dim", code_dim, 1, MAX_WIDTH)
     if maskgit:
         for name, value, expected in (
             ("down_block_types", set(c["down_block_types"]), {MASKGIT_BLOCKS[0]}),
@@ -145,6 +123,34 @@ def check_image_vq(
             raise ValueError(
                 f"vq_embed_dim={code_dim} must be latent_channels={c['latent_channels']} with norm_type='spatial'"
             )
+
+
+def check_image_vq(
+    config: Mapping[str, Any], quantizer_options: Mapping[str, Sequence[str]], defaults: Mapping[str, Any]
+) -> None:
+    """Check the arguments of [`ImageVQModel`].
+
+    Args:
+        config: the arguments.
+        quantizer_options: those that each type of quantizer takes.
+        defaults: what the others must be.
+    """
+    c = config
+    check_integer("latent_channels", c["latent_channels"], 1, MAX_WIDTH)
+    check_integer("sample_size", c["sample_size"], 1, MAX_CODES)
+    check_number("scaling_factor", c["scaling_factor"], 0, above=True)
+    for name in ("mid_block_add_attention", "lookup_from_codebook", "force_upcast"):
+        check_flag(name, c[name])
+
+    # 1. Encoder and decoder
+    blocks = ("block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels")
+    check_blocks(*(c[name] for name in blocks))
+    activation = c["act_fn"].lower() if isinstance(c["act_fn"], str) else c["act_fn"]
+    check_choice("act_fn", activation, tuple(ACT2CLS))
+    check_choice("norm_type", c["norm_type"], ("group", "spatial"))
+    code_dim = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
+    check_integer("vq_embed_dim", code_dim, 1, MAX_WIDTH)
+    check_block_types(c, code_dim)
 
     # 2. Quantizer
     check_choice("quantizer_type", c["quantizer_type"], tuple(quantizer_options))
@@ -229,6 +235,7 @@ def check_transformer(config: Mapping[str, Any]) -> None:
     c = config
     for name in ("attention_bias", "upcast_attention", "norm_elementwise_affine", "time_conditioned"):
         check_flag(name, c[name])
+    rotary = check_flag("use_rotary_positional_embeddings", c["use_rotary_positional_embeddings"])
     for name in ("num_attention_heads", "attention_head_dim", "in_channels", "norm_num_groups"):
         check_integer(name, c[name], 1, MAX_WIDTH)
     check_integer("num_layers", c["num_layers"], 1, MAX_LAYERS)
@@ -256,6 +263,12 @@ def check_transformer(config: Mapping[str, Any]) -> None:
             )
         check_segments(c["segments"])
         check_tasks(c["tasks"], c["segments"])
+        axes = max(len(segment["shape"]) for segment in c["segments"].values())
+        if rotary and c["attention_head_dim"] < 2 * axes:
+            raise ValueError(
+                f"use_rotary_positional_embeddings=True needs attention_head_dim={c['attention_head_dim']} to be at "
+                f"least {2 * axes}: two channels for each of the {axes} axes of a segment"
+            )
         return
     # diffusers' table of positions has sines and cosines of two axes.
     if dim % 4:
@@ -267,7 +280,7 @@ def check_transformer(config: Mapping[str, Any]) -> None:
         raise ValueError(f"patch_size={c['patch_size']} must be at most sample_size={c['sample_size']}")
     if c["num_embeds_ada_norm"] is None:
         raise ValueError("num_embeds_ada_norm=None must be the number of labels, at least 1, with segments=None")
-    for name, default in (("tasks", None), ("time_conditioned", False)):
+    for name, default in (("tasks", None), ("time_conditioned", False), ("use_rotary_positional_embeddings", False)):
         if c[name] != default:
             raise ValueError(f"{name}={shown(c[name])} needs segments; with segments=None it must be {default}")
 
@@ -288,6 +301,9 @@ def check_segments(segments: Any) -> None:
             raise ValueError(
                 f"segments[{name!r}]: unknown {sorted(map(str, unknown))}; it takes {', '.join(SEGMENT_KEYS)}"
             )
+        if "channels" in segment:
+            check_states_segment(name, segment)
+            continue
         check_integer(f"segments[{name!r}]: vocab_size", segment.get("vocab_size"), 1, MAX_CODES)
         shape = segment.get("shape")
         if not isinstance(shape, list | tuple) or len(shape) not in (1, 2, 3):
@@ -303,6 +319,7 @@ def check_segments(segments: Any) -> None:
             if (
                 not isinstance(other, dict)
                 or "shared_with" in other
+                or "channels" in other
                 or other.get("vocab_size") != segment["vocab_size"]
             ):
                 raise ValueError(
@@ -313,6 +330,17 @@ def check_segments(segments: Any) -> None:
         check_patch(segments, name)
 
 
+def check_states_segment(name: str, segment: Mapping[str, Any]) -> None:
+    """Check a segment of an encoder's states: its channels and its length, and nothing that codes have."""
+    check_integer(f"segments[{name!r}]: channels", segment["channels"], 1, MAX_WIDTH)
+    if others := sorted(set(segment) - {"channels", "shape"}):
+        raise ValueError(f"segments[{name!r}]: states have channels and shape, but {others} are for codes")
+    shape = segment.get("shape")
+    if not isinstance(shape, list | tuple) or len(shape) != 1:
+        raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must be [n], how many states there are")
+    check_integer(f"segments[{name!r}]: shape={shown(shape)}: a side", shape[0], 1, MAX_CODES)
+
+
 def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the task that can't be read, or that has other segments than these."""
     if tasks is None:
@@ -321,8 +349,10 @@ def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
         raise ValueError(f"tasks={shown(tasks)} must be a list of tasks such as 'text->image', or None")
     for task in tasks:
         try:
-            names = Task.parse(task).segments
+            parsed = Task.parse(task)
         except ValueError as error:
             raise ValueError(f"tasks: {error}") from error
-        if unknown := sorted(set(names) - set(segments)):
+        if unknown := sorted(set(parsed.segments) - set(segments)):
             raise ValueError(f"tasks: {task!r} has the segments {unknown}; segments has {sorted(segments)}")
+        if states := [name for name in parsed.generated if "channels" in segments[name]]:
+            raise ValueError(f"tasks: {task!r} generates {states}: states of an encoder are given, never generated")

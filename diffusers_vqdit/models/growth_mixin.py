@@ -1,4 +1,10 @@
-"""Copies of a transformer that know more: more codes of a segment, more labels."""
+"""Copies of a transformer that know more: more segments, more codes of a segment, more labels."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn as nn
 
 from ..utils.checks import check_integer, shown
 
@@ -6,7 +12,47 @@ from ..utils.checks import check_integer, shown
 class GrowthMixin:
     """The part of [`VQDiTTransformer2DModel`] that makes larger copies of it, for finetuning."""
 
-    def with_vocab_size(self, name: str, size: int) -> "GrowthMixin":
+    # The model's, of diffusers and of its other parts
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    training: bool
+    has_shared_embedder: bool
+    segment_embedding: nn.Embedding
+    from_config: ClassVar[Callable[..., Any]]
+    state_dict: Callable[[], dict[str, torch.Tensor]]
+
+    def with_segments(self, segments: dict[str, dict[str, Any]]) -> Self:
+        """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
+
+        A new segment that is shared with a known one begins in its role.
+
+        Args:
+            segments: the new ones, as in the configuration.
+
+        Raises:
+            ValueError: for a segment that the model has already, or one that can't be used.
+        """
+        if self.config.segments is None or not isinstance(segments, dict):
+            raise ValueError("segments must be a dict, and the model one with segments")
+        if known := sorted(set(segments) & set(self.config.segments)):
+            raise ValueError(f"segments: the model has {known} already")
+        config = dict(self.config)
+        config["segments"] = {**self.config.segments, **segments}
+        model = type(self).from_config(config)
+        state = model.state_dict()
+        state.update({name: value for name, value in self.state_dict().items() if name != "segment_embedding.weight"})
+        old, new = sorted(self.config.segments), sorted(config["segments"])
+        for row, name in enumerate(new):
+            source = name if name in old else config["segments"][name].get("shared_with")
+            if source in old:
+                for role in (0, 1):
+                    value = self.segment_embedding.weight[old.index(source) + role * len(old)]
+                    state["segment_embedding.weight"][row + role * len(new)] = value.detach()
+        model.load_state_dict(state)
+        return model.to(self.device, self.dtype).train(self.training)
+
+    def with_vocab_size(self, name: str, size: int) -> Self:
         """A copy whose segment has more codes, for training with more labels. Known codes keep their weights.
 
         New codes begin with fresh embeddings and logits of zero; the mask is the row after them. Segments that share
@@ -42,7 +88,7 @@ class GrowthMixin:
         model.load_state_dict(state)
         return model.to(self.device, self.dtype).train(self.training)
 
-    def with_num_embeds_ada_norm(self, size: int) -> "GrowthMixin":
+    def with_num_embeds_ada_norm(self, size: int) -> Self:
         """A copy with embeddings for more labels, new ones fresh. Known labels, and none, give what they gave.
 
         Args:

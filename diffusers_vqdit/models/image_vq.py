@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
@@ -144,7 +146,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         # VQModel's own __init__ makes the stock quantizer and the stock blocks only.
         super(VQModel, self).__init__()
         code_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
-        widths = {
+        widths: dict[str, Any] = {
             "block_out_channels": block_out_channels,
             "layers_per_block": layers_per_block,
             "norm_num_groups": norm_num_groups,
@@ -217,6 +219,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
 
         model_config, state_dict = load_original(checkpoint, format=format, config=config, use_ema=use_ema)
         model = cls(**model_config)
+        check_converted(model.state_dict(), state_dict, "tokenizer")
         model.load_state_dict(state_dict)
         return model.eval()
 
@@ -260,7 +263,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         low, high = self.config.pixel_range
         if (low, high) != (-1, 1):
             x = low + (high - low) * (x + 1) / 2
-        return self.quant_conv(self.encoder(x))
+        return self.quant_conv(self.encoder(_layout(x))).contiguous()
 
     @apply_forward_hook
     @torch.no_grad()
@@ -331,8 +334,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         return self._decode_tile(quantized)
 
     def _decode_tile(self, quantized: torch.Tensor) -> torch.Tensor:
-        hidden = self.post_quant_conv(quantized)
-        sample = self.decoder(hidden, quantized if self.config.norm_type == "spatial" else None)
+        hidden = self.post_quant_conv(_layout(quantized))
+        sample = self.decoder(hidden, quantized if self.config.norm_type == "spatial" else None).contiguous()
         low, high = self.config.pixel_range
         return sample if (low, high) == (-1, 1) else 2 * (sample - low) / (high - low) - 1
 
@@ -373,7 +376,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         def scale(n: int) -> int:
             return n * tile_out // tile
 
-        result, weight = None, None
+        result: Any = None
+        weight: Any = None
         for top in starts(height):
             for left in starts(width):
                 part = function(x[:, :, top : top + tile, left : left + tile])
@@ -403,6 +407,18 @@ def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) ->
     if quantizer_type == "lfq":
         return LookupFreeQuantizer(code_dim, **taken)
     return FiniteScalarQuantizer(taken["fsq_levels"])
+
+
+def _layout(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) as it is, or with its channels last: the convolutions that follow keep the layout.
+
+    CPUs convolve several times as fast so in half precision. In float32 they gain less, and results would change in
+    their last bits; small models train slower.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
+    if half and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def _ramp(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 
 @dataclass
@@ -44,6 +45,43 @@ class VQDiTPrefix:
         return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values], mask)
 
 
+@dataclass
+class VQDiTModulation:
+    """adaLN of the generated segments, where no time conditions it: the same at every sampling step.
+
+    Args:
+        names (`tuple[str, ...]`): the generated segments.
+        conditioning (`torch.Tensor` of shape `(1, segments, D)`): what it was made of.
+        blocks (`list[torch.Tensor]`): for each layer shifts, scales and gates (1, segments, 6D).
+        out (`torch.Tensor` of shape `(1, segments, 2D)`): the output's shift and scale.
+    """
+
+    names: tuple[str, ...]
+    conditioning: torch.Tensor
+    blocks: list[torch.Tensor]
+    out: torch.Tensor
+
+
+def join_masks(
+    masks: dict[str, torch.Tensor], names: tuple[str, ...], lengths: tuple[int, ...], hidden_states: torch.Tensor
+) -> torch.BoolTensor | None:
+    """Masks (B, n) of some segments as one of all their positions, (B, 1, 1, S); None where nothing is padding."""
+    if not isinstance(masks, dict) or set(masks) - set(names):
+        found = sorted(masks) if isinstance(masks, dict) else type(masks).__name__
+        raise ValueError(f"given_mask must be a dict with some of the given segments {sorted(names)}, got {found}")
+    if not masks:
+        return None
+    parts, size = [], len(hidden_states)
+    for name, length in zip(names, lengths, strict=True):
+        mask = masks.get(name, hidden_states.new_ones(size, length))
+        if not isinstance(mask, torch.Tensor) or mask.shape != (size, length):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"given_mask[{name!r}] must have shape {(size, length)}, got {got}")
+        parts.append(mask.to(hidden_states.device).bool())
+    joined = torch.cat(parts, dim=1)[:, None, None, :]
+    return None if not torch.compiler.is_compiling() and joined.all() else joined
+
+
 def modulate(
     norm: nn.LayerNorm, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
@@ -56,18 +94,23 @@ def modulate(
     return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
-def sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
+def sincos_positions(
+    shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int, like: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
     Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
-    Vaswani et al. 2017, section 3.5).
+    Vaswani et al. 2017, section 3.5). Of the device and dtype of `like`, by default float32 on the CPU.
     """
-    if torch.compiler.is_compiling():  # torch.export's tensors have no values: one that is kept spoils all later calls
-        return _sincos_positions(shape, trained_shape, dim)
-    return _kept_positions(shape, trained_shape, dim)
+    device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
+    # torch.export's tensors have no values: one that is kept spoils all later calls.
+    make = _sincos_positions if torch.compiler.is_compiling() else _kept_positions
+    return make(shape, trained_shape, dim, device, dtype)
 
 
-def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int) -> torch.Tensor:
+def _sincos_positions(
+    shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
     part = dim // (2 * len(shape)) * 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
     axes = [torch.arange(n, dtype=torch.float64) * (base / n) for n, base in zip(shape, trained_shape, strict=True)]
@@ -75,7 +118,24 @@ def _sincos_positions(shape: tuple[int, ...], trained_shape: tuple[int, ...], di
     for coordinate in torch.meshgrid(*axes, indexing="ij"):
         angle = coordinate.flatten()[:, None] * frequencies
         waves += [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float()
+    return F.pad(torch.cat(waves, dim=1), (0, dim - part * len(shape))).float().to(device, dtype)
 
 
 _kept_positions = lru_cache(maxsize=64)(_sincos_positions)
+
+
+def rotary_positions(
+    shape: tuple[int, ...], head_dim: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (prod(shape), head_dim) that rotate the queries and keys of a line or a grid.
+
+    Each axis has an equal, even part of the channels; those left over are not rotated. A coordinate is the number of
+    steps from the start, whatever the shape that was trained on, so that a distance means the same on each grid
+    (Su et al. 2021, section 3.2.2; on two axes Heo et al. 2024, section 3.2).
+    """
+    part = head_dim // (2 * len(shape)) * 2
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    tables = [get_1d_rotary_pos_embed(part, x.flatten(), use_real=True) for x in torch.meshgrid(*axes, indexing="ij")]
+    rest = (0, head_dim - part * len(shape))
+    cos, sin = (torch.cat(parts, dim=1) for parts in zip(*tables, strict=True))
+    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)

@@ -16,6 +16,6 @@ class CastableOutput(BaseOutput):
     def __post_init__(self) -> None:
         values = getattr(self, fields(self)[0].name)
         if isinstance(values, Mapping):
-            for name, value in values.copy().items():
+            for name, value in dict(values).items():
                 setattr(self, name, value)
         super().__post_init__()

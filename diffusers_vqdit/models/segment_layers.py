@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 
 from ..utils.checks import check_flag, check_integers
-from .layers import modulate, sincos_positions
+from .layers import modulate, rotary_positions, sincos_positions
 
 
 class CodebookHeads(nn.ModuleList):
@@ -44,6 +45,24 @@ class CodebookHeads(nn.ModuleList):
         return logits.index_select(-2, order.argsort())
 
 
+class StatesProjection(nn.Module):
+    """States (B, n, channels) of an encoder as embeddings (B, n, D), as in PixArt, after a norm: encoders' scales
+    differ by orders of magnitude.
+
+    Args:
+        channels: of the states.
+        dim: D, the model's width.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.projection = PixArtAlphaTextProjection(channels, dim)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.norm(states.to(self.projection.linear_1.weight.dtype)))
+
+
 class SegmentLayers:
     """The part of [`VQDiTTransformer2DModel`] that knows what a position holds; between its parts are only positions.
 
@@ -52,10 +71,17 @@ class SegmentLayers:
     there for a segment of one code a position.
     """
 
+    # The model's, of diffusers and of its other parts
+    config: Any
+    inner_dim: int
+    norm_out: nn.Module
+
     def _build_embeddings(self, segments: dict[str, dict[str, Any]], dim: int) -> None:
         self.code_embeddings, self.proj_in = nn.ModuleDict(), nn.ModuleDict()
         for name, segment in segments.items():
-            if "shared_with" in segment:
+            if "channels" in segment:
+                self.proj_in[name] = StatesProjection(segment["channels"], dim)
+            if "shared_with" in segment or "channels" in segment:
                 continue
             codes, tables = math.prod(segment_patch(segments, name)), num_tables(segments, name)
             # The row after a table's last code is the mask's.
@@ -67,7 +93,7 @@ class SegmentLayers:
     def _build_heads(self, segments: dict[str, dict[str, Any]], dim: int) -> None:
         self.proj_out, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, segment in segments.items():
-            if "shared_with" in segment:
+            if "shared_with" in segment or "channels" in segment:
                 continue
             codes, tables = math.prod(segment_patch(segments, name)), num_tables(segments, name)
             width, size = code_width(dim, codes), segment["vocab_size"]
@@ -80,6 +106,8 @@ class SegmentLayers:
         for embedding in self.code_embeddings.values():
             nn.init.normal_(embedding.weight, std=0.5)
         for layer in self.proj_in.values():
+            if isinstance(layer, StatesProjection):
+                continue
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # keeps the scale
         for layer in self.heads.modules():
             if isinstance(layer, nn.Linear):
@@ -90,26 +118,42 @@ class SegmentLayers:
         """The segment whose embeddings and head this one uses."""
         return self.config.segments[name].get("shared_with", name)
 
-    def _embed(self, codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Embedded codes with positions (B, N, D), and the segments' lengths in positions."""
-        segments, parts = self.config.segments, []
+    def _embed(
+        self, codes: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[int, ...], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Embedded codes with positions (B, N, D), the segments' lengths in positions, and the cosines and sines
+        (N, head_dim) of a model with rotary positions.
+
+        Those are beside the added ones, not in their place: where all codes are masked, all values are equal, and no
+        rotation of queries and keys tells one position from another.
+        """
+        segments, parts, rotations = self.config.segments, [], []
         for name, value in codes.items():
-            table, patch = self._table(name), segment_patch(segments, name)
-            grid, trained = (
-                tuple(length // size for length, size in zip(shape, patch, strict=True))
-                for shape in (value.shape[1:], segments[name]["shape"])
-            )
-            if table in self.proj_in:
-                value = patchify(value, patch)  # (B, n, P)
-                if num_tables(segments, table) > 1:
-                    # One table after the other
-                    first = torch.arange(value.shape[2], device=value.device) * (segments[name]["vocab_size"] + 1)
-                    value = value + first
-                embedded = self.proj_in[table](self.code_embeddings[table](value).flatten(2))  # (B, n, D)
+            if "channels" in segments[name]:
+                embedded = self.proj_in[name](value)
+                grid = trained = (value.shape[1],)  # a state's place counts from the start, however many there are
             else:
-                embedded = self.code_embeddings[table](value.flatten(1))  # (B, n, D)
-            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim).to(embedded))
-        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
+                embedded, patch = self._embed_codes(name, value), segment_patch(segments, name)
+                grid, trained = (
+                    tuple(length // size for length, size in zip(shape, patch, strict=True))
+                    for shape in (value.shape[1:], segments[name]["shape"])
+                )
+            if self.config.use_rotary_positional_embeddings:
+                rotations.append(rotary_positions(grid, self.config.attention_head_dim, embedded.device))
+            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded))
+        rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
+        return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
+
+    def _embed_codes(self, name: str, codes: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, n, D) of a segment's codes (B, *shape), without positions."""
+        segments, table = self.config.segments, self._table(name)
+        if table not in self.proj_in:
+            return self.code_embeddings[table](codes.flatten(1))
+        codes = patchify(codes, segment_patch(segments, name))  # (B, n, P)
+        if num_tables(segments, table) > 1:
+            # One table after the other
+            codes = codes + torch.arange(codes.shape[2], device=codes.device) * (segments[name]["vocab_size"] + 1)
+        return self.proj_in[table](self.code_embeddings[table](codes).flatten(2))
 
     def _places(self, name: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.LongTensor, ...]:
         """What a segment's head takes besides states: each code's place in its patch (N,), where it has several."""
@@ -187,15 +231,42 @@ def unpatchify(values: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, .
     return values.permute(0, *axes, -1).flatten(1, -2)
 
 
+def check_states(argument: str, name: str, states: torch.Tensor, channels: int) -> None:
+    """Raise a ValueError unless states of an encoder are given, and are finite numbers (B, n, channels)."""
+    where = f"{argument}[{name!r}]"
+    if argument != "given":
+        raise ValueError(f"{where}: states of an encoder are given, never generated")
+    if states.ndim != 3 or states.shape[2] != channels or not states.is_floating_point() or not states.numel():
+        raise ValueError(
+            f"{where} must be states (B, n, {channels}) of an encoder, got {states.dtype} of {tuple(states.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not states.isfinite().all():
+        raise ValueError(f"{where} has states that are not finite")
+
+
 def check_divisible(argument: str, shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
     """Raise a ValueError unless the patch divides the shape, axis by axis."""
     if any(length % size for length, size in zip(shape, patch, strict=True)):
         raise ValueError(f"{argument}: shape={list(shape)} must be divisible by the segment's patch {list(patch)}")
 
 
+def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
+    if masked.keys() != codes.keys():
+        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
+    for name, value in masked.items():
+        expected = tuple(codes[name].flatten(1).shape)
+        if value.dtype != torch.bool or tuple(value.shape) != expected:
+            raise ValueError(
+                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
+            )
+
+
 def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:
     """Raise a ValueError unless a segment's patch, its own or that of the segment it shares with, fits its shape."""
     segment, argument = segments[name], f"segments[{name!r}]"
+    if "channels" in segment:
+        return
     owner = segments[segment.get("shared_with", name)]
     for key in ("patch", "separate_codebooks"):
         if key in segment and owner.get(key) != segment[key]:
@@ -206,6 +277,6 @@ def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:
     separate = check_flag(f"{argument}: separate_codebooks", owner.get("separate_codebooks", False))
     if "patch" in owner:
         patch = check_integers(f"{argument}: patch", owner["patch"], 1, len(segment["shape"]))
-        check_divisible(argument, segment["shape"], patch)
+        check_divisible(argument, tuple(segment["shape"]), tuple(patch))
     elif separate:
         raise ValueError(f"{argument}: separate_codebooks=True needs a patch: a codebook for each place in it")

@@ -1,6 +1,9 @@
 """DiT over continuous latents: diffusers' weights, its conditioning computed once, captions as a given prefix."""
 
-from typing import Any
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -12,6 +15,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..utils.weight_files import check_converted
 from .attention_processor import DiTAttnProcessor
 from .layers import VQDiTPrefix, modulate, sincos_positions
 
@@ -126,6 +130,35 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             model.share_embedder()
         return loaded
 
+    @classmethod
+    def from_original(
+        cls,
+        checkpoint: str | Path | Mapping[str, torch.Tensor],
+        *,
+        num_attention_heads: int | None = None,
+        use_ema: bool = True,
+    ) -> Self:
+        """The model of the original DiT's code (Peebles & Xie 2023) that a checkpoint holds, with its outputs.
+
+        Args:
+            checkpoint: a ``.pt`` file of weights, or of a training run with ``"ema"`` and ``"model"``; or what it
+                holds. Files are read without running code that they may hold.
+            num_attention_heads: not written in the file; by default that of the published size of this width.
+            use_ema: whether to take a training run's moving average or its last weights.
+
+        Raises:
+            ValueError: if the file can't be read safely and whole, the weights are not DiT's, or
+                `num_attention_heads` can't be known.
+        """
+        # By its full name, as in ImageVQModel.from_original.
+        load_original = import_module("diffusers_vqdit.interop.dit").load_original
+
+        config, state_dict = load_original(checkpoint, num_attention_heads=num_attention_heads, use_ema=use_ema)
+        model = cls(**config)
+        check_converted(model.state_dict(), state_dict, "DiT")
+        model.load_state_dict(state_dict)
+        return model.share_embedder().eval()
+
     def _embedders_are_equal(self) -> bool:
         first, *others = (block.norm1.emb for block in self.transformer_blocks)
         return all(
@@ -135,7 +168,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             for a, b in zip(first.state_dict().values(), other.state_dict().values(), strict=True)
         )
 
-    def share_embedder(self) -> "LatentDiT":
+    def share_embedder(self) -> Self:
         """Keep the first block's embedder of time and label for all blocks: fewer weights, computed once.
 
         State dicts stay as stock DiT's, with a copy in each block; copies that differ are refused on load. Call it
@@ -220,7 +253,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             mask = None if mask.all() else mask[:, None, None, :]  # (B, 1, 1, S); without one, attention is fused
         hidden = self.caption_projection(self.caption_norm(states.to(self.caption_embedding.dtype)))  # (B, S, D)
         length = hidden.shape[1]
-        hidden = hidden + sincos_positions((length,), (length,), self.inner_dim).to(hidden)
+        hidden = hidden + sincos_positions((length,), (length,), self.inner_dim, hidden)
         conditioning = F.silu(self.caption_embedding)  # (1, D)
         within = None
         if mask is not None:
@@ -251,7 +284,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             raise ValueError(f"the caption has {len(prefix)} samples, but hidden_states {batch_size}")
         if class_labels is None:
             class_labels = torch.full((batch_size,), self.config.num_embeds_ada_norm, device=hidden_states.device)
-        timestep = timestep.reshape(-1).expand(batch_size)
+        timestep = torch.as_tensor(timestep).reshape(-1).expand(batch_size)
 
         # 1. Patches, and what the latents may see of the prefix
         # Contiguous, or each of the blocks' norms would copy what the convolution has laid out by channels.

@@ -18,8 +18,8 @@ from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTPrefix, modulate
-from .segment_layers import SegmentLayers, check_divisible, segment_patch
+from .layers import VQDiTModulation, VQDiTPrefix, join_masks, modulate
+from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, segment_patch
 from .transformer_dit import LatentDiT
 
 
@@ -56,22 +56,32 @@ class VQDiTBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         conditioning: torch.Tensor,
-        lengths: tuple[int, ...],
+        lengths: tuple[int, ...] = (),
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         keys_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
         """Hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
 
-        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together.
+        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together;
+        `image_rotary_emb` has the cosines and sines (N, head_dim) of a model with rotary positions; `attention_mask`
+        is the attention's. `modulation` is what the block makes of the conditioning (1 or B, segments, 6D): all it
+        returns where there are no hidden states.
         """
-        modulation = expand_segments(self.adaln(conditioning), lengths)  # (1 or B, N, 6D)
+        if hidden_states is None:
+            return self.adaln(conditioning)
+        if modulation is None:
+            modulation = self.adaln(conditioning)
+        modulation = expand_segments(modulation, lengths)  # (1 or B, N, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
         if keys_only:
-            return hidden_states, *self.attn1.keys_and_values(normed)
-        attended, key, value = self.attn1(normed, prefix)
+            return hidden_states, *self.attn1.keys_and_values(normed, image_rotary_emb)
+        attended, key, value = self.attn1(normed, prefix, image_rotary_emb, attention_mask)
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         normed = modulate(self.norm2, hidden_states, shift2, scale2)
         return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
@@ -107,11 +117,16 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             codes. The codes of a patch share one codebook's embeddings and head, unless ``"separate_codebooks":
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
+            ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or
+            pictures, at most or about n of them.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
         time_conditioned: whether adaLN sees the time too. The share of masked codes already tells it.
         freq_shift: for ``segments=None``: s in the frequencies 10000^(-k / (128 - s)) of the time's embedding; 1 in
             stock DiT and 0 in the original one, whose ``norm_eps`` is 1e-6 besides.
         caption_channels: for ``segments=None``: channels of the text encoder's states; None for no captions.
+        use_rotary_positional_embeddings: with segments: whether queries and keys are rotated by their position in
+            their segment, too (Su et al. 2021). The added sine-cosine positions say where on its grid a position is,
+            scaled to it; these say how far two are apart. For grids and lengths of other sizes than were trained on.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others; a segment lacks its
@@ -149,6 +164,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         time_conditioned: bool = False,
         freq_shift: float = 1.0,
         caption_channels: int | None = None,
+        use_rotary_positional_embeddings: bool = False,
     ) -> None:
         check_transformer(self.config)
         if segments is None:
@@ -208,40 +224,12 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         self._initialize_segment_layers()
         nn.init.normal_(self.segment_embedding.weight, std=0.5)
 
-    def with_segments(self, segments: dict[str, dict[str, Any]]) -> "VQDiTTransformer2DModel":
-        """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
-
-        A new segment that is shared with a known one begins in its role.
-
-        Args:
-            segments: the new ones, as in the configuration.
-
-        Raises:
-            ValueError: for a segment that the model has already, or one that can't be used.
-        """
-        if self.config.segments is None or not isinstance(segments, dict):
-            raise ValueError("segments must be a dict, and the model one with segments")
-        if known := sorted(set(segments) & set(self.config.segments)):
-            raise ValueError(f"segments: the model has {known} already")
-        config = dict(self.config)
-        config["segments"] = {**self.config.segments, **segments}
-        model = type(self).from_config(config)
-        state = model.state_dict()
-        state.update({name: value for name, value in self.state_dict().items() if name != "segment_embedding.weight"})
-        old, new = sorted(self.config.segments), sorted(config["segments"])
-        for row, name in enumerate(new):
-            source = name if name in old else config["segments"][name].get("shared_with")
-            if source in old:
-                for role in (0, 1):
-                    value = self.segment_embedding.weight[old.index(source) + role * len(old)]
-                    state["segment_embedding.weight"][row + role * len(new)] = value.detach()
-        model.load_state_dict(state)
-        return model.to(self.device, self.dtype).train(self.training)
-
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the forward pass
 
-    def _ordered(self, codes: dict[str, torch.Tensor], argument: str) -> dict[str, torch.Tensor]:
+    def _ordered(
+        self, codes: dict[str, torch.Tensor], argument: str, check_values: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
         segments = self.config.segments
         if not isinstance(codes, dict) or not codes:
@@ -250,6 +238,9 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         for name, value in codes.items():
             if name not in segments:
                 raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
+            if "channels" in segments[name]:
+                check_states(argument, name, value, segments[name]["channels"])
+                continue
             shape, size = segments[name]["shape"], segments[name]["vocab_size"]
             if value.ndim != 1 + len(shape):
                 raise ValueError(
@@ -261,7 +252,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
                 raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
             if not value.numel():
                 raise ValueError(f"{argument}[{name!r}] must not be empty, got shape {tuple(value.shape)}")
-            if torch.compiler.is_compiling():
+            if not check_values or torch.compiler.is_compiling():
                 continue  # values are unknown while a graph is traced
             # Checked here, as a wrong index on a GPU kills the process's whole context.
             low, high = torch.stack(value.aminmax()).tolist()
@@ -296,25 +287,55 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         return block(*args)
 
     @apply_forward_hook
-    def encode_prefix(self, given: dict[str, torch.LongTensor]) -> VQDiTPrefix:
+    def encode_prefix(
+        self, given: dict[str, torch.Tensor], given_mask: dict[str, torch.Tensor] | None = None
+    ) -> VQDiTPrefix:
         """Keys and values of the given segments at every layer.
 
         Args:
-            given: name -> codes (B, *shape), at least one segment.
+            given: name -> codes (B, *shape), or states (B, n, channels) of an encoder, n of any size; at least one
+                segment.
+            given_mask: name -> (B, n), zero at padding, for some of the given segments; n their positions. What is
+                padding is seen by nothing.
 
         Raises:
             ValueError: for no segment or an unknown one, a wrong shape or dtype, or a code out of range.
         """
         given = self._ordered(given, "given")
-        hidden_states, lengths = self._embed(given)  # (B, S, D)
+        hidden_states, lengths, rotary = self._embed(given)  # (B, S, D)
+        mask = join_masks(given_mask or {}, tuple(given), lengths, hidden_states)  # (B, 1, 1, S), or None
+        within = None
+        if mask is not None:
+            # Padding sees itself as well: a row of the softmax must not be empty.
+            within = mask | torch.eye(sum(lengths), dtype=torch.bool, device=mask.device)  # (B, 1, S, S)
         conditioning = self._conditioning(given, generated=False)
         keys, values = [], []
         for block in self.transformer_blocks:
             last = block is self.transformer_blocks[-1]
-            hidden_states, key, value = self._block(block, hidden_states, conditioning, lengths, None, last)
+            hidden_states, key, value = self._block(
+                block, hidden_states, conditioning, lengths, None, last, rotary, within
+            )
             keys.append(key)
             values.append(value)
-        return VQDiTPrefix(tuple(given), keys, values)
+        return VQDiTPrefix(tuple(given), keys, values, mask)
+
+    @apply_forward_hook
+    def encode_modulation(self, hidden_states: dict[str, torch.LongTensor]) -> VQDiTModulation:
+        """adaLN's shifts, scales and gates of the generated segments, for reuse at every sampling step.
+
+        Args:
+            hidden_states: name -> codes (B, *shape) of the generated segments; their values are not read.
+
+        Raises:
+            ValueError: for a model that is time_conditioned, or wrong codes as in [`forward`].
+        """
+        if self.config.time_conditioned:
+            raise ValueError("encode_modulation: the model is time_conditioned, so that adaLN is another at each time")
+        codes = self._ordered(hidden_states, "hidden_states", check_values=False)
+        conditioning = self._conditioning(codes, generated=True)  # (1, segments, D)
+        # Through the blocks' own calls, as weights that are offloaded by blocks are elsewhere until then.
+        blocks = [block(None, conditioning) for block in self.transformer_blocks]
+        return VQDiTModulation(tuple(codes), conditioning, blocks, self.adaln_out(conditioning))
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -326,10 +347,13 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         *,
-        given: dict[str, torch.LongTensor] | None = None,
+        given: dict[str, torch.Tensor] | None = None,
+        given_mask: dict[str, torch.Tensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
         with_unconditional: bool = False,
+        modulation: VQDiTModulation | None = None,
+        check_values: bool = True,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
     ) -> VQDiTOutput | Transformer2DModelOutput | tuple:
@@ -340,12 +364,16 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
                 latents (B, C, H, W), and the arguments are those of `DiTTransformer2DModel`.
             timestep: times (B,) in [0, 1]; read by a time-conditioned model only.
             class_labels, cross_attention_kwargs: for ``segments=None`` only; a label is a given segment here.
-            given: name -> codes (B, *shape) of the given segments.
+            given: name -> codes (B, *shape) of the given segments, or states (B, n, channels) of an encoder.
+            given_mask: name -> (B, n), zero at padding, for some of the given segments: see [`encode_prefix`].
             prefix: what [`encode_prefix`] made of them, in place of `given`; without segments, what
                 [`encode_caption`] made of a caption, in place of `encoder_hidden_states`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
             with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
                 pass: the logits then have twice the rows, first those with it.
+            modulation: what [`encode_modulation`] made of the same segments; None makes it anew.
+            check_values: whether to look at the codes' values, which waits for the device. A loop whose codes come
+                from a scheduler may check them where they enter.
             encoder_hidden_states, encoder_attention_mask: for ``segments=None`` only: see [`encode_caption`].
 
         Returns:
@@ -355,9 +383,10 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            if given is not None or masked is not None or with_unconditional:
+            if given is not None or given_mask is not None or masked is not None or with_unconditional or modulation:
                 raise ValueError(
-                    "given, masked and with_unconditional need a model with segments; this one has segments=None"
+                    "given, given_mask, masked, with_unconditional and modulation need a model with segments; this "
+                    "one has segments=None"
                 )
             if encoder_hidden_states is not None:
                 if prefix is not None:
@@ -373,48 +402,48 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         has_given = given is not None and len(given) > 0
         if has_given and prefix is not None:
             raise ValueError("give given or prefix, not both")
-        codes = self._ordered(hidden_states, "hidden_states")
+        if given_mask and not has_given:
+            raise ValueError("given_mask needs given; a prefix has its own")
+        codes = self._ordered(hidden_states, "hidden_states", check_values)
         if masked is not None:
             check_masked(masked, codes)
 
         # 1. Given segments
         if has_given:
-            prefix = self.encode_prefix(given)
+            prefix = self.encode_prefix(given, given_mask)
         if prefix is not None and (both := set(codes) & set(prefix.names)):
             raise ValueError(f"the segments {sorted(both)} are given and generated at once")
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
 
         # 2. Generated segments
-        hidden, lengths = self._embed(codes)  # (B, N, D)
+        hidden, lengths, rotary = self._embed(codes)  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
-        conditioning = self._conditioning(codes, generated=True, timestep=timestep)
+        if modulation is None:
+            conditioning = self._conditioning(codes, generated=True, timestep=timestep)
+        elif modulation.names != tuple(codes):
+            raise ValueError(f"modulation is of the segments {list(modulation.names)}, but these are {list(codes)}")
+        else:
+            conditioning = modulation.conditioning
         if with_unconditional:
             hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
+        mask = None
+        if prefix is not None and prefix.mask is not None:
+            seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
+            mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
-            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory)
+            own = modulation.blocks[layer] if modulation is not None else None
+            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory, False, rotary, mask, own)
 
         # 3. Heads
-        modulation = self.adaln_out(conditioning)  # (1 or B, segments, 2D)
+        out = self.adaln_out(conditioning) if modulation is None else modulation.out  # (1 or B, segments, 2D)
         sample = {}
         for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
-            shift, scale = modulation[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
+            shift, scale = out[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
             where = masked[name] if masked is not None else None
             sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
-
-
-def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
-    if masked.keys() != codes.keys():
-        raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
-    for name, value in masked.items():
-        expected = tuple(codes[name].flatten(1).shape)
-        if value.dtype != torch.bool or tuple(value.shape) != expected:
-            raise ValueError(
-                f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
-            )

@@ -68,7 +68,7 @@ def measure_latents(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[
     Raises:
         ValueError: if there are none, or a channel is constant.
     """
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for latents in batches:
         latents = latents.double()
         count += latents.numel() // latents.shape[1]

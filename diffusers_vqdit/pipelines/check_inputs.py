@@ -121,17 +121,37 @@ def check_latents(latents: Any, shape: Iterable[int]) -> None:
         raise ValueError("latents must be finite, got NaN or infinite values")
 
 
-def check_prediction(
-    prediction: torch.Tensor, parts: Iterable[torch.Tensor] = (), guidance_scale: float = 1.0
-) -> None:
-    """Raise unless a prediction is finite, naming the guidance scale where the `parts` that it combines are."""
-    if prediction.isfinite().all():
-        return
-    if parts and all(part.isfinite().all() for part in parts):
-        raise ValueError(
-            f"guidance_scale={guidance_scale} is too large: with it the transformer's prediction is not finite"
-        )
-    raise ValueError("the transformer's prediction is not finite")
+class FiniteChecks:
+    """Whether what a transformer predicts in a run is finite: noted at each step, and read once, at the end.
+
+    Reading it at each step would wait for the device.
+
+    Args:
+        what: ``"logits are"``, or what else the message is to say.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.found: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+
+    def add(self, finite: torch.Tensor, parts: torch.Tensor, guidance_scale: float) -> None:
+        """Bools () on the device: whether a prediction is finite, and the parts that guidance combined it from."""
+        self.found.append((finite, parts, guidance_scale))
+
+    def read(self) -> None:
+        """Raise a ValueError for the first step that was not finite. It names the guidance scale where the parts
+        were."""
+        if not self.found:
+            return
+        finite, parts = (torch.stack(flags).tolist() for flags in list(zip(*self.found, strict=True))[:2])
+        if all(finite):
+            return
+        first = finite.index(False)
+        if parts[first]:
+            raise ValueError(
+                f"guidance_scale={self.found[first][2]} is too large: with it the transformer's {self.what} not finite"
+            )
+        raise ValueError(f"the transformer's {self.what} not finite")
 
 
 def check_gaussian(scheduler: Any) -> None:

@@ -9,21 +9,10 @@ from diffusers.image_processor import PipelineImageInput
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
-from ..utils.images import own_size, read_mask
 from .check_inputs import check_batch, check_call
-from .segment_processors import (
-    ARGUMENTS,
-    IMAGE,
-    LABEL,
-    TEXT,
-    ImageSegment,
-    LowResolutionSegment,
-    SegmentProcessor,
-    entry_by_name,
-    make_segment,
-    output_by_name,
-)
-from .task_table import TaskRow, TaskTable
+from .segment_base import ARGUMENTS, IMAGE, LABEL, TEXT, SegmentProcessor
+from .segment_processors import entry_by_name, make_segment, output_by_name
+from .task_table import TaskRow, TaskTable, hub_task_of
 
 
 Codes = torch.LongTensor | dict[str, torch.LongTensor]
@@ -37,8 +26,7 @@ class InputsMixin:
         """By name. Of the components that the pipeline has now: any may be exchanged for another."""
         said = self.config.get("segments") or {}
         options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
-        parts = [*self._optional_components, "image_processor", "pixel_processor"]
-        components = {name: getattr(self, name) for name in parts}
+        components = self._tokenizing_components
         segments, known = self.transformer.config.segments or {}, (list(self.config.labels), self.config.lowres_factor)
         return {
             name: make_segment(
@@ -50,6 +38,16 @@ class InputsMixin:
             )
             for name, geometry in segments.items()
         }
+
+    @property
+    def _tokenizing_components(self) -> dict[str, Any]:
+        """What segments are encoded and decoded with, by name; None for what the pipeline lacks."""
+        parts = [*self._optional_components, "image_processor", "pixel_processor"]
+        components = {name: getattr(self, name) for name in parts}
+        several = components.pop("segment_tokenizers")
+        if several is not None:
+            components |= several.parts
+        return components
 
     def _segment(self, name: str) -> SegmentProcessor:
         segments = self._segments
@@ -101,14 +99,13 @@ class InputsMixin:
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
         passed, segments = self._read(passed), self._segments
         if mask_image is not None:
-            known = [name for name in passed if name in task.generated and isinstance(segments[name], ImageSegment)]
-            pixels = own_size(passed[known[0]])
-            mask_image = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels))
+            known = [name for name in passed if name in task.generated and segments[name].takes_mask]
+            mask_image = segments[known[0]].read_mask(mask_image, passed[known[0]])
         total = check_batch({name: len(value) for name, value in passed.items()}, num_images_per_prompt, generator)
         partly_known = sorted(set(passed) & set(task.generated))
         if latents is not None and partly_known:
             raise ValueError(f"latents can't be given with {partly_known} partly known: both say where to start")
-        if not any(isinstance(segments[name], LowResolutionSegment) for name in passed):  # its tiles are not known yet
+        if not any(segments[name].tiled for name in passed):  # its tiles are not known yet
             self.prepare_latents(task, total, latents)
         return task, passed, mask_image, total
 
@@ -218,7 +215,7 @@ class InputsMixin:
         redrawn = [name for name, value in redrawn.items() if value is not None]
         if len(redrawn) > 1:
             raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
-        pictures = [name for name in passed if isinstance(segments.get(name), ImageSegment)]
+        pictures = [name for name in passed if name in segments and segments[name].takes_mask]
         blanks = [name for name in passed if name in segments and segments[name].has_blanks(passed[name])]
         if output is None:
             output = self._default_output(passed, blanks, pictures if redrawn else [])
@@ -232,7 +229,7 @@ class InputsMixin:
         both = [name for name in passed if name in generated]
         repainted = [name for name in pictures if name in both and redrawn]
         if redrawn and len(repainted) != 1:
-            wanted = next((segment.argument for segment in segments.values() if isinstance(segment, ImageSegment)), "")
+            wanted = next((segment.argument for segment in segments.values() if segment.takes_mask), "")
             raise ValueError(
                 f"{redrawn[0]} needs {wanted or 'a picture'}, and an output with it, got output={output!r}"
                 if not repainted
@@ -291,6 +288,12 @@ class InputsMixin:
             rows.append(TaskRow(str(task), num_inference_steps, guidance_scale, f"pipe({call})"))
         return rows
 
+    @property
+    def hub_task(self) -> str:
+        """The Hub's name of what the checkpoint does, for its card."""
+        kinds = {name: segment.output_field for name, segment in self._segments.items()}
+        return hub_task_of(self.transformer.config.tasks or [], kinds)
+
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
         """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""
         check_task(task, self.transformer.config.tasks or [])
@@ -298,8 +301,9 @@ class InputsMixin:
             self._check_components(name, f"the task {str(task)!r}")
 
     def _check_components(self, name: str, what: str) -> None:
+        components = self._tokenizing_components
         for component in self._segment(name).needs:
-            if getattr(self, component) is None:
+            if components.get(component) is None:
                 raise ValueError(f"{what} needs the component {component}, which is None")
 
     def prepare_latents(self, task: Task, batch_size: int, latents: Codes | None) -> dict[str, torch.LongTensor]:

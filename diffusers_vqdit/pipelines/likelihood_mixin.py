@@ -13,7 +13,9 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
-from .segment_processors import IMAGE, LABEL, TEXT, LabelSegment, TextSegment
+from .label_segment import LabelSegment
+from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor
+from .text_segment import TextSegment
 
 
 @dataclass
@@ -126,17 +128,18 @@ class LikelihoodMixin:
         batch_size: int = 64,
         generator: torch.Generator | None = None,
     ) -> ClassificationOutput:
-        """Label texts, pictures or both; among the checkpoint's labels, or for pictures among texts of your own.
+        """Label texts, pictures or both; among the checkpoint's labels, or among texts of your own.
 
         The checkpoint's label is one code, so its distribution is exact: one forward pass. Texts of your own are
-        candidates for the caption: the softmax over them of the bound on log p(text | picture), with masks that all
-        share, less that on log p(text) where the checkpoint knows the task ``->text`` (PMI: a uniform prior). Without
-        it, frequent and short texts have an advantage.
+        candidates for a text segment, such as the caption: the softmax over them of the bound on log p(text | given),
+        with masks that all share, less that on log p(text) where the checkpoint knows the task ``->text`` (PMI: a
+        uniform prior). Without it, frequent and short texts have an advantage.
 
         Args:
             prompt, image: what is given, as in [`__call__`]. Both: of one batch size.
             labels: candidate texts, at least two, all different; None for the checkpoint's labels.
-            output: the label segment, by default ``label``, or the only one where there is none of this name.
+            output: the label segment, by default ``label``, or the only one where there is none of this name; for
+                `labels` the text segment, by default ``text``, in the same way.
             inputs: what is given by segment, as in [`__call__`].
             num_samples: masks, as in [`score`]; for `labels` only.
             batch_size: candidates a forward pass; for `labels` only.
@@ -154,20 +157,20 @@ class LikelihoodMixin:
         check_num_samples(num_samples)
         check_integer("batch_size", batch_size, 1)
         check_generator(generator, cpu_only=True)
+        passed = self._passed(prompt, image, None, inputs)
+        if not passed:
+            raise ValueError("prompt and image are None: there is nothing to classify")
         if labels is not None:
-            if image is None or prompt is not None or inputs or output is not None:
-                raise ValueError("labels of your own are captions of pictures: pass image, and no prompt")
-            if not isinstance(labels, list) or not labels or len(set(check_texts("labels", labels))) < 2:
-                raise ValueError(f"labels={shown(labels)} must be a list of at least two different texts")
-            if len(set(labels)) < len(labels):
-                raise ValueError(f"labels={shown(labels)} must be different from one another")
-            scores = -self._caption_nll(image, labels, num_samples, batch_size, generator)
-            names = list(labels)
+            segment = self._only_segment(TextSegment, TEXT, output)
+            if segment.name in passed:
+                raise ValueError(
+                    f"labels of your own are candidates for {segment.name!r}, which was passed too: pass image, or "
+                    "whatever else they are to describe"
+                )
+            names = _candidates(labels)
+            scores = -self._candidate_nll(passed, segment, names, num_samples, batch_size, generator)
         else:
-            passed = self._passed(prompt, image, None, inputs)
-            if not passed:
-                raise ValueError("prompt and image are None: there is nothing to classify")
-            segment = self._label_segment(output)
+            segment = self._only_segment(LabelSegment, LABEL, output)
             _, passed = self._plan(passed, segment.name)
             passed = self._read(passed)
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
@@ -179,31 +182,41 @@ class LikelihoodMixin:
         best = [names[index] for index in probabilities.argmax(1).tolist()]
         return ClassificationOutput(labels=best, probabilities=probabilities, names=names)
 
-    def _label_segment(self, name: str | None) -> LabelSegment:
-        labels = {name: one for name, one in self._segments.items() if isinstance(one, LabelSegment)}
+    def _only_segment(self, kind: type[SegmentProcessor], default: str, name: str | None) -> SegmentProcessor:
+        """The segment of a modality that an output names; by default the only one, or the one of a name."""
+        found = {name: one for name, one in self._segments.items() if isinstance(one, kind)}
         if name is None:
-            name = next(iter(labels)) if len(labels) == 1 else LABEL
-        if name not in labels:
-            raise ValueError(f"output={shown(name)} must be a label segment of this checkpoint: {sorted(labels)}")
-        return labels[name]
+            name = next(iter(found)) if len(found) == 1 else default
+        if name not in found:
+            raise ValueError(f"output={shown(name)} must be a {kind.noun} segment of this checkpoint: {sorted(found)}")
+        return found[name]
 
-    def _caption_nll(
-        self, image: Any, texts: list[str], num_samples: int, batch_size: int, generator: torch.Generator | None
+    def _candidate_nll(
+        self,
+        passed: dict[str, Any],
+        segment: SegmentProcessor,
+        labels: list[str],
+        num_samples: int,
+        batch_size: int,
+        generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Bounds (B, L) on -log p(text | picture), less those on -log p(text) where the checkpoint knows them."""
+        """Bounds (B, L) on -log p(text | given), less those on -log p(text) where the checkpoint knows them."""
         self._check_scheduler()
-        self._check_task(Task((IMAGE,), (TEXT,)))
-        passed = self._read(self._passed(texts, image, None, None))
-        text, pictures = (self._segment(name).encode(passed[name]) for name in (TEXT, IMAGE))
+        name = segment.name
+        self._check_task(Task(tuple(passed), (name,)))
+        passed = self._read(passed)
+        check_batch({one: len(value) for one, value in passed.items()}, 1, None)
+        text = segment.encode(labels)
+        given = {one: self._segment(one).encode(value) for one, value in passed.items()}
         masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
         options = {"times": times, "batch_size": batch_size}
-        prefixes = self.transformer.encode_prefix({IMAGE: pictures})
-        # A picture's keys and values serve all texts.
-        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(pictures))]
-        nll = torch.stack([negative_elbo(self.transformer, {TEXT: text}, row, masks, **options).nll for row in rows])
-        if str(Task((), (TEXT,))) in (self.transformer.config.tasks or []):
-            nll = nll - negative_elbo(self.transformer, {TEXT: text}, None, masks, **options).nll
+        prefixes = self.transformer.encode_prefix(given)
+        # A sample's keys and values serve all texts.
+        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(next(iter(given.values()))))]
+        nll = torch.stack([negative_elbo(self.transformer, {name: text}, row, masks, **options).nll for row in rows])
+        if str(Task((), (name,))) in (self.transformer.config.tasks or []):
+            nll = nll - negative_elbo(self.transformer, {name: text}, None, masks, **options).nll
         return nll
 
     @torch.no_grad()
@@ -212,28 +225,38 @@ class LikelihoodMixin:
         prompt: list[str] | None = None,
         image: PipelineImageInput | None = None,
         *,
+        inputs: dict[str, Any] | None = None,
+        query: str | None = None,
         batch_size: int = 64,
     ) -> GalleryIndex:
-        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts.
+        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts; or of any segment,
+        for queries by any other.
 
         Args:
-            prompt, image: one of them: the items.
+            prompt, image, inputs: the items, of one segment; as in [`__call__`].
+            query: the segment of the queries. By default ``text`` for ``image`` and the other way round, and the only
+                one that the checkpoint knows a task of for others.
             batch_size: items a forward pass.
 
         Returns:
             [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
 
         Raises:
-            ValueError: for an empty gallery, or a checkpoint that knows no task between pictures and texts.
+            ValueError: for an empty gallery, or a checkpoint that knows no task between items and queries.
         """
-        if (prompt is None) == (image is None):
-            raise ValueError("give prompt or image, one of them: a gallery holds texts or pictures")
+        items = self._passed(prompt, image, None, inputs)
+        if len(items) != 1:
+            raise ValueError(
+                f"give prompt or image, one of them, or one segment's inputs: a gallery holds the items of one "
+                f"segment, got {sorted(items)}"
+            )
         batch_size = check_integer("batch_size", batch_size, 1)
-        segment, query = (TEXT, IMAGE) if image is None else (IMAGE, TEXT)
-        items = self._passed(prompt, image, None, None)[segment]
+        ((segment, items),) = items.items()
+        query = self._query_segment(segment) if query is None else self._segment(query).name
         self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)
-        items = processor.read(items) if isinstance(processor, TextSegment) else items
+        if not processor.takes_mask:  # pictures are read part by part, as they may be many
+            items = processor.read(items)
         if isinstance(items, list) and items:
             parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
         else:
@@ -244,8 +267,24 @@ class LikelihoodMixin:
         self.maybe_free_model_hooks()
         return output
 
+    def _query_segment(self, segment: str) -> str:
+        """The segment that a gallery is searched by where the call doesn't say it."""
+        usual = {TEXT: IMAGE, IMAGE: TEXT}.get(segment)
+        tasks = [Task.parse(task) for task in self.transformer.config.tasks or []]
+        pairs = [task.segments for task in tasks if len(task.segments) == 2 and len(task.given) == 1]
+        found = sorted({one for pair in pairs if segment in pair for one in pair if one != segment})
+        if usual is not None and (usual in found or not found):
+            return usual
+        if len(found) != 1:
+            raise ValueError(
+                f"query=None: say by which segment a gallery of {segment!r} is searched, one of {found}; it needs a "
+                "task between the two"
+            )
+        return found[0]
+
     def _tokenizers_digest(self, segment: str) -> str:
-        return tokenizers_digest([getattr(self, name) for name in self._segment(segment).needs[:1]])
+        processor = self._segment(segment)
+        return tokenizers_digest([processor.vq] if processor.needs else [])
 
     @torch.no_grad()
     def retrieve(
@@ -257,10 +296,11 @@ class LikelihoodMixin:
         shortlist: int | None = None,
         batch_size: int = 64,
     ) -> RetrievalOutput:
-        """The items of a gallery that go best with each query: texts for pictures, pictures for texts.
+        """The items of a gallery that go best with each query: texts for pictures, pictures for texts, or whatever
+        segments [`index`] was told.
 
         Args:
-            query: texts for a gallery of pictures, pictures for one of texts.
+            query: texts for a gallery of pictures, pictures for one of texts; values of the gallery's ``query``.
             gallery: from [`index`].
             top_k: items a query.
             shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
@@ -290,19 +330,23 @@ class LikelihoodMixin:
         batch_size = check_integer("batch_size", batch_size, 1)
         top_k = check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
-        first = query[0] if isinstance(query, list) and query else query
         processor = self._segment(gallery.query)
-        of_texts = isinstance(processor, TextSegment)
-        if isinstance(first, str) != of_texts:
-            wanted = "texts" if of_texts else "pictures"
-            raise ValueError(
-                f"query must be {wanted}, as the gallery holds {gallery.segment} codes, got {shown(first)}"
-            )
         try:
             queries = processor.read(query)
         except ValueError as error:
-            raise ValueError(f"query: {error}") from error
+            raise ValueError(
+                f"query must be {processor.noun}s, as the gallery holds {gallery.segment} codes, got "
+                f"{shown(query)}: {error}"
+            ) from error
         codes = processor.encode(queries)
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
+
+
+def _candidates(labels: Any) -> list[str]:
+    if not isinstance(labels, list) or not labels or len(set(check_texts("labels", labels))) < 2:
+        raise ValueError(f"labels={shown(labels)} must be a list of at least two different texts")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"labels={shown(labels)} must be different from one another")
+    return list(labels)

@@ -1,8 +1,10 @@
 """What the pipelines of this package have in common."""
 
+import functools
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +18,32 @@ from ..utils.weight_files import replacing_weights
 
 
 class CallStates(threading.local):
-    """What the calls of this thread tell of themselves, for each pipeline."""
+    """What the calls of this thread tell of themselves, for each pipeline that of the innermost call."""
 
     def __init__(self) -> None:
         self.of = weakref.WeakKeyDictionary()
 
 
 _call_states = CallStates()
+
+
+def with_own_state(call: Callable) -> Callable:
+    """A pipeline's call with a state of its own; one that its callback makes gives the state back at its end."""
+
+    @functools.wraps(call)
+    def with_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _call_states.of.get(self, {})
+        outer = before if before.get("runs") else None
+        state = {**before, "runs": True, "outer": outer, "interrupts": self._interrupts}
+        _call_states.of[self] = state
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            state["runs"] = False
+            if outer is not None:
+                _call_states.of[self] = outer
+
+    return with_state
 
 
 def _of_call(name: str) -> property:
@@ -45,6 +66,12 @@ def check_components(**components: Any) -> None:
     for name, component in components.items():
         if component is None:
             raise ValueError(f"{name}=None must be a component: the pipeline can't do without it")
+
+
+def guided_logits(both: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """l_u + g (l_c - l_u) of l_c and l_u one after the other (2B, N, K), g (B,). It is l_c exactly where g is 1."""
+    own, free = both.chunk(2)
+    return torch.lerp(free, own, scale.to(both)[:, None, None])
 
 
 def check_lora(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
@@ -101,7 +128,7 @@ class PluginPipelineMixin(CheckpointMixin):
     @property
     def interrupt(self) -> bool:
         """Whether the call that runs in this thread is to end: ``pipe._interrupt = True``, said in any thread or by a
-        callback, ends all the calls that run then."""
+        callback, ends all the calls that run then, but for one in whose callback it is said by another call's."""
         return self._interrupt
 
     @property
@@ -110,10 +137,13 @@ class PluginPipelineMixin(CheckpointMixin):
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        if value:
-            self._interrupts += 1
-        else:  # a call that begins heeds those to come
-            _call_states.of.setdefault(self, {})["interrupts"] = self._interrupts
+        state = _call_states.of.setdefault(self, {})
+        if not value:
+            state["interrupts"] = self._interrupts
+            return
+        self._interrupts += 1
+        while (state := state.get("outer")) is not None:  # the calls in whose callbacks this one runs
+            state["interrupts"] += 1
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.
@@ -178,13 +208,3 @@ class PluginPipelineMixin(CheckpointMixin):
             )
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)
-
-
-def forget_positions(
-    codes: torch.LongTensor, other: torch.LongTensor, touched: torch.BoolTensor, mask_token_id: int
-) -> torch.LongTensor:
-    """Codes (B, *grid), or (B, *grid, q) of q a position, with all those masked of the positions that are touched
-    (B, *grid) or have other codes in `other`."""
-    changed = (codes != other).reshape(*touched.shape, -1).any(-1)  # (B, *grid)
-    unknown = touched | changed
-    return codes.masked_fill(unknown.view(*unknown.shape, *[1] * (codes.ndim - unknown.ndim)), mask_token_id)

@@ -3,32 +3,32 @@
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
-from ..likelihood.bounds import check_logits, code_log_probabilities
+from ..likelihood.bounds import are_possible, code_log_probabilities, constant_modulation
 from ..models.image_vq import ImageVQModel
+from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
 from ..tasks import Task
-from ..utils.checks import check_choice, check_integer, shown
+from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import callback_inputs
+from .check_inputs import FiniteChecks, callback_inputs
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, forget_positions
-from .segment_processors import LABEL, EncodedValue, ImageSegment, check_segment_entries, label_names
+from .pipeline_output import VQDiTPipelineOutput
+from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
+from .segment_base import EncodedValue, forget_positions
+from .segment_processors import check_label_names, check_segment_entries
 
 
 EXAMPLE_DOC_STRING = """
@@ -45,24 +45,6 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-@dataclass
-class VQDiTPipelineOutput(BaseOutput):
-    """Output of [`VQDiTPipeline`]; None for what was not generated.
-
-    Args:
-        images: list of PIL pictures, array (B, H, W, C) or tensor (B, C, H, W) in [0, 1], or codes (B, h, w).
-        texts: list of strings, or codes (B, L).
-        labels: list of label names, or codes (B, 1).
-        segments: all that was generated, by the segment's name. Where a task generates several pictures or several
-            texts, `images` and `texts` are the first of them by name.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
-    texts: list[str] | torch.Tensor | None = None
-    labels: list[str] | torch.Tensor | None = None
-    segments: dict[str, Any] | None = None
-
-
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
 class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
@@ -77,11 +59,13 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
         segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
-            ``"tokenizer"``, the component that makes their codes, by default ``image_vq`` or ``text_vq``; a label's
+            ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
+            `segment_tokenizers`; a label's
             ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures that another picture segment's are
             made from, with ``"factor"``, how many times smaller they are (2). A segment that is not in it is a label
             if its name is ``label`` (with the names `labels`), a picture if its codes are on a grid (and those of
             ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else a text.
+        segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
 
     Raises:
         ValueError: if `segments` has a segment that the transformer doesn't have, an unknown modality or option, or
@@ -94,7 +78,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
     """
 
     model_cpu_offload_seq = "text_vq->transformer->image_vq"
-    _optional_components = ["image_vq", "text_vq", "tokenizer"]
+    _optional_components = ["image_vq", "text_vq", "tokenizer", "segment_tokenizers"]
+    # Its parts are called, and not itself, so that no hook would bring it to the device.
+    _exclude_from_cpu_offload = ["segment_tokenizers"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -108,6 +94,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         lowres_factor: int = 2,
         resize_mode: str = "crop",
         segments: dict[str, dict[str, Any]] | None = None,
+        segment_tokenizers: MultiTokenizerModel | None = None,
     ) -> None:
         super().__init__()
         check_components(transformer=transformer, scheduler=scheduler)
@@ -116,22 +103,20 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         if not transformer.config.get("segments"):
             raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, image_vq=image_vq, text_vq=text_vq, tokenizer=tokenizer
+            transformer=transformer,
+            scheduler=scheduler,
+            image_vq=image_vq,
+            text_vq=text_vq,
+            tokenizer=tokenizer,
+            segment_tokenizers=segment_tokenizers,
         )
-        labels, known = label_names(labels or []), transformer.config.segments
-        segments = check_segment_entries(segments or {}, known, self._optional_components)
-        named = segments.get(LABEL, {}).get("names")
-        if labels and named and labels != label_names(named):
-            raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(label_names(named))}")
-        if not labels and not named and LABEL in known:
-            logging.get_logger(__name__).warning(
-                "the transformer generates labels, but their names were not passed, so that labels are numbers. To "
-                "make a pipeline of another's components, pass labels=list(pipe.config.labels) too"
-            )
-        labels = labels or label_names(named or [])
-        size = known[LABEL]["vocab_size"] if LABEL in known else len(labels)
-        if len(labels) > size:
-            raise ValueError(f"labels={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
+        known = transformer.config.segments
+        named = [name for name in self._optional_components if name != "segment_tokenizers"]
+        more = list(segment_tokenizers.tokenizers) if segment_tokenizers is not None else []
+        if clash := sorted(set(named) & set(more)):
+            raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+        segments = check_segment_entries(segments or {}, known, [*named, *more])
+        labels = check_label_names(labels, segments, known)
         self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -161,6 +146,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         """
         config = json.loads(super().to_json_string())
         config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
+        if config.get("segment_tokenizers") == [None, None]:  # as version 0.1 wrote it, which doesn't know them
+            del config["segment_tokenizers"]
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _encode_inputs(
@@ -196,7 +183,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
         prefix = self.transformer.encode_prefix(given) if given else None
         if strength is not None:
-            name = next(name for name in known if isinstance(segments[name], ImageSegment))
+            name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
         if repeats > 1 and passed:
             # Each sample's tiles stay together.
@@ -244,7 +231,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         masks = {name: self._mask_token_id(name) for name in codes}
         fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
         sizes = [value.shape[1] for value in fixed.values()]
-        predicted, event = dict(codes), None
+        predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
+        # A callback may change the codes and the weights.
+        options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for index, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
@@ -252,8 +241,10 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                 masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
                 event = scheduler.next_event(timestep, masked, event, generator=generator)
                 if event.needs_model:
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale)  # (B,)
-                    logits = self._predict(codes, event.timesteps, prefix, scale, guidance_scale)
+                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
+                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
+                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
+                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
                     revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
                     for (name, value), reveal in zip(codes.items(), revealed, strict=True):
                         step = scheduler.step(
@@ -265,6 +256,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                             shape=value.shape[1:],
                             temperature=temperature,
                             generator=generator,
+                            check_values=False,
                         )
                         codes = codes | {name: step.prev_sample.view_as(value)}
                         predicted[name] = step.pred_original_sample.view_as(value)
@@ -277,40 +269,43 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                     codes = current if only is None else {only: current}
                     guidance_scale = self._guidance_scale
                 progress_bar.update()
+        checks.read()
         return codes, predicted
 
     def _predict(
         self,
         codes: dict[str, torch.LongTensor],
-        timesteps: torch.Tensor,
+        event: MaskedDiffusionEvent,
         prefix: VQDiTPrefix | None,
-        scale: torch.Tensor,
+        scale: torch.Tensor | None,
         guidance_scale: float,
+        checks: FiniteChecks,
+        options: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,).
-
-        Raises:
-            ValueError: if they are not finite.
-        """
-        guided = bool((scale != 1.0).any())
+        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
+        0 for rows that are done. `checks` note whether they are finite."""
+        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
+        if len(rows) < size:
+            rows = rows.to(timesteps.device)
+            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
+            prefix = prefix if prefix is None else prefix.select(rows)
+            scale = scale if scale is None else scale[rows]
         logits = self.transformer(
-            codes, timestep=timesteps, prefix=prefix, with_unconditional=guided
-        ).sample  # (B, N, K), or (2B, N, K) with and without what is given
-        if not guided:
-            for value in logits.values():
-                check_logits(value)
-            return logits
-        # l_u + g (l_c - l_u), which is l_c exactly where g is 1
-        combined = {}
-        for name, value in logits.items():
-            own, free = value.chunk(2)
-            combined[name] = torch.lerp(free, own, scale.to(value)[:, None, None])
-            check_logits(combined[name], (free, own), guidance_scale)
-        return combined
+            codes, timestep=timesteps, prefix=prefix, with_unconditional=scale is not None, **options
+        ).sample  # (R, N, K), or (2R, N, K) with and without what is given
+        finite = parts = are_possible(*logits.values())
+        if scale is not None:
+            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
+            finite = are_possible(*logits.values())
+        checks.add(finite, parts, guidance_scale)
+        if len(rows) < size:
+            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
+        return logits
 
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -398,7 +393,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature
         )
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+        self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
         # 2. Encode what is given, and what is known of the generated side
         prefix, known, finish, tiles = self._encode_inputs(task, passed, mask_image, strength, num_images_per_prompt)
@@ -408,9 +403,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         # 3. Start from masks, and from what is known
         codes = self.prepare_latents(task, batch_size * tiles, known or latents)
 
-        # 4. Denoise, with a scheduler of the call's own
+        # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(num_inference_steps)
         codes, predicted = self._denoise(
             codes,
             prefix,

@@ -28,9 +28,9 @@ from ..utils.images import (
     touched_patches,
 )
 from ..utils.texts import check_texts, tokenize_to_length
-from .check_inputs import callback_inputs, check_labels, check_prediction
+from .check_inputs import FiniteChecks, callback_inputs, check_labels
 from .latent_inputs_mixin import LatentInputsMixin
-from .pipeline_utils import PluginPipelineMixin, check_components
+from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
 
 
 logger = logging.get_logger(__name__)
@@ -161,18 +161,16 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         labels: torch.LongTensor,
         prefix: VQDiTPrefix | None,
         guidance_scale: float,
+        checks: FiniteChecks,
     ) -> torch.Tensor:
-        """The transformer's prediction (B, out_channels, h, w) with classifier-free guidance.
-
-        Raises:
-            ValueError: if it is not finite.
-        """
+        """The transformer's prediction (B, out_channels, h, w) with classifier-free guidance; `checks` note whether it
+        is finite."""
         times = timestep.reshape(1).expand(len(latents)).to(latents.device)
         latents = latents.to(self.transformer.dtype)
         given = {} if prefix is None else {"prefix": prefix}
         if guidance_scale == 1.0:
             prediction = self.transformer(latents, times, labels, **given).sample.float()
-            check_prediction(prediction)
+            checks.add(*[prediction.isfinite().all()] * 2, guidance_scale)
             return prediction
         free = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
         if prefix is None:
@@ -186,7 +184,8 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             unconditional = self.transformer(latents, times, free).sample.float()
         channels = latents.shape[1]
         guided = unconditional[:, :channels] + guidance_scale * (conditional - unconditional)[:, :channels]
-        check_prediction(guided, (conditional, unconditional), guidance_scale)
+        parts = conditional.isfinite().all() & unconditional.isfinite().all()
+        checks.add(guided.isfinite().all(), parts, guidance_scale)
         # A learned variance is not guided.
         return torch.cat([guided, conditional[:, channels:]], dim=1)
 
@@ -269,13 +268,13 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         """Latents after all steps. `known` are a picture's latents, the noise to go with it, and the hole in it;
         `options` is what the scheduler's step takes besides."""
         scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-        channels = latents.shape[1]
+        channels, checks = latents.shape[1], FiniteChecks("prediction is")
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
                 scaled = scale_model_input(latents, timestep)
-                prediction = self._predict(scaled, timestep, labels, prefix, guidance_scale)
+                prediction = self._predict(scaled, timestep, labels, prefix, guidance_scale, checks)
                 prediction = self._for_scheduler(scheduler, prediction, channels)
                 latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
                 if known is not None:
@@ -289,11 +288,13 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
                     outputs = callback(self, index, timestep, inputs) or {}
                     latents, guidance_scale = outputs.pop("latents", latents), self._guidance_scale
                 progress_bar.update()
+        checks.read()
         return latents
 
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_own_state
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -374,7 +375,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             tensor_inputs=tensor_inputs,
         )
         guidance_scale = guidance_scale if texts is not None or numbers is not None else 1.0
-        self._guidance_scale, self._interrupt, device = guidance_scale, False, self._execution_device
+        self._guidance_scale, device = guidance_scale, self._execution_device
 
         # 2. Encode what is given
         labels, prefix = self._encode_inputs(texts, numbers, total)

@@ -5,12 +5,13 @@ Pure functions: the noise comes from an explicit generator or is an argument.
 
 import functools
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
@@ -35,9 +36,10 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
 def draw_masked(
     logits: torch.Tensor, masked: torch.BoolTensor, noise: torch.Tensor, temperature: float, *, entropy: bool = False
 ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
-    """[`draw`] at the M masked positions, in row-major order, and on request the [`entropies`] there.
+    """[`draw`] at the masked positions, and on request the [`entropies`] there; 0 at all others.
 
-    On CPUs a few positions at a time, where they are many: what is gathered then stays in the cache.
+    CPUs draw the masked ones only, a few at a time where they are many: what is gathered then stays in the cache.
+    Elsewhere all are drawn, for how many are masked is not known without waiting for the device.
 
     Args:
         logits: (B, N, K).
@@ -47,20 +49,26 @@ def draw_masked(
         entropy: whether to return entropies.
 
     Returns:
-        codes (M,) int64, (M,) float64 log-probabilities, and (M,) float64 entropies or None.
+        codes (B, N) int64, (B, N) float64 log-probabilities, and (B, N) float64 entropies or None.
     """
+    if logits.device.type != "cpu":
+        codes, scores, probabilities = draw(logits.flatten(0, 1), noise.flatten(), temperature)
+        found = [codes, scores, *([entropies(probabilities)] if entropy else [])]
+        found = [value.view_as(masked).masked_fill(~masked, 0) for value in found]
+        return found[0], found[1], found[2] if entropy else None
     size, noise = logits.shape[-1], noise[masked]
     at_once = max(1, len(noise))
-    if logits.device.type == "cpu" and len(noise) * size > 2**20:
+    if len(noise) * size > 2**20:
         at_once = max(3, 2**18 // size)
     rows, positions = masked.nonzero(as_tuple=True)
     # Even parts, of two rows or more: PyTorch sums a single one by parts of its own, one a thread, to other bits.
     parts, count = [], max(1, -(-len(noise) // at_once))
     for row, position, part in zip(*(x.tensor_split(count) for x in (rows, positions, noise)), strict=True):
-        codes, log_probabilities, probabilities = draw(logits[row, position], part, temperature)
-        parts.append((codes, log_probabilities, entropies(probabilities) if entropy else None))
-    codes, log_probabilities, found = zip(*parts, strict=True)
-    return torch.cat(codes), torch.cat(log_probabilities), torch.cat(found) if entropy else None
+        codes, scores, probabilities = draw(logits[row, position], part, temperature)
+        parts.append((codes, scores, *([entropies(probabilities)] if entropy else [])))
+    found = [torch.cat(values) for values in zip(*parts, strict=True)]
+    found = [value.new_zeros(masked.shape).masked_scatter(masked, value) for value in found]
+    return found[0], found[1], found[2] if entropy else None
 
 
 def draw(
@@ -160,7 +168,7 @@ def within_entropy_bound(entropy: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def halton_order(shape: tuple[int, ...]) -> torch.LongTensor:
+def halton_order(shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.LongTensor:
     """When each cell of a grid is visited by the Halton sequence (Besnier et al. 2025): its rank among all, (N,).
 
     The sequence has base 2 along the first axis, 3 along the second and 5 along the third, from index 1 on; a cell
@@ -187,4 +195,4 @@ def halton_order(shape: tuple[int, ...]) -> torch.LongTensor:
             break
         count *= 2
     first = torch.full((size,), count).scatter_reduce(0, inverse, torch.arange(count), "amin")
-    return first.argsort().argsort()
+    return first.argsort().argsort().to(device)

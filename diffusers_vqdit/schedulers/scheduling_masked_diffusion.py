@@ -63,12 +63,17 @@ class MaskedDiffusionEvent:
         revealed (`torch.BoolTensor` of shape `(B, N)`): codes that are to be revealed, for `step`; None where the
             sampler chooses them by the model's output.
         steps_left (`torch.LongTensor` of shape `(B,)`): steps of each row after this one.
+        num_masked (`torch.LongTensor` of shape `(B,)`): masked codes of each row, on the CPU.
+        rows (`torch.LongTensor` of shape `(R,)`): the rows that need the model, on the CPU: those with masks, unless
+            the scheduler remasks.
     """
 
     timesteps: torch.Tensor
     needs_model: bool
     revealed: torch.Tensor | None
     steps_left: torch.LongTensor
+    num_masked: torch.LongTensor
+    rows: torch.LongTensor
 
 
 class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigMixin):
@@ -86,13 +91,17 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             says, at least one a step (MaskGIT);
             ``"halton"``: as many, in an order that spreads over the grid (Besnier et al. 2025);
             ``"entropy_bound"``: those the model is surest of, as many as `entropy_bound` allows (Ben-Hamu et al.
-            2025): a row takes as many steps as it needs, and the last one reveals what is left.
+            2025): a row takes as many steps as it needs, and the last one reveals what is left;
+            ``"threshold"``: those drawn with a probability above `threshold`, and at least as many of the likeliest as
+            the schedule says: a row takes as many steps as it needs, and never more than the others (Wu et al. 2025,
+            Fast-dLLM; as in diffusers' `BlockRefinementScheduler`).
         temperature: divides the logits; 0 takes the likeliest code.
         choice_temperature: weight of the Gumbel noise on the log-probabilities that ``"confidence"`` ranks; it falls
             with the share of masks.
         entropy_bound: gamma of ``"entropy_bound"``, in nats: the sum of the entropies of the codes that a step
             reveals, without the largest, is at most this. 0 reveals one code a step, and more only where the model is
             certain.
+        threshold: of ``"threshold"``, in [0, 1]. 0 reveals all at once, 1 what the schedule says.
         remask: eta of ``"ancestral"``: the probability that a visible code is masked again in a step, capped so that
             the share of masks stays the schedule's (Wang et al. 2025, ReMDM). 0 never does.
         guidance_schedule: how the guidance scale rises while the masks become fewer, see [`guidance_scale_at`]:
@@ -111,13 +120,15 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         entropy_bound: float = 1.0,
         remask: float = 0.0,
         guidance_schedule: str = "constant",
+        threshold: float = 0.9,
     ) -> None:
         check_choice("masking", masking, ("cosine", "linear"))
-        check_choice("sampler", sampler, ("ancestral", "confidence", "halton", "entropy_bound"))
+        check_choice("sampler", sampler, ("ancestral", "confidence", "halton", "entropy_bound", "threshold"))
         check_temperature("temperature", temperature)
         check_number("choice_temperature", choice_temperature, 0, MAX_TEMPERATURE)
         if entropy_bound != math.inf:  # all at once
             check_number("entropy_bound", entropy_bound, 0)
+        check_number("threshold", threshold, 0, 1)
         check_number("remask", remask, 0, 1)
         if remask and sampler != "ancestral":
             raise ValueError(f"remask={remask!r} needs sampler='ancestral', got sampler={sampler!r}; use remask=0")
@@ -228,8 +239,11 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             ValueError: if `num_inference_steps` is no integer from 1 to `MAX_STEPS`.
         """
         self.num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-        steps = torch.arange(self.num_inference_steps, 0, -1, dtype=torch.float64)
-        self.timesteps = (steps / self.num_inference_steps).float().to(device)
+        times = torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
+        self.timesteps = times.flip(0)[:-1].float().to(device)
+        # The shares of masks with 0, ..., n steps left
+        self._ratios = self.mask_ratio(times)
+        self._host_ratios = self._ratios.tolist()
 
     def scale_model_input(self, sample: torch.LongTensor, timestep: torch.Tensor | None = None) -> torch.LongTensor:
         """Codes need no scaling; here for interchange with other schedulers."""
@@ -288,27 +302,24 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         if masked.dtype != torch.bool or masked.ndim != 2:
             raise ValueError(f"masked must be bool (B, N), got {masked.dtype} of shape {tuple(masked.shape)}")
         batch_size, device = len(masked), masked.device
+        num_masked = masked.sum(1).cpu()  # the one wait for the device in a step
+        rows = ((num_masked > 0) | (self.config.remask > 0)).nonzero()[:, 0]  # remasking goes on without masks
         if self.config.sampler == "ancestral" and not self.config.remask:
             left = torch.full((batch_size,), steps, device=device)
             if previous is not None:
                 left = left.minimum(previous.steps_left)
             noise = uniform(masked.shape, generator, device)
-            left, revealed = next_reveals(masked, noise, self._ratios(device), left)
+            self._ratios = self._ratios.to(device)
+            left, revealed = next_reveals(masked, noise, self._ratios, left)
             times = (left + 1).double() / self.num_inference_steps
-            return MaskedDiffusionEvent(times.float(), bool(revealed.any()), revealed, left)
+            return MaskedDiffusionEvent(times.float(), len(rows) > 0, revealed, left, num_masked, rows)
         left = torch.full((batch_size,), steps - 1, device=device)
-        if self.config.sampler == "entropy_bound":
+        if self.config.sampler in ("entropy_bound", "threshold"):
             # Rows take as many steps as they need: their times are those of their own shares of masks.
             times = self.time_of_mask_ratio(masked.double().mean(1))
         else:
             times = (left + 1).double() / self.num_inference_steps
-        # Remasking goes on where nothing is masked.
-        return MaskedDiffusionEvent(times.float(), bool(masked.any()) or self.config.remask > 0, None, left)
-
-    def _ratios(self, device: torch.device) -> torch.Tensor:
-        """The shares of masks (n + 1,) with 0, ..., n steps left, float64."""
-        steps = torch.arange(self.num_inference_steps + 1, dtype=torch.float64, device=device)
-        return self.mask_ratio(steps / self.num_inference_steps)
+        return MaskedDiffusionEvent(times.float(), len(rows) > 0, None, left, num_masked, rows)
 
     @torch.no_grad()
     def step(
@@ -322,6 +333,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         shape: tuple[int, ...] | None = None,
         temperature: float | None = None,
         generator: Generators = None,
+        check_values: bool = True,
         return_dict: bool = True,
     ) -> MaskedDiffusionSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """Go from time t to the next one. A visible code never changes, unless it is masked again by `remask`.
@@ -337,6 +349,8 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             shape: the grid, such as (h, w), that the N codes are; None is (N,). Read by ``"halton"`` only.
             temperature: in place of the configured one.
             generator: one, or one a row.
+            check_values: whether to look at the values of `sample` and `model_output`. That waits for the device: a
+                loop whose codes come from here may check them where they enter, and logits at the end.
 
         Raises:
             ValueError: if [`set_timesteps`] was not called, `timestep` is none of its times, or shapes or codes don't
@@ -358,7 +372,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
                 f"{model_output.dtype}"
             )
         mask_token_id = model_output.shape[-1]
-        if sample.numel() and (sample.min() < 0 or sample.max() > mask_token_id):
+        if check_values and sample.numel() and (sample.min() < 0 or sample.max() > mask_token_id):
             raise ValueError(f"sample must be in [0, {mask_token_id}], got {sample.min()} to {sample.max()}")
         for name, value in (("revealed", revealed), ("known", known)):
             if value is not None:
@@ -371,8 +385,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         shape = tuple(check_integers("shape", shape, 1)) if shape is not None else tuple(sample.shape[1:])
         if math.prod(shape) != sample.shape[1]:
             raise ValueError(f"shape={tuple(shape)} must have {sample.shape[1]} cells, as many as sample has codes")
-        times = torch.tensor([steps - 1, steps], dtype=torch.float64) / self.num_inference_steps
-        next_ratio, ratio = self.mask_ratio(times).tolist()
+        next_ratio, ratio = self._host_ratios[steps - 1 : steps + 1]
 
         # 1. Draw every masked code. Both draws are made for all positions, so that a row's noise is its own.
         masked = sample == mask_token_id  # (B, N)
@@ -382,11 +395,11 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         codes, log_probabilities, entropies = draw_masked(
             model_output, masked, code_noise, temperature, entropy=by_entropy and revealed is None
         )
-        if log_probabilities.isnan().any():
+        if check_values and log_probabilities.isnan().any():
             raise ValueError(
                 "model_output is not finite: it has NaN, infinity or no possible code where codes are masked"
             )
-        original = sample.masked_scatter(masked, codes)
+        original = torch.where(masked, codes, sample)
 
         # 2. Choose those to reveal
         if revealed is not None:
@@ -396,25 +409,27 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             # (Wang et al. 2025; with sigma = 0 Sahoo et al. 2024).
             sigma = self._remask_probability(ratio, next_ratio)
             revealed = masked & (reveal_noise < 1.0 - (next_ratio - sigma * (1.0 - ratio)) / ratio)
-        elif by_entropy:
+        elif entropies is not None:  # by_entropy
             # At temperature 0 the entropies are those at 1: of one code they would not say how sure the model is.
-            entropy = torch.full(sample.shape, math.inf, dtype=torch.float64, device=sample.device)
-            entropy[masked] = entropies
+            entropy = entropies.masked_fill(~masked, math.inf)
             revealed = within_entropy_bound(entropy, self.config.entropy_bound) if steps > 1 else masked
         else:
-            score = torch.full(sample.shape, -math.inf, dtype=torch.float64, device=sample.device)
             if self.config.sampler == "halton":
-                order = halton_order(tuple(shape)).to(score)
-                score = torch.where(masked, -order, score)
+                score = -halton_order(shape, sample.device).double()
+            elif self.config.sampler == "threshold":
+                score = log_probabilities
             else:
                 gumbel = -torch.log(-torch.log(reveal_noise.clamp(1e-300, 1 - 1e-16)))
-                score[masked] = log_probabilities
-                score = score + self.config.choice_temperature * next_ratio * gumbel
+                score = log_probabilities + self.config.choice_temperature * next_ratio * gumbel
+            score = torch.where(masked, score, -math.inf)
             # Of the codes that a row has masked, the share that the schedule masks next; at least one is revealed.
             # Rounded, for a floor taken anew at each step would drift below the schedule.
             count = masked.sum(1)
             kept = torch.round(count * (next_ratio / ratio)).long().minimum((count - 1).clamp_min(0))
-            revealed = masked & highest(score, count - kept)
+            revealed = highest(score, count - kept)
+            if self.config.sampler == "threshold":
+                revealed = revealed | (score.exp() > self.config.threshold)
+            revealed = masked & revealed
         previous = torch.where(revealed, original, sample)
 
         # 3. Mask visible codes again; the noise of the masked ones was used, that of the visible ones was not.

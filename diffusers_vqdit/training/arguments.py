@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType
 
 from ..utils.arguments import (
@@ -14,6 +15,7 @@ from ..utils.arguments import (
     positive_number,
     random_seed,
 )
+from ..utils.checks import check_choice
 from ..utils.redaction import known_secrets, without_secrets
 from .publish import add_publishing_arguments
 
@@ -112,6 +114,15 @@ def with_patches(segments: dict[str, dict], patches: list[tuple[str, list[int]]]
     return segments
 
 
+def tracker(text: str) -> str:
+    """The type of a flag that takes a tracker of Accelerate by its name."""
+    names = ["none", "all", *(kind.value for kind in LoggerType if kind is not LoggerType.ALL)]
+    try:
+        return check_choice("value", text, names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int = 500) -> argparse._ArgumentGroup:
     """Add the flags of checkpoints, validation, trackers and uploads, and return their group."""
     group = parser.add_argument_group("checkpoints, validation, tracking, publishing")
@@ -136,7 +147,7 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
         default=validation_steps,
         help="Steps between validations; 0: at the end only.",
     )
-    group.add_argument("--report_to", default="tensorboard", help="Tracker of Accelerate, or 'none'.")
+    group.add_argument("--report_to", type=tracker, default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
     add_publishing_arguments(group)
     return group

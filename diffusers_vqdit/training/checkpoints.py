@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
-from ..utils.weight_files import check_finite, fsync
+from ..utils.weight_files import check_finite, finish_file, fsync, new_file_mode
 from .files import (
     CHECKPOINT_PREFIX,
     SCRATCH_PREFIX,
@@ -140,9 +141,9 @@ def _flat_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
 def _write_manifest(
     folder: Path, step: int, run: str, identity: dict[str, Any], settings: dict[str, Any], measures: dict[str, Any]
 ) -> None:
-    files = {}
+    files, mode = {}, new_file_mode(folder)
     for name in _files_in(folder):
-        fsync(folder / name)
+        finish_file(folder / name, mode)
         files[name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     manifest = Manifest(step, run, _plain(identity), _plain(settings), _plain(measures), files)
     content = {"format": _FORMAT, **dataclasses.asdict(manifest)}
@@ -222,7 +223,7 @@ def verify_checkpoint(checkpoint: Path) -> Manifest:
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means, verified.
+    """The checkpoint that ``--resume_from_checkpoint`` means, verified; by one process for all.
 
     Args:
         resume_from_checkpoint: ``latest``, the newest whole one of the newest run in `output_dir` (None where there is
@@ -231,9 +232,24 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     Raises:
         ValueError: if the checkpoint named is not there or damaged, or if there are checkpoints but none is whole.
     """
-    output_dir = Path(output_dir)
+    output_dir, state = Path(output_dir), PartialState()
     if resume_from_checkpoint is None:
         return None
+    if state.num_processes == 1:
+        return _find_checkpoint(output_dir, resume_from_checkpoint)
+    found, error = None, None
+    if state.is_main_process:
+        try:
+            found = _find_checkpoint(output_dir, resume_from_checkpoint)
+        except ValueError as raised:
+            error = str(raised)
+    found, error = broadcast_object_list([found, error])
+    if error is not None:
+        raise ValueError(error)
+    return found
+
+
+def _find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
     found = checkpoints(output_dir) if output_dir.is_dir() else []
     if resume_from_checkpoint != "latest":
         by_name = resume_from_checkpoint == Path(resume_from_checkpoint).name
@@ -371,7 +387,7 @@ def set_aside(output_dir: Path, run: str, step: int) -> None:
         owner = _run_of(path)
         if owner == run and read_manifest(path).step <= step:
             continue
-        folder = output_dir / OLDER / (owner if re.fullmatch(r"[\w-]+", owner or "") else "unknown")
+        folder = output_dir / OLDER / (owner if owner and re.fullmatch(r"[\w-]+", owner) else "unknown")
         folder.mkdir(parents=True, exist_ok=True)
         target, count = folder / path.name, 1
         while target.exists():

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from ..models.config_checks import SEGMENT_KEYS
 from ..models.segment_layers import check_patch
-from ..pipelines.segment_processors import LABEL, check_segment_entries
+from ..pipelines.segment_base import LABEL
+from ..pipelines.segment_processors import check_segment_entries
 from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
@@ -25,12 +26,11 @@ from .image_folder import first_of
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "segments.json"
-TOKENIZERS = ["image_vq", "text_vq"]  # the pipeline's components that make codes
 # Beside a segment's codes: several variants a row, for use where it is given and where it is generated.
 SUFFIXES = ("", "_prompts", "_variants")
 
 
-def write_shard(path: Path, columns: dict[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
+def write_shard(path: Path, columns: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
     """Write each column's rows of codes, of any shape, and return the shard's entry in the index."""
     arrays = {}
     for name, rows in columns.items():
@@ -98,7 +98,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         for name in segments:
             check_patch(segments, name)
-        entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments, TOKENIZERS)
+        entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
     index |= {"segments": segments, "entries": entries}

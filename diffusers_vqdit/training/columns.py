@@ -1,48 +1,15 @@
-"""Columns of captions and labels: what they may hold, and labels as numbers."""
+"""Columns of captions: one drawn for each row, and how many are cut. What they may hold stands in ``utils``."""
 
 import logging
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from ..schedulers.samplers import Generators, uniform
-from ..utils.checks import shown
-from ..utils.texts import tokenize_to_length, visible
+from ..utils.labels import encode_labels, label_names  # noqa: F401
+from ..utils.texts import caption_lists, check_captions, cut_texts  # noqa: F401
 
 
 logger = logging.getLogger(__name__)
-
-
-def check_captions(captions: Iterable[Any], column: str) -> None:
-    """Raise a ValueError unless each caption is a string with some text, or a list of one or more of them.
-
-    The message names the column, and the first rows whose caption is missing or of another type.
-    """
-    missing, wrong = [], []
-    for row, value in enumerate(captions):
-        texts = value if isinstance(value, list | tuple) else [value]
-        if not texts or any(text is None for text in texts):
-            missing.append(row)
-        elif odd := [text for text in texts if not isinstance(text, str)]:
-            wrong.append((row, odd[0]))
-        elif not all(visible(text) for text in texts):
-            missing.append(row)
-    if wrong:
-        kinds = sorted({type(value).__name__ for _, value in wrong})
-        raise ValueError(
-            f"column {column!r} has {len(wrong)} rows of the type {' and '.join(kinds)}, the first are rows "
-            f"{[row for row, _ in wrong[:5]]} with {shown(wrong[0][1], 40)}; captions must be strings or lists of them"
-        )
-    if missing:
-        raise ValueError(f"column {column!r}: {len(missing)} rows have no caption, the first are rows {missing[:5]}")
-
-
-def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
-    """The captions of each row, one or several, after [`check_captions`]."""
-    captions = list(captions)
-    check_captions(captions, column)
-    return [[value] if isinstance(value, str) else list(value) for value in captions]
 
 
 def draw_captions(
@@ -61,85 +28,5 @@ def draw_captions(
 
 def warn_of_cut(texts: list[str], tokenizer, length: int) -> None:
     """One warning, with the count, where texts have more than `length` tokens."""
-    cut = 0
-    for start in range(0, len(texts), 1024):
-        counts = tokenize_to_length(tokenizer, texts[start : start + 1024], length)[2]
-        cut += sum(count > length for count in counts)
-    if cut:
-        logger.warning(f"{cut} of {len(texts)} captions have more than max_length={length} tokens and are cut")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-
-
-def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tuple[list[str], list[str]]:
-    """The name of each row's label, and all names in the order of their numbers.
-
-    Args:
-        values: strings or integers; with a `ClassLabel`, its integers.
-        column: the column's name, for messages.
-        feature: the column's feature. A `ClassLabel`'s names keep their order; others are sorted, integers as numbers.
-
-    Raises:
-        ValueError: for labels that are missing, of another type, or have white space around them; it names the rows.
-    """
-    known = list(feature.names) if hasattr(feature, "int2str") else None
-    names, wrong = [], []
-    for row, value in enumerate(values):
-        if known is not None and isinstance(value, int) and 0 <= value < len(known):
-            value = known[value]
-        elif known is not None or (isinstance(value, float) and not value.is_integer()):
-            wrong.append((row, value))
-            continue
-        elif isinstance(value, float):  # integers beside a missing one
-            value = int(value)
-        if isinstance(value, int) or (isinstance(value, str) and value and value == visible(value)):
-            names.append(str(value))
-        else:
-            wrong.append((row, value))
-    if wrong:
-        raise ValueError(
-            f"column {column!r}: {len(wrong)} rows have no label that can be used, the first are "
-            f"{', '.join(f'row {row} with {shown(value, 40)}' for row, value in wrong[:5])}; labels are strings "
-            "without white space around them and invisible characters, composed (NFC), or integers"
-        )
-    if known is not None:
-        return names, known
-    found = set(names)
-    numbers = all(name.removeprefix("-").isdecimal() for name in found)
-    return names, sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
-
-
-def encode_labels(
-    values: Iterable[Any],
-    column: str,
-    feature: Any = None,
-    id2label: dict[int, str] | None = None,
-    *,
-    size: int = 0,
-    comma_names: bool = False,
-) -> tuple[torch.Tensor, dict[int, str]]:
-    """Labels as numbers (N,) int64, and the names of all numbers.
-
-    Args:
-        values, column, feature: as in [`label_names`].
-        id2label: the known numbers and names, such as a pretrained pipeline's. Names that it lacks are added.
-        size: how many numbers are taken, where more are than have names. Without any name, labels that are such
-            numbers are taken as they are.
-        comma_names: whether a known name with commas is several, as in DiT's pipelines. Whole names come first.
-    """
-    names, order = label_names(values, column, feature)
-    id2label = dict(id2label or {})
-    if not id2label and size > 1 and all(name.isdecimal() and int(name) < size for name in order):
-        id2label = {int(name): name for name in order}
-    numbers = {}
-    if comma_names:
-        numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
-    numbers |= {name: number for number, name in id2label.items()}
-    first = max([size - 1, *id2label]) + 1 if id2label else 0
-    for name in order if not id2label else [name for name in order if name in set(names)]:
-        if name not in numbers:
-            numbers[name], id2label[first] = first, name
-            first += 1
-    return torch.tensor([numbers[name] for name in names]), id2label
+    if warning := cut_texts(texts, tokenizer, length):
+        logger.warning(warning)

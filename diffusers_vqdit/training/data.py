@@ -2,17 +2,17 @@
 
 import glob
 import hashlib
-import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 
 from ..utils.checks import shown
-from ..utils.images import resize_image, to_rgb
+from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .image_folder import holds_pictures_only, read_image_folder
 
 
@@ -49,27 +49,30 @@ def load_splits(
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
         table = read_image_folder(train_data_dir, columns, output_dir)
-    elif dataset_name.lower().endswith(".parquet"):
+    elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
+        table = read_image_folder(dataset_name, columns, output_dir)
+    elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
         if not Path(dataset_name).is_file():
             raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
+        features = check_parquet(dataset_name, columns)
         file = glob.escape(_without_magic(dataset_name, cache_dir))
-        try:
-            table = load_dataset("parquet", data_files=file, cache_dir=cache_dir)
-        except Exception as error:  # of Arrow, of `datasets`, wrapped in one another
-            raise ValueError(f"dataset_name={dataset_name!r} is no parquet file that can be read: {error}") from error
-    elif Path(dataset_name).is_dir():
-        if holds_pictures_only(Path(dataset_name)):
-            table = read_image_folder(dataset_name, columns, output_dir)
-        else:
-            table = load_dataset(_without_magic(dataset_name, cache_dir), dataset_config_name, cache_dir=cache_dir)
+        with _loading(dataset_name, "is no parquet file that can be read"):
+            table = load_dataset(
+                "parquet", data_files=file, cache_dir=cache_dir, features=features, columns=features and list(features)
+            )
     else:
-        table = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        local = Path(dataset_name).is_dir()
+        source = _without_magic(dataset_name, cache_dir) if local else dataset_name
+        with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
+            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir)
 
     everything = next(iter(table.values()))
     if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(everything["split"]):
+        if isinstance(value, list | dict):
+            raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
         rows.setdefault(value, []).append(row)
     unsaid = len(rows.pop(None, [])) + len(rows.pop("", []))
     if unsaid:
@@ -84,7 +87,7 @@ def load_training_dataset(
     train_data_dir: str | None = None,
     split: str = "train",
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -100,8 +103,8 @@ def load_training_dataset(
         split: the split to take. Where the data comes as one table with a ``split`` column, its rows are selected; a
             source without the split asked for is refused.
         columns: the columns that must be there.
-        image_column: the column that holds pictures. It is read undecoded: decode it with [`decode_images`], which
-            skips broken files.
+        image_column: the column that holds pictures, or several. It is read undecoded: decode it with
+            [`decode_images`], which skips broken files.
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.
@@ -114,7 +117,7 @@ def load_training_dataset(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         train_data_dir=train_data_dir,
-        columns=columns,
+        columns=[*columns, *([image_column] if image_column else [])],
         cache_dir=cache_dir,
         output_dir=output_dir,
     )
@@ -126,20 +129,21 @@ def take_split(
     split: str,
     *,
     columns: Iterable[str] = (),
-    image_column: str | None = None,
+    image_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
-    from datasets import Image
-
     if split not in splits:
         raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
     dataset = splits[split]
-    for column in [*columns, *([image_column] if image_column else [])]:
+    if not len(dataset):
+        raise ValueError(f"split={split!r} has no rows")
+    image_columns = [image_column] if isinstance(image_column, str) else list(image_column or [])
+    for column in [*columns, *image_columns]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
-    if image_column:
-        dataset = dataset.cast_column(image_column, Image(decode=False))
+    for column in image_columns:
+        dataset = as_picture_column(dataset, column)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset
@@ -162,6 +166,54 @@ def choose_validation_split(splits: dict, validation_split: str | None) -> str:
             "measures on training data"
         )
     return validation_split
+
+
+def check_parquet(path: str, columns: Iterable[str] = ()):
+    """The `datasets.Features` of a parquet file's columns, where some of them can't be loaded and are left out.
+
+    Raises:
+        ValueError: if it is none, has no rows or several columns of one name, or if one of `columns` is of a type that
+            can't be loaded; it names the file, the column and the type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features
+
+    named = f"dataset_name={shown(path)}"
+    try:
+        schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{named} is no parquet file that can be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{named} has no rows")
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"{named} has several columns called {twice[0]!r}; they must have different names")
+    odd = {}
+    for field in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([field]))
+        except ValueError:
+            odd[field.name] = str(field.type)
+    for name, kind in odd.items():
+        message = f"{named}: column {name!r} has the type {kind}, which can't be read"
+        if name in columns:
+            raise ValueError(f"{message}; give it as strings, numbers, bytes, or lists or structs of them")
+        logger.warning(f"{message}; it is left out")
+    fields = [field for field in schema if field.name not in odd]
+    return Features.from_arrow_schema(pa.schema(fields, schema.metadata)) if odd else None
+
+
+@contextmanager
+def _loading(dataset_name: str, problem: str) -> Iterator[None]:
+    """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
+    try:
+        yield
+    except Exception as error:
+        reasons = [error]
+        while (cause := reasons[-1].__cause__) is not None:
+            reasons.append(cause)
+        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
+        raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error
 
 
 def _without_magic(path: str, cache_dir: str | None) -> str:
@@ -188,38 +240,6 @@ def _without_magic(path: str, cache_dir: str | None) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def decode_image(value: dict, resolution: int, resize_mode: str = "crop") -> torch.Tensor:
-    """One undecoded picture of a `datasets` image column as a (3, resolution, resolution) float tensor in [-1, 1].
-
-    Args:
-        value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
-        resolution: height and width of the result.
-        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
-            white.
-
-    Raises:
-        ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
-            read as RGB ([`~utils.images.to_rgb`]).
-    """
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and path is None:
-        raise ValueError(f"the picture is missing: it must have bytes or a path, got {shown(value)}")
-    # A pipe would block, and Pillow would say of a folder that it may not be read.
-    if data is None and not os.path.isfile(path):
-        raise ValueError(f"the picture's path {shown(path)} is not a regular file")
-    try:
-        Image.init()
-        # EPS pictures are programs that Ghostscript runs, for as long as they like.
-        formats = [name for name in Image.ID if name != "EPS"]
-        picture = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
-    except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
-        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
-    with picture:
-        picture = resize_image(to_rgb(picture), (resolution, resolution), resize_mode)
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def decode_images(
@@ -251,27 +271,45 @@ def decode_rows(
     dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
 ) -> tuple[torch.Tensor, list[int]]:
     """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
-    pictures, read = [], []
     column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+
+    def read(row: int) -> torch.Tensor:
+        picture = decode_image(column[row][image_column], resolution, resize_mode=resize_mode)
+        return to_bytes(picture)
+
+    pictures, kept = read_rows(read, lambda row: place(column[row][image_column], row), rows, "picture", skipped)
+    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), kept
+
+
+def read_rows(
+    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int], noun: str, skipped: int = 0
+) -> tuple[list, list[int]]:
+    """What `read` gives for each row, and these rows, without those where it raises: they are named, the first of all.
+
+    Args:
+        placed: says where a row's value is, for the warning.
+        noun: what it is.
+        skipped: how many were left out before.
+    """
+    values, kept = [], []
     for row in rows:
-        value = None
         try:
-            value = column[row][image_column]
-            picture = decode_image(value, resolution, resize_mode=resize_mode)
-        except Exception as error:  # whatever a picture raises: it is one of many
+            value = read(row)
+        except Exception as error:  # whatever a value raises: it is one of many
             if skipped < MAX_NAMED:
-                named = (value.get("path") if isinstance(value, dict) else None) or f"in row {row}"
-                logger.warning(f"skipped picture {named}: {type(error).__name__}: {error}")
+                logger.warning(f"skipped {noun} {_placed(placed, row)}: {type(error).__name__}: {error}")
             skipped += 1
             continue
-        pictures.append(((picture + 1.0) * 127.5).round().to(torch.uint8))
-        read.append(row)
-    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), read
+        values.append(value)
+        kept.append(row)
+    return values, kept
 
 
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1.0
+def _placed(placed: Callable[[int], str], row: int) -> str:
+    try:
+        return placed(row)
+    except Exception:  # what can't be read may not tell its path either
+        return f"in row {row}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

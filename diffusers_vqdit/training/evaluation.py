@@ -1,9 +1,10 @@
-"""What every figure of ``evaluate.py`` needs: the emoji dataset, a pipeline's samples, shares and means."""
+"""What every figure of ``evaluate.py`` needs: the dataset, what is measured of a pipeline, samples, shares, means."""
 
 import argparse
 import math
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,69 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..pipelines.segment_base import ARGUMENTS
+from ..tasks import Task
 from .data import decode_images, load_training_dataset, to_pixels
 
 
-COLUMNS = ["text", "text_zh", "keywords", "label", "emoji", "held_out"]
+@dataclass(frozen=True)
+class Roles:
+    """Which of a pipeline's segments are measured as what: of several the one that has an argument of its own, or the
+    first.
+
+    Args:
+        image: the pictures.
+        caption: the dataset's captions; "" where the pipeline has no texts.
+        texts: all texts, the captions first. The others are columns of their own names.
+        label: the labels; "" where there are none.
+        lowres, factor: the small pictures that `image` is made from, and how many times smaller they are; "" and 1.
+    """
+
+    image: str
+    caption: str
+    texts: list[str]
+    label: str
+    lowres: str
+    factor: int
+
+    @classmethod
+    def of(cls, pipeline: VQDiTPipeline) -> "Roles":
+        segments = pipeline._segments
+        names = sorted(segments, key=lambda name: name not in ARGUMENTS.values())
+        images, texts, labels = (
+            [name for name in names if segments[name].output_field == field] for field in ("images", "texts", "labels")
+        )
+        images = [name for name in images if "lowres_of" not in segments[name].entry]
+        if not images:
+            raise ValueError(f"the pipeline has no pictures, which the figures are of; it has {names}")
+        lowres = next((n for n in names if segments[n].entry.get("lowres_of") == images[0]), "")
+        factor = segments[lowres].entry["factor"] if lowres else 1
+        return cls(images[0], next(iter(texts), ""), texts, next(iter(labels), ""), lowres, factor)
+
+    def column(self, segment: str, data: "EmojiData") -> str:
+        """The dataset's column of a text."""
+        return data.caption_column if segment == self.caption else segment
+
+
+def label_names(pipeline: VQDiTPipeline, label: str) -> list[str]:
+    """The labels of a segment, in the order of their codes."""
+    segment = pipeline._segments[label]
+    return segment.decode(torch.arange(segment.vocab_size)[:, None])
+
+
+def task_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str]) -> str:
+    """The task from some segments to others; "" if the pipeline lacks one of them, or doesn't know it."""
+    if "" in given or "" in generated:
+        return ""
+    task = str(Task(tuple(given), tuple(generated)))
+    return task if task in pipeline.transformer.config.tasks else ""
+
+
+def tasks_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str]) -> list[Task]:
+    """The tasks that the pipeline knows from one segment of the one list to one of the other."""
+    tasks = [Task.parse(arrow) for arrow in pipeline.transformer.config.tasks]
+    pairs = [task for task in tasks if len(task.given) == len(task.generated) == 1]
+    return [task for task in pairs if task.given[0] in given and task.generated[0] in generated]
 
 
 @dataclass
@@ -26,7 +86,10 @@ class EmojiData:
         pictures: (N, 3, H, W) uint8, the training split first.
         columns: each column's N values.
         train, composition, test: rows: some of the training split, the held-out compositions, the whole test split.
+        plain: rows of the training split whose emoji has no variants, so that no rule tells their texts.
         codes, decoded: codes (N, h, w) of all pictures, and what they decode to, in [-1, 1].
+        captions: what the report calls the captions of a column, by column; the first is the captions' own.
+        label_column: the labels'.
     """
 
     pictures: torch.Tensor
@@ -34,30 +97,65 @@ class EmojiData:
     train: list[int]
     composition: list[int]
     test: list[int]
+    plain: list[int]
     codes: torch.Tensor
     decoded: torch.Tensor
+    captions: dict[str, str]
+    label_column: str
 
     @classmethod
     def load(cls, image_vq: ImageVQModel, resolution: int, args: argparse.Namespace) -> "EmojiData":
+        """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
+        ``batch_size`` of `args`."""
+        needed = [*args.caption_columns, args.label_column, "emoji", "held_out"]
         train, test = (
-            load_training_dataset(dataset_name=args.dataset_name, split=split, image_column="image", columns=COLUMNS)
+            load_training_dataset(
+                dataset_name=args.dataset_name, split=split, image_column=args.image_column, columns=needed
+            )
             for split in ("train", "test")
         )
-        pictures = torch.cat([decode_images(part, "image", resolution)[0] for part in (train, test)])
-        columns = {name: [*train[name], *test[name]] for name in COLUMNS}
+        pictures = torch.cat([decode_images(part, args.image_column, resolution)[0] for part in (train, test)])
+        names = [name for name in train.column_names if name != args.image_column]
+        columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
         composition = [row for row in test_rows if columns["held_out"][row] == "composition"]
         random.Random(args.seed).shuffle(composition)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
+        variants = Counter(columns["emoji"])
+        plain = [row for row in range(len(train)) if variants[columns["emoji"][row]] == 1]
+        plain = random.Random(args.seed).sample(plain, min(args.num_samples, len(plain)))
         codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
-        return cls(pictures, columns, chosen, composition[: args.num_samples], test_rows, codes, decoded)
+        return cls(
+            pictures,
+            columns,
+            chosen,
+            composition[: args.num_samples],
+            test_rows,
+            plain,
+            codes,
+            decoded,
+            args.caption_columns,
+            args.label_column,
+        )
+
+    @property
+    def caption_column(self) -> str:
+        return next(iter(self.captions))
+
+    def title(self, column: str) -> str:
+        """What the report calls the texts of a column."""
+        return self.captions.get(column, column)
 
     def real(self, rows: list[int]) -> torch.Tensor:
         """Pictures in [0, 1], as pipelines take tensors."""
         return self.pictures[rows].float() / 255
 
-    def texts(self, rows: list[int], column: str = "text") -> list[str]:
-        return [self.columns[column][row] for row in rows]
+    def texts(self, rows: list[int], column: str | None = None) -> list[str]:
+        """Of a column, by default the captions'."""
+        return [self.columns[column or self.caption_column][row] for row in rows]
+
+    def labels(self, rows: list[int]) -> list[str]:
+        return self.texts(rows, self.label_column)
 
     def distances(self, samples: torch.Tensor) -> torch.Tensor:
         """(S, N) from samples, in [0, 1], to all pictures of the set."""
@@ -89,17 +187,37 @@ def batched(size: int, batch_size: int, description: str) -> Iterator[slice]:
         yield slice(start, min(start + batch_size, size))
 
 
+def as_arguments(passed: Mapping[str, Any]) -> dict[str, Any]:
+    """What is passed by segment as the pipeline's arguments: those that segments have of their own, and ``inputs``."""
+    own = {argument: passed[name] for argument, name in ARGUMENTS.items() if name in passed}
+    others = {name: value for name, value in passed.items() if name not in ARGUMENTS.values()}
+    return {**own, "inputs": others} if others else own
+
+
 def sample(
-    pipeline: VQDiTPipeline, args: argparse.Namespace, count: int, description: str, **inputs: Any
-) -> list[Any]:
+    pipeline: VQDiTPipeline,
+    args: argparse.Namespace,
+    count: int,
+    description: str,
+    output: str,
+    passed: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """What the pipeline makes of `count` inputs, lists or tensors in batches, each with a seed of its own.
 
     Pictures come as one tensor in [0, 1].
+
+    Args:
+        output: the generated segments, joined by '+'.
+        passed: what is passed to the pipeline, by segment.
+        options: other arguments of the pipeline.
     """
     if args.num_inference_steps is not None:
-        inputs["num_inference_steps"] = args.num_inference_steps
-    if args.guidance_scale is not None and "image" in inputs["output"]:
-        inputs["guidance_scale"] = args.guidance_scale
+        options["num_inference_steps"] = args.num_inference_steps
+    fields = [pipeline._segments[name].output_field for name in output.split("+")]
+    if args.guidance_scale is not None and "images" in fields:
+        options["guidance_scale"] = args.guidance_scale
+    inputs = {**options, **as_arguments(passed or {})}
     generators = [torch.Generator().manual_seed(args.seed * 1_000_003 + i) for i in range(count)]
     results: dict[str, list] = {}
     for part in batched(count, args.batch_size, description):
@@ -109,12 +227,11 @@ def sample(
                 return {name: cut(item) for name, item in value.items()}
             return value[part] if isinstance(value, list | torch.Tensor) else value
 
-        options = {name: cut(value) for name, value in inputs.items()}
-        given = any(name in inputs for name in ("prompt", "image", "class_label", "inputs"))
-        if not given:
-            options["num_images_per_prompt"] = part.stop - part.start
-        output = pipeline(generator=generators[part], output_type="pt", **options)
-        for name, value in output.segments.items():
+        cuts = {name: cut(value) for name, value in inputs.items()}
+        if not passed:
+            cuts["num_images_per_prompt"] = part.stop - part.start
+        drawn = pipeline(output=output, generator=generators[part], output_type="pt", **cuts)
+        for name, value in drawn.segments.items():
             results.setdefault(name, []).append(value)
     joined = {n: torch.cat(v) if isinstance(v[0], torch.Tensor) else sum(v, []) for n, v in results.items()}
     return joined if len(joined) > 1 else next(iter(joined.values()))

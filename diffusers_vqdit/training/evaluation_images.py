@@ -10,7 +10,7 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import lower_resolution, resize
 from .codes import encode_texts
 from .data import to_pixels
-from .evaluation import EmojiData, mean, sample, share
+from .evaluation import EmojiData, Roles, label_names, mean, sample, share, task_between, tasks_between
 from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
 
@@ -25,40 +25,52 @@ def round_trips(pipeline: VQDiTPipeline, captions: list[str]) -> list[bool]:
 def measure_tokenizers(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     real, decoded = to_pixels(data.pictures[data.test]), data.decoded[data.test]
     codes = level_figures(*usage_of_counts(counts_by_level(data.codes, pipeline.image_vq.num_codes)))
-    return {
+    figures = {
         f"pictures of {real.shape[-1]} px, whole test split, PSNR": mean(psnr(decoded, real), "dB"),
         f"pictures of {real.shape[-1]} px, whole test split, SSIM": mean(ssim(decoded, real), ""),
         "image codebook, all pictures, usage": {"value": codes["usage"]},
         "image codebook, all pictures, perplexity": {"value": codes["perplexity"], "unit": "codes"},
-        "English captions, whole test split, exact round trip": share(round_trips(pipeline, data.texts(data.test))),
-        "Chinese captions, whole test split, exact round trip": share(
-            round_trips(pipeline, data.texts(data.test, "text_zh"))
-        ),
     }
+    if Roles.of(pipeline).caption:
+        for column, language in data.captions.items():
+            trips = round_trips(pipeline, data.texts(data.test, column))
+            figures[f"{language} captions, whole test split, exact round trip"] = share(trips)
+    return figures
 
 
 def drawn_right(
     pipeline: VQDiTPipeline, prompts: list[str], rows: list[int], data: EmojiData, args: argparse.Namespace
 ) -> list[bool]:
     """Whether the picture nearest to each prompt's sample is that of its row."""
-    return data.nearest(sample(pipeline, args, len(rows), "text->image", prompt=prompts, output="image"), rows)
+    roles = Roles.of(pipeline)
+    task = f"{roles.caption}->{roles.image}"
+    return data.nearest(sample(pipeline, args, len(rows), task, roles.image, {roles.caption: prompts}), rows)
 
 
 def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    figures = {}
+    """Captions in all languages as prompts, and other texts as what they are."""
+    roles, figures = Roles.of(pipeline), {}
     for name, rows in (("training captions", data.train), ("held-out compositions", data.composition)):
-        for language, column in (("English", "text"), ("Chinese", "text_zh")):
-            hits = drawn_right(pipeline, data.texts(rows, column), rows, data, args)
-            figures[f"{name}, {language}, nearest picture is the one named"] = share(hits)
+        for task in tasks_between(pipeline, roles.texts, [roles.image]):
+            (given,) = task.given
+            for column in data.captions if given == roles.caption else [given]:
+                passed = {given: data.texts(rows, column)}
+                drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
+                figure = share(data.nearest(drawn, rows))
+                figures[f"{name}, {data.title(column)}, nearest picture is the one named"] = figure
     return figures
 
 
 def measure_label_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """The nearest picture's label, of pictures drawn for each label in turn."""
-    names = list(pipeline.config.labels)
+    roles = Roles.of(pipeline)
+    if not (task := task_between(pipeline, [roles.label], [roles.image])):
+        return {}
+    names = label_names(pipeline, roles.label)
     labels = [names[i % len(names)] for i in range(args.num_samples)]
-    drawn = sample(pipeline, args, len(labels), "label->image", class_label=labels, output="image")
-    hits = [data.columns["label"][row] == label for row, label in zip(data.nearest_rows(drawn), labels, strict=True)]
+    drawn = sample(pipeline, args, len(labels), task, roles.image, {roles.label: labels})
+    found = data.labels(data.nearest_rows(drawn))
+    hits = [one == label for one, label in zip(found, labels, strict=True)]
     return {"all labels, nearest picture has the label": share(hits)}
 
 
@@ -69,21 +81,20 @@ def central_hole(size: int) -> torch.Tensor:
 
 
 def measure_inpainting(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    rows, mask = data.composition, central_hole(data.pictures.shape[-1])
+    roles, rows, figures = Roles.of(pipeline), data.composition, {}
     real = data.real(rows)
-    options = {"image": real, "mask_image": mask.expand(len(rows), -1, -1, -1), "output": "image"}
-    with_caption = sample(pipeline, args, len(rows), "inpainting", prompt=data.texts(rows), **options)
-    kept = [torch.equal(a[:, mask[0, 0] == 0], b[:, mask[0, 0] == 0]) for a, b in zip(with_caption, real, strict=True)]
-    without = sample(pipeline, args, len(rows), "inpainting without caption", **options)
-    return {
-        "held-out compositions, central half, with caption, nearest picture is the right one": share(
-            data.nearest(with_caption, rows)
-        ),
-        "held-out compositions, central half, without caption, nearest picture is the right one": share(
-            data.nearest(without, rows)
-        ),
-        "pixels outside of the mask bit-identical": share(kept),
-    }
+    mask = central_hole(real.shape[-1])
+    options = {"mask_image": mask.expand(len(rows), -1, -1, -1)}
+    outside, kept = mask[0, 0] == 0, None
+    for name, given in (("with caption", [roles.caption]), ("without caption", [])):
+        if not task_between(pipeline, given, [roles.image]):
+            continue
+        passed = {**({roles.caption: data.texts(rows)} if given else {}), roles.image: real}
+        drawn = sample(pipeline, args, len(rows), f"inpainting {name}", roles.image, passed, **options)
+        figure = share(data.nearest(drawn, rows))
+        figures[f"held-out compositions, central half, {name}, nearest picture is the right one"] = figure
+        kept = kept or [torch.equal(a[:, outside], b[:, outside]) for a, b in zip(drawn, real, strict=True)]
+    return {**figures, "pixels outside of the mask bit-identical": share(kept)} if kept else figures
 
 
 def damage(pictures: torch.Tensor, seed: int) -> torch.Tensor:
@@ -99,11 +110,12 @@ def damage(pictures: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    rows = data.composition
+    roles, rows = Roles.of(pipeline), data.composition
+    if not task_between(pipeline, [roles.caption], [roles.image]):
+        return {}
     real, damaged = data.real(rows), damage(data.real(rows), args.seed)
-    fixed = sample(
-        pipeline, args, len(rows), "repair", prompt=data.texts(rows), image=damaged, strength=0.5, output="image"
-    )
+    passed = {roles.caption: data.texts(rows), roles.image: damaged}
+    fixed = sample(pipeline, args, len(rows), "repair", roles.image, passed, strength=0.5)
     return {
         "held-out compositions with squares of noise, PSNR before": mean(psnr(2 * damaged - 1, 2 * real - 1), "dB"),
         "held-out compositions with squares of noise, with caption, PSNR after": mean(
@@ -114,21 +126,23 @@ def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Name
 
 @torch.no_grad()
 def measure_super_resolution(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    rows, factor = data.composition, pipeline.config.lowres_factor
+    roles, rows = Roles.of(pipeline), data.composition
+    if not task_between(pipeline, [roles.lowres], [roles.image]):
+        return {}
+    factor = roles.factor
     real = to_pixels(data.pictures[rows])
-    small = resize(real, (real.shape[-2] // factor, real.shape[-1] // factor))
+    small = resize(real, (real.shape[-2] // factor, real.shape[-1] // factor)) / 2 + 0.5
     bicubic = lower_resolution(real, factor)
     coded = pipeline.image_vq.decode_codes(pipeline.image_vq.encode_codes(bicubic.to(pipeline.image_vq.device)))
-    large = sample(pipeline, args, len(rows), "super-resolution", image=small / 2 + 0.5, output="image")
-    prompted = sample(
-        pipeline, args, len(rows), "with caption", prompt=data.texts(rows), image=small / 2 + 0.5, output="image"
-    )
+    large = sample(pipeline, args, len(rows), "super-resolution", roles.image, {roles.image: small})
     versions = {
         "bicubic": bicubic,
         "bicubic through the image tokenizer": coded.sample.cpu().clamp(-1, 1),
         "without caption": 2 * large - 1,
-        "with caption": 2 * prompted - 1,
     }
+    if task_between(pipeline, [roles.lowres, roles.caption], [roles.image]):
+        passed = {roles.caption: data.texts(rows), roles.image: small}
+        versions["with caption"] = 2 * sample(pipeline, args, len(rows), "with caption", roles.image, passed) - 1
     return {
         f"held-out compositions, {factor}x, {name}, {unit[0]}": mean(unit[1](pixels, real), unit[2])
         for name, pixels in versions.items()

@@ -1,17 +1,19 @@
 """An evaluation as a table, and as an image with a row of examples for each task."""
 
 import argparse
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import resize
-from .evaluation import EmojiData, sample
+from .evaluation import EmojiData, Roles, label_names, sample, task_between, tasks_between
 from .evaluation_images import central_hole, damage
 from .evaluation_texts import blanked
 
 
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL, CAPTION, TITLE = 112, 46, 210  # pixels in the picture: a cell's side, the height below it, the titles' width
 
 
@@ -36,64 +38,66 @@ def as_table(report: dict) -> str:
 
 def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> list[tuple[str, list[tuple]]]:
     """Rows of a title and cells; a cell is a picture (C, H, W) in [0, 1] or a text, and the caption below it."""
-    rows = data.composition[:8]
+    roles, rows = Roles.of(pipeline), data.composition[:8]
     real, captions = data.real(rows), data.texts(rows)
+    image, caption, label = roles.image, roles.caption, roles.label
+    result: list[tuple[str, list[tuple]]] = []
 
-    def draw(**inputs: Any) -> Any:
-        return sample(pipeline, args, len(rows), "picture", **inputs)
+    def draw(output: str, passed: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        return sample(pipeline, args, len(rows), "picture", output, passed, **options)
 
-    mask = central_hole(real.shape[-1])
-    holed, damaged = real * (1 - mask) + 0.5 * mask, damage(real, args.seed)
-    small = resize(2 * real - 1, (real.shape[-2] // 2, real.shape[-1] // 2)) / 2 + 0.5
-    blanks = blanked(captions, pipeline)
-    labels = (list(pipeline.config.labels) * len(rows))[: len(rows)]
-    zh = data.texts(rows, "text_zh")
-    pairs = draw(output="image+text")
-    named = list(zip(real, captions, strict=True))
-    return [
-        ("text->image, English", list(zip(draw(prompt=captions, output="image"), captions, strict=True))),
-        ("text->image, Chinese", list(zip(draw(prompt=zh, output="image"), zh, strict=True))),
-        ("label->image", list(zip(draw(class_label=labels, output="image"), labels, strict=True))),
-        ("->image", [(picture, "") for picture in draw(output="image")]),
-        ("image->text", list(zip(real, draw(image=real, output="text"), strict=True))),
-        ("image->text_zh", list(zip(real, draw(image=real, output="text_zh"), strict=True))),
-        ("image to repaint", [(picture, caption) for picture, (_, caption) in zip(holed, named, strict=True)]),
-        (
-            "... repainted, with caption",
-            [
-                (p, "")
-                for p in draw(
-                    prompt=captions, image=real, mask_image=mask.expand(len(rows), -1, -1, -1), output="image"
-                )
-            ],
-        ),
-        ("image to repair", [(picture, caption) for picture, (_, caption) in zip(damaged, named, strict=True)]),
-        (
-            "... repaired, with caption",
-            [(p, "") for p in draw(prompt=captions, image=damaged, strength=0.5, output="image")],
-        ),
-        ("image to enlarge, 2x", [(picture, "") for picture in small]),
-        ("... enlarged", [(picture, "") for picture in draw(image=small, output="image")]),
-        ("->image+text", list(zip(pairs["image"], pairs["text"], strict=True))),
-        ("->text", [(text, "") for text in draw(output="text")]),
-        ("text with a blank, filled", list(zip(blanks, draw(prompt=blanks, output="text"), strict=True))),
-        ("text->text_zh", list(zip(captions, draw(prompt=captions, output="text_zh"), strict=True))),
-        (
-            "keywords->text",
-            list(
-                zip(
-                    data.texts(rows, "keywords"),
-                    draw(inputs={"keywords": data.texts(rows, "keywords")}, output="text"),
-                    strict=True,
-                )
-            ),
-        ),
-        ("image->label", list(zip(real, draw(image=real, output="label"), strict=True))),
-        ("text->label", list(zip(captions, draw(prompt=captions, output="label"), strict=True))),
-    ]
+    def known(given: list[str], generated: list[str]) -> str:
+        return task_between(pipeline, given, generated)
+
+    def add(title: str, contents: Iterable, below: Iterable[str] | None = None) -> None:
+        below = [""] * len(rows) if below is None else below
+        result.append((title, list(zip(contents, below, strict=True))))
+
+    for task in tasks_between(pipeline, roles.texts, [image]):
+        (given,) = task.given
+        for column in data.captions if given == caption else [given]:
+            texts = data.texts(rows, column)
+            add(f"{task}, {data.title(column)}", draw(image, {given: texts}), texts)
+    if arrow := known([label], [image]):
+        labels = (label_names(pipeline, label) * len(rows))[: len(rows)]
+        add(arrow, draw(image, {label: labels}), labels)
+    if arrow := known([], [image]):
+        add(arrow, draw(image))
+    for task in tasks_between(pipeline, [image], roles.texts):
+        add(str(task), real, draw(task.generated[0], {image: real}))
+    if known([caption], [image]):
+        mask, damaged = central_hole(real.shape[-1]), damage(real, args.seed)
+        passed, masks = {caption: captions, image: real}, mask.expand(len(rows), -1, -1, -1)
+        add("image to repaint", real * (1 - mask) + 0.5 * mask, captions)
+        add("... repainted, with caption", draw(image, passed, mask_image=masks))
+        add("image to repair", damaged, captions)
+        add("... repaired, with caption", draw(image, {**passed, image: damaged}, strength=0.5))
+    if known([roles.lowres], [image]):
+        size = (real.shape[-2] // roles.factor, real.shape[-1] // roles.factor)
+        small = resize(2 * real - 1, size) / 2 + 0.5
+        add(f"image to enlarge, {roles.factor}x", small)
+        add("... enlarged", draw(image, {image: small}))
+    if arrow := known([], [image, caption]):
+        pairs = draw(arrow.removeprefix("->"))
+        add(arrow, pairs[image], pairs[caption])
+    if arrow := known([], [caption]):
+        add(arrow, draw(caption))
+        blanks = blanked(captions, pipeline)
+        add("text with a blank, filled", blanks, draw(caption, {caption: blanks}))
+    shown: set[str] = set()
+    for task in tasks_between(pipeline, roles.texts, roles.texts):
+        (given,), (wanted,) = task.given, task.generated
+        if f"{wanted}->{given}" not in shown:  # one way of the two
+            texts = data.texts(rows, roles.column(given, data))
+            add(str(task), texts, draw(wanted, {given: texts}))
+        shown.add(str(task))
+    for given, contents in ((image, real), (caption, captions)):
+        if arrow := known([given], [label]):
+            add(arrow, contents, draw(label, {given: contents}))
+    return result
 
 
-def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> str:
+def wrapped(text: str, width: int, font: Font, lines: int) -> str:
     """The text in lines that fit a width in pixels, so many at the most; broken between letters where it must be."""
     result = [""]
     for word in text.replace(" ", " \0").split("\0"):
@@ -107,7 +111,7 @@ def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> 
 
 
 def draw_rows(rows: list[tuple[str, list[tuple]]], font_file: str | None) -> Image.Image:
-    def font(size: int) -> ImageFont.FreeTypeFont:
+    def font(size: int) -> Font:
         return ImageFont.truetype(font_file, size) if font_file is not None else ImageFont.load_default(size)
 
     width = TITLE + max(len(cells) for _, cells in rows) * (CELL + 8)

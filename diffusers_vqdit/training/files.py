@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +18,29 @@ import torch
 from safetensors import SafetensorError
 
 from ..utils.checks import shown
-from ..utils.weight_files import check_finite, fsync, move_into_place
+from ..utils.hub import TOKENIZER_FILES
+from ..utils.weight_files import check_finite, fsync, move_into_place, unfinished_path, weight_file_of
 
+
+try:
+    import resource  # not on Windows
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 SCRATCH_PREFIX = ".tmp-diffusers-vqdit-"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
+# What a disk is called that takes no more, and what it is that is used up.
+_FULL = {
+    errno.ENOSPC: ("no space left on device", ""),
+    errno.EDQUOT: ("no space left on device", " (the quota is used up)"),
+    errno.EFBIG: ("file too large", " (the limit of the size of files, ulimit -f, is reached)"),
+}
+
+
 class DiskFullError(OSError):
-    """No space is left on the device; says what was being written, and which checkpoint is whole."""
+    """No space, quota or size of files is left; says what was being written, and which checkpoint is whole."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -66,36 +81,42 @@ def full_disk_named(what: str, folder: Path) -> Iterator[None]:
     except DiskFullError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not says_full(error) and not _is_full(folder):
+        number = full_disk_number(error) or _ask_disk(folder)
+        if number is None:
             raise
-        raise full_disk_error(what, folder) from error
+        raise full_disk_error(number, what, folder) from error
 
 
-def full_disk_error(what: str, folder: Path) -> DiskFullError:
+def full_disk_error(number: int, what: str, folder: Path, kept: str | None = None) -> DiskFullError:
     found = checkpoints(folder)
-    kept = f"{found[-1].name} is whole" if found else "there is no checkpoint yet"
-    return DiskFullError(errno.ENOSPC, f"no space left on device while writing {what} in {folder}; {kept}")
+    kept = kept or (f"{found[-1].name} is whole" if found else "there is no checkpoint yet")
+    full, why = _FULL[number]
+    return DiskFullError(number, f"{full} while writing {what} in {folder}{why}; {kept}")
 
 
-def says_full(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, tells of a full disk or a quota that is used up."""
+def full_disk_number(error: BaseException | None) -> int | None:
+    """The number of the error that there is no more space, quota or size of files, where that led to an error."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.errno
+        for number in _FULL:
+            if os.strerror(number) in str(error):
+                return number
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
-def _is_full(folder: Path) -> bool:
+def _ask_disk(folder: Path) -> int | None:
     try:
         with scratch_folder(folder) as scratch:
             (scratch / "probe").write_bytes(os.urandom(1 << 20))
             fsync(scratch / "probe")
     except OSError as error:
-        return says_full(error)
-    return False
+        return full_disk_number(error)
+    # A limit of the size of files stops at just that size.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if resource is not None else -1
+    written = (path for scratch in folder.glob(f"{SCRATCH_PREFIX}*") for path in scratch.rglob("*") if path.is_file())
+    return errno.EFBIG if limit > 0 and any(path.stat().st_size >= limit for path in written) else None
 
 
 def save_pretrained_atomically(model, folder: str | Path, **kwargs) -> list[str]:
@@ -124,19 +145,75 @@ def save_pretrained_atomically(model, folder: str | Path, **kwargs) -> list[str]
 
 
 def check_kind(output_dir: Path, folders: Sequence[str], files: Sequence[str]) -> None:
-    """Raise a ValueError where a file stands in the place of a folder that the run will write, or the reverse."""
+    """Raise a ValueError where something stands in the place of what the run will write, or may not be written to.
+
+    Args:
+        folders: paths in `output_dir`, or of other folders. Of the files that are to be written in them, those of
+            models, tokenizers, codes and samples are looked at, too.
+    """
+    named = f"output_dir={shown(str(output_dir))}"
     for name in folders:
-        if (output_dir / name).exists() and not (output_dir / name).is_dir():
-            raise ValueError(
-                f"output_dir={shown(str(output_dir))} has a file {name!r} where a folder is to be written"
-            )
+        path = output_dir / name
+        # A link to nothing is in the way, too.
+        place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        if not place.is_dir():
+            place = place.relative_to(output_dir) if place.is_relative_to(output_dir) else place
+            raise ValueError(f"{named} has a file {str(place)!r} where a folder is to be written")
+        _check_writable(named, place, str(name))
+        if place == path:
+            files = [*files, *(f"{name}/{one.name}" for one in path.iterdir() if _is_written(one.name))]
+    files = [*files, *(path.name for path in output_dir.iterdir() if _is_written(path.name))]
     for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
         if re.fullmatch(r"checkpoint-\d+", path.name) and not path.is_dir():
-            raise ValueError(
-                f"output_dir={shown(str(output_dir))} has a file {path.name!r} where a checkpoint may be written"
-            )
+            raise ValueError(f"{named} has a file {path.name!r} where a checkpoint may be written")
     for name in files:
-        if (output_dir / name).is_dir():
-            raise ValueError(
-                f"output_dir={shown(str(output_dir))} has a folder {name!r} where a file is to be written"
-            )
+        path = output_dir / name
+        if path.is_dir():
+            raise ValueError(f"{named} has a folder {name!r} where a file is to be written")
+        if os.path.lexists(path):
+            if not path.is_file():
+                raise ValueError(f"{named} has {name!r}, which is no regular file, where a file is to be written")
+            _check_writable(named, path, name)
+
+
+def _check_writable(named: str, path: Path, name: str) -> None:
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{named} has {name!r}, which can't be written: {os.strerror(errno.EACCES)}")
+
+
+def _is_written(name: str) -> bool:
+    """Whether a file of a model, a tokenizer, codes or samples is called so."""
+    return (
+        name in TOKENIZER_FILES
+        or name in ("config.json", "scheduler_config.json", "generation_config.json", "segments.json")
+        or weight_file_of(name) is not None
+        or re.fullmatch(r"(step-)?\d+\.png|codes-\d+\.parquet", name) is not None
+    )
+
+
+def check_output_file(argument: str, path: Path, suffix: str = "") -> None:
+    """Make the folder of a file that the end of a program writes, and try to write there, before anything else.
+
+    Args:
+        argument: the name of the argument that gave the path.
+        suffix: what the path must end in, such as ``".png"``.
+
+    Raises:
+        ValueError: if the file has another suffix, is a folder or not a regular file, or can't be written.
+    """
+    named = f"{argument}={shown(str(path))}"
+    if path.suffix.lower() != suffix and suffix:
+        raise ValueError(f"{named} must end in {suffix}")
+    try:
+        if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{named} is no regular file; give one, or the path of a new one")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = unfinished_path(path)
+        try:
+            unfinished.write_bytes(bytes(1 << 12))
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{named} can't be written: {error.strerror or error} ({error.filename})") from error

@@ -1,6 +1,6 @@
 """A pretrained transformer over codes, made to fit the segments, labels and tasks of other data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 
@@ -8,7 +8,7 @@ from ..models.transformer_vqdit import VQDiTTransformer2DModel
 def extend_transformer(
     transformer: VQDiTTransformer2DModel,
     segments: dict[str, dict],
-    labels: Sequence[str],
+    labels: Mapping[str, Sequence[str]],
     tasks: Sequence[str],
     *,
     lora: bool = False,
@@ -17,20 +17,22 @@ def extend_transformer(
 
     Args:
         segments: the data's, by name, as the transformer's config has them.
-        labels: the data's, the transformer's own first.
+        labels: the names of the data's labels by segment, the transformer's own first.
         lora: whether only a LoRA is trained, which can't add labels or segments.
 
     Raises:
         ValueError: if a segment differs from the transformer's own, or a LoRA would have to add one.
     """
     known = transformer.config.segments
-    if "label" in known and "label" in segments and len(labels) > known["label"]["vocab_size"]:
+    for name, names in labels.items():
+        if name not in known or name not in segments or len(names) <= known[name]["vocab_size"]:
+            continue
         if lora:
             raise ValueError(
-                f"the labels {list(labels[known['label']['vocab_size'] :])} are new to the pipeline; a LoRA can't add "
+                f"the labels {list(names[known[name]['vocab_size'] :])} are new to the pipeline; a LoRA can't add "
                 "them: drop --rank"
             )
-        transformer = transformer.with_vocab_size("label", len(labels))
+        transformer = transformer.with_vocab_size(name, len(names))
         known = transformer.config.segments
     for name, segment in segments.items():
         own = {key: known[name][key] for key in ("patch", "separate_codebooks") if key in known.get(name, ())}

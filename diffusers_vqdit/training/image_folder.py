@@ -18,6 +18,7 @@ from ..utils.checks import shown
 
 logger = logging.getLogger(__name__)
 
+IMAGE_COLUMN, LABEL_COLUMN = "image", "label"  # as datasets' own image folders call them
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # What a folder that a training run wrote has in it: a pipeline, a LoRA.
 _RUN_FILES = ("model_index.json", "pytorch_lora_weights.safetensors")
@@ -261,13 +262,13 @@ def read_image_folder(
         places = [path.relative_to(folder).parts for path in pictures]
         classes = [_utf8(path.parent.name) for path in pictures]
         if len(set(classes)) > 1 and len({len(place) for place in places}) == 1:
-            rows = [{"label": name} for name in classes]
+            rows = [{LABEL_COLUMN: name} for name in classes]
     tops = [path.relative_to(folder).parts for path in files]
     in_splits = all(len(parts) > 1 and parts[0] in SPLIT_FOLDERS for parts in tops)
     splits: dict[str, list[int]] = {}
     for index, parts in enumerate(tops):
         splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(index)
-    classes = None if metadata else sorted({row["label"] for row in rows if row})
+    classes = None if metadata else sorted({row[LABEL_COLUMN] for row in rows if row})
     if in_splits and classes and len(tops[0]) == 2:  # the folders are splits and nothing else
         rows, classes = [{} for _ in rows], None
     return {
@@ -292,7 +293,7 @@ def _described(folder: Path, pictures: list[Path], metadata: list[Path]) -> tupl
                 skipped.append(f"row {number} {error}")
                 continue
             files.append(file)
-            rows.append({name: value for name, value in row.items() if name not in ("file_name", "image")})
+            rows.append({name: value for name, value in row.items() if name not in ("file_name", IMAGE_COLUMN)})
         if skipped:
             logger.warning(f"{str(path)!r}: left out {len(skipped)} rows: {'; '.join(skipped[:20])}")
     if not files:
@@ -330,10 +331,10 @@ def _table(files: list[Path], rows: list[dict[str, Any]], classes: list[str] | N
             logger.warning(f"{message}; it is left out")
     image = [_source(path) for path in files]
     dataset = Dataset(
-        pa.table({"image": pa.array(image, pa.struct({"bytes": pa.binary(), "path": pa.string()}))} | arrays)
+        pa.table({IMAGE_COLUMN: pa.array(image, pa.struct({"bytes": pa.binary(), "path": pa.string()}))} | arrays)
     )
-    dataset = dataset.cast_column("image", Image(decode=False))
-    return dataset.cast_column("label", ClassLabel(names=classes)) if classes else dataset
+    dataset = dataset.cast_column(IMAGE_COLUMN, Image(decode=False))
+    return dataset.cast_column(LABEL_COLUMN, ClassLabel(names=classes)) if classes else dataset
 
 
 def _source(path: Path) -> dict[str, bytes | str | None]:

@@ -1,6 +1,9 @@
 """A file of latents for the next run, which says what they were made from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +14,7 @@ from ..models.vae_latents import raw_latents
 from ..utils.fingerprints import model_fingerprint, tensor_sha256
 from ..utils.weight_files import replacing_file
 from .data import to_pixels
+from .files import check_output_file
 
 
 def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: bool) -> dict[str, str]:
@@ -30,6 +34,30 @@ def save_latents(path: Path, latents: torch.Tensor, identity: dict[str, str]) ->
         save_file({"latents": latents}, unfinished, metadata={**identity, "latents": tensor_sha256(latents)})
 
 
+def check_latents_file(path: Path) -> None:
+    """See, before anything is decoded or encoded, that a file of latents can be read, or one be written there.
+
+    Raises:
+        ValueError: that says what is wrong with it.
+    """
+    if path.is_file():
+        with _opened(path) as file:
+            file.get_slice("latents")
+    else:
+        check_output_file("latents_file", path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"latents_file={str(path)!r} is damaged, or no file of latents ({error}); delete it or name another"
+        ) from error
+
+
 def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
     """The latents that [`save_latents`] wrote.
 
@@ -37,12 +65,9 @@ def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
         ValueError: if the file is damaged, or its latents are of other data or another tokenizer; it names which.
     """
     named = f"latents_file={str(path)!r}"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            latents = file.get_tensor("latents")
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{named} is damaged, or no file of latents ({error}); delete it or name another") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        latents = file.get_tensor("latents")
     if "latents" not in metadata:
         raise ValueError(
             f"{named} is from an older version, and doesn't say what it was made from; delete it or name another"

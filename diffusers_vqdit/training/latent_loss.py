@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..schedulers.samplers import Generators, uniform
@@ -18,20 +19,24 @@ def at_timesteps(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
 
 
 def diffusion_target(
-    latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.LongTensor
 ) -> torch.Tensor:
-    """What is predicted of x_t = sqrt(a) x_0 + sqrt(1 - a) e, (B, C, h, w).
+    """What is predicted of x_t = sqrt(a) x_0 + sqrt(1 - a) e, (B, C, h, w), by the scheduler's ``prediction_type``.
 
     Args:
+        scheduler: whose ``alphas_cumprod`` a is.
         latents, noise: x_0 and e, (B, C, h, w).
-        alphas_cumprod: a of each sample, (B, 1, 1, 1).
-        prediction_type: ``"epsilon"``: e; ``"v_prediction"``: sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022, section
-            4); ``"sample"``: x_0.
+        timesteps: (B,) int64.
+
+    Returns:
+        for ``"epsilon"`` e, for ``"v_prediction"`` sqrt(a) e - sqrt(1 - a) x_0 (Salimans & Ho 2022, section 4), for
+        ``"sample"`` x_0.
     """
+    prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return alphas_cumprod.sqrt() * noise - (1.0 - alphas_cumprod).sqrt() * latents
+        return scheduler.get_velocity(latents, noise, timesteps)
     if prediction_type == "sample":
         return latents
     raise ValueError(f"prediction_type={prediction_type!r} must be 'epsilon', 'v_prediction' or 'sample'")
@@ -40,7 +45,8 @@ def diffusion_target(
 def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
     """Weights of the squared error under which that of x_0 has weight min(SNR, gamma) (Hang et al. 2023, section 3.4).
 
-    The error of x_0 is that of epsilon over SNR, and that of v over SNR + 1.
+    The error of x_0 is that of epsilon over SNR, and that of v over SNR + 1. `snr` is a / (1 - a): diffusers'
+    ``compute_snr`` rounds two roots and their quotient's square besides.
     """
     clipped = snr.clamp(max=gamma)
     return clipped / {"epsilon": snr, "v_prediction": snr + 1.0, "sample": torch.ones_like(snr)}[prediction_type]
@@ -51,7 +57,8 @@ def flow_matching_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x_s = (1 - s) x_0 + s e and its velocity dx/ds = e - x_0 (Lipman et al. 2023; Ma et al. 2024, SiT, eq. 1 and 4).
 
-    `sigmas` s is (B, 1, 1, 1) in [0, 1], 1 being noise, as in `FlowMatchEulerDiscreteScheduler`.
+    `sigmas` s is (B, 1, 1, 1) in [0, 1], 1 being noise, as in `FlowMatchEulerDiscreteScheduler`, whose ``scale_noise``
+    takes none but those of its ``num_train_timesteps``.
     """
     return (1.0 - sigmas) * latents + sigmas * noise, noise - latents
 
@@ -59,7 +66,8 @@ def flow_matching_pair(
 def draw_sigmas(batch_size: int, shift: float, logit_normal: bool, generator: Generators = None) -> torch.Tensor:
     """Noise levels (B,) in (0, 1): uniform as in SiT or logit-normal, then shifted (Esser et al. 2024, section 3).
 
-    `generator` is one, or one a row, on the CPU.
+    `generator` is one, or one a row, on the CPU: diffusers' ``compute_density_for_timestep_sampling`` takes one only,
+    and its draws depend on how many processes share a batch.
     """
     if logit_normal:
         sigmas = randn_tensor((batch_size,), generator=generator).sigmoid()
@@ -122,7 +130,7 @@ def drawn_to_drop(batch_size: int, probability: float, generator: Generators = N
 
 def latent_diffusion_loss(
     transformer: nn.Module,
-    scheduler,
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
     latents: torch.Tensor,
     labels: torch.LongTensor,
     *,
@@ -136,7 +144,7 @@ def latent_diffusion_loss(
 
     Args:
         transformer: a `VQDiTTransformer2DModel` with ``segments=None``, possibly wrapped.
-        scheduler: a `FlowMatchEulerDiscreteScheduler` for flow matching; else one with ``alphas_cumprod``, whose
+        scheduler: a `FlowMatchEulerDiscreteScheduler` for flow matching; else a `DDPMScheduler`, whose
             ``prediction_type`` is trained.
         latents: normalised x_0 (B, C, h, w).
         labels: (B,), the null label where dropped.
@@ -160,12 +168,12 @@ def latent_diffusion_loss(
     prediction_type = scheduler.config.prediction_type
     times = uniform(latents.shape[:1], generator, torch.device("cpu")) * scheduler.config.num_train_timesteps
     times = times.long().to(latents.device)
-    alphas = at_timesteps(scheduler.alphas_cumprod, times)
-    noised = alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise
+    noised = scheduler.add_noise(latents, noise, times)
     output = transformer(noised, times, labels, **captions).sample.float()
-    target = diffusion_target(latents, noise, alphas, prediction_type)
+    target = diffusion_target(scheduler, latents, noise, times)
     loss = (output[:, :channels] - target).square().flatten(1).mean(1)  # (B,)
     if snr_gamma is not None:
+        alphas = at_timesteps(scheduler.alphas_cumprod, times)
         loss = loss * min_snr_weights(alphas / (1.0 - alphas), snr_gamma, prediction_type).flatten()
     if learns_variance:
         if prediction_type != "epsilon":

@@ -1,11 +1,16 @@
 """Training low-rank matrices (LoRA) beside a pipeline's frozen transformer, and saving them."""
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.arguments import positive_integer, share
+from ..utils.checks import shown
 from ..utils.weight_files import check_finite
 from .files import full_disk_named, move_into_place, scratch_folder
 
@@ -24,6 +29,16 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     )
     lora.add_argument("--lora_dropout", type=share, default=0.0)
     lora.add_argument("--lora_layers", nargs="+", default=LORA_LAYERS, help="Linear layers that get LoRA matrices.")
+
+
+def check_lora_layers(transformer: VQDiTTransformer2DModel, layers: Sequence[str]) -> None:
+    """Raise a ValueError that names a layer of ``--lora_layers`` that no linear layer of the transformer is called."""
+    linear = [name for name, part in transformer.named_modules() if isinstance(part, torch.nn.Linear)]
+    for layer in layers:
+        found = [name for name, _ in transformer.named_modules() if name == layer or name.endswith(f".{layer}")]
+        if not found or not set(found) <= set(linear):
+            there = dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in linear)
+            raise ValueError(f"lora_layers has {shown(layer)}, which must be linear layers, some of {list(there)}")
 
 
 def add_lora(transformer: VQDiTTransformer2DModel, args: argparse.Namespace) -> None:

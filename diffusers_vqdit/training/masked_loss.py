@@ -64,7 +64,8 @@ def masked_diffusion_loss(
         if isinstance(generator, list):
             raise ValueError("generator is a list of one a row, which can't draw stratified times: give timesteps")
         timesteps = stratified_timesteps(batch_size, generator)
-    vocab_sizes = {name: size["vocab_size"] for name, size in unwrap(transformer).config.segments.items()}
+    segments = unwrap(transformer).config.segments
+    vocab_sizes = {name: segments[name]["vocab_size"] for name in generated}
     noised, masked = {}, {}
     for name, codes in generated.items():
         corrupted = scheduler.add_noise(

@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..models.image_vq import ImageVQModel
-from ..models.text_vq import TextVQModel
+from ..models.image_vq import QUANTIZER_OPTIONS
+from ..utils.cards import CARD_TEMPLATE, describe_model
 from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
+from .quantizer_arguments import quantizer_options
 
 
 # Arguments that say where things are, or are secrets, and not how the model was trained.
@@ -25,62 +26,34 @@ _NOT_HYPERPARAMETERS = {
     *("validation_prompts", "validation_labels"),
 }
 
-_TEMPLATE = """\
----
-{metadata}
----
-
-# {title}
-
-{summary}
-
-{gallery}## Use
-
-```python
-{usage}
-```
-
-## Intended use
-
-{intended_use}
-
-## Limits
-
-{limits}
-
-## Risks
-
-{risks}
-
-## Evaluation
-
-{evaluation}
-
-## Training
-
-```bash
-{command}
-```
-
-{hyperparameters}
-
-## Data and licences
-
-{licences}
-"""
-
-_GENERATOR_RISKS = """\
-* **Forgery.** What it draws and writes is synthetic and may pass for genuine. Say so where you show it. The demo's
-  pictures carry metadata that say it (IPTC digital source type `trainedAlgorithmicMedia`), which editing may remove.
-* **Privacy.** A model of a small dataset can give its training pictures and captions back. Whoever appears in them
-  must have agreed, and so must the owner of confidential data.
-* **Bias.** It reproduces what is frequent in its training data, with its stereotypes and its gaps."""
-
-_TOKENIZER_RISKS = """\
-* **Forgery.** It reconstructs pictures or texts with changes that look or read naturally: a reconstruction is no
-  evidence of what the original shows.
-* **Privacy.** Codes are no encryption: whoever has the model can decode them.
-* **Bias.** What is rare in its training data is reconstructed worst."""
+# Arguments that make a new model, which a pretrained one has no use for.
+_OF_NEW_MODELS = {
+    *("num_layers", "num_attention_heads", "attention_head_dim", "patch", "patch_size", "masking", "shift"),
+    *("image_vq", "text_vq", "text_encoder"),
+    *("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_attention", "latent_channels"),
+    *("num_vq_embeddings", "vq_embed_dim", "fsq_levels", "quantizer_type", *sum(QUANTIZER_OPTIONS.values(), ())),
+    *("tokenizer_vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_codes", "code_dim"),
+    *("hidden_size", "kernel_size", "codebook_norm", "restart_threshold"),
+} - {"ema_decay"}
+# Arguments that do something only where another is given and not 0, by that one's name.
+_DEPENDENT = {
+    "rank": ("lora_alpha", "lora_dropout", "lora_layers"),
+    "use_ema": ("ema_decay",),
+    "alignment_encoder": ("alignment_weight", "alignment_layer"),
+    "caption_columns": ("caption_dropout",),
+    "label_column": ("label_dropout",),
+    "perceptual_weight": ("perceptual_backbone", "perceptual_image_size", "lpips_weights"),
+    "adversarial_weight": (
+        *("adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight", "lecam_weight"),
+        *("discriminator_channels", "discriminator_layers", "discriminator_learning_rate"),
+        "discriminator_max_grad_norm",
+    ),
+}
+# Arguments that say how data are read and encoded, which codes are already.
+_OF_DATA = {
+    *("image_column", "caption_column", "prompt_columns", "label_column", "image_augmentations"),
+    *("lowres_factor", "resize_mode", "max_train_samples"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +99,7 @@ def training_card(
     name, secrets = published_name(args), known_secrets(args.hub_token)
     data_is_public, base_models = _is_hub_id(args.dataset_name), _base_models(args)
     shown = argparse.Namespace(**{key: _shown(value, secrets) for key, value in vars(args).items()})
-    kind = _kind(shown, model)
+    kind = _describe(shown, model)
     dataset = shown.dataset_name or shown.train_data_dir or getattr(shown, "codes_dir", None)
     data = ModelCardData(
         license=shown.license or "unknown",
@@ -136,11 +109,11 @@ def training_card(
         tags=["diffusers_vqdit", "vq-vae", *kind["tags"]],
         datasets=[shown.dataset_name] if data_is_public else None,
         base_model=base_models or None,
-        widget=[{"text": text, "output": {"url": path}} for path, text in (samples or {}).items()] or None,
+        widget=[dict(text=text, output={"url": path}) for path, text in (samples or {}).items()] or None,
         model_name=name.split("/")[-1],
         eval_results=[_eval_result(measure, kind["pipeline_tag"]) for measure in measures] or None,
     )
-    content = _TEMPLATE.format(
+    content = CARD_TEMPLATE.format(
         metadata=data.to_yaml(),
         title=name.split("/")[-1],
         summary=kind["summary"],
@@ -150,8 +123,8 @@ def training_card(
         limits=kind["limits"],
         risks=kind["risks"],
         evaluation=_table(measures) if measures else "Nothing was measured in this run.",
-        command=shown_command(sys.argv if command is None else command, secrets),
-        hyperparameters=_hyperparameters(shown),
+        training=f"```bash\n{shown_command(sys.argv if command is None else command, secrets)}\n```\n\n"
+        + _hyperparameters(shown, _unused(args)),
         licences="\n".join(
             (
                 f"* Weights: {shown.license or 'no licence was stated.'}",
@@ -195,78 +168,18 @@ def _shown(value: Any, secrets: Sequence[str]) -> Any:
     return without_secrets(without_paths(str(value)), secrets) if isinstance(value, str | Path) else value
 
 
-def _kind(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """What the card says of a kind of model."""
-    if isinstance(model, ImageVQModel):
-        return {
-            "pipeline_tag": "image-feature-extraction",
-            "tags": ["image-tokenizer"],
-            "summary": f"An image tokenizer: pictures to a grid of codes of {model.num_codes}, and back, by "
-            "diffusers_vqdit.",
-            "usage": 'from diffusers_vqdit import ImageVQModel\n\nmodel = ImageVQModel.from_pretrained("{name}")\n'
-            "codes = model.encode_codes(sample)  # (B, C, H, W) in [-1, 1] to "
-            f"{'(B, h, w, q)' if model.config.quantizer_type == 'rvq' else '(B, h, w)'}\n"
-            "sample = model.decode_codes(codes).sample",
-            "intended_use": "Codes of pictures like those it was trained on, for generation, retrieval or "
-            "compression where losses do no harm.",
-            "limits": "It loses detail, and more of it on pictures unlike its training data.",
-            "risks": _TOKENIZER_RISKS,
-        }
-    if isinstance(model, TextVQModel):
-        return {
-            "pipeline_tag": "feature-extraction",
-            "tags": ["text-tokenizer"],
-            "summary": f"A text tokenizer: captions to a grid of codes of {model.num_codes}, and back, by "
-            "diffusers_vqdit.",
-            "usage": "from diffusers_vqdit import TextVQModel\nfrom transformers import PreTrainedTokenizerFast\n\n"
-            'model = TextVQModel.from_pretrained("{name}")\n'
-            'tokenizer = PreTrainedTokenizerFast.from_pretrained("{name}", subfolder="tokenizer")',
-            "intended_use": "Codes of captions like those it was trained on, for generation and comparison.",
-            "limits": f"Texts of more than {model.config.max_length} tokens are cut.",
-            "risks": _TOKENIZER_RISKS,
-        }
-    if getattr(args, "rank", None) is not None:
-        base = args.pretrained_model_name_or_path
-        pipeline = _kind(argparse.Namespace(), model)
-        return {
-            **pipeline,
-            "tags": ["lora", *pipeline["tags"]],
-            "summary": f"A LoRA of rank {args.rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.",
-            "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
-        }
-    if model.transformer.config.segments is None:
-        captions = model.transformer.config.caption_channels is not None
-        call = 'pipe("a caption")' if captions else "pipe(class_labels=0)"
-        return {
-            "pipeline_tag": "text-to-image" if captions else "unconditional-image-generation",
-            "tags": ["latent-diffusion", "flow-matching" if args.objective == "flow" else "gaussian-diffusion"],
-            "summary": "A diffusion transformer over the continuous latents of a VQ model, by diffusers_vqdit.",
-            "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-            'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
-            f"image = {call}.images[0]",
-            "intended_use": "Drawing pictures like those it was trained on, and further training. Not as evidence of "
-            "what a picture shows.",
-            "limits": "It knows its training data and nothing else: what lies outside of it is drawn wrongly, and "
-            "with no sign of doubt.",
-            "risks": _GENERATOR_RISKS,
-        }
-    tasks = list(model.transformer.config.tasks or [])
-    draws = not tasks or any("image" in task.split("->")[1].split("+") for task in tasks)
+def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What the card says of a kind of model, or of a LoRA of it."""
+    kind = describe_model(model)
+    if getattr(args, "rank", None) is None:
+        return kind
+    base = args.pretrained_model_name_or_path
     return {
-        "pipeline_tag": "text-to-image" if draws else "image-to-text",
-        "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
-        "summary": "A diffusion transformer over codes, by diffusers_vqdit."
-        + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
+        **kind,
+        "tags": ["lora", *kind["tags"]],
+        "summary": f"A LoRA of rank {args.rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.",
         "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-        'pipe = DiffusionPipeline.from_pretrained("{name}")\n\n'
-        "# Without the package, after reading pipeline.py:\n"
-        'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
-        "intended_use": "Drawing and describing pictures like those it was trained on, and further training. Not for "
-        "decisions about people, and not as evidence of what a picture shows.",
-        "limits": "It knows its training data and nothing else: what lies outside of it is drawn or described "
-        "wrongly, and with no sign of doubt.",
-        "risks": _GENERATOR_RISKS,
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
     }
 
 
@@ -284,7 +197,8 @@ def _is_hub_id(name: str | None) -> bool:
 def _base_models(args: argparse.Namespace) -> list[str]:
     keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
     names = [getattr(args, key, None) for key in keys]
-    return [name for name in names if _is_hub_id(name)]
+    names += [flag.tokenizer for flag in getattr(args, "segment", ())]
+    return [name for name in names if name is not None and _is_hub_id(name)]
 
 
 def _eval_result(measure: Measure, pipeline_tag: str) -> EvalResult:
@@ -308,6 +222,30 @@ def _table(measures: Sequence[Measure]) -> str:
     return "\n".join(lines)
 
 
-def _hyperparameters(args: argparse.Namespace) -> str:
-    chosen = {key: value for key, value in vars(args).items() if key not in _NOT_HYPERPARAMETERS and value is not None}
+def _unused(args: argparse.Namespace) -> set[str]:
+    """The arguments that had no say in a training, as others overruled them or they go with others."""
+    given, unused = vars(args), set()
+    for name, dependents in _DEPENDENT.items():
+        if name in given and not given[name]:
+            unused |= set(dependents)
+    if given.get("pretrained_model_name_or_path") is not None:
+        unused |= _OF_NEW_MODELS | ({"dropout"} if "objective" in given else set())  # of latents: never changed
+    elif "quantizer_type" in given:
+        unused |= set(sum(QUANTIZER_OPTIONS.values(), ())) - {"ema_decay"} - set(quantizer_options(args))
+        unused |= {"num_vq_embeddings", "vq_embed_dim"} if given["fsq_levels"] else {"fsq_levels"}
+    if given.get("codes_dir") is not None:
+        unused |= _OF_DATA
+    if "objective" in given:
+        unused |= {"learn_sigma"} if given["objective"] != "epsilon" else set()
+        unused |= {"shift", "logit_normal"} if given["objective"] != "flow" else set()
+    if given.get("max_train_steps") is not None:
+        unused.add("num_train_epochs")
+    if given.get("lr_scheduler") == "constant":
+        unused.add("lr_warmup_steps")
+    return unused
+
+
+def _hyperparameters(args: argparse.Namespace, unused: set[str]) -> str:
+    hidden = _NOT_HYPERPARAMETERS | unused
+    chosen = {key: value for key, value in vars(args).items() if key not in hidden and value is not None}
     return "\n".join(["| argument | value |", "|---|---|", *(f"| `{k}` | `{v}` |" for k, v in chosen.items())])

@@ -11,7 +11,8 @@ from diffusers.training_utils import EMAModel
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices only; embeddings, norms and biases have none."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
@@ -55,7 +56,8 @@ def set_dropout(model: ModelMixin, dropout: float) -> None:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel or torch.compile."""
+    """The model inside DistributedDataParallel or torch.compile: Accelerate's ``unwrap_model``, for losses too, which
+    know no accelerator."""
     from accelerate.utils import extract_model_from_parallel
 
     return extract_model_from_parallel(model, keep_torch_compile=False)

@@ -13,7 +13,10 @@ from ..utils.arguments import repository
 from ..utils.hub import push_folder, saved_files
 from ..utils.provenance import save_generated
 from ..utils.redaction import known_secrets, without_secrets
+from .files import save_pretrained_atomically
+from .lora import save_lora
 from .model_card import Measure, published_name, training_card
+from .validation import passing
 
 
 _run_logger = logging.get_logger(__name__)
@@ -56,16 +59,43 @@ def draw_gallery(
         the prompts by the path of their picture in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    gallery, secrets = {}, known_secrets(hub_token)
+    gallery: dict[str, str] = {}
+    secrets = known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        images = pipeline(**{argument: list(prompts)}, generator=generators).images
+        images = pipeline(**passing(pipeline, argument, prompts), generator=generators).images
+        if images is None:  # texts, which a gallery doesn't show
+            return gallery
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             path = f"samples/{index}.png"
             shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))
             save_generated(image, folder / path, model_id=shown_id, description=shown_prompt)
             gallery[path] = prompt
     return gallery
+
+
+def publish_pipeline(
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    measures: Sequence[Measure],
+    wanted: Sequence[str],
+    *,
+    argument: str = "prompt",
+    step: int | None = None,
+) -> None:
+    """Save a run's pipeline, or with ``--rank`` its LoRA alone, with samples and a card; push where asked for.
+
+    Args:
+        measures, step: as in [`publish_run`].
+        wanted, argument: the samples, as in [`draw_gallery`].
+    """
+    if getattr(args, "rank", None) is not None:
+        files = save_lora(pipeline.transformer, args.output_dir)
+    else:
+        files = save_pretrained_atomically(pipeline, args.output_dir)
+    name = published_name(args)
+    samples = draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token)
+    publish_run(args, pipeline, files=files, measures=measures, samples=samples, step=step)
 
 
 def publish_run(

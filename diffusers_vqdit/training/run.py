@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from .files import (
     check_kind,
     checkpoints,
     full_disk_error,
-    says_full,
+    full_disk_number,
     scratch_folder,
 )
+from .validation import passing
 
 
 logger = logging.getLogger(__name__)
@@ -314,22 +315,42 @@ def training_run(
         OSError: if the disk is full, saying which checkpoint is whole.
     """
     output_dir = Path(output_dir)
-    lock = prepare_output_dir(output_dir, folders=folders, files=files) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    run = TrainingRun(accelerator, output_dir, max_skipped_steps)
+    own = output_folder(output_dir, folders=folders, files=files) if accelerator.is_main_process else nullcontext()
+    with own:
+        accelerator.wait_for_everyone()
+        run = TrainingRun(accelerator, output_dir, max_skipped_steps)
+        try:
+            yield run
+        finally:
+            run.restore_signals()
+    run.end_by_signal()
+
+
+@contextmanager
+def output_folder(
+    output_dir: str | Path, *, folders: Sequence[str] = (), files: Sequence[str] = (), kept: str | None = None
+) -> Iterator[None]:
+    """A folder that a program has to itself until the end of the ``with`` block, see [`prepare_output_dir`].
+
+    Args:
+        kept: what is whole where the disk is full; by default the last checkpoint.
+
+    Raises:
+        ValueError: if the folder can't be written, or another program is writing there.
+        OSError: if the disk is full, saying what is whole.
+    """
+    lock = prepare_output_dir(output_dir, folders=folders, files=files)
     try:
-        yield run
+        yield
     except DiskFullError:
         raise
     except Exception as error:
-        if not says_full(error):
+        number = full_disk_number(error)
+        if number is None:
             raise
-        raise full_disk_error("the run's other files", output_dir) from error
+        raise full_disk_error(number, f"other files ({error})", Path(output_dir), kept) from error
     finally:
-        run.restore_signals()
-        if lock is not None:
-            lock.release()
-    run.end_by_signal()
+        lock.release()
 
 
 def check_drawable(pipeline: Any, argument: str, flag: str, wanted: Sequence[str]) -> None:
@@ -351,7 +372,7 @@ def check_drawable(pipeline: Any, argument: str, flag: str, wanted: Sequence[str
     generators = [torch.Generator().manual_seed(0) for _ in wanted]
     try:
         with torch.random.fork_rng():
-            pipeline(**{argument: list(wanted)}, num_inference_steps=1, generator=generators)
+            pipeline(**passing(pipeline, argument, wanted), num_inference_steps=1, generator=generators)
     except ValueError as error:
         raise ValueError(f"{flag}={shown(list(wanted))} can't be drawn: {error}") from error
     finally:

@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from .arguments import tracker_config
+from .checkpoints import OLDER
 from .data import shuffled_batches
 from .launch import check_launch
 from .optimization import parameter_groups
@@ -46,17 +47,34 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
         ],
         step_scheduler_with_optimizer=False,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # Of other libraries only what may be wrong: they tell of each file of a checkpoint, and of each download.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for name in ("diffusers_vqdit", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
     set_seed(args.seed)
     return accelerator
 
 
 def open_run(
-    args: argparse.Namespace, accelerator: Accelerator, *, folders: Sequence[str], files: Sequence[str]
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    *,
+    project: str,
+    folders: Sequence[str],
+    files: Sequence[str],
 ) -> AbstractContextManager[TrainingRun]:
-    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]."""
+    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]; with what every run writes.
+
+    Args:
+        project: as in [`start_trackers`].
+    """
+    logs = [f"{args.logging_dir}/{project}"] if accelerator.log_with else []
     return training_run(
-        accelerator, args.output_dir, folders=folders, files=files, max_skipped_steps=args.max_skipped_steps
+        accelerator,
+        args.output_dir,
+        folders=[*folders, *logs, OLDER],
+        files=files,
+        max_skipped_steps=args.max_skipped_steps,
     )
 
 

@@ -1,13 +1,23 @@
-"""The codes that a transformer is trained on: a folder of them, or pictures and captions encoded at the start."""
+"""The codes that a transformer is trained on: a folder of them, or a dataset that is encoded at the start; and the
+tokenizers that made them."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 
-from .codes import RESERVED, CodeDataset, encode_dataset
-from .columns import encode_labels
+from ..models.multi_tokenizer import MultiTokenizerModel
+from ..pipelines.label_segment import LabelSegment, names_by_code
+from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
+from ..pipelines.segment_processors import MODALITIES, entry_by_name, modality_of
+from ..utils.checks import shown
+from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
 from .data import load_training_dataset
+from .segment_columns import RESERVED, files_of, load_tokenizers
+
+
+NAMED = ("image_vq", "text_vq", "tokenizer")  # the pipeline's components that make codes
 
 
 def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeDataset | None) -> None:
@@ -23,78 +33,213 @@ def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeD
             if None not in (value, given[name]) and value != given[name]:
                 raise ValueError(f"{name}={given[name]!r}, but the codes in {args.codes_dir!r} have {value!r}")
         given = found
-    known = parts["transformer"].config.segments if parts["transformer"] is not None else {}
-    if "image_lowres" in known and given["lowres_factor"] not in (None, parts["lowres_factor"]):
+    if LOWRES in known_segments(parts) and given["lowres_factor"] not in (None, parts["lowres_factor"]):
         raise ValueError(
             f"lowres_factor={given['lowres_factor']}, but the pretrained pipeline's is {parts['lowres_factor']}"
         )
     parts |= {name: value for name, value in given.items() if value is not None}
 
 
+def known_segments(parts: Mapping[str, Any]) -> dict[str, dict]:
+    """The segments of the pretrained transformer, none without one."""
+    return parts["transformer"].config.segments if parts["transformer"] is not None else {}
+
+
+def known_entry(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a segment of the pretrained pipeline is."""
+    known = known_segments(parts)
+    entry = parts["segments"].get(name) or entry_by_name(name, known, parts["labels"], parts["lowres_factor"])
+    kind = MODALITIES[entry["modality"]]
+    return entry if kind.tokenizer is None else {"tokenizer": kind.tokenizer, **entry}
+
+
 def load_codes(
     args: argparse.Namespace, parts: dict[str, Any], segments: set[str], accelerator: Accelerator
 ) -> CodeDataset:
-    """Read the folder of codes, after writing it from pictures and captions where that is what was given."""
+    """Read the folder of codes, after writing it from a dataset where that is what was given.
+
+    Args:
+        args: the script's arguments.
+        parts: the pipeline's, to which the tokenizers of the codes are added where they are not named components.
+        segments: those that are trained on.
+
+    Raises:
+        ValueError: if the codes are other tokenizers' or labels' than those there are.
+    """
+    flags = [flag for flag in args.segment if flag.name in segments]
+    available = _available(parts)
+    own = {} if args.pretrained_model_name_or_path else {"image_vq": args.image_vq, "text_vq": args.text_vq}
+    paths = {path: available[name] for name, path in own.items() if path}
+    loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
+    available |= loaded
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
-        codes.check_tokenizers(parts["image_vq"], parts["text_vq"], parts["tokenizer"])
-        known = parts["labels"]
-        if "label" in segments and known and codes.labels[: len(known)] != known:
-            raise ValueError(
-                f"the codes in {args.codes_dir!r} have the labels {codes.labels}, but the pretrained pipeline has "
-                f"{known}: theirs must come first, in their order; or give the data itself, not its codes"
-            )
+        _take_tokenizers(codes, parts, available, segments)
+        codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
+        _check_labels(args, parts, codes, segments)
         settle_reading(args, parts, codes)
         return codes
     settle_reading(args, parts, None)
-    text_columns = sorted(segments - set(RESERVED))
-    image_column = args.image_column if segments & {"image", "image_lowres"} else None
-    caption_column = args.caption_column if text_columns or "text" in segments else None
-    label_column = args.label_column if "label" in segments else None
+    folder = args.output_dir / "codes"
+    columns = segment_columns(args, parts, segments, loaded)
+    dataset, options = _read_dataset(args, parts, segments, columns)
+    if accelerator.is_main_process:
+        for model, _ in available.values():
+            if model is not None:
+                model.to(accelerator.device)
+        encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
+    accelerator.wait_for_everyone()
+    codes = CodeDataset(folder)
+    _take_tokenizers(codes, parts, available, segments)
+    return codes
+
+
+def segment_columns(
+    args: argparse.Namespace, parts: dict[str, Any], segments: set[str], loaded: dict[str, tuple[Any, Any]]
+) -> dict[str, SegmentColumn]:
+    """The columns of ``--segment`` and of ``--label_column`` that are trained on.
+
+    Raises:
+        ValueError: if a segment of the pretrained pipeline would be made by another tokenizer.
+    """
+    known, available = known_segments(parts), _available(parts)
+    flags = [(flag.name, flag.modality, flag.column) for flag in args.segment if flag.name in segments]
+    if LABEL in segments and args.label_column is not None:
+        if LABEL in [name for name, *_ in flags]:
+            raise ValueError(
+                f"label_column={args.label_column!r}, but --segment makes {LABEL!r} too; give one of them"
+            )
+        flags.insert(0, (LABEL, modality_of(LabelSegment), args.label_column))
+    prints = tokenizer_fingerprints({name: model for name, (model, _) in available.items()})
+    columns = {}
+    for name, modality, column in flags:
+        model, beside = loaded.get(name, (None, None))
+        title, options = None, {}
+        if model is not None:
+            # One that the pipeline has already goes by its name there.
+            own = tokenizer_fingerprints({name: model})[name]
+            title = next((one for one, value in prints.items() if value == own), None)
+            if title is not None:
+                model, beside = available[title]
+        if name in known:
+            entry = known_entry(parts, name)
+            if entry["modality"] != modality:
+                raise ValueError(f"--segment: {name!r} is a {entry['modality']} in the pretrained pipeline")
+            if model is not None and title != entry["tokenizer"]:
+                raise ValueError(
+                    f"--segment: {name!r} is made by another tokenizer in the pretrained pipeline, which goes on; "
+                    "leave the tokenizer out"
+                )
+            title = entry.get("tokenizer")
+            model, beside = available.get(title or "", (None, None))
+            options = MODALITIES[modality].known_options(entry, known[name], model)
+        columns[name] = SegmentColumn(modality, column, model, beside, title, options=options)
+    return columns
+
+
+def _read_dataset(
+    args: argparse.Namespace, parts: dict[str, Any], segments: set[str], columns: dict[str, SegmentColumn]
+) -> tuple[Any, dict[str, Any]]:
+    """The dataset, and the arguments of [`encode_dataset`] for the flags of old."""
+    texts = sorted(segments - set(RESERVED) - set(columns))
+    image_column = args.image_column if {IMAGE, LOWRES} & segments - set(columns) else None
+    caption_column = args.caption_column if texts or TEXT in segments - set(columns) else None
     prompt_columns = args.prompt_columns if caption_column is not None else []
+    files, others = files_of([flag for flag in args.segment if flag.name in columns])
+    others += [args.label_column] if LABEL in columns and args.label_column is not None else []
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
-        columns=[c for c in (caption_column, label_column, *prompt_columns, *text_columns) if c is not None],
-        image_column=image_column,
+        columns=[name for name in (caption_column, *others, *prompt_columns, *texts) if name is not None],
+        image_column=[name for name in (image_column, *files) if name is not None],
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
     )
-    folder = args.output_dir / "codes"
-    if accelerator.is_main_process:
-        labels = None
-        if label_column is not None:
-            # Names that a pretrained pipeline lacks come after its own.
-            feature, known = dataset.features[label_column], dict(enumerate(parts["labels"]))
-            labels = list(encode_labels(dataset[label_column], label_column, feature, known)[1].values())
-        resolution = 0
-        if image_column is not None and parts["image_vq"] is not None:
-            known = parts["transformer"].config.segments if parts["transformer"] is not None else {}
-            image_vq = parts["image_vq"]
-            resolution = image_vq.config.sample_size
-            if "image" in known:
-                resolution = known["image"]["shape"][0] * image_vq.downsample_factor
-        for name in ("image_vq", "text_vq"):
-            if parts[name] is not None:
-                parts[name].to(accelerator.device)
-        encode_dataset(
-            dataset,
-            folder,
-            resolution=resolution,
-            image_vq=parts["image_vq"],
-            text_vq=parts["text_vq"],
-            tokenizer=parts["tokenizer"],
-            image_column=image_column,
-            caption_column=caption_column,
-            prompt_columns=prompt_columns,
-            text_columns=text_columns,
-            label_column=label_column,
-            labels=labels,
-            image_augmentations=args.image_augmentations,
-            lowres_factor=parts["lowres_factor"] if "image_lowres" in segments else None,
-            resize_mode=parts["resize_mode"],
-        )
-    accelerator.wait_for_everyone()
-    return CodeDataset(folder)
+    resolution, known, image_vq = 0, known_segments(parts), parts["image_vq"]
+    if image_column is not None and image_vq is not None:
+        resolution = image_vq.config.sample_size
+        if IMAGE in known:
+            resolution = known[IMAGE]["shape"][0] * image_vq.downsample_factor
+    return dataset, {
+        "resolution": resolution,
+        **{name: parts[name] for name in NAMED},
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "prompt_columns": prompt_columns,
+        "text_columns": texts,
+        "image_augmentations": args.image_augmentations,
+        "lowres_factor": parts["lowres_factor"] if LOWRES in segments else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def _available(parts: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The tokenizers that there are, by name, with what stands beside them."""
+    found = {"image_vq": (parts["image_vq"], None), "text_vq": (parts["text_vq"], parts["tokenizer"])}
+    several = parts["segment_tokenizers"]
+    if several is not None:
+        found |= {name: (model, several.beside.get(name)) for name, model in several.tokenizers.items()}
+    return found
+
+
+def _take_tokenizers(
+    codes: CodeDataset, parts: dict[str, Any], available: dict[str, tuple[Any, Any]], segments: set[str]
+) -> None:
+    """Put the codes' tokenizers that no named component holds into the pipeline's container, and call them in the
+    entries as they are called here.
+
+    Raises:
+        ValueError: if there is none for a segment's codes.
+    """
+    prints = tokenizer_fingerprints({name: model for name, (model, _) in available.items()})
+    several = parts["segment_tokenizers"]
+    titles = list(several.tokenizers) if several is not None else []
+    shared = {codes.segments[name].get("shared_with", name) for name in segments & set(codes.segments)}
+    for name in sorted((segments | shared) & set(codes.entries)):
+        entry = codes.entries[name]
+        title = entry.get("tokenizer")
+        if title is None:
+            continue
+        wanted = codes.fingerprints.get(title)
+        if wanted != prints.get(title) and (same := [one for one, value in prints.items() if value == wanted]):
+            title = same[0]
+            codes.entries[name] = {**entry, "tokenizer": title}
+        if title in NAMED:  # which may be missing: without them, the pipeline takes and gives codes
+            continue
+        if title not in prints:
+            given = "another one was given" if name in prints else "it isn't there"
+            raise ValueError(
+                f"the codes of {name!r} in {str(codes.folder)!r} were made by the tokenizer {title!r}, and {given}: "
+                f"give it as --segment {name}={entry['modality']}:COLUMN:TOKENIZER, or encode the data again"
+            )
+        titles.append(title)
+    if titles:
+        beside = {title: available[title][1] for title in titles if available[title][1] is not None}
+        parts["segment_tokenizers"] = MultiTokenizerModel({title: available[title][0] for title in titles}, beside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def names_of_labels(entries: Mapping[str, Mapping[str, Any]], labels: list[str]) -> dict[str, list[str]]:
+    """The names of all segments of labels that have some; `labels` are those of ``label`` where no entry says them."""
+    found = {name: names_by_code(entry["names"]) for name, entry in entries.items() if entry.get("names")}
+    return found if not labels else {LABEL: labels, **found}
+
+
+def _check_labels(args: argparse.Namespace, parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
+    known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
+    for name in sorted(segments & set(known) & set(found)):
+        if found[name][: len(known[name])] != known[name]:
+            which = "" if name == LABEL else f" of {name!r}"
+            raise ValueError(
+                f"the codes in {args.codes_dir!r} have the labels{which} {shown(found[name], 400)}, but the "
+                f"pretrained pipeline has {shown(known[name], 400)}: theirs must come first, in their order; or give "
+                "the data itself, not its codes"
+            )

@@ -8,9 +8,11 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import ImageFont
 
 from .checks import check_integer, check_number, shown
 from .redaction import known_secrets, without_secrets
@@ -58,6 +60,29 @@ _CHECKPOINT_FILES = (
 )
 
 
+def torch_device(text: str) -> str:
+    """The type of a flag that takes a device of PyTorch that is there, such as ``cpu`` or ``cuda:1``."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device).cpu()
+    except Exception as error:  # of any backend
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        known = ["cpu"] + [f"{accelerator}:{index}" for index in range(torch.accelerator.device_count())]
+        reason = str(error).splitlines()[0]
+        message = f"value={shown(text)} must be a device that is here, one of {known}: {reason}"
+        raise argparse.ArgumentTypeError(message) from None
+    return text
+
+
+def font_file(text: str) -> str:
+    """The type of a flag that takes a font file that Pillow can read."""
+    try:
+        ImageFont.truetype(text, 12)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"value={shown(text)} must be a font file, such as .ttf: {error}") from None
+    return text
+
+
 def model_name(text: str) -> str:
     """The type of a flag that takes a model: a Hub id or a folder, but not the folder of a training checkpoint."""
     folder = Path(text)
@@ -85,7 +110,7 @@ class _ArgumentParser(argparse.ArgumentParser):
         # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing.
         self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         super().error(without_secrets(message, known_secrets()))
 
 

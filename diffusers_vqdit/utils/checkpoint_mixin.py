@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitInfo, create_repo
 
+from .cards import fill_blank_card
 from .checks import check_integer, shown
 from .hub import push_folder, saved_files
 from .weight_files import check_finite, check_weights, replacing_weights, weight_file_of
@@ -22,7 +23,13 @@ from .weight_files import check_finite, check_weights, replacing_weights, weight
 FORMAT_VERSION = 1
 
 
-class CheckpointMixin:
+if TYPE_CHECKING:  # what it is mixed into, whose methods it calls
+    from diffusers import ModelMixin as Checkpointed
+else:
+    Checkpointed = object
+
+
+class CheckpointMixin(Checkpointed):
     """Checkpoints carry the version of their format, are checked when they are read, and published in one commit.
 
     A checkpoint without a version, such as one of diffusers' own classes, is of the first. One of a later version
@@ -96,6 +103,8 @@ class CheckpointMixin:
     ) -> CommitInfo:
         # What `push_to_hub` and `save_pretrained(push_to_hub=True)` of diffusers upload with. The latter's folder is
         # the user's, who may keep other things there.
+        if subfolder is None:
+            fill_blank_card(self, Path(working_dir, "README.md"), repo_id)
         return push_folder(
             working_dir,
             repo_id,
@@ -115,11 +124,12 @@ class CheckpointMixin:
         private: bool | None = None,
         create_pr: bool = False,
     ) -> None:
-        """Publish what was just saved in a folder, and a card: diffusers' ``save_pretrained(push_to_hub=True)``."""
+        """Publish what was just saved in a folder, and its card: diffusers' ``save_pretrained(push_to_hub=True)``."""
         name = repo_id or Path(folder).resolve().name
         repo_id = create_repo(name, exist_ok=True, private=private, token=token).repo_id
-        card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
-        populate_model_card(card).save(Path(folder, "README.md"))
+        if not Path(folder, "README.md").is_file():
+            card = load_or_create_model_card(repo_id, token=token, is_pipeline=hasattr(self, "components"))
+            populate_model_card(card).save(Path(folder, "README.md"))
         self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
 
@@ -163,7 +173,7 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
         except OSError as error:
             if not str(error).startswith("Unable to load weights"):
                 raise
-            cause = error
+            cause: BaseException = error
             while cause.__context__ is not None:
                 cause = cause.__context__
             reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
@@ -184,7 +194,7 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
         # Called by diffusers' from_pretrained when the model is made and before it gets its weights.
         if kwargs.get("hf_quantizer") is None:  # quantized weights have other shapes and dtypes
             if state_dict is not None:
-                files = [(resolved_model_file[0], state_dict)]
+                files: Iterable[tuple[str, Mapping]] = [(resolved_model_file[0], state_dict)]
             else:
                 files = ((file, load_state_dict(file)) for file in resolved_model_file)
             check_weights(model.state_dict(), files, shapes=not kwargs.get("ignore_mismatched_sizes"))
@@ -256,8 +266,8 @@ def _check_shard_indices(folder: Path, variant: str | None) -> None:
 
 
 def _subclass_names(cls: type) -> set[str]:
-    names = {subclass.__name__ for subclass in cls.__subclasses__()}
-    return names.union(*(_subclass_names(subclass) for subclass in cls.__subclasses__()))
+    subclasses: list[type] = cls.__subclasses__()
+    return {subclass.__name__ for subclass in subclasses}.union(*map(_subclass_names, subclasses))
 
 
 def _without_numpy(value: Any) -> Any:

@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' `values`, with its gradient: DistributedDataParallel's mean of the gradients is then
-    that of a loss of the global batch."""
+    """The sum of all processes' `values`, with its gradient, which Accelerate's ``reduce`` has not:
+    DistributedDataParallel's mean of the gradients is then that of a loss of the global batch."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     from torch.distributed.nn.functional import all_reduce  # not there in every build of PyTorch

@@ -22,7 +22,7 @@ from .weight_files import weight_file_of
 _push_logger = logging.get_logger(__name__)
 
 # What tokenizers and processors save besides the vocabulary.
-_TOKENIZER_FILES = {
+TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
 }
@@ -40,22 +40,35 @@ def saved_files(saved: Any, folder: str | os.PathLike) -> list[str]:
         their paths in the folder, sorted.
     """
     found = {name for name in ("README.md", getattr(saved, "config_name", "")) if (Path(folder) / name).is_file()}
-    parts = {"": saved}
-    if components := getattr(saved, "components", None):
-        parts = {f"{name}/": part for name, part in components.items() if part is not None}
+    parts = _saved_parts(saved, "")
+    if "" not in parts:
         found |= {name for name in [REMOTE_CODE_FILE] if (Path(folder) / name).is_file()}
     for prefix, part in parts.items():
         names = {getattr(part, "config_name", "")}
+        if pattern := getattr(part, "index_files", None):
+            names |= {path.name for path in (Path(folder) / prefix).glob(pattern)}
         if isinstance(part, torch.nn.Module):
             names |= {"config.json", "generation_config.json"}
         elif part is not saved:
-            names |= _TOKENIZER_FILES | set(getattr(part, "vocab_files_names", {}).values())
+            names |= TOKENIZER_FILES | set(getattr(part, "vocab_files_names", {}).values())
         for path in (Path(folder) / prefix).glob("*"):
             stem, _ = weight_file_of(path.name) or ("", "")
             weights = isinstance(part, torch.nn.Module) and stem in ("diffusion_pytorch_model", "model")
             if path.is_file() and (path.name in names or weights):
                 found.add(prefix + path.name)
     return sorted(found)
+
+
+def _saved_parts(saved: Any, prefix: str) -> dict[str, Any]:
+    """What ``save_pretrained`` writes, by folder: a pipeline's components, and those of a component that has some."""
+    components = getattr(saved, "components", None) or getattr(saved, "saved_parts", None)
+    if not components:
+        return {prefix: saved}
+    parts = {prefix: saved} if isinstance(saved, torch.nn.Module) else {}
+    for name, part in components.items():
+        if part is not None:
+            parts |= _saved_parts(part, f"{prefix}{name}/")
+    return parts
 
 
 def push_folder(
@@ -103,12 +116,14 @@ def push_folder(
                 raise ValueError(f"files has {name!r}, which is no file in folder={str(folder)!r}")
     else:
         names = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    allowed = None if allow_patterns is None else [*allow_patterns]
     ignored = [*ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
-    names = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignored))
+    names = list(filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=ignored))
     if not names:
         raise ValueError(f"folder={str(folder)!r} has no file to publish (allow_patterns={allow_patterns})")
     api, prefix, repository, operations = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else "", None, None
-    for attempt in range(max_retries + 1):
+    attempt = 0
+    while True:
         try:
             repository = repository or api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             operations = operations or [CommitOperationAdd(prefix + name, _content(folder, name)) for name in names]
@@ -123,6 +138,7 @@ def push_folder(
             delay = wait * 2**attempt
             _push_logger.warning(f"upload to {repo_id} failed, trying again in {delay:.1f} s: {error}")
             time.sleep(delay)
+            attempt += 1
 
 
 def _content(folder: str | os.PathLike, name: str) -> str | bytes:
@@ -140,7 +156,7 @@ def _content(folder: str | os.PathLike, name: str) -> str | bytes:
     return str(path) if cleaned == text else cleaned.encode("utf-8")
 
 
-def _is_transient(error: Exception) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether trying again may help: the server failed, or the connection did."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429

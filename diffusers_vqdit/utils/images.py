@@ -29,6 +29,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _on_background(image, "white")[0]
 
 
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A picture as a tokenizer of so many channels sees it: [`to_rgb`] for 3, and grey for 1.
+
+    Raises:
+        ValueError: for any other number, or what [`to_rgb`] refuses.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"image must be arrays or tensors: the tokenizer's pictures have {channels} channels")
+    return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
+
+
 def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it has such pixels."""
     if not isinstance(image, Image.Image):
@@ -93,7 +104,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], resize_mode: str = "
 
 
 def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Tensor]:
-    """Each picture of what a pipeline is passed: as an RGB picture of Pillow's, or a float32 tensor (C, H, W).
+    """Each picture of what a pipeline is passed: as a picture of Pillow's, RGB or grey, or a float32 tensor (C, H, W).
 
     Args:
         image: one or a list of: PIL pictures, arrays ((B,) H, W, C) or tensors ((B,) C, H, W) of floats in [0, 1], of
@@ -107,16 +118,14 @@ def read_images(image: Any, channels: int) -> list[Image.Image] | list[torch.Ten
     if not images:
         raise ValueError("image=[] is an empty list; give at least one, or None")
     if all(isinstance(one, Image.Image) for one in images):
-        if channels != 3:
-            raise ValueError(f"image must be arrays or tensors: the tokenizer's pictures have {channels} channels")
-        return [to_rgb(one) for one in images]
+        return [to_channels(one, channels) for one in images]
     kinds = {type(one).__name__ for one in images}
     if len(kinds) > 1 or not isinstance(images[0], np.ndarray | torch.Tensor):
         raise ValueError(
             f"image must be PIL pictures, arrays (B, H, W, C) or tensors (B, C, H, W), all of one kind, got "
             f"{', '.join(sorted(kinds))}"
         )
-    read = []
+    read: list[torch.Tensor] = []
     for one in images:
         axis = -1 if isinstance(one, np.ndarray) else -3
         if one.ndim not in (3, 4) or 0 in tuple(one.shape) or one.shape[axis] != channels:
@@ -156,8 +165,8 @@ def fit_images(
             pixels.append(one)
         elif isinstance(one, torch.Tensor):
             bands = [Image.fromarray(band.numpy()) for band in (one * 255).round().byte().cpu()]
-            bands = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
-            pixels.append((torch.from_numpy(np.stack(bands)).float() / 255).to(one.device))
+            arrays = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
+            pixels.append((torch.from_numpy(np.stack(arrays)).float() / 255).to(one.device))
         else:
             pixels.append(_pixels(resize_image(one, size, resize_mode)))
     return torch.stack(pixels)
@@ -165,15 +174,16 @@ def fit_images(
 
 def own_size(images: list[Image.Image] | list[torch.Tensor]) -> torch.Tensor:
     """Pictures from [`read_images`] at their own size, (B, C, H, W) in [0, 1]; all must have one size."""
-    images = [_pixels(one) if isinstance(one, Image.Image) else one for one in images]
-    sizes = {tuple(one.shape[1:]) for one in images}
+    pixels = [_pixels(one) if isinstance(one, Image.Image) else one for one in images]
+    sizes = {tuple(one.shape[1:]) for one in pixels}
     if len(sizes) > 1:
         raise ValueError(f"image: the pictures of one call must have one size here, got {sorted(sizes)}")
-    return torch.stack(images)
+    return torch.stack(pixels)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(image))  # (H, W, 3), or (H, W) where it is grey
+    return torch.atleast_3d(pixels).permute(2, 0, 1).float() / 255
 
 
 def read_mask(mask_image: Any, size: tuple[int, int], count: int) -> torch.Tensor:
@@ -215,7 +225,7 @@ def _grey_mask(mask: Image.Image) -> Image.Image:
     except ValueError as error:
         raise ValueError(f"mask_image: {error}") from error
     grey = rgb.convert("L")
-    if transparent and grey.getextrema()[1] < 128:
+    if transparent and np.asarray(grey).max() < 128:
         raise ValueError(
             "mask_image is transparent or black everywhere, so that nothing would be repainted: paint white where to "
             "repaint"
@@ -281,9 +291,9 @@ def resize_pixels(pixels: torch.Tensor, size: tuple[int, int], resize_mode: str 
         )
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         return resize(pixels[..., top : top + inner[0], left : left + inner[1]], size)
-    top, left, *inner = fitted_box((height, width), size)
-    right, bottom = size[1] - left - inner[1], size[0] - top - inner[0]
-    return F.pad(resize(pixels, tuple(inner)), (left, right, top, bottom), value=1.0)
+    top, left, *fitted = fitted_box((height, width), size)
+    right, bottom = size[1] - left - fitted[1], size[0] - top - fitted[0]
+    return F.pad(resize(pixels, (fitted[0], fitted[1])), (left, right, top, bottom), value=1.0)
 
 
 def cut_out(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 
 REMOTE_CODE_FILE = "pipeline.py"
@@ -99,14 +100,15 @@ def _relative_imports(tree: ast.Module) -> list[ast.ImportFrom]:
 
 
 def _without_relative_imports(source: str, tree: ast.Module, module: str) -> str:
-    lines = source.splitlines()
+    lines: list[str | None] = [*source.splitlines()]
     for node in _relative_imports(tree):
         statement = f"{ast.unparse(node)!r} in {module}"
         if node not in tree.body:
             raise ValueError(f"{statement} must stand at the top of the module")
         if node.module is None or any(alias.asname or alias.name == "*" for alias in node.names):
             raise ValueError(f"{statement} must import names from a module, as they are called there")
-        lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+        end = node.end_lineno or node.lineno
+        lines[node.lineno - 1 : end] = [None] * (end - node.lineno + 1)
     return "\n".join(line for line in lines if line is not None)
 
 
@@ -129,7 +131,7 @@ def _names(tree: ast.Module, module: str) -> dict[str, str]:
     return names
 
 
-def _components(pipeline_class: type, package: str) -> list[str]:
+def _components(pipeline_class: Any, package: str) -> list[str]:
     """Names of the classes of the package among the annotations of a pipeline's components."""
     types = [one for types in pipeline_class._get_signature_types().values() for one in types]
     return [one.__name__ for one in types if isinstance(one, type) and one.__module__.split(".")[0] == package]

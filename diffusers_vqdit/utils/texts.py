@@ -3,6 +3,7 @@
 import re
 import threading
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,3 +82,47 @@ def normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text as a fast tokenizer reads it: after its normaliser, where it has one."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     return normalizer.normalize_str(text) if normalizer is not None else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns of a dataset
+
+
+def check_captions(captions: Iterable[Any], column: str) -> None:
+    """Raise a ValueError unless each caption is a string with some text, or a list of one or more of them.
+
+    The message names the column, and the first rows whose caption is missing or of another type.
+    """
+    missing, wrong = [], []
+    for row, value in enumerate(captions):
+        texts = value if isinstance(value, list | tuple) else [value]
+        if not texts or any(text is None for text in texts):
+            missing.append(row)
+        elif odd := [text for text in texts if not isinstance(text, str)]:
+            wrong.append((row, odd[0]))
+        elif not all(visible(text) for text in texts):
+            missing.append(row)
+    if wrong:
+        kinds = sorted({type(value).__name__ for _, value in wrong})
+        raise ValueError(
+            f"column {column!r} has {len(wrong)} rows of the type {' and '.join(kinds)}, the first are rows "
+            f"{[row for row, _ in wrong[:5]]} with {shown(wrong[0][1], 40)}; captions must be strings or lists of them"
+        )
+    if missing:
+        raise ValueError(f"column {column!r}: {len(missing)} rows have no caption, the first are rows {missing[:5]}")
+
+
+def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
+    """The captions of each row, one or several, after [`check_captions`]."""
+    captions = list(captions)
+    check_captions(captions, column)
+    return [[value] if isinstance(value, str) else list(value) for value in captions]
+
+
+def cut_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:
+    """A warning with the count where texts have more than `length` tokens, else None."""
+    cut = 0
+    for start in range(0, len(texts), 1024):
+        counts = tokenize_to_length(tokenizer, texts[start : start + 1024], length)[2]
+        cut += sum(count > length for count in counts)
+    return f"{cut} of {len(texts)} captions have more than max_length={length} tokens and are cut" if cut else None

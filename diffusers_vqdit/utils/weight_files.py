@@ -3,9 +3,11 @@
 import errno
 import os
 import re
+import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -70,11 +72,30 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def new_file_mode(folder: Path) -> int:
+    """The permissions that a new file in a folder gets, by the umask."""
+    probe = folder / f".mode-{os.getpid()}-{threading.get_ident()}"
+    probe.touch()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
+def finish_file(path: Path, mode: int) -> None:
+    """Bring a file to the disk, with the permissions of any new file; safetensors gives others none."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(OSError):  # some file systems have none
+            path.chmod(mode)
+    fsync(path)
+
+
 def _synced_files(folder: Path) -> list[Path]:
     """The paths in a folder of all files below it, which are brought to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mode = new_file_mode(folder)
     for path in files:
-        fsync(path)
+        finish_file(path, mode)
     return [path.relative_to(folder) for path in files]
 
 
@@ -97,14 +118,25 @@ def move_into_place(scratch: Path, folder: Path) -> list[str]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes the place of `path` once it is whole and on the disk."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A path beside `path` to write a file to, which takes the place of `path` once it is whole and on the disk.
+
+    Raises:
+        OSError: if it can't be written; names the file, and says that what it held is still whole.
+    """
+    unfinished = unfinished_path(path)
     try:
         yield unfinished
-        fsync(unfinished)
+        finish_file(unfinished, new_file_mode(path.parent))
         unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}); what it held before is still whole") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -128,10 +160,11 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder} could not be written ({error}); what it held before is still whole") from error
         except RuntimeError as error:
-            if "unexpected pos" not in str(error):  # torch.save's words for a full disk
+            if not any(words in str(error) for words in ("unexpected pos", "PytorchStreamWriter")):
                 raise
-            raise OSError(
-                f"{folder} could not be written, its disk is full ({error}); what it held before is still whole"
+            raise OSError(  # torch.save says no more
+                f"{folder} could not be written, its disk is full, or a quota or limit of file sizes is reached "
+                f"({error}); what it held before is still whole"
             ) from error
         move_into_place(Path(unfinished), folder)
 
@@ -187,6 +220,29 @@ def check_weights(
         raise ValueError(
             f"{', '.join(names)}: {len(missing)} of the {len(expected)} tensors that the config asks for are missing: "
             f"{some}; the weights are another model's or not whole, or the config isn't theirs"
+        )
+
+
+def check_converted(expected: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor], kind: str) -> None:
+    """Raise a ValueError unless converted weights are a model's, name by name and shape by shape.
+
+    Args:
+        expected: the model's own tensors, of which names and shapes are read.
+        converted: those of another code base, under our names.
+        kind: what the message calls the model.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in converted]
+    problems += [f"{name} is not part of the architecture" for name in converted if name not in expected]
+    problems += [
+        f"{name} must have shape {tuple(own.shape)}, got {tuple(converted[name].shape)}"
+        for name, own in expected.items()
+        if name in converted and converted[name].shape != own.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(
+            f"the checkpoint is not a whole {kind} that the diffusers blocks can express (names after conversion): "
+            f"{'; '.join(problems[:4])}{more}"
         )
 
 

@@ -1,5 +1,6 @@
 """A pipeline saved in every form, in folders and on a local Hub, and processes that load it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
-from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.utils.hub import push_folder
 
 
@@ -51,6 +53,7 @@ def forms(make_pipeline, tmp_path_factory):
     assert len(list((folder / "sharded" / "transformer").glob("*.safetensors"))) > 2
     make_pipeline(1).save_pretrained(folder / "other")
     save_segments(pipe, folder / "segments")
+    save_several(pipe, make_pipeline(2), folder / "several")
     for name in ("later", "missing"):
         pipe.save_pretrained(folder / name)
     for path in (folder / "later" / "model_index.json", folder / "later" / "image_vq" / "config.json"):
@@ -74,6 +77,33 @@ def save_segments(pipe, folder):
     segments = {"sketch": {"modality": "image"}, "style": {"modality": "label", "names": ["flat", "round", "bold"]}}
     parts = {**pipe.components, "transformer": transformer.eval()}
     VQDiTPipeline(**parts, segments=segments).save_pretrained(folder)
+
+
+def save_several(pipe, other, folder):
+    """A pipeline with tokenizers of two segments in its container, in float32 and float16."""
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        segments={
+            "image": {"vocab_size": 32, "shape": [4, 4]},
+            "sketch": {"vocab_size": 32, "shape": [4, 4]},
+            "summary": {"vocab_size": 64, "shape": [12]},
+        },
+        tasks=["image->sketch", "sketch->summary", "summary->image"],
+    )
+    segments = {
+        "sketch": {"modality": "image", "tokenizer": "sketch"},
+        "summary": {"modality": "text", "tokenizer": "words"},
+    }
+    several = MultiTokenizerModel({"sketch": other.image_vq, "words": other.text_vq}, {"words": other.tokenizer})
+    parts = {**pipe.components, "transformer": transformer.eval(), "segment_tokenizers": several}
+    VQDiTPipeline(**parts, segments=segments).save_pretrained(folder)
+    half = {name: copy.deepcopy(part) for name, part in parts.items()}
+    for part in half.values():
+        if isinstance(part, torch.nn.Module):
+            part.half()
+    VQDiTPipeline(**half, segments=segments).save_pretrained(folder, variant="fp16")
 
 
 @pytest.fixture(scope="session")

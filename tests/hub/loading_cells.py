@@ -155,6 +155,30 @@ def segments() -> None:
         assert one(inputs={"sketch": image}).labels[0] in ("flat", "round", "bold")
 
 
+def several() -> None:
+    """Tokenizers of segments in one component, in each of its forms."""
+    pipe = load(at("several"))
+    package = "diffusers_modules" if WAY == "code" else "diffusers_vqdit"
+    assert type(pipe.segment_tokenizers).__module__.split(".")[0] == package
+    names = {name: f"{name}.tokenizer" for name in ("sketch", "words")}
+    for variant, dtype in ((None, torch.float32), ("fp16", torch.float32), ("fp16", torch.float16)):
+        one = pipe if variant is None else load(at("several"), variant=variant, dtype=dtype)
+        file = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "diffusion_pytorch_model.safetensors"
+        assert one.segment_tokenizers.dtype == dtype and not one.segment_tokenizers.training
+        for name, folder in names.items():
+            expected = saved("several", f"segment_tokenizers/{folder}", file)
+            assert same_weights(one.segment_tokenizers.tokenizers[name], expected), (variant, name)
+    again = tempfile.mkdtemp(dir=CACHES.name)
+    pipe.save_pretrained(again)
+    for one in (pipe, load(again)):
+        image = one(inputs={"summary": "a red apple"}, num_inference_steps=2).images[0]
+        sketch = one(image=image, num_inference_steps=2, output_type="latent").segments["sketch"]
+        assert sketch.shape == (1, 4, 4)
+        assert isinstance(one(inputs={"sketch": image}, num_inference_steps=2).texts[0], str)
+    found = sorted(path.relative_to(again).as_posix() for path in Path(again, "segment_tokenizers").rglob("*.*"))
+    assert "segment_tokenizers/words.tokenizer/tokenizer/tokenizer.json" in found
+
+
 def revision() -> None:
     older = load(at("plain"), revision="v1")
     assert same_weights(older.transformer, saved("other"))
@@ -201,7 +225,20 @@ def offline() -> None:
 
 
 CELLS_OF = {
-    "own": [plain, variant, dtype, shards, from_pipe, swap, save_again, segments, models, later_version, missing_file],
+    "own": [
+        plain,
+        variant,
+        dtype,
+        shards,
+        from_pipe,
+        swap,
+        save_again,
+        segments,
+        several,
+        models,
+        later_version,
+        missing_file,
+    ],
     "plugin": [
         plain,
         variant,
@@ -211,11 +248,24 @@ CELLS_OF = {
         swap,
         save_again,
         segments,
+        several,
         models,
         later_version,
         missing_file,
     ],
-    "code": [plain, variant, dtype, shards, from_pipe, swap, save_again, segments, later_version, missing_file],
+    "code": [
+        plain,
+        variant,
+        dtype,
+        shards,
+        from_pipe,
+        swap,
+        save_again,
+        segments,
+        several,
+        later_version,
+        missing_file,
+    ],
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 WAYS = ["own", "plugin", "code"]
 CELLS = [
     *("plain", "variant", "dtype", "shards", "from_pipe", "swap", "save_again", "models", "later_version"),
-    *("missing_file", "revision", "segments"),
+    *("missing_file", "revision", "segments", "several"),
 ]
 # Single models need the package, and folders have no revisions.
 MATRIX = [

@@ -339,3 +339,75 @@ def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):
 def test_the_hub_refuses_a_card_that_is_not_valid(client):
     with pytest.raises(ValueError, match="Invalid metadata"):
         huggingface_hub.HfApi()._validate_yaml("---\nlicense: [mit\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shown", "hidden"),
+    [
+        (
+            *("train_vqdit", "--image_vq x --train_data_dir x"),
+            "num_layers num_attention_heads attention_head_dim patch masking num_train_epochs image_augmentations",
+            "lora_alpha lora_dropout lora_layers rank ema_decay max_train_steps",
+        ),
+        (
+            *("train_vqdit", "--pretrained_model_name_or_path x --train_data_dir x --dropout 0.1 --use_ema"),
+            "dropout ema_decay image_augmentations caption_column",
+            "num_layers num_attention_heads attention_head_dim patch masking lora_dropout lora_layers image_vq",
+        ),
+        (
+            *("train_vqdit", "--pretrained_model_name_or_path x --codes_dir x --rank 4 --max_train_steps 9"),
+            "rank lora_dropout lora_layers codes_dir max_train_steps",
+            "num_layers image_column caption_column prompt_columns image_augmentations num_train_epochs ema_decay",
+        ),
+        (
+            *("train_latent_dit", "--image_vq x --train_data_dir x --label_column label"),
+            "num_layers patch_size dropout shift logit_normal label_dropout lr_warmup_steps",
+            "learn_sigma snr_gamma caption_dropout alignment_weight alignment_layer ema_decay",
+        ),
+        (
+            "train_latent_dit",
+            "--image_vq x --train_data_dir x --objective epsilon --learn_sigma --alignment_encoder x "
+            "--lr_scheduler constant --caption_columns text",
+            "num_layers learn_sigma alignment_weight alignment_layer caption_dropout",
+            "shift logit_normal label_dropout lr_warmup_steps",
+        ),
+        (
+            *("train_latent_dit", "--pretrained_model_name_or_path x --train_data_dir x"),
+            "objective random_flip",
+            "num_layers num_attention_heads attention_head_dim patch_size dropout shift image_vq text_encoder",
+        ),
+        (
+            *("train_image_vq", "--train_data_dir x"),
+            "block_out_channels num_vq_embeddings vq_embed_dim codebook_update restart_threshold reconstruction_loss",
+            "fsq_levels adversarial_loss lecam_weight discriminator_layers perceptual_backbone ema_decay",
+        ),
+        (
+            *("train_image_vq", "--train_data_dir x --quantizer_type fsq --fsq_levels 8 8 --adversarial_weight 0.1"),
+            "fsq_levels quantizer_type adversarial_loss lecam_weight discriminator_layers",
+            "num_vq_embeddings vq_embed_dim codebook_update restart_threshold beta entropy_weight",
+        ),
+        (
+            *("train_image_vq", "--train_data_dir x --pretrained_model_name_or_path x"),
+            "resolution reconstruction_loss",
+            "block_out_channels num_vq_embeddings quantizer_type codebook_norm beta mid_block_attention",
+        ),
+        (
+            *("train_text_vq", "--train_data_dir x --use_ema"),
+            "num_codes tokenizer_vocab_size max_length random_token_probability ema_decay codebook_norm",
+            "pretrained_model_name_or_path",
+        ),
+        (
+            *("train_text_vq", "--train_data_dir x --pretrained_model_name_or_path x"),
+            "random_token_probability caption_columns",
+            "num_codes num_codebooks code_dim tokenizer_vocab_size max_length hidden_size kernel_size num_layers",
+        ),
+    ],
+)
+def test_a_card_lists_what_applied(script, pipeline, name, arguments, shown, hidden):
+    args = script(name).parse_args(arguments.split())
+    assert set(hidden.split()) | set(shown.split()) <= set(vars(args))
+    card = training_card(args, pipeline, command=["x.py"]).content
+    assert {one for one in shown.split() if f"| `{one}` |" not in card} == set()
+    assert {one for one in hidden.split() if f"| `{one}` |" in card} == set()
+    for one in ("seed", "train_batch_size", "learning_rate", "adam_beta2", "train_data_dir"):
+        assert f"| `{one}` |" in card or (one == "train_data_dir" and args.train_data_dir is None)

@@ -98,7 +98,7 @@ def close(actual, expected):
 def test_an_original_checkpoint_gives_the_originals_outputs(tmp_path):
     state = original_weights()
     torch.save(state, tmp_path / "dit.pt")
-    model = load_original_dit(tmp_path / "dit.pt", num_attention_heads=HEADS)
+    model = VQDiTTransformer2DModel.from_original(tmp_path / "dit.pt", num_attention_heads=HEADS)
     expected = original_forward(state, *INPUTS)
     close(model(*INPUTS).sample, expected)
     assert model.has_shared_embedder and model.config.out_channels == 2 * CHANNELS
@@ -148,8 +148,8 @@ def test_the_moving_average_of_a_training_run(tmp_path):
         "args": argparse.Namespace(model="DiT-S/2"),
     }
     torch.save(checkpoint, tmp_path / "run.pt")
-    ema = load_original_dit(tmp_path / "run.pt", num_attention_heads=HEADS)
-    model = load_original_dit(tmp_path / "run.pt", num_attention_heads=HEADS, use_ema=False)
+    ema = VQDiTTransformer2DModel.from_original(tmp_path / "run.pt", num_attention_heads=HEADS)
+    model = VQDiTTransformer2DModel.from_original(tmp_path / "run.pt", num_attention_heads=HEADS, use_ema=False)
     close(ema(*INPUTS).sample, original_forward(average, *INPUTS))
     close(model(*INPUTS).sample, original_forward(last, *INPUTS))
     save_original_dit(model, tmp_path / "again.pt", ema=ema)
@@ -157,6 +157,15 @@ def test_the_moving_average_of_a_training_run(tmp_path):
     for name in last:
         torch.testing.assert_close(written["model"][name], last[name], atol=1e-6, rtol=0)
         torch.testing.assert_close(written["ema"][name], average[name], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_old_name_loads_the_same(tmp_path):
+    state = original_weights()
+    torch.save(state, tmp_path / "dit.pt")
+    with pytest.warns(FutureWarning, match="from_original"):
+        model = load_original_dit(tmp_path / "dit.pt", num_attention_heads=HEADS)
+    close(model(*INPUTS).sample, original_forward(state, *INPUTS))
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -168,8 +177,14 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="pos_embed is not the sine-cosine table"):
         convert_from_original({**state, "pos_embed": torch.randn(1, 16, WIDTH)})
     torch.save(state, tmp_path / "dit.pt")
+    for changed in (
+        {"final_layer.linear.bias": torch.zeros(9)},
+        {"y_embedder.embedding_table.weight": torch.ones(3, 5)},
+    ):
+        with pytest.raises(ValueError, match="not a whole DiT .*must have shape"):
+            VQDiTTransformer2DModel.from_original({**state, **changed}, num_attention_heads=HEADS)
     with pytest.raises(ValueError, match="num_attention_heads=None must be given for a width of 24"):
-        load_original_dit(tmp_path / "dit.pt")
+        VQDiTTransformer2DModel.from_original(tmp_path / "dit.pt")
     shifted = VQDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, num_layers=1, sample_size=4)
     with pytest.raises(ValueError, match="freq_shift': 1.0, 'norm_eps': 1e-05"):
         save_original_dit(shifted, tmp_path / "ours.pt")

@@ -17,12 +17,12 @@ class TrueConditionals:
     """In a transformer's place: the exact conditionals of a random joint distribution over LENGTH codes of SIZE."""
 
     def __init__(self):
-        self.config = SimpleNamespace(segments={"image": {"vocab_size": SIZE, "shape": [2, 2]}})
+        self.config = SimpleNamespace(segments={"image": {"vocab_size": SIZE, "shape": [2, 2]}}, time_conditioned=True)
         generator = torch.Generator().manual_seed(3)
         self.joint = torch.rand((SIZE,) * LENGTH, generator=generator, dtype=torch.float64) ** 3
         self.joint /= self.joint.sum()
 
-    def __call__(self, codes, timestep=None, prefix=None, masked=None):
+    def __call__(self, codes, timestep=None, prefix=None, masked=None, check_values=True):
         logits = []
         for row in codes["image"].flatten(1).tolist():
             visible = tuple(slice(None) if code == SIZE else slice(code, code + 1) for code in row)

@@ -82,10 +82,12 @@ def test_features_are_the_pmi_up_to_a_constant_of_the_query(transformer, query, 
     torch.testing.assert_close(scores, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
+@pytest.mark.parametrize("fitted", [1024, 5])
 @pytest.mark.parametrize("segment", ["image", "text"])
-def test_a_small_gallery_runs_the_model_once_an_item_and_gives_what_a_second_run_would(
-    transformer, segment, monkeypatch
+def test_a_gallery_runs_the_model_once_an_item_and_gives_what_a_second_run_would(
+    transformer, segment, fitted, monkeypatch
 ):
+    monkeypatch.setattr(retrieval, "FIT_SIZE", fitted)
     gallery = items(segment, 9)
     query = {"image": "text", "text": "image"}[segment]
     original, rows = retrieval._vectors, []
@@ -93,7 +95,8 @@ def test_a_small_gallery_runs_the_model_once_an_item_and_gives_what_a_second_run
     index = build_index(transformer, gallery, segment, query, batch_size=4)
     assert sum(rows) == 9
     again = original(transformer, Task.parse(index.way), segment, gallery)
-    features = (again - again.mean(0)) @ index.basis.float()
+    chosen = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:fitted]
+    features = (again - again[chosen].mean(0)) @ index.basis.float()
     torch.testing.assert_close(index.features.float(), features, rtol=1e-2, atol=1e-2)
 
 
@@ -152,6 +155,33 @@ def test_candidates_on_several_shortlists_are_computed_once(transformer, monkeyp
     )
     retrieve(transformer, items("text", 4, seed=1), index, top_k=1, shortlist=6)
     assert sizes == [4, 6]
+
+
+def test_marginals_are_computed_once_for_a_gallery(transformer, monkeypatch):
+    transformer.register_to_config(tasks=[*transformer.config.tasks, "->text"])
+    index = build_index(transformer, items("image", 6), "image", "text")
+    original, free = retrieval.all_masked, []
+
+    def counted(model, segment, given=None):
+        free.extend([segment] if given is None else [])
+        return original(model, segment, given)
+
+    monkeypatch.setattr(retrieval, "all_masked", counted)
+    first, second = (retrieve(transformer, items("text", 2, seed=1), index, top_k=3, shortlist=6) for _ in range(2))
+    assert sorted(free) == ["image", "text"]
+    assert torch.equal(first.indices, second.indices) and torch.equal(first.scores, second.scores)
+
+
+def test_a_gallery_is_of_one_scale_of_a_lora(transformer):
+    peft = pytest.importorskip("peft")
+    transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    index = build_index(transformer, items("image", 6), "image", "text")
+    query = items("text", 1)
+    retrieve(transformer, query, index, top_k=1, shortlist=2)
+    for change in (lambda: transformer.set_adapters(["default"], [0.5]), transformer.disable_adapters):
+        change()
+        with pytest.raises(ValueError, match="another model"):
+            retrieve(transformer, query, index, top_k=1, shortlist=2)
 
 
 def test_directions_need_the_marginal_of_the_items():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -261,3 +263,48 @@ def test_bad_pictures_are_named(sample, message):
 def test_bad_codes_are_named(codes, message):
     with pytest.raises(ValueError, match=message):
         ImageVQModel(**CONFIG).decode_codes(codes)
+
+
+def layouts(model, sample, **autocast):
+    """What encoding and decoding give, and whether all of their 3 x 3 convolutions have the channels last."""
+    seen = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and layer.in_channels > 4
+    ]
+    with torch.autocast("cpu", torch.bfloat16, **autocast):
+        latents = model.encode(sample).latents
+        decoded = model.decode(latents, force_not_quantize=True).sample
+    for hook in hooks:
+        hook.remove()
+    assert latents.is_contiguous() and decoded.is_contiguous()
+    return latents, decoded, set(seen)
+
+
+def test_half_precision_convolves_with_the_channels_last_on_cpus_and_nothing_else_does(image_vq):
+    sample = 2 * torch.rand(2, 3, 32, 32) - 1
+    with torch.no_grad():
+        *plain, seen = layouts(image_vq, sample, enabled=False)
+        assert False in seen  # attention leaves the channels last, whatever they were
+        *cast, seen = layouts(image_vq, sample, enabled=True)
+        assert seen == {True}
+        half = copy.deepcopy(image_vq).bfloat16()
+        *low, seen = layouts(half, sample.bfloat16(), enabled=False)
+        assert seen == {True}
+        for found in (cast, low):
+            for one, expected in zip(found, plain, strict=True):
+                torch.testing.assert_close(one.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+    assert False in layouts(image_vq, sample, enabled=True)[2]  # in training
+
+
+def test_a_tokenizer_takes_the_layout_that_its_user_chooses(image_vq):
+    sample = 2 * torch.rand(2, 3, 32, 32) - 1
+    with torch.no_grad():
+        *plain, _ = layouts(image_vq, sample, enabled=False)
+        *found, seen = layouts(image_vq.to(memory_format=torch.channels_last), sample, enabled=False)
+    assert True in seen
+    for one, expected in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)

@@ -80,7 +80,7 @@ def test_a_patch_of_one_code_is_none_bit_for_bit(more):
 def test_a_patch_is_one_position_and_its_codes_are_in_row_major_order(monkeypatch):
     """By loops over the grids: the codes of a patch in, their logits out."""
     model = make()
-    hidden, lengths = model._embed({"image": draw("image"), "speech": draw("speech"), "video": draw("video")})
+    hidden, lengths, _ = model._embed({"image": draw("image"), "speech": draw("speech"), "video": draw("video")})
     assert lengths == (4, 5, 4) and hidden.shape == (3, 13, 32)
     names = ("image", "speech", "video")
     states = {}
@@ -106,9 +106,9 @@ def test_the_codebooks_of_a_patch_have_embeddings_of_their_own():
     table = model.code_embeddings["speech"].weight
     assert len(table) == 3 * 12 and len(model.code_embeddings["image"].weight) == 31
     codes = draw("speech")
-    before, _ = model._embed({"speech": codes})
+    before, *_ = model._embed({"speech": codes})
     table.data[12 + 7] += 1.0  # code 7 of the second codebook
-    after, _ = model._embed({"speech": codes})
+    after, *_ = model._embed({"speech": codes})
     assert torch.equal((before != after).any(-1), codes[:, :, 1] == 7) and (codes[:, :, [0, 2]] == 7).any()
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 
 from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.models import attention_processor
-from diffusers_vqdit.models.layers import sincos_positions
+from diffusers_vqdit.models.layers import rotary_positions, sincos_positions
 
 
 SEGMENTS = {
@@ -16,6 +17,13 @@ SEGMENTS = {
     "label": {"vocab_size": 5, "shape": [1]},
 }
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "segments": SEGMENTS}
+
+
+@pytest.fixture(params=[False, True], ids=["added", "rotary"], autouse=True)
+def positions(request, monkeypatch):
+    """Each test with both kinds of positions."""
+    monkeypatch.setitem(CONFIG, "use_rotary_positional_embeddings", request.param)
+    return request.param
 
 
 def make(**options):
@@ -47,6 +55,28 @@ def test_the_mask_is_never_predicted(codes):
     assert make()(codes).sample["image"].shape == (3, 16, 30)
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 6), (3, 4, 5)])
+@pytest.mark.parametrize("head_dim", [6, 16, 21])
+def test_rotated_products_depend_on_distances_alone(shape, head_dim):
+    """Su et al. 2021, equation 11; the channels left over are not rotated."""
+    query, key = torch.randn(2, head_dim).double()
+    cos, sin = (table.double() for table in rotary_positions(shape, head_dim))
+    assert cos.shape == sin.shape == (math.prod(shape), head_dim)
+
+    def rotated(x):
+        pairs = F.pad(x, (0, head_dim % 2)).unflatten(0, (-1, 2))
+        other = torch.stack([-pairs[:, 1], pairs[:, 0]], 1).flatten()[:head_dim]
+        return x * cos + other * sin
+
+    scores = rotated(query) @ rotated(key).T
+    coordinates = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape))
+    distances = (coordinates[:, None] - coordinates[None]).flatten(0, 1)
+    for distance in distances.unique(dim=0):
+        same = scores.flatten()[(distances == distance).all(1)]
+        assert same.max() - same.min() < 1e-5
+    assert scores.std() > 0.1
+
+
 def test_a_prefix_equals_the_given_segments_bit_for_bit(codes):
     model = make()
     image, given = {"image": codes["image"]}, {"text": codes["text"], "label": codes["label"]}
@@ -66,13 +96,15 @@ class MaskedSequenceProcessor:
     def __init__(self, given_length):
         self.given_length = given_length
 
-    def __call__(self, attn, hidden_states, prefix=None):
+    def __call__(self, attn, hidden_states, prefix=None, image_rotary_emb=None, attention_mask=None):
         assert prefix is None
         query, key, value = (
             layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
         visible = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool)
         visible[: self.given_length, self.given_length :] = False
         weights = (query @ key.mT / math.sqrt(attn.head_dim)).masked_fill(~visible, -math.inf).softmax(-1)
@@ -85,14 +117,14 @@ def test_prefix_and_targets_equal_one_masked_sequence(codes):
     expected = model(generated, given=given).sample["image"]
     model.set_attn_processor(MaskedSequenceProcessor(7))
     order = {"label": codes["label"], "text": codes["text"], "image": codes["image"]}
-    hidden, lengths = model._embed(order)
+    hidden, lengths, rotary = model._embed(order)
     conditioning = torch.cat(
         [model._conditioning({"label": codes["label"], "text": codes["text"]}, False)]
         + [model._conditioning(generated, True)],
         dim=1,
     )
     for block in model.transformer_blocks:
-        hidden, _, _ = block(hidden, conditioning, lengths)
+        hidden, _, _ = block(hidden, conditioning, lengths, image_rotary_emb=rotary)
     shift, scale = model.adaln_out(conditioning[:, -1:]).chunk(2, dim=-1)
     actual = model.heads["image"](model.norm_out(hidden[:, 7:]) * (1 + scale) + shift)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -140,6 +172,61 @@ def test_one_pass_with_and_without_what_is_given_equals_two(codes, generated, ti
     assert all(torch.equal(given[name], whole[name]) for name in generated)
     with pytest.raises(ValueError, match="with_unconditional"):
         model(sides, timestep=timestep, with_unconditional=True)
+
+
+@pytest.mark.parametrize("generated", [["image"], ["image", "label"]])
+@pytest.mark.parametrize("with_unconditional", [True, False])
+def test_adaln_once_a_run_equals_adaln_at_each_call(codes, generated, with_unconditional):
+    """Bit for bit, and through the calls of the blocks: weights that are offloaded by blocks come with those."""
+    model = make()
+    given = {"text": codes["text"]}
+    targets = {name: codes[name] for name in generated}
+    inside = []
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda *_: inside.append(True))
+        block.register_forward_hook(lambda *_: inside.pop() and None)
+        block.adaln.register_forward_pre_hook(lambda *_: inside[-1] and None)
+    options = {"prefix": model.encode_prefix(given), "with_unconditional": with_unconditional}
+    plain = model(targets, **options).sample
+    modulation = model.encode_modulation(targets)
+    for block in model.transformer_blocks:
+        block.adaln = None  # not needed any more
+    found = model(targets, modulation=modulation, **options).sample
+    assert all(torch.equal(found[name], plain[name]) for name in generated)
+    with pytest.raises(ValueError, match="modulation is of the segments .* but these are .'text'."):
+        model({"text": codes["text"]}, modulation=modulation)
+    with pytest.raises(ValueError, match="encode_modulation: the model is time_conditioned"):
+        make(time_conditioned=True).encode_modulation(targets)
+
+
+def test_a_forward_pass_is_one_graph(codes):
+    model = make()
+    given, targets = {"text": codes["text"]}, {"image": codes["image"]}
+    traced = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        prefix = torch.compile(model.encode_prefix, fullgraph=True, backend="eager")(given)
+        options = {"prefix": prefix, "with_unconditional": True, "modulation": model.encode_modulation(targets)}
+        expected, found = (one(targets, **options).sample["image"] for one in (model, traced))
+    assert all(torch.equal(x, y) for x, y in zip(prefix.keys, model.encode_prefix(given).keys, strict=True))
+    assert torch.equal(found, expected)
+
+
+def test_repeated_blocks_compile_once(codes):
+    model, graphs = make(num_layers=4), []
+    expected = model({"image": codes["image"]}, given={"text": codes["text"]}).sample["image"]
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    prefix = model.encode_prefix({"text": codes["text"]})
+    count = len(graphs)
+    for _ in range(2):
+        found = model({"image": codes["image"]}, prefix=prefix).sample["image"]
+    assert torch.equal(found, expected)
+    assert count <= 2 and len(graphs) == count + 1  # the last block of what is given stops halfway
 
 
 def test_the_order_of_a_dict_has_no_meaning(codes):
@@ -265,7 +352,7 @@ def test_attention_backends_really_switch(codes, monkeypatch, with_segments):
     if with_segments:
         model, arguments = make(), ({"image": codes["image"]},)
     else:
-        model = make(segments=None, sample_size=8, num_embeds_ada_norm=10)
+        model = make(segments=None, use_rotary_positional_embeddings=False, sample_size=8, num_embeds_ada_norm=10)
         arguments = (torch.randn(2, 4, 8, 8), torch.tensor([5, 2]), torch.tensor([3, 4]))
 
     def run():

@@ -242,29 +242,47 @@ def test_a_scheduler_of_another_kind_is_named(pipeline, latent_pipeline):
 # What is not finite
 
 
-def test_logits_that_are_not_finite_stop_at_the_step(pipeline):
-    steps = []
-    options = {"callback_on_step_end": lambda pipe, index, timestep, inputs: steps.append(index)}
+def test_logits_that_are_not_finite_are_told_and_nothing_is_decoded(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.image_vq, "decode_codes", None)
     with pytest.raises(ValueError, match="guidance_scale=1e[+]308 is too large: .* logits are not finite"):
-        pipeline("a red apple", guidance_scale=1e308, **options)
+        pipeline("a red apple", guidance_scale=1e308)
+    monkeypatch.undo()
     pipeline("a red apple", guidance_scale=1e3, num_inference_steps=2)
     for parameter in pipeline.transformer.parameters():
         parameter.data.fill_(float("nan"))
     for call in (
-        lambda: pipeline("a red apple", **options),
-        lambda: pipeline("a red apple", guidance_scale=1.0, **options),
-        lambda: pipeline(output="image+text", **options),
-        lambda: pipeline(image=PICTURE, strength=0.5, **options),
+        lambda: pipeline("a red apple", output_type="latent"),
+        lambda: pipeline("a red apple", guidance_scale=1.0),
+        lambda: pipeline("a red apple", callback_on_step_end=lambda *arguments: {}),
+        lambda: pipeline(output="image+text"),
+        lambda: pipeline(image=PICTURE, strength=0.5),
         lambda: pipeline.score("text->image", "a dog", PICTURE),
         lambda: pipeline.classify(image=PICTURE),
         lambda: pipeline.classify(image=PICTURE, labels=["a dog", "a cat"]),
     ):
         with pytest.raises(ValueError, match="the transformer's logits are not finite"):
             call()
-    assert steps == []
 
 
-def test_predictions_that_are_not_finite_stop_at_the_step(latent_pipeline):
+def test_one_step_that_is_not_finite_is_enough(pipeline, latent_pipeline, monkeypatch):
+    for pipe, what in ((pipeline, "logits are"), (latent_pipeline, "prediction is")):
+        forward, count = pipe.transformer.forward, []
+
+        def once(*arguments, forward=forward, count=count, **options):
+            output = forward(*arguments, **options)
+            count.append(output)
+            if len(count) == 2:
+                for value in output.sample.values() if isinstance(output.sample, dict) else [output.sample]:
+                    value[0] = float("nan")
+            return output
+
+        monkeypatch.setattr(pipe.transformer, "forward", once)
+        with pytest.raises(ValueError, match=f"the transformer's {what} not finite"):
+            pipe("a red apple", num_inference_steps=4)
+        assert len(count) >= 4
+
+
+def test_predictions_that_are_not_finite_are_told(latent_pipeline):
     with pytest.raises(ValueError, match="guidance_scale=1e[+]308 is too large: .* prediction is not finite"):
         latent_pipeline("a red apple", guidance_scale=1e308)
     for parameter in latent_pipeline.transformer.parameters():

@@ -12,6 +12,7 @@ SAMPLERS = [
     {"sampler": "confidence"},
     {"sampler": "halton"},
     {"sampler": "entropy_bound", "entropy_bound": 2.0},
+    {"sampler": "threshold", "threshold": 0.1},
 ]
 
 
@@ -72,6 +73,42 @@ def test_event_driven_sampling_of_a_thousand_steps_calls_the_model_once_a_code_a
     assert 24 <= len(calls) <= 28
 
 
+@pytest.mark.parametrize("options", SAMPLERS)
+def test_the_model_is_called_for_rows_that_have_masks(pipeline, options, monkeypatch):
+    pipeline.scheduler = MaskedDiffusionScheduler(**options)
+    latents = torch.full((3, 4, 4), 32)
+    latents[1, 1:], latents[2] = 7, 7  # sixteen to draw, four, none
+    rows, forward = [], pipeline.transformer.forward
+
+    def counted(codes, **options):
+        left = (codes["image"] == 32).flatten(1).any(1)
+        rows.append((len(left), int(left.sum())))
+        return forward(codes, **options)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", counted)
+    prompts = ["a red apple", "a blue box", "红苹果"]
+    pipeline(prompts, latents=latents, num_inference_steps=12, generator=generators(1, 2, 3))
+    if options.get("remask"):
+        assert {size for size, _ in rows} == {3}  # any row may get masks again
+    else:
+        assert all(size == left for size, left in rows) and rows[0] == (2, 2)
+        assert len(rows) == 1 or rows[-1] == (1, 1)  # the second is done before the first
+
+
+def test_an_interrupted_run_has_a_prediction_for_rows_that_left(pipeline):
+    latents = torch.full((2, 4, 4), 32)
+    latents[1, 1:] = 7
+
+    def stop(pipe, index, timestep, inputs):
+        pipe._interrupt = index == 8
+        return {}
+
+    codes = pipeline(
+        ["a red apple", "a blue box"], latents=latents, num_inference_steps=12, callback_on_step_end=stop
+    ).segments["image"]
+    assert len(codes) == 2
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("options", SAMPLERS)
 def test_guidance_one_is_none_exactly_and_one_call_a_step(pipeline, calls, options, schedule):
@@ -112,7 +149,7 @@ def test_the_guidance_schedule_goes_by_the_share_of_masks_of_each_row(pipeline, 
     assert [call["with_unconditional"] for call in calls] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "entropy_bound", "halton"])
+@pytest.mark.parametrize("sampler", ["ancestral", "entropy_bound", "threshold", "halton"])
 def test_a_time_conditioned_model_gets_each_rows_time(pipeline, sampler, monkeypatch):
     model = VQDiTTransformer2DModel.from_config(pipeline.transformer.config, time_conditioned=True).eval()
     scheduler = MaskedDiffusionScheduler(sampler=sampler)
@@ -126,6 +163,7 @@ def test_a_time_conditioned_model_gets_each_rows_time(pipeline, sampler, monkeyp
         lambda codes, timestep, **k: seen.append((codes["image"], timestep)) or forward(codes, timestep=timestep, **k),
     )
     timed(["a red apple", "a blue box"], guidance_scale=1.0, num_inference_steps=64, generator=generators(1, 2))
+    seen = [(codes, timestep) for codes, timestep in seen if len(timestep) == 2]  # before a row has left
     times = torch.stack([timestep for _, timestep in seen])  # (calls, B)
     assert scheduler.timesteps is None  # the call had its own
     scheduler.set_timesteps(64)

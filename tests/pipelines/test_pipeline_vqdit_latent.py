@@ -29,6 +29,7 @@ from diffusers_vqdit.models.vae_latents import (
     measure_latents,
     raw_latents,
 )
+from diffusers_vqdit.pipelines.check_inputs import FiniteChecks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_guidance_is_the_combination_of_two_predictions(pipe):
     prefix = pipe.transformer.encode_caption(*pipe.encode_prompt(["a red apple", "green"]))
     with torch.no_grad():
         for given in (None, prefix):
-            guided = pipe._predict(latents, time, labels, given, 2.5)
+            guided = pipe._predict(latents, time, labels, given, 2.5, FiniteChecks("predictions are"))
             conditional = pipe.transformer(latents, time, labels, prefix=given).sample
             free = pipe.transformer(latents, time).sample
             torch.testing.assert_close(guided, free + 2.5 * (conditional - free), atol=1e-5, rtol=1e-5)

@@ -80,10 +80,23 @@ def test_draws_in_parts_are_bit_for_bit_those_at_once(temperature, size):
     codes, log_probabilities, probabilities = draw(logits[masked], noise[masked], temperature)
     expected = codes, log_probabilities, entropies(probabilities)
     found = draw_masked(logits, masked, noise, temperature, entropy=True)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x[masked], y) and not x[~masked].any() for x, y in zip(found, expected, strict=True))
     assert draw_masked(logits, masked, noise, temperature)[2] is None
     none = draw_masked(logits, torch.zeros_like(masked), noise, temperature)
-    assert len(none[0]) == len(none[1]) == 0
+    assert none[0].shape == masked.shape and not none[0].any() and not none[1].any()
+
+
+def test_draws_at_all_positions_are_those_at_the_masked_ones():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")  # in name only
+
+    logits, masked = torch.randn(2, 9, 50), torch.rand(2, 9) < 0.6
+    noise = torch.rand(2, 9, dtype=torch.float64)
+    for temperature in (0.0, 0.7, 1.0):
+        expected = draw_masked(logits, masked, noise, temperature, entropy=True)
+        found = draw_masked(logits.as_subclass(Elsewhere), masked, noise, temperature, entropy=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs)
 
 
 def test_the_next_reveal_has_the_law_of_one_step_after_another():

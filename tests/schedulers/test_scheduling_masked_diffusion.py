@@ -16,6 +16,7 @@ SAMPLERS = [
     {"sampler": "confidence"},
     {"sampler": "halton"},
     {"sampler": "entropy_bound", "entropy_bound": 0.7},
+    {"sampler": "threshold", "threshold": 0.3},
 ]
 
 
@@ -425,6 +426,62 @@ def test_the_time_of_an_entropy_bounded_row_is_that_of_its_masks():
     event = scheduler.next_event(1.0, masked)
     torch.testing.assert_close(scheduler.mask_ratio(event.timesteps), torch.tensor([1.0, 0.5, 0.0]))
     assert event.revealed is None and event.needs_model
+    assert event.num_masked.tolist() == [8, 4, 0]
+
+
+def reveals_above(threshold, probabilities, steps=4, left=4):
+    """Where a step with `left` of `steps` left reveals codes whose likeliest value has these probabilities."""
+    scheduler = MaskedDiffusionScheduler(sampler="threshold", threshold=threshold, masking="linear", temperature=0.0)
+    scheduler.set_timesteps(steps)
+    p = torch.tensor([probabilities])
+    logits = torch.stack([p, (1 - p) / 2, (1 - p) / 2], dim=-1).log()
+    return (scheduler.step(logits, left / steps, torch.full(p.shape, 3)).prev_sample[0] == 0).tolist()
+
+
+def test_a_threshold_reveals_what_is_above_it_and_at_least_what_the_schedule_says():
+    assert reveals_above(0.7, [0.9, 0.5, 0.8, 0.6]) == [True, False, True, False]
+    assert reveals_above(0.95, [0.9, 0.5, 0.8, 0.6]) == [True, False, False, False]  # a quarter of four
+    assert reveals_above(0.95, [0.9, 0.5, 0.8, 0.6], left=2) == [True, False, True, False]  # a half
+    assert reveals_above(1.0, [1.0, 1.0, 1.0, 1.0]) == [True, False, False, False]  # nothing is above 1
+    assert reveals_above(0.0, [0.9, 0.5, 0.8, 0.6]) == [True] * 4
+    assert reveals_above(1.0, [0.9, 0.5, 0.8, 0.6], left=1) == [True] * 4
+
+
+def test_a_threshold_takes_fewer_steps_the_lower_it_is_and_never_more_than_there_are():
+    calls = []
+    for threshold in (1.0, 0.5, 0.2, 0.0):
+        scheduler = MaskedDiffusionScheduler(sampler="threshold", threshold=threshold)
+        scheduler.set_timesteps(12)
+        sample, count = sample_codes(scheduler, TinyModel(), torch.full((3, 20), 8), torch.Generator().manual_seed(0))
+        assert (sample < 8).all()
+        calls.append(count)
+    assert calls[0] == 12 >= calls[1] > calls[2] > calls[3] == 1
+
+
+@pytest.mark.parametrize("options", SAMPLERS)
+def test_a_step_waits_for_no_device(options):
+    """Tensors without values say so: what has to be read, or to be counted for a shape, raises an error."""
+    scheduler = MaskedDiffusionScheduler(**options)
+    scheduler.set_timesteps(6, device="meta")
+    sample = torch.full((2, 12), 8, device="meta")
+    logits = torch.randn(2, 12, 8, device="meta")
+    assert scheduler.step(logits, 0.5, sample, check_values=False).prev_sample.shape == (2, 12)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        scheduler.step(logits, 0.5, sample)
+
+
+@pytest.mark.parametrize("options", SAMPLERS)
+def test_a_step_that_looks_at_no_values_is_the_same_step(options):
+    scheduler = MaskedDiffusionScheduler(**options)
+    scheduler.set_timesteps(6)
+    sample, logits = torch.full((2, 12), 8), torch.randn(2, 12, 8)
+    sample[0, :5] = 3
+    one, other = (
+        scheduler.step(logits, 0.5, sample, generator=torch.Generator().manual_seed(1), check_values=check)
+        for check in (True, False)
+    )
+    assert torch.equal(one.prev_sample, other.prev_sample)
+    assert torch.equal(one.pred_original_sample, other.pred_original_sample)
 
 
 def test_halton_reveals_in_its_order_as_many_as_the_schedule_says():
@@ -487,6 +544,8 @@ def test_save_and_load(tmp_path):
         {"sampler": "best"},
         {"temperature": -1.0},
         {"entropy_bound": -0.5},
+        {"threshold": -0.1},
+        {"threshold": 1.1},
         {"remask": 1.5, "sampler": "ancestral"},
         {"remask": 0.1, "sampler": "halton"},
         {"guidance_schedule": "steep"},

@@ -1,5 +1,6 @@
 """Checkpoints that are verified, known by their run, and can't run code."""
 
+import argparse
 import pickle
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from diffusers_vqdit.training import checkpoints as module
 from diffusers_vqdit.training.checkpoints import (
     MANIFEST,
     _write_manifest,
@@ -248,3 +250,25 @@ def test_fingerprints_tell_data_and_models_apart():
     values += [["a", "bc"], ["ab", "c"], 1, 1.0, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), base.bfloat16()]
     assert len({fingerprint(value) for value in values}) == len(values)
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_of_several_verifies(folder, monkeypatch, main):
+    """The others hear what it found, or what is wrong."""
+    told = []
+
+    def broadcast(values):
+        told.append(values)
+        return values if main else from_main
+
+    state = argparse.Namespace(num_processes=2, is_main_process=main)
+    monkeypatch.setattr(module, "PartialState", lambda: state)
+    monkeypatch.setattr(module, "broadcast_object_list", broadcast)
+    if not main:
+        monkeypatch.setattr(module, "verify_checkpoint", None)
+    from_main = [folder / "checkpoint-6", None]
+    assert find_checkpoint(folder, "latest") == folder / "checkpoint-6"
+    from_main = [None, "resume_from_checkpoint='checkpoint-7' is not in"]
+    with pytest.raises(ValueError, match="resume_from_checkpoint='checkpoint-7' is not in"):
+        find_checkpoint(folder, "checkpoint-7")
+    assert find_checkpoint(folder, None) is None and len(told) == 2

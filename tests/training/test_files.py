@@ -1,16 +1,33 @@
 """Files are written whole or not at all, and what was not written is not touched."""
 
+import argparse
+import copy
 import errno
+import itertools
+import multiprocessing
 import os
+import re
 import subprocess
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_vqdit import ImageVQModel, TextVQModel
 from diffusers_vqdit.training import files
-from diffusers_vqdit.training.files import DiskFullError, check_kind, full_disk_named, save_pretrained_atomically
+from diffusers_vqdit.training.checkpoints import save_checkpoint
+from diffusers_vqdit.training.code_files import write_shard
+from diffusers_vqdit.training.files import (
+    DiskFullError,
+    check_kind,
+    check_output_file,
+    full_disk_named,
+    save_pretrained_atomically,
+)
+from diffusers_vqdit.training.latent_files import save_latents
+from diffusers_vqdit.training.lora import add_lora, save_lora
+from diffusers_vqdit.utils.checks import shown
 
 
 def names(folder):
@@ -91,15 +108,18 @@ def test_a_save_that_fails_leaves_what_was_there(text_vq, tmp_path, monkeypatch)
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_full_disk_is_called_that(tmp_path, error, wrapped):
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(
-        OSError, match="no space left on device while writing checkpoint-6 in .*; checkpoint-4 is whole"
-    ):
+    full = {
+        errno.EDQUOT: r"no space left on device while writing checkpoint-6 in .* \(the quota is used up\)",
+        errno.EFBIG: r"file too large while writing checkpoint-6 in .* \(.*ulimit -f.*\)",
+    }.get(getattr(error, "errno", None), "no space left on device while writing checkpoint-6 in .*")
+    with pytest.raises(OSError, match=f"{full}; checkpoint-4 is whole"):
         with full_disk_named("checkpoint-6", tmp_path):
             if not wrapped:
                 raise error
@@ -148,10 +168,129 @@ def test_a_disk_that_is_really_full(image_vq, tmp_path):
 
 
 def test_what_is_there_in_another_kind_is_named(tmp_path):
-    (tmp_path / "samples").write_text("")
-    (tmp_path / "README.md").mkdir()
-    with pytest.raises(ValueError, match="has a file 'samples' where a folder"):
-        check_kind(tmp_path, ["samples"], [])
-    with pytest.raises(ValueError, match="has a folder 'README.md' where a file"):
-        check_kind(tmp_path, [], ["README.md"])
-    check_kind(tmp_path, ["README.md", "logs"], ["samples", "config.json"])
+    """Of 13 folders and 13 files that runs write: a file, a link to nothing or a pipe in their place, at any depth."""
+    folders = ["samples", "codes", "logs/vqdit", "logs", "older-checkpoints", "transformer", "tokenizer", "scheduler"]
+    files = ["README.md", "model_index.json", "pipeline.py"]
+    found = [*("config.json", "tokenizer.json", "segments.json", "scheduler_config.json", "codes-00003.parquet")]
+    found += ["diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "step-000250.png", "7.png"]
+    kinds = {
+        "file": lambda path: path.write_text(""),
+        "link": lambda path: path.symlink_to(path.parent / "nothing"),
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+    }
+    count = 0
+    for name, (kind, make), parent in itertools.product([*folders, *files, *found], kinds.items(), ("", "samples")):
+        if (kind == "folder" and name in folders) or (parent and name not in found):
+            continue
+        place = tmp_path / str(count) / parent / name
+        place.parent.mkdir(parents=True)
+        make(place)
+        if kind == "file" and name not in folders:
+            check_kind(tmp_path / str(count), folders, files)
+        else:
+            with pytest.raises(ValueError, match=f"output_dir='{tmp_path / str(count)}' has .*{re.escape(name)}'"):
+                check_kind(tmp_path / str(count), folders, files)
+        count += 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"has a file '{tmp_path}/file'"):
+        check_kind(tmp_path / "0" / "new", [f"{tmp_path}/file/logs"], [])
+    print(f"things in the place of what a run writes: {count}")
+
+
+@pytest.mark.parametrize("name", ["notes", "checkpoint-best", "config.json.d", "1.jpg", "model", "codes-1.csv"])
+def test_folders_of_the_users_are_none_of_that(tmp_path, name):
+    (tmp_path / name).mkdir()
+    check_kind(tmp_path, ["samples", "logs"], ["README.md"])
+
+
+def test_a_file_to_write_at_the_end_is_tried_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing" / "x")
+    bad = ["file/x.png", "file/below/x.png", "folder.png", "pipe.png", "dangling.png", "dangling.png/x.png", "."]
+    bad += [f"{'x' * 246}.png", f"{'x' * 256}/x.png", "/proc/nothing/x.png", "/dev/null", "x.jpg", "x", "x.png.zip"]
+    for name in bad:
+        named = f"output_file={shown(str(tmp_path / name))}"
+        with pytest.raises(ValueError, match=f"^{re.escape(named)} .*(must|is|can't)"):
+            check_output_file("output_file", tmp_path / name, ".png")
+    good = ["x.png", "new/folder/x.png", "x.PNG", "brackets [1].png", "\u4e2d\u6587.png", "-x.png", "x y.png"]
+    for name in good:
+        check_output_file("output_file", tmp_path / name, ".png")
+        assert not (tmp_path / name).exists() and not any((tmp_path / name).parent.glob(".*"))
+    check_output_file("output_file", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    print(f"paths of files to write: {len(bad)} refused, {len(good)} taken")
+
+
+def _limited(size, save, results):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        save()
+        results.put("saved")
+    except BaseException as error:
+        results.put(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs limits of POSIX")
+@pytest.mark.parametrize("size", [1 << 12, 40_000, 3 << 20])
+def test_a_limit_of_the_size_of_files_is_named(image_vq, tmp_path, size):
+    """In whatever way it is saved: the message tells the limit, and what was there is whole."""
+    if size > 1 << 20:  # what the disk is asked with goes through
+        image_vq.register_parameter("large", torch.nn.Parameter(torch.zeros(1 << 20)))
+    accelerator = Accelerator()
+    model, _ = accelerator.prepare(image_vq, torch.optim.AdamW(image_vq.parameters()))
+    codes = torch.zeros(1 << 20, 2, dtype=torch.int32)
+    saves = {
+        "model": lambda: save_pretrained_atomically(image_vq, tmp_path / "model"),
+        "pickle": lambda: save_pretrained_atomically(image_vq, tmp_path / "model", safe_serialization=False),
+        "checkpoint": lambda: save_checkpoint(accelerator, tmp_path, 2),
+        "own": lambda: image_vq.save_pretrained(tmp_path / "model"),
+        "own pickle": lambda: image_vq.save_pretrained(tmp_path / "model", safe_serialization=False),
+        "latents": lambda: save_latents(tmp_path / "latents.safetensors", codes.float(), {}),
+        "codes": lambda: write_shard(tmp_path / "codes-00000.parquet", {"image": [torch.randperm(1 << 20)]}),
+    }
+    save_pretrained_atomically(image_vq, tmp_path / "model")
+    (tmp_path / "latents.safetensors").write_text("whole")
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    context = multiprocessing.get_context("fork")
+    for name, save in saves.items():
+        results = context.SimpleQueue()
+        process = context.Process(target=_limited, args=(size, save, results))
+        process.start()
+        told = results.get()
+        process.join(60)
+        assert told.startswith(("OSError: ", "DiskFullError: ")), (name, told)
+        assert "File too large" in told or "file too large" in told or "limit of file sizes" in told, (name, told)
+        assert "still whole" in told or "there is no checkpoint yet" in told, (name, told)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    print(f"saves beyond a limit of {size} bytes: {len(saves)}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_permissions_of_any_new_file(pipeline, tmp_path, umask):
+    """In whatever way they are saved, also over others; safetensors gives its files to the owner alone."""
+    accelerator = Accelerator()
+    model, _ = accelerator.prepare(pipeline.transformer, torch.optim.AdamW(pipeline.transformer.parameters()))
+    lora = copy.deepcopy(pipeline.transformer)
+    add_lora(lora, argparse.Namespace(rank=2, lora_alpha=None, lora_dropout=0.0, lora_layers=["to_q"]))
+    index = pipeline.index(["a red apple", "a dot"])
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            save_pretrained_atomically(pipeline, tmp_path / "run")
+            pipeline.save_pretrained(tmp_path / "pipeline")
+            pipeline.image_vq.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+            save_lora(lora, tmp_path / "lora")
+            save_checkpoint(accelerator, tmp_path / "run", 2)
+            save_latents(tmp_path / "latents.safetensors", torch.zeros(2, 1, 4, 4, 4), {})
+            index.save(tmp_path / "gallery.safetensors")
+            write_shard(tmp_path / "codes-00000.parquet", {"image": [torch.zeros(2)]})
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in names(tmp_path)}
+    assert len(modes) > 20 and set(modes.values()) == {0o666 & ~umask}, modes

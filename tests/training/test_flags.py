@@ -33,6 +33,7 @@ SHARED = [
     *((name, "-1", "an integer of at least 0") for name in ("checkpoints_total_limit", "lr_warmup_steps")),
     *(("seed", value, "an integer in [0, 4294967295]") for value in ("-1", "4294967296", "x")),
     *(("lr_scheduler", value, "choose from") for value in ("cosin", "piecewise_constant")),
+    *(("report_to", value, "must be one of ['none', 'all'") for value in ("xyz", "tensorboards", "None")),
     *(("mixed_precision", "fp8", "choose from"), ("hub_strategy", "never", "choose from")),
 ]
 SINGLE = {

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,7 +114,8 @@ def test_a_run_that_was_stopped_anywhere_ends_bit_identical(run, tmp_path, monke
         raise Killed
 
     with pytest.raises(Killed):
-        run(name, "broken", "--resume_from_checkpoint latest", save_pretrained_atomically=killed)
+        final = "publish_pipeline" if name in ("train_vqdit", "train_latent_dit") else "save_pretrained_atomically"
+        run(name, "broken", "--resume_from_checkpoint latest", **{final: killed})
     assert verify_checkpoint(tmp_path / "broken" / "checkpoint-6").step == 6
     assert not (tmp_path / "broken" / "README.md").exists()
     run(name, "broken", "--resume_from_checkpoint latest")
@@ -190,33 +193,90 @@ def test_validation_is_tried_before_the_first_step(run, tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
+    folders = {"train_image_vq": "samples", "train_text_vq": "tokenizer"}.get(name, "transformer")
+    logs = {"train_image_vq": "image_vq", "train_text_vq": "text_vq", "train_latent_dit": "vqdit-latent"}
+    for number, place in enumerate(["logs", f"logs/{logs.get(name, 'vqdit')}", "older-checkpoints", folders]):
+        path = tmp_path / f"out{number}" / place
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        with pytest.raises(ValueError, match=f"output_dir='{tmp_path}/out{number}' has a file '{place}' where a fold"):
+            run(name, f"out{number}", "--report_to tensorboard", train=None)
     (tmp_path / "out" / "README.md").mkdir(parents=True)
     with pytest.raises(ValueError, match="has a folder 'README.md'"):
-        run(name, "out", load_training_dataset=None)
+        run(name, "out", train=None)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/x", "file/below/x", "no.safetensors", f"{'x' * 250}"])
+def test_where_latents_are_kept_is_tried_before_anything_is_read(run, tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "no.safetensors").write_text("no latents")
+    with pytest.raises(ValueError, match="latents_file='.* (can't be written|is no regular file|is damaged)"):
+        run("train_latent_dit", "out", f"--latents_file {tmp_path / place}", train=None)
+
+
+def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(run, pipeline, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    start = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --rank 2 --lora_layers"
+    bad = [
+        "to_x",
+        "to_q to_x",
+        "q",
+        "o_q",
+        "attn1",
+        "norm1 to_q",
+        "transformer_blocks",
+        "to_q.weight",
+        "TO_Q",
+        "to_out",
+    ]
+    bad += ["transformer_blocks.2.attn1.to_q", "all-linear", ".*", "to_q,to_k"]
+    for layers in bad:
+        with pytest.raises(ValueError, match="lora_layers has '.*', which must be linear layers, some of .*to_q'"):
+            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+    for layers in ["to_q", "attn1.to_k ff.net.2", "transformer_blocks.1.attn1.to_q"]:
+        with pytest.raises(TypeError):  # goes on
+            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+    print(f"layers of LoRA that are not there: {len(bad)} refused")
+
+
+# How many moments of each script: `KILLS=20 python -m pytest tests/training/test_run_scripts.py -k random_moment -s`
+KILLS = int(os.environ.get("KILLS", 1))
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_and_one_that_is_interrupted(run, root, arguments, tmp_path):
-    """SIGKILL and Ctrl-C at any moment: the second ends by its signal, after a checkpoint; then both are resumed."""
-    name, more = "train_text_vq", "--max_train_steps 300 --checkpointing_steps 50 --checkpoints_total_limit 0"
-    resume = f"{more} --resume_from_checkpoint latest"
-
-    def start(more, step):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_process_stopped_at_a_random_moment_ends_bit_identical(run, root, arguments, tmp_path, name):
+    """By SIGKILL and by Ctrl-C in turns: about any step, checkpoint or the final save, and then resumed."""
+    more, folder = "--max_train_steps 60 --checkpointing_steps 5 --checkpoints_total_limit 0", tmp_path / "broken"
+    run(name, "whole", more)
+    found, chance = [], random.SystemRandom()  # each run seeds the module's own generator
+    for number in range(KILLS):
+        shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, root / "training" / f"{name}.py", *arguments(name, "broken", more)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (tmp_path / "broken" / f"checkpoint-{step}").is_dir():
+        kind, step = (signal.SIGKILL, signal.SIGINT)[number % 2], chance.randrange(0, 61, 5)
+        begun = folder / f"checkpoint-{step}" if step else folder / ".lock"
+        while process.poll() is None and not begun.exists():
             time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 0.1))
-        return process
+        time.sleep(chance.uniform(0.0, 2.0 if step in (0, 60) else 0.2))
+        process.send_signal(kind)
+        assert process.wait() in (-kind, 0)  # 0: it had ended
+        found.append(f"{len(checkpoints(folder))}{'' if process.returncode else ' (ended)'}")
+        run(name, "broken", f"{more} --resume_from_checkpoint latest")
+        assert_same(tmp_path / "whole", folder)
+    print(f"\n{name}: {KILLS} of {KILLS} bit-identical; checkpoints there were when stopped: {', '.join(found)}")
 
-    process = start(more, 50)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process = start(resume, 150)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == -signal.SIGINT
-    last = checkpoints(tmp_path / "broken")[-1]
-    assert verify_checkpoint(last).step < 300
-    run(name, "broken", resume)
-    run(name, "whole", more)
-    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+def test_a_run_in_which_nothing_is_wrong_warns_of_nothing(root, pipeline, picture_folder, tmp_path):
+    """Nor does it repeat what other libraries tell of each file; a resumed finetuning, as the terminal shows it."""
+    pipeline.save_pretrained(tmp_path / "pipe")
+    command = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --train_data_dir {picture_folder} --use_ema "
+    command += f"--tasks text->image:1 --train_batch_size 4 --checkpointing_steps 1 --output_dir {tmp_path / 'out'} "
+    for more in ("--max_train_steps 2", "--max_train_steps 2 --resume_from_checkpoint latest"):
+        command_line = [sys.executable, root / "training" / "train_vqdit.py", *command.split(), *more.split()]
+        done = subprocess.run(command_line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = [re.split("[\r\n]", line)[-1] for line in done.stderr.splitlines()]
+        logged = [line for line in lines if re.search(r" (DEBUG|INFO|WARNING|ERROR) |[Ww]arning|float32", line)]
+        assert logged and all(re.search(r" INFO (diffusers_vqdit|__main__)", line) for line in logged), logged

@@ -1,0 +1,154 @@
+"""Several tokenizers as one component, for segments whose codes none of a pipeline's named components makes."""
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch.nn as nn
+import transformers
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..utils.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.checks import shown
+from ..utils.weight_files import replacing_weights
+
+
+class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
+    """Tokenizers by name, each with what stands beside it: what `MultiControlNetModel` is to controlnets.
+
+    A pipeline's components come from its signature, which has no place for as many as there are segments.
+
+    ``save_pretrained`` writes each into ``{name}.tokenizer``, and into ``tokenizer`` in there what stands beside it.
+    These folders can be loaded on their own, by the model's class.
+
+    Args:
+        tokenizers: models of diffusers (such as `ImageVQModel` and `TextVQModel`) or of transformers (such as
+            `DacModel`), by name.
+        beside: what makes their inputs: a text tokenizer of transformers, or a feature extractor; by the same names,
+            for those that need one.
+
+    Raises:
+        ValueError: if there is none, or one of another kind or with a name that is no identifier.
+    """
+
+    index_files = "tokenizers.*.json"  # one a variant
+
+    def __init__(self, tokenizers: Mapping[str, nn.Module], beside: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        beside = dict(beside or {})
+        if not isinstance(tokenizers, Mapping) or not tokenizers:
+            raise ValueError(f"tokenizers={shown(tokenizers)} must be a dict of one or more models by name")
+        for name, model in tokenizers.items():
+            if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"tokenizers: {name!r} can't be a name; use letters, digits and underscores")
+            if not isinstance(model, ModelMixin | transformers.PreTrainedModel):
+                raise ValueError(f"tokenizers[{name!r}]={shown(model)} must be a model of diffusers or transformers")
+        for name in beside:
+            if name not in tokenizers:
+                raise ValueError(f"beside has {name!r}, but tokenizers are {list(tokenizers)}")
+        self.tokenizers, self.beside = nn.ModuleDict(tokenizers), beside
+        # As in model_index.json.
+        self.register_to_config(
+            kinds={name: _kind_of(model) for name, model in tokenizers.items()},
+            kinds_beside={name: _kind_of(one) for name, one in beside.items()},
+        )
+
+    @property
+    def saved_parts(self) -> dict[str, Any]:
+        """What its folder has, by subfolder."""
+        found: dict[str, Any] = {}
+        for name, model in self.tokenizers.items():
+            found[f"{name}.tokenizer"] = model
+            if name in self.beside:
+                found[f"{name}.tokenizer/tokenizer"] = self.beside[name]
+        return found
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The tokenizers by name, and as ``{name}.tokenizer`` what stands beside them."""
+        return {**self.tokenizers, **{f"{name}.tokenizer": one for name, one in self.beside.items()}}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write all tokenizers; the arguments are those of any model of diffusers."""
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        with replacing_weights(save_directory) as unfinished:
+            self.save_config(unfinished)
+            for folder, part in self.saved_parts.items():
+                if isinstance(part, nn.Module):
+                    part.save_pretrained(str(unfinished / folder), **_accepted(part.save_pretrained, options))
+                else:
+                    part.save_pretrained(str(unfinished / folder))
+            if variant is not None:
+                # By such a name diffusers knows that a component has the variant. It splits all names in the folder
+                # at a dot, which is why those of the subfolders have one.
+                kept = json.dumps({"variant": variant, "tokenizers": list(self.tokenizers)}, indent=2)
+                Path(unfinished, f"tokenizers.{variant}.json").write_text(kept + "\n", encoding="utf-8")
+        if push_to_hub:
+            self._push_saved(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MultiTokenizerModel":
+        """Load all tokenizers; the arguments, which are those of any model of diffusers, go to each.
+
+        Raises:
+            ValueError: for a config that names no models.
+        """
+        place = kwargs.pop("subfolder", None) or ""
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=place or None, **hub)
+        # Checks the class and the format; the rest are no arguments of ours.
+        cls.extract_init_dict({name: value for name, value in config.items() if name.startswith("_")})
+        parts = []
+        for entry, end in (("kinds", ""), ("kinds_beside", "/tokenizer")):
+            kinds, found = config.get(entry), {}
+            if not isinstance(kinds, dict):
+                raise ValueError(f"{pretrained_model_name_or_path}: {entry}={shown(kinds)} must be classes by name")
+            for name, kind in kinds.items():
+                folder = "/".join(part for part in (place, f"{name}.tokenizer{end}") if part)
+                part: Any = _class_of(f"{pretrained_model_name_or_path}: {entry}[{name!r}]", kind)
+                options = kwargs if issubclass(part, ModelMixin) else hub
+                if issubclass(part, transformers.PreTrainedModel):
+                    options = hub | {n: kwargs[n] for n in ("variant", "dtype", "device_map") if n in kwargs}
+                    options |= {"dtype": kwargs["torch_dtype"]} if kwargs.get("torch_dtype") is not None else {}
+                found[name] = part.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **options)
+            parts.append(found)
+        return cls(*parts).eval()
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+
+def _kind_of(part: Any) -> list[str]:
+    """Library and class. Classes of this package are diffusers', where importing it puts them."""
+    library = type(part).__module__.split(".")[0]
+    return ["transformers" if library == "transformers" else "diffusers", type(part).__name__]
+
+
+def _class_of(where: str, kind: Any) -> type:
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    if not isinstance(kind, list | tuple) or len(kind) != 2 or kind[0] not in libraries:
+        raise ValueError(f"{where}={shown(kind)} must be [library, class], of {list(libraries)}")
+    found = getattr(libraries[kind[0]], str(kind[1]), None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ValueError(f"{where}={shown(kind)} is no class of {kind[0]}'s that can be loaded")
+    return found
+
+
+def _accepted(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}

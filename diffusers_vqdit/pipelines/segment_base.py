@@ -1,0 +1,294 @@
+"""What a segment is, beside its codes: the base of the classes that make codes of values and values of codes.
+
+A modality is a file with two of them: a [`SegmentProcessor`] for pipelines, and a [`ColumnReader`] that makes a
+segment's codes of a dataset's column; and a line of `MODALITIES`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..models.segment_layers import has_codebooks
+
+
+# The segments that arguments of their own are for; all others are passed by name.
+TEXT, IMAGE, LABEL = "text", "image", "label"
+ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_label": LABEL}
+# Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
+LOWRES = "image_lowres"
+
+
+@dataclass
+class EncodedValue:
+    """A value as codes, and what it tells of a generated one.
+
+    Args:
+        codes: int64 (B * tiles, *shape), the vocabulary size where unknown.
+        finishes: name of the generated segment that `finish` makes values of.
+        finish: values of generated codes, `(codes, repeats, output_type)`, in place of the segment's ``decode``;
+            `repeats` samples were drawn for each value.
+        tiles: how many samples stand for one value.
+    """
+
+    codes: torch.LongTensor
+    finishes: str | None = None
+    finish: Callable[[torch.LongTensor, int, str], Any] | None = None
+    tiles: int = 1
+
+
+@dataclass(frozen=True)
+class SegmentColumn:
+    """A segment of a dataset: its modality, its column, and what makes its codes.
+
+    Args:
+        modality: a key of `MODALITIES`.
+        column: the column that it is made from.
+        tokenizer: the model that makes its codes; None for the one that the modality takes by default, or where it
+            needs none.
+        beside: what stands beside the tokenizer: a text's tokenizer of transformers, a feature extractor.
+        tokenizer_name: what the tokenizer is called; by default as a component, or as the first of its segments.
+        prompt_columns: columns of more values, used where the segment is given; None for no such variants.
+        options: the modality's, such as a label's ``"names"`` or a picture's ``"resolution"``.
+    """
+
+    modality: str
+    column: str
+    tokenizer: Any = None
+    beside: Any = None
+    tokenizer_name: str | None = None
+    prompt_columns: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ColumnReader(ABC):
+    """One column of a dataset, to be encoded. Made before any work, when it checks all that can be checked then.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        column: the column's name.
+        tokenizer: the model that makes the codes, or None.
+        beside: what stands beside it, or None.
+        options: those of [`SegmentColumn`] and of [`~training.codes.encode_dataset`]; each reader takes its own.
+
+    Attributes:
+        vocab_size (`int`): codes are in [0, vocab_size).
+        shape (`list[int]`, *optional*): of a value's grid of codes, where it is known before the first are made.
+        entry (`dict`): options of the segment's entry that the column tells, such as a label's names.
+        notes (`list[str]`): warnings of what was found, to be shown before the work begins.
+        has_variants (`bool`): whether some value has several codes, of which one is drawn each time.
+        settings (`dict`): how values are read, where that is to be known.
+    """
+
+    feature: str | None = None  # of `datasets`, which the column is cast to, undecoded
+    shape: list[int] | None = None
+
+    def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
+        self.column, self.tokenizer, self.beside = column, tokenizer, beside
+        self.dataset = dataset.select_columns(column)  # the others need not be read
+        if self.feature is not None:
+            self.dataset = self.cast(self.dataset)
+        self.entry: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.has_variants = False
+        self.settings: dict[str, Any] = {}
+
+    def cast(self, dataset: Any) -> Any:
+        """The dataset with the column as one of `feature`, undecoded.
+
+        Raises:
+            ValueError: that names the column and its type, if it can't be one.
+        """
+        import datasets  # of training alone
+
+        kind, feature = getattr(datasets, self.feature), dataset.features[self.column]
+        if isinstance(feature, kind) and not feature.decode:
+            return dataset
+        try:
+            return dataset.cast_column(self.column, kind(decode=False))
+        except Exception as error:  # of Arrow
+            raise ValueError(f"column {self.column!r} of {feature} can't be one of {self.feature}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.tokenizer.num_codes
+
+    @property
+    def reads(self) -> tuple:
+        """Readers with an equal one read the same values, which are then read once."""
+        return type(self), self.column
+
+    @abstractmethod
+    def read(self, row: int) -> Any:
+        """A row's value. What it raises leaves the row out, with a warning."""
+
+    @abstractmethod
+    def digest(self, values: list) -> bytes:
+        """What tells these values from others, for the fingerprint of the data."""
+
+    @abstractmethod
+    def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
+        """Codes (V, *shape) of each value, on the CPU; V > 1 where it has variants, of which one is drawn."""
+
+    def moved(self, values: list, batch_size: int) -> list[list[torch.LongTensor]]:
+        """Codes (1, *shape) of changed copies of each value, for use where it is given."""
+        return []
+
+    def placed(self, row: int) -> str:
+        """Where a row's value is, for a warning."""
+        return f"in row {row}"
+
+
+class SegmentProcessor(ABC):
+    """Encodes and decodes one segment's values. Holds nothing that a call changes.
+
+    Args:
+        name: of the segment.
+        entry: what the pipeline's config says of it, without ``"modality"``: ``"tokenizer"``, and the modality's
+            options.
+        geometry: what the transformer's config says of it: ``"vocab_size"`` and ``"shape"``.
+        components: the pipeline's components that tokenize, by name, None for those that it lacks, with the
+            tokenizers of its `MultiTokenizerModel`; and its ``image_processor`` and ``pixel_processor``.
+        resize_mode: how pictures are read that are not of the grid's aspect ratio.
+        device: tells where codes go; asked when they are made, as diffusers looks through all layers for it.
+    """
+
+    options: tuple[str, ...] = ()
+    ndims: tuple[int, ...] = (1, 2)  # of the grid of codes; the second is with residual codes of a position
+    tokenizer: str | None = None  # the component where the entry names none; "": it must name one; None: needs none
+    named_beside: str | None = None  # the component beside that one
+    reader: type[ColumnReader]  # of a dataset's column
+    noun = "value"  # for messages
+    output_field = ""  # of the pipeline's output, where it has one
+    takes_mask = False  # whether a mask says what of a value is unknown
+    tiled = False  # whether a value is made of several samples
+    # How it is generated by default
+    guidance_scale = 1.0
+    num_inference_steps: int | None = 16  # None: as many as there are codes
+    temperature: float | None = None  # where something is given; None: the scheduler's
+    how_to_pass = "it is given or generated"  # where a segment is both passed and generated
+
+    def __init__(
+        self,
+        name: str,
+        entry: Mapping[str, Any],
+        geometry: Mapping[str, Any],
+        components: Mapping[str, Any],
+        resize_mode: str,
+        device: Callable[[], torch.device],
+    ) -> None:
+        self.name, self.entry, self.resize_mode, self.device = name, entry, resize_mode, device
+        self.vocab_size, self.shape = geometry["vocab_size"], tuple(geometry["shape"])
+        self.components = components
+        self.argument = next((a for a, segment in ARGUMENTS.items() if segment == name), f"inputs[{name!r}]")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the components that it can't do without."""
+        tokenizer = self.entry.get("tokenizer", self.tokenizer)
+        if tokenizer is None:
+            return ()
+        place = self.place_beside(tokenizer)
+        return (tokenizer,) if place is None else (tokenizer, place)
+
+    @property
+    def vq(self) -> Any:
+        """The component that makes its codes."""
+        return self.components[self.needs[0]]
+
+    @property
+    def beside(self) -> Any:
+        """What stands beside it."""
+        return self.components[self.needs[1]]
+
+    @classmethod
+    def place_beside(cls, tokenizer: str) -> str | None:
+        """The name under which components have what stands beside a tokenizer: the modality's own component has it in
+        another, and those of a [`MultiTokenizerModel`] bring theirs."""
+        if cls.named_beside is None:
+            return None
+        return cls.named_beside if tokenizer == cls.tokenizer else f"{tokenizer}.tokenizer"
+
+    @classmethod
+    def load_tokenizer(cls, name: str, *, cache_dir: str | None = None, **options: Any) -> tuple[Any, Any]:
+        """The model in a folder or Hub repository that makes codes of such values, and what stands beside it or None.
+
+        Raises:
+            ValueError: if the modality has no tokenizers.
+        """
+        raise ValueError(f"{name!r} can't be a tokenizer of {cls.noun}s, which need none")
+
+    @classmethod
+    def check_entry(cls, where: str, entry: dict[str, Any], name: str, segments: Mapping[str, Any]) -> dict[str, Any]:
+        """An entry of the config as it is saved; `segments` are the transformer's.
+
+        Raises:
+            ValueError: for an option that doesn't fit.
+        """
+        shape, residual = segments[name]["shape"], cls.tokenizer is not None and has_codebooks(segments, name)
+        if len(shape) not in cls.ndims or len(shape) > cls.ndims[0] and not residual:
+            raise ValueError(
+                f"{where}['modality']={entry['modality']!r} needs a grid of {' or '.join(map(str, cls.ndims))} "
+                f"dimensions, but the transformer has {name!r} of shape {list(shape)}"
+            )
+        return entry
+
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """Options of the reader of a column whose segment a pipeline has already, so that codes fit what it has."""
+        return {}
+
+    @abstractmethod
+    def read(self, value: Any) -> list:
+        """One or several values as a list that is checked, before any work.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+
+    @abstractmethod
+    def encode(self, values: Any) -> torch.LongTensor:
+        """Codes (B, *shape) of values."""
+
+    @abstractmethod
+    def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
+        """Values of codes (B, *shape)."""
+
+    def encode_given(self, values: list) -> EncodedValue:
+        """Codes of values that others are generated from."""
+        return EncodedValue(self.encode(values))
+
+    def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
+        """Codes of values that are generated, of which a part is known.
+
+        Raises:
+            ValueError: for a modality whose values are known whole or not at all.
+        """
+        raise ValueError(
+            f"{self.argument} is a {self.noun}, of which no part can be filled in: it is given or generated"
+        )
+
+    def read_mask(self, mask_image: Any, values: list) -> torch.Tensor:
+        """Masks for `values`, ones where they are unknown.
+
+        Raises:
+            ValueError: for what is no mask of theirs.
+        """
+        raise ValueError(f"mask_image is no mask of {self.argument}, a {self.noun}")
+
+    def has_blanks(self, value: Any) -> bool:
+        """Whether a value itself asks to be filled in."""
+        return False
+
+
+def forget_positions(
+    codes: torch.LongTensor, other: torch.LongTensor, touched: torch.BoolTensor, mask_token_id: int
+) -> torch.LongTensor:
+    """Codes (B, *grid), or (B, *grid, q) of q a position, with all those masked of the positions that are touched
+    (B, *grid) or have other codes in `other`."""
+    changed = (codes != other).reshape(*touched.shape, -1).any(-1)  # (B, *grid)
+    unknown = touched | changed
+    return codes.masked_fill(unknown.view(*unknown.shape, *[1] * (codes.ndim - unknown.ndim)), mask_token_id)

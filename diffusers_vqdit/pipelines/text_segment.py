@@ -1,0 +1,147 @@
+"""Texts as segments, on a line of codes."""
+
+import json
+import re
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from transformers import PreTrainedTokenizerFast
+
+from ..models.text_vq import TextVQModel
+from ..utils.checks import shown
+from ..utils.components import find_beside, find_component
+from ..utils.texts import caption_lists, check_texts, cut_texts, tokenize_to_length
+from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
+
+
+logger = logging.get_logger(__name__)
+
+
+class TextReader(ColumnReader):
+    """A column of texts, or of lists of them."""
+
+    def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
+        super().__init__(dataset, column, tokenizer, beside)
+        self.lists = caption_lists(dataset[column], column)
+        length = tokenizer.config.max_length
+        warning = cut_texts([text for texts in self.lists for text in texts], beside, length)
+        self.notes = [warning] if warning else []
+        self.has_variants = any(len(texts) > 1 for texts in self.lists)
+
+    def read(self, row: int) -> list[str]:
+        return self.lists[row]
+
+    def digest(self, values: list) -> bytes:
+        return json.dumps([self.column, values]).encode()
+
+    def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
+        texts = [text for row in values for text in row]
+        codes = encode_texts(texts, self.tokenizer, self.beside, batch_size)
+        return list(codes.split([len(row) for row in values]))
+
+
+def encode_texts(texts: list[str], text_vq: TextVQModel, tokenizer: Any, batch_size: int = 64) -> torch.LongTensor:
+    """Codes (N, L) int64 of `texts`, on the CPU."""
+    codes = []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        ids, mask, _ = tokenize_to_length(tokenizer, part, text_vq.config.max_length)
+        codes.append(text_vq.encode_codes(ids.to(text_vq.device), mask.to(text_vq.device)).cpu())
+    return torch.cat(codes)
+
+
+class TextSegment(SegmentProcessor):
+    """Texts on a line of codes."""
+
+    tokenizer = "text_vq"
+    named_beside = "tokenizer"
+    reader = TextReader
+    noun = "text"
+    output_field = "texts"
+    num_inference_steps = None  # its codes hang together more than a picture's
+    temperature = 0.0
+    how_to_pass = "a segment is given or generated. Put <mask> where a text is to be filled in"
+
+    @classmethod
+    def load_tokenizer(cls, name: str, *, cache_dir: str | None = None, **options: Any) -> tuple[Any, Any]:
+        """The text tokenizer in a folder or Hub repository: its own, a pipeline's, or a subfolder such as
+        ``user/model/text_vq``; and its `tokenizer`, which stands in the model's folder or, in a pipeline, beside it.
+
+        Raises:
+            ValueError: if there is a model without a tokenizer.
+        """
+        source, folder = find_component(name, cls.tokenizer, cache_dir)
+        model = TextVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
+        place = find_beside(source, folder, cls.named_beside, "tokenizer_config.json", cache_dir)
+        if place is None:
+            raise ValueError(f"text_vq={name!r} has no tokenizer, neither in its folder nor beside it")
+        source, folder = place
+        return model, PreTrainedTokenizerFast.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
+
+    @property
+    def words(self) -> Any:
+        """The tokenizer that makes token ids of texts."""
+        return self.beside
+
+    def read(self, value: Any) -> list:
+        return check_texts(self.argument, value)
+
+    def tokenize(self, texts: Any) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
+        texts, length = self.read(texts), self.vq.config.max_length
+        ids, mask, counts = tokenize_to_length(self.words, texts, length)
+        for text, count in zip(texts, counts, strict=True):
+            if not count:
+                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
+            if count > length:
+                logger.warning(f"{self.argument} {text!r} has {count} tokens; only the first {length} are used")
+        return ids.to(self.device()), mask.to(self.device())
+
+    def encode(self, values: Any) -> torch.LongTensor:
+        return self.vq.encode_codes(*self.tokenize(values))
+
+    def has_blanks(self, value: Any) -> bool:
+        mask = getattr(self.words, "mask_token", None)
+        texts = value if isinstance(value, list) else [value]
+        return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
+
+    def infill(self, texts: list[str]) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+        """What texts with blanks tell of a generated text.
+
+        Each ``<mask>`` is one token, and takes the place of the space before it. A code is known where the blanks
+        leave it the same whatever stands in them.
+
+        Returns:
+            codes (B, *shape) with the vocabulary size where unknown, token ids (B, T), and which tokens are known
+            (B, T).
+        """
+        blank, pad = self.words.mask_token_id, self.words.pad_token_id
+        closed = [re.sub(rf"\s*{re.escape(self.words.mask_token)}", self.words.mask_token, text) for text in texts]
+        tokens, attention_mask = self.tokenize(closed)
+        known = tokens != blank
+        filled = [self.vq.encode_codes(torch.where(known, tokens, token), attention_mask) for token in (pad, blank)]
+        touched = (~known).unflatten(1, (-1, self.vq.config.downsample_factor)).any(-1)  # (B, T/r)
+        touched = touched.repeat_interleave(filled[0].shape[1] // touched.shape[1], dim=1)
+        return forget_positions(*filled, touched, self.vocab_size), tokens, known
+
+    def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
+        codes, *written = self.infill(values)
+
+        def finish(codes: torch.LongTensor, repeats: int, output_type: str) -> list[str]:
+            return self.decode(codes, output_type, *(tensor.repeat_interleave(repeats, dim=0) for tensor in written))
+
+        return EncodedValue(codes, self.name, finish)
+
+    def decode(
+        self,
+        codes: torch.LongTensor,
+        output_type: str = "pil",
+        tokens: torch.LongTensor | None = None,
+        known: torch.BoolTensor | None = None,
+    ) -> list[str]:
+        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
+        decoded = self.vq.decode_codes(codes).argmax(-1)
+        if tokens is not None:
+            decoded = torch.where(known, tokens, decoded)
+        return self.words.batch_decode(decoded, skip_special_tokens=True)

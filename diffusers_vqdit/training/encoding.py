@@ -1,0 +1,252 @@
+"""From a dataset to a folder of codes: each segment's column is read and encoded by its modality's class."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..models.image_vq import ImageVQModel
+from ..models.text_vq import TextVQModel
+from ..pipelines.segment_base import LABEL, ColumnReader, SegmentColumn
+from ..pipelines.segment_processors import MODALITIES, check_segment_entries
+from ..utils.checks import check_integer
+from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from ..utils.weight_files import move_into_place
+from .code_files import INDEX_FILE, write_index, write_shard
+from .data import read_rows
+from .files import scratch_folder
+from .segment_columns import columns_of_flags, name_tokenizers
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def encode_dataset(
+    dataset,
+    output_dir: str | Path,
+    *,
+    resolution: int = 0,
+    image_vq: ImageVQModel | None = None,
+    text_vq: TextVQModel | None = None,
+    tokenizer=None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    prompt_columns: list[str] | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    labels: list[str] | None = None,
+    segments: Mapping[str, SegmentColumn] | None = None,
+    image_augmentations: int = 0,
+    lowres_factor: int | None = None,
+    resize_mode: str = "crop",
+    batch_size: int = 64,
+    shard_size: int = 100_000,
+) -> Path:
+    """Encode a `datasets.Dataset` into a folder of codes; rows with a picture that can't be read are left out with a
+    warning.
+
+    Args:
+        dataset: rows with undecoded image columns, as [`~training.data.load_training_dataset`] gives them.
+        output_dir: the folder to write. What it holds is replaced at the end, and stays as it was if
+            something fails before.
+        resolution: side of the square pictures given to `image_vq`, in pixels.
+        image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
+        image_column: becomes the segment ``image``.
+        caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
+            list of captions, of which one is drawn each time; so it is with the other columns of texts.
+        prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
+        text_columns: more texts, each a segment of its column's name.
+        label_column: becomes the segment ``label``.
+        labels: the names of the labels in the order of their codes; by default those in the data, in the order of
+            [`~utils.labels.label_names`].
+        segments: segments of any names, beside those: what each is and what makes its codes. A tokenizer that is
+            neither `image_vq` nor `text_vq` has the name of the first segment that it makes the codes of.
+        image_augmentations: so many copies of each picture, slightly moved and scaled
+            ([`~utils.images.shift_and_scale`]), are used beside it where the picture is given.
+        lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
+            again by bicubic interpolation before it is encoded.
+        resize_mode: how a picture becomes square: ``"crop"`` or ``"pad"``.
+        batch_size: pictures or texts that are encoded at once.
+        shard_size: rows of a parquet file.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown, or
+            no row can be read.
+    """
+    batch_size, shard_size = check_integer("batch_size", batch_size, 1), check_integer("shard_size", shard_size, 1)
+    columns = columns_of_flags(
+        resolution=resolution,
+        image_vq=image_vq,
+        text_vq=text_vq,
+        tokenizer=tokenizer,
+        image_column=image_column,
+        caption_column=caption_column,
+        prompt_columns=prompt_columns,
+        text_columns=text_columns,
+        label_column=label_column,
+        labels=labels,
+        lowres_factor=lowres_factor,
+        segments=segments,
+    )
+    named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+    columns, tokenizers = name_tokenizers(columns, named)
+    encoder = _Encoder(dataset, columns, batch_size, resize_mode=resize_mode, augmentations=image_augmentations)
+    for note in encoder.notes:
+        logger.warning(note)
+
+    shards: list[dict[str, Any]] = []
+    skipped = 0
+    starts = range(0, len(dataset), shard_size)
+    with scratch_folder(Path(output_dir)) as scratch:
+        for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
+            rows = list(range(start, min(start + shard_size, len(dataset))))
+            values, kept = encoder.read(rows, skipped)
+            skipped += len(rows) - len(kept)
+            if kept:
+                shards.append(write_shard(scratch / f"codes-{len(shards):05d}.parquet", encoder.encode(values)))
+        if not shards:
+            raise ValueError(
+                f"column {encoder.skipping.column!r}: none of the {len(dataset)} {encoder.noun}s could be read"
+            )
+        if skipped:
+            logger.warning(f"skipped {skipped} of {len(dataset)} {encoder.noun}s that could not be read")
+        geometry, entries = encoder.geometry(), encoder.entries()
+        write_index(
+            scratch,
+            {
+                "segments": {name: {**one, **entries[name]} for name, one in geometry.items()},
+                "labels": list(entries.get(LABEL, {}).get("names", {}).values()),
+                "lowres_factor": lowres_factor,
+                "settings": encoder.settings,
+                "fingerprints": {"data": encoder.digest.hexdigest(), **tokenizer_fingerprints(tokenizers)},
+                "shards": shards,
+            },
+        )
+        _remove_codes(Path(output_dir))
+        move_into_place(scratch, Path(output_dir))
+    return Path(output_dir)
+
+
+class _Encoder:
+    """All columns of a dataset, to be read and encoded shard by shard.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        columns: by segment, from [`~training.segment_columns.name_tokenizers`].
+        batch_size: values that are encoded at once.
+        options: of all readers.
+    """
+
+    def __init__(self, dataset, columns: Mapping[str, SegmentColumn], batch_size: int, **options: Any) -> None:
+        self.columns, self.batch_size, self.digest = columns, batch_size, hashlib.sha256()
+        self.readers: dict[str, ColumnReader] = {}  # each once, whatever segments it serves
+        self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
+        self.shapes: dict[str, list[int]] = {}
+        for name, column in columns.items():
+            kind, own = MODALITIES[column.modality], {**options, **column.options}
+            self.of[name] = []
+            for title in (column.column, *(column.prompt_columns or ())):
+                if title not in dataset.column_names:
+                    raise ValueError(f"column {title!r} is not in the data: it has {dataset.column_names}")
+                key = json.dumps([column.modality, title, column.tokenizer_name, own], sort_keys=True)
+                if key not in self.readers:
+                    self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
+                self.of[name].append(self.readers[key])
+            if (shape := self.of[name][0].shape) is not None:
+                self.shapes[name] = shape
+        self.notes = [note for reader in self.readers.values() for note in reader.notes]
+        self.settings = next((reader.settings for reader in self.readers.values() if reader.settings), {})
+        # The first whose values are files, and may be broken.
+        readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
+        first = min(readers, key=lambda one: one[0])[1]
+        self.skipping, self.noun = self.of[first][0], MODALITIES[columns[first].modality].noun
+
+    def read(self, rows: list[int], skipped: int) -> tuple[dict[tuple, list], list[int]]:
+        """The values of rows, by what is read, and the rows without those that can't be."""
+        found: dict[tuple, dict[int, Any]] = {}
+        for reader in self.readers.values():
+            if reader.reads not in found:
+                values, rows = read_rows(reader.read, reader.placed, rows, self.noun, skipped)
+                found[reader.reads] = dict(zip(rows, values, strict=True))
+        whole = {key: [values[row] for row in rows] for key, values in found.items()}
+        if rows:
+            for reader in self.readers.values():
+                if reader.reads in found:
+                    self.digest.update(reader.digest(whole[reader.reads]))
+                    del found[reader.reads]
+        return whole, rows
+
+    def encode(self, values: dict[tuple, list]) -> dict[str, list[torch.Tensor]]:
+        """Columns of codes of a shard's values."""
+        done: dict[int, list[torch.Tensor]] = {}
+
+        def encoded(reader: ColumnReader) -> list[torch.Tensor]:
+            if id(reader) not in done:
+                done[id(reader)] = reader.encode(values[reader.reads], self.batch_size)
+            return done[id(reader)]
+
+        shard: dict[str, list[torch.Tensor]] = {}
+        wordings: dict[str, list[torch.Tensor]] = {}
+        modality = None
+        for name, column in self.columns.items():
+            if column.modality != modality:
+                # After all segments of a modality, where they have always stood.
+                shard, wordings, modality = {**shard, **wordings}, {}, column.modality
+            reader, *more = self.of[name]
+            own, moved = encoded(reader), reader.moved(values[reader.reads], self.batch_size)
+            shard[name] = [codes[0] for codes in own]
+            self.shapes.setdefault(name, list(shard[name][0].shape))
+            if reader.has_variants:
+                shard[f"{name}_variants"] = own
+            if column.prompt_columns is not None or moved:
+                given = [torch.cat(one) for one in zip(own, *map(encoded, more), *moved, strict=True)]
+                (shard if column.prompt_columns is None else wordings)[f"{name}_prompts"] = given
+        return {**shard, **wordings}
+
+    def geometry(self) -> dict[str, dict[str, Any]]:
+        """Vocabulary size and shape of each segment, and the patch of residual codes, which share a position. Segments
+        of one tokenizer and one shape share their embeddings."""
+        found: dict[str, dict[str, Any]] = {}
+        first: dict[tuple, str] = {}
+        for name, shape in self.shapes.items():
+            found[name] = {"vocab_size": self.of[name][0].vocab_size, "shape": shape}
+        for name, column in self.columns.items():
+            shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
+            if column.tokenizer_name is not None:
+                other = first.setdefault((column.modality, column.tokenizer_name, *shape), name)
+                found[name] |= {"shared_with": other} if other != name else {}
+            if len(shape) > ndim and "shared_with" not in found[name]:
+                found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
+        return found
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What each segment is, as a pipeline's config has it."""
+        entries = {}
+        for name, column in self.columns.items():
+            named = {} if column.tokenizer_name is None else {"tokenizer": column.tokenizer_name}
+            entries[name] = {"modality": column.modality, **self.of[name][0].entry, **named}
+        return check_segment_entries(entries, self.geometry())
+
+
+def tokenizer_fingerprints(tokenizers: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprints of tokenizers, and of what stands beside them, by name; None has none."""
+    found = {}
+    for name, one in tokenizers.items():
+        if one is not None:
+            found[name] = model_fingerprint(one) if isinstance(one, torch.nn.Module) else tokenizer_fingerprint(one)
+    return found
+
+
+def _remove_codes(folder: Path) -> None:
+    """Remove an earlier index and its shards, the index first, so that what is left is never read."""
+    for old in [folder / INDEX_FILE, *folder.glob(f"codes-{'[0-9]' * 5}.parquet")]:
+        old.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""Which columns of a dataset become which segments: the scripts' flags, as one [`SegmentColumn`] a segment."""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..pipelines.image_segment import ImageSegment
+from ..pipelines.label_segment import LabelSegment
+from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
+from ..pipelines.segment_processors import MODALITIES, modality_of
+from ..pipelines.text_segment import TextSegment
+from ..tasks import SEGMENT_NAME
+from ..utils.arguments import model_name
+from ..utils.checks import check_choice, shown
+
+
+# Segments that have flags of their own.
+RESERVED = (IMAGE, LOWRES, TEXT, LABEL)
+
+
+class SegmentFlag(NamedTuple):
+    """What ``--segment NAME=MODALITY:COLUMN[:TOKENIZER]`` says."""
+
+    name: str
+    modality: str
+    column: str
+    tokenizer: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}={':'.join(part for part in self[1:] if part is not None)}"
+
+
+def segment_flag(text: str) -> SegmentFlag:
+    """The type of ``--segment``."""
+    name, equals, rest = text.partition("=")
+    modality, *parts = rest.split(":", 2)
+    if not equals or not parts or not all(parts) or not SEGMENT_NAME.fullmatch(name):
+        raise argparse.ArgumentTypeError(
+            f"value={shown(text)} must be NAME=MODALITY:COLUMN or NAME=MODALITY:COLUMN:TOKENIZER, with a name of "
+            "letters, digits and underscores"
+        )
+    try:
+        check_choice("modality", modality, list(MODALITIES))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if MODALITIES[modality].tokenizer is None and len(parts) > 1:
+        raise argparse.ArgumentTypeError(f"value={shown(text)} has a tokenizer, which a {modality} doesn't need")
+    return SegmentFlag(name, modality, parts[0], *map(model_name, parts[1:]))
+
+
+def add_segment_argument(group: argparse._ActionsContainer) -> None:
+    """Add ``--segment``, which may be given several times."""
+    group.add_argument(
+        "--segment",
+        type=segment_flag,
+        action="append",
+        default=[],
+        metavar="NAME=MODALITY:COLUMN[:TOKENIZER]",
+        help=f"A segment of any name, and the column it is made from; the modality is one of {', '.join(MODALITIES)}. "
+        "The tokenizer is a folder or a Hub id; without, that of --image_vq or --text_vq. May be given several times.",
+    )
+
+
+def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
+    """The columns of flags that hold picture files, and the others.
+
+    Raises:
+        ValueError: for a segment that two flags make.
+    """
+    names = [flag.name for flag in flags]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--segment: {twice[0]!r} is given twice; each names one segment")
+    files = [flag.column for flag in flags if MODALITIES[flag.modality].reader.feature == "Image"]
+    return list(dict.fromkeys(files)), [flag.column for flag in flags if flag.column not in files]
+
+
+def load_tokenizers(
+    flags: Iterable[SegmentFlag], known: Mapping[str, Any], *, cache_dir: str | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """The tokenizers that flags name, by segment, each loaded once, with what stands beside it.
+
+    Args:
+        flags: from ``--segment``.
+        known: tokenizers that are there already, by the name of their folder or repository.
+    """
+    loaded, found = dict(known), {}
+    for flag in flags:
+        if flag.tokenizer is None:
+            continue
+        if flag.tokenizer not in loaded:
+            model, beside = MODALITIES[flag.modality].load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
+            loaded[flag.tokenizer] = model.eval(), beside
+        found[flag.name] = loaded[flag.tokenizer]
+    return found
+
+
+def columns_of_flags(
+    *,
+    resolution: int,
+    image_vq: Any,
+    text_vq: Any,
+    tokenizer: Any,
+    image_column: str | None,
+    caption_column: str | None,
+    prompt_columns: Sequence[str] | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    labels: Sequence[str] | None,
+    lowres_factor: int | None,
+    segments: Mapping[str, SegmentColumn] | None,
+) -> dict[str, SegmentColumn]:
+    """All segments of [`~training.encoding.encode_dataset`]'s arguments, in the order of their codes on disk.
+
+    Raises:
+        ValueError: if there are none, or one lacks what it needs.
+    """
+    text_columns, segments = list(text_columns or []), dict(segments or {})
+    if image_column is None and caption_column is None and not segments:
+        raise ValueError("give image_column, caption_column or both: there is nothing to encode")
+    if image_column is not None and image_vq is None:
+        raise ValueError(f"image_column={image_column!r} needs image_vq")
+    if caption_column is not None and (text_vq is None or tokenizer is None):
+        raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
+    if text_columns and caption_column is None:
+        raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
+    for title in text_columns:
+        if title in RESERVED or title == caption_column:
+            raise ValueError(f"text_columns={text_columns!r}: {title!r} can't name a segment of its own")
+    if lowres_factor is not None and (image_column is None or lowres_factor < 2 or resolution % lowres_factor):
+        raise ValueError(f"lowres_factor={lowres_factor} needs image_column, and must divide {resolution}")
+
+    found: dict[str, SegmentColumn] = {}
+    if image_column is not None:
+        picture = SegmentColumn(modality_of(ImageSegment), image_column, image_vq, options={"resolution": resolution})
+        found[IMAGE] = picture
+        if lowres_factor is not None:
+            lowres = {**picture.options, "lowres_of": IMAGE, "factor": lowres_factor}
+            found[LOWRES] = replace(picture, options=lowres)
+    if caption_column is not None:
+        text = SegmentColumn(modality_of(TextSegment), caption_column, text_vq, tokenizer)
+        found[TEXT] = replace(text, prompt_columns=tuple(prompt_columns or ()))
+        found |= {column: replace(text, column=column) for column in text_columns}
+    if label_column is not None:
+        options = {} if labels is None else {"names": list(labels)}
+        found[LABEL] = SegmentColumn(modality_of(LabelSegment), label_column, options=options)
+    for name, column in segments.items():
+        if name in found:
+            raise ValueError(f"segments has {name!r}, which another argument makes too")
+        if not isinstance(column, SegmentColumn) or not SEGMENT_NAME.fullmatch(str(name)):
+            raise ValueError(f"segments[{name!r}]={shown(column)} must be a SegmentColumn, by a name of letters")
+        found[name] = column
+    return found
+
+
+def name_tokenizers(
+    columns: Mapping[str, SegmentColumn], named: Mapping[str, Any]
+) -> tuple[dict[str, SegmentColumn], dict[str, Any]]:
+    """The columns with their tokenizers and the names of these, and the tokenizers that are used by name.
+
+    Args:
+        columns: by segment.
+        named: the components of these names, None for those that there aren't.
+
+    Raises:
+        ValueError: if a segment's tokenizer is missing, or isn't needed.
+    """
+    found: dict[str, SegmentColumn] = {}
+    used: dict[str, Any] = {}
+    for name, column in columns.items():
+        kind = MODALITIES[check_choice(f"segments[{name!r}]: the modality", column.modality, list(MODALITIES))]
+        if kind.tokenizer is None:
+            if column.tokenizer is not None:
+                raise ValueError(f"segments[{name!r}] has a tokenizer, which a {kind.noun} doesn't need")
+            found[name] = column
+            continue
+        model = named.get(kind.tokenizer) if column.tokenizer is None else column.tokenizer
+        if model is None:
+            default = f", or {kind.tokenizer}" if kind.tokenizer else ""
+            raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")
+        known = next((one for one, other in {**named, **used}.items() if other is model), None)
+        title = known or column.tokenizer_name or name
+        if known is None and title in {**named, **used}:
+            raise ValueError(f"segments[{name!r}]: its tokenizer can't be called {title!r}, as another one is")
+        used[title] = model
+        beside, place = column.beside, kind.place_beside(title)
+        if place is not None:
+            beside = {**named, **used}.get(place) if beside is None else beside
+            if beside is None:
+                raise ValueError(f"segments[{name!r}]: its tokenizer needs a {kind.named_beside} beside it")
+            used[place] = beside
+        found[name] = replace(column, tokenizer=model, tokenizer_name=title, beside=beside)
+    order = [*(name for name in named if name in used), *(name for name in used if name not in named)]
+    return found, {name: used[name] for name in order}

@@ -1,0 +1,171 @@
+"""What a model card says: of a kind of model, and on a card of one whose training isn't known."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+CARD_TEMPLATE = """\
+---
+{metadata}
+---
+
+# {title}
+
+{summary}
+
+{gallery}## Use
+
+```python
+{usage}
+```
+
+## Intended use
+
+{intended_use}
+
+## Limits
+
+{limits}
+
+## Risks
+
+{risks}
+
+## Evaluation
+
+{evaluation}
+
+## Training
+
+{training}
+
+## Data and licences
+
+{licences}
+"""
+
+_GENERATOR_RISKS = """\
+* **Forgery.** What it draws and writes is synthetic and may pass for genuine. Say so where you show it. The demo's
+  pictures carry metadata that say it (IPTC digital source type `trainedAlgorithmicMedia`), which editing may remove.
+* **Privacy.** A model of a small dataset can give its training pictures and captions back. Whoever appears in them
+  must have agreed, and so must the owner of confidential data.
+* **Bias.** It reproduces what is frequent in its training data, with its stereotypes and its gaps."""
+
+_TOKENIZER_RISKS = """\
+* **Forgery.** It reconstructs pictures or texts with changes that look or read naturally: a reconstruction is no
+  evidence of what the original shows.
+* **Privacy.** Codes are no encryption: whoever has the model can decode them.
+* **Bias.** What is rare in its training data is reconstructed worst."""
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """What a card says of a kind of model or pipeline; ``{name}`` stands for the repository."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "ImageVQModel" in kinds:
+        return {
+            "pipeline_tag": "image-feature-extraction",
+            "tags": ["image-tokenizer"],
+            "summary": f"An image tokenizer: pictures to a grid of codes of {model.num_codes}, and back, by "
+            "diffusers_vqdit.",
+            "usage": 'from diffusers_vqdit import ImageVQModel\n\nmodel = ImageVQModel.from_pretrained("{name}")\n'
+            "codes = model.encode_codes(sample)  # (B, C, H, W) in [-1, 1] to "
+            f"{'(B, h, w, q)' if model.config.quantizer_type == 'rvq' else '(B, h, w)'}\n"
+            "sample = model.decode_codes(codes).sample",
+            "intended_use": "Codes of pictures like those it was trained on, for generation, retrieval or "
+            "compression where losses do no harm.",
+            "limits": "It loses detail, and more of it on pictures unlike its training data.",
+            "risks": _TOKENIZER_RISKS,
+        }
+    if "TextVQModel" in kinds:
+        return {
+            "pipeline_tag": "feature-extraction",
+            "tags": ["text-tokenizer"],
+            "summary": f"A text tokenizer: captions to a grid of codes of {model.num_codes}, and back, by "
+            "diffusers_vqdit.",
+            "usage": "from diffusers_vqdit import TextVQModel\nfrom transformers import PreTrainedTokenizerFast\n\n"
+            'model = TextVQModel.from_pretrained("{name}")\n'
+            'tokenizer = PreTrainedTokenizerFast.from_pretrained("{name}", subfolder="tokenizer")',
+            "intended_use": "Codes of captions like those it was trained on, for generation and comparison.",
+            "limits": f"Texts of more than {model.config.max_length} tokens are cut.",
+            "risks": _TOKENIZER_RISKS,
+        }
+    if not hasattr(model, "components"):
+        return {
+            "pipeline_tag": None,
+            "tags": [],
+            "summary": f"A `{type(model).__name__}`, a part of the pipelines of diffusers_vqdit.",
+            "usage": f"from diffusers_vqdit import {type(model).__name__}\n\n"
+            f'part = {type(model).__name__}.from_pretrained("{{name}}")',
+            "intended_use": "As a part of a pipeline with the other parts that it was trained with.",
+            "limits": "Alone it draws and writes nothing.",
+            "risks": _GENERATOR_RISKS,
+        }
+    if model.transformer.config.get("segments") is None:
+        captions = model.transformer.config.get("caption_channels") is not None
+        flow = hasattr(model.scheduler, "scale_noise")
+        call = 'pipe("a caption")' if captions else "pipe(class_labels=0)"
+        return {
+            "pipeline_tag": "text-to-image" if captions else "unconditional-image-generation",
+            "tags": [
+                "latent-diffusion",
+                "flow-matching" if flow else "gaussian-diffusion",
+            ],
+            "summary": "A diffusion transformer over the continuous latents of a VQ model, by diffusers_vqdit.",
+            "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
+            f"image = {call}.images[0]",
+            "intended_use": "Drawing pictures like those it was trained on, and further training. Not as evidence of "
+            "what a picture shows.",
+            "limits": "It knows its training data and nothing else: what lies outside of it is drawn wrongly, and "
+            "with no sign of doubt.",
+            "risks": _GENERATOR_RISKS,
+        }
+    tasks = list(model.transformer.config.tasks or [])
+    return {
+        "pipeline_tag": model.hub_task,
+        "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
+        "summary": "A diffusion transformer over codes, by diffusers_vqdit."
+        + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
+        "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("{name}")\n\n'
+        "# Without the package, after reading pipeline.py:\n"
+        'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
+        "intended_use": "Drawing and describing pictures like those it was trained on, and further training. Not for "
+        "decisions about people, and not as evidence of what a picture shows.",
+        "limits": "It knows its training data and nothing else: what lies outside of it is drawn or described "
+        "wrongly, and with no sign of doubt.",
+        "risks": _GENERATOR_RISKS,
+    }
+
+
+def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
+    """The card of a model, or pipeline, that is published without its training.
+
+    Args:
+        known: entries of the card's metadata that are kept, such as the licence.
+    """
+    kind = describe_model(model)
+    tags = ["diffusers_vqdit", *kind["tags"]]
+    data = ModelCardData(**{"library_name": "diffusers", "pipeline_tag": kind["pipeline_tag"], "tags": tags, **known})
+    content = CARD_TEMPLATE.format(
+        metadata=data.to_yaml(),
+        title=repo_id.split("/")[-1],
+        gallery="",
+        **{name: kind[name] for name in ("summary", "intended_use", "limits", "risks")},
+        usage=kind["usage"].format(name=repo_id),
+        evaluation="No figures came with it.",
+        training="How it was trained isn't known here.",
+        licences=f"* Weights: {known.get('license') or 'no licence was stated.'}\n* Training data: not stated.",
+    )
+    return ModelCard(content)
+
+
+def fill_blank_card(model: Any, path: Path, repo_id: str) -> None:
+    """Write [`plain_card`] in place of the card with nothing filled in that diffusers writes for new repositories."""
+    if not path.is_file():
+        return
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    if "# Model Card for Model ID" in card.text and "This model card has been automatically generated." in card.text:
+        plain_card(model, repo_id, card.data.to_dict()).save(path)
