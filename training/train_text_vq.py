@@ -344,9 +344,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         if ema is not None:
             ema.copy_to(model.parameters())
         model = unwrap(model).eval()
-        if len(model.quantizers) == 1:
-            kept = len(model.merge_codes())
-            logger.info(f"{kept} codes are left after merging duplicates: {validate(model, tokenizer, held_out)}")
+        model.merge_codes()
+        logger.info(f"after merging duplicates: {validate(model, tokenizer, held_out)}")
         publish(args, model, tokenizer, held_out)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()

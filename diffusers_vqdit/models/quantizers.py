@@ -14,6 +14,9 @@ from .code_search import SEARCH_ELEMENTS, nearest_codes
 from .config_checks import check_quantizer
 
 
+RETIRED = 1e3  # each channel of a code out of use: far from all vectors, and a number of half precision
+
+
 @dataclass
 class QuantizerOutput(BaseOutput):
     """Output of a quantizer.
@@ -294,6 +297,15 @@ class VectorQuantizer(CodebookQuantizer):
         for name in ("cluster_size", "cluster_mean"):
             if hasattr(self, name):
                 setattr(self, name, getattr(self, name)[codes])
+
+    def retire(self, codes: torch.LongTensor) -> None:
+        """Put all codes but those (K',) where no vector is nearest to them; training may restart them."""
+        others = torch.ones(self.num_codes, dtype=torch.bool, device=codes.device)
+        others[codes] = False
+        self.embedding.weight.data[others] = RETIRED
+        for name in ("cluster_size", "cluster_mean"):
+            if hasattr(self, name):
+                getattr(self, name)[others] = 0.0
 
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
         """Quantize vectors (..., D).

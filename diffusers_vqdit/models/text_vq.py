@@ -164,41 +164,30 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         return (self.num_code_positions, *levels)
 
     @torch.no_grad()
-    def merge_codes(self, tolerance: float = 0.05) -> torch.LongTensor:
+    def merge_codes(self, tolerance: float = 0.05) -> torch.LongTensor | list[torch.LongTensor]:
         """Keep one code, the most used, of those that lie nearer to one another than `tolerance`; for after training.
 
-        With one position a token, restarts put spare codes onto vectors that have a code already. Which of the two is
-        nearer is then left to rounding, which differs between batch sizes and dtypes. Both decode to the same token,
-        but a transformer that was trained on the one does not know the other.
+        Restarts put spare codes onto vectors that have a code already. Which of the two is nearer is then left to
+        rounding, which differs between batch sizes and dtypes, or to what a position's other tokens leave over. Both
+        decode to the same token, but a transformer that was trained on the one does not know the other.
 
         Args:
             tolerance: squared distance, as a multiple of the codes' mean squared length.
 
         Returns:
-            (K',) int64: the old numbers of the codes 0 to K' - 1. `num_codes` is K' from now on.
-
-        Raises:
-            ValueError: with several codebooks, which can't differ in size.
+            (K',) int64: the old numbers of the codes 0 to K' - 1. `num_codes` is K' from now on. With several
+            codebooks, which can't differ in size, the codes that are left of each; they keep their numbers, and no
+            vector is nearest to the others any more.
         """
-        if len(self.quantizers) > 1:
-            raise ValueError(
-                f"merge_codes needs num_codebooks=1 and num_quantizers=1, the model has {len(self.quantizers)} "
-                "codebooks"
-            )
-        quantizer = self.quantizers[0]
-        codebook = quantizer.codebook.double()  # (K, D)
-        radius = tolerance * codebook.square().sum(1).mean()
-        free = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
-        usage = getattr(quantizer, "cluster_size", free.float())
-        for code in usage.argsort(descending=True, stable=True).tolist():
-            if free[code]:
-                free &= (codebook - codebook[code]).square().sum(1) >= radius
-                free[code] = True
-        kept = free.nonzero()[:, 0]
-        quantizer.keep(kept)
-        self.quantizers.num_codes = len(kept)
-        self.register_to_config(num_codes=len(kept))
-        return kept
+        kept = [_codes_apart(quantizer, tolerance) for quantizer in self.quantizers]
+        if len(kept) > 1:
+            for quantizer, codes in zip(self.quantizers, kept, strict=True):
+                quantizer.retire(codes)
+            return kept
+        self.quantizers[0].keep(kept[0])
+        self.quantizers.num_codes = len(kept[0])
+        self.register_to_config(num_codes=len(kept[0]))
+        return kept[0]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens to codes
@@ -349,3 +338,16 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             usage=output.usage if each else output.usage.mean(),
             perplexity=output.perplexity if each else output.perplexity.mean(),
         )
+
+
+def _codes_apart(quantizer: VectorQuantizer, tolerance: float) -> torch.LongTensor:
+    """Numbers (K',) of the most used codes of which no two are nearer than `tolerance`, see [`merge_codes`]."""
+    codebook = quantizer.codebook.double()  # (K, D)
+    radius = tolerance * codebook.square().sum(1).mean()
+    free = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
+    usage = getattr(quantizer, "cluster_size", free.float())
+    for code in usage.argsort(descending=True, stable=True).tolist():
+        if free[code]:
+            free &= (codebook - codebook[code]).square().sum(1) >= radius
+            free[code] = True
+    return free.nonzero()[:, 0]

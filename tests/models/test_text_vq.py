@@ -149,9 +149,28 @@ def test_merging_leaves_one_code_of_those_that_rounding_would_choose_among(token
         assert torch.equal(torch.cat([model.encode_codes(part) for part in ids.split(rows)]), codes)
     model.save_pretrained(tmp_path)
     assert torch.equal(TextVQModel.from_pretrained(tmp_path).encode_codes(ids), codes)
-    residual = TextVQModel(vocab_size=32, max_length=12, num_codebooks=2, codebook_norm="none")
-    with pytest.raises(ValueError, match="num_quantizers=1, the model has 2"):
-        residual.merge_codes()
+
+
+def test_merging_residual_codes_puts_duplicates_out_of_reach(tmp_path):
+    options = {"vocab_size": 50, "max_length": 12, "downsample_factor": 2, "num_codes": 60, "code_dim": 8}
+    model = TextVQModel(**options, **RESIDUAL).train()
+    ids = torch.randint(50, (64, 12))
+    for _ in range(5):
+        model(ids)
+    for quantizer in model.quantizers:
+        weight = quantizer.embedding.weight.data
+        weight[40:] = weight[:20] + 1e-4 * torch.randn_like(weight[:20])
+        quantizer.cluster_size[:40] = 1.0  # more used than their duplicates
+    kept = model.eval().merge_codes(tolerance=1e-6)
+    assert model.num_codes == model.config.num_codes == 60
+    assert all(set(codes.tolist()).isdisjoint(range(40, 60)) for codes in kept)
+    codes = model.encode_codes(ids)
+    assert codes.max() < 40
+    model.half().save_pretrained(tmp_path)
+    loaded = TextVQModel.from_pretrained(tmp_path)
+    assert loaded.decode_codes(torch.full((1, 6, 2), 59)).isfinite().all()
+    assert loaded.encode_codes(ids).max() < 40
+    model.float().train()(ids)  # where they may be restarted
 
 
 @pytest.mark.parametrize("levels", [1, 3])
