@@ -230,9 +230,11 @@ def _unused(args: argparse.Namespace) -> set[str]:
             unused |= set(dependents)
     if given.get("pretrained_model_name_or_path") is not None:
         unused |= _OF_NEW_MODELS | ({"dropout"} if "objective" in given else set())  # of latents: never changed
-    elif "quantizer_type" in given:
+    elif "fsq_levels" in given:  # an image tokenizer
         unused |= set(sum(QUANTIZER_OPTIONS.values(), ())) - {"ema_decay"} - set(quantizer_options(args))
         unused |= {"num_vq_embeddings", "vq_embed_dim"} if given["fsq_levels"] else {"fsq_levels"}
+    elif given.get("quantizer_type", "rvq") != "rvq":
+        unused.add("num_quantizers")
     if given.get("codes_dir") is not None:
         unused |= _OF_DATA
     if "objective" in given:

@@ -151,7 +151,9 @@ def test_candidates_on_several_shortlists_are_computed_once(transformer, monkeyp
     sizes = []
     original = transformer.encode_prefix
     monkeypatch.setattr(
-        transformer, "encode_prefix", lambda given: sizes.append(len(next(iter(given.values())))) or original(given)
+        transformer,
+        "encode_prefix",
+        lambda given, *masks: sizes.append(len(next(iter(given.values())))) or original(given, *masks),
     )
     retrieve(transformer, items("text", 4, seed=1), index, top_k=1, shortlist=6)
     assert sizes == [4, 6]
