@@ -90,6 +90,17 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple | range) else [value]
 
 
+def either(name: str, value: Any, old_name: str, old_value: Any) -> Any:
+    """The value of an argument that may be given by its older name.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if value is not None and old_value is not None:
+        raise ValueError(f"give {name} or {old_name}, its older name, not both")
+    return old_value if value is None else value
+
+
 def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> list[int]:
     """One or several labels, by number or name, as a list of numbers in [0, size)."""
     labels = as_list(labels.tolist() if isinstance(labels, np.ndarray) and labels.ndim == 1 else labels)

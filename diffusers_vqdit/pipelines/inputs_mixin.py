@@ -6,12 +6,13 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import deprecate
 
 from ..models.segment_layers import segment_patch
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
-from .check_inputs import check_batch, check_call
+from .check_inputs import check_batch, check_call, either
 from .segment_base import ARGUMENTS, IMAGE, LABEL, TEXT, SegmentProcessor
 from .segment_processors import entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
@@ -179,9 +180,14 @@ class InputsMixin:
     def _can_guide(self, task: Task) -> bool:
         return bool(task.given) and str(Task((), task.generated)) in (self.transformer.config.tasks or [])
 
-    def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
-        """What is not None, by segment."""
-        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_label), strict=True))
+    def _passed(
+        self, prompt: Any, image: Any, class_labels: Any, inputs: dict[str, Any] | None, class_label: Any = None
+    ) -> dict[str, Any]:
+        """What is not None, by segment; `class_label` is the older name of `class_labels`."""
+        if class_label is not None:
+            deprecate("class_label", "1.0.0", "Pass class_labels.", standard_warn=False)
+        class_labels = either("class_labels", class_labels, "class_label", class_label)
+        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_labels), strict=True))
         if inputs is not None and not isinstance(inputs, dict):
             raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
         for name in inputs or {}:
@@ -215,9 +221,9 @@ class InputsMixin:
         """
         return self._segment(segment).encode(image)
 
-    def encode_label(self, class_label: list[int | str], segment: str = LABEL) -> torch.LongTensor:
+    def encode_label(self, class_labels: list[int | str], segment: str = LABEL) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
-        return self._segment(segment).encode(class_label)
+        return self._segment(segment).encode(class_labels)
 
     def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""

@@ -7,15 +7,22 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
-from ..likelihood.bounds import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
+from ..likelihood.bounds import (
+    LikelihoodOutput,
+    check_num_samples,
+    code_log_probabilities,
+    negative_elbo,
+    stratified_masks,
+)
 from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve, tokenizers_digest
+from ..models.layers import VQDiTPrefix
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor
+from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
 from .text_segment import TextSegment
 
 
@@ -43,12 +50,13 @@ class LikelihoodMixin(InputsMixin):
         task: str,
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
-        class_label: int | str | list[int | str] | None = None,
+        class_labels: int | str | list[int | str] | None = None,
         *,
         inputs: dict[str, Any] | None = None,
         num_samples: int = 32,
         batch_size: int = 64,
         generator: torch.Generator | None = None,
+        class_label: int | str | list[int | str] | None = None,
     ) -> LikelihoodOutput:
         """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
 
@@ -57,7 +65,7 @@ class LikelihoodMixin(InputsMixin):
 
         Args:
             task: the arrow, such as ``"text->image"``.
-            prompt, image, class_label, inputs: what the task has on either side, as in [`__call__`].
+            prompt, image, class_labels, inputs: what the task has on either side, as in [`__call__`].
             num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
             batch_size: candidates a forward pass.
             generator: draws the masks, on the CPU; the same seed gives the same masks.
@@ -82,7 +90,7 @@ class LikelihoodMixin(InputsMixin):
         self._check_scheduler()
         arrow = Task.parse(task)
         self._check_task(arrow)
-        passed = self._passed(prompt, image, class_label, inputs)
+        passed = self._passed(prompt, image, class_labels, inputs, class_label)
         if sorted(passed) != sorted(arrow.segments):
             raise ValueError(
                 f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
@@ -343,6 +351,28 @@ class LikelihoodMixin(InputsMixin):
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
+
+    def _forget(
+        self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str
+    ) -> torch.LongTensor:
+        """Codes (B, h, w), or (B, h, w, q), masked at the share `strength` of positions: where they fit the others
+        worst."""
+        scheduler = self.scheduler
+        times = (
+            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
+            if self.transformer.config.time_conditioned
+            else None
+        )
+        fit = code_log_probabilities(
+            self.transformer, {segment: codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
+        )[segment]  # (B, N)
+        fit = fit.unflatten(1, (codes.shape[1] * codes.shape[2], -1)).mean(2)  # (B, h * w)
+        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
+        touched = torch.zeros_like(fit, dtype=torch.bool).scatter(1, worst, True).view(codes.shape[:3])
+        return forget_positions(codes, codes, touched, self._mask_token_id(segment))
+
+    def _mask_token_id(self, segment: str) -> int:
+        return self.transformer.config.segments[segment]["vocab_size"]
 
 
 def _candidates(labels: Any) -> list[str]:

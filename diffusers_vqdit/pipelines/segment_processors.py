@@ -83,25 +83,29 @@ def check_segment_entries(
     return checked
 
 
-def check_label_names(labels: Any, entries: Mapping[str, dict], segments: Mapping[str, Any]) -> list[str]:
-    """The names of the segment ``label``, which may stand in its entry or in an argument of their own, with a warning
-    where they stand in neither.
+def check_label_names(
+    id2label: Any, labels: Any, entries: Mapping[str, dict], segments: Mapping[str, Any]
+) -> list[str]:
+    """The names of the segment ``label``, which may stand in its entry or in an argument of their own, of two names,
+    with a warning where they stand in none.
 
     Raises:
         ValueError: if these differ, or are more than the transformer's codes.
     """
-    labels, named = names_by_code(labels or []), names_by_code(entries.get(LABEL, {}).get("names", []))
-    if labels and named and labels != named:
-        raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(named)}")
-    if not labels and not named and LABEL in segments and LABEL not in entries:
+    said = {"id2label": id2label, "labels": labels, "segments": entries.get(LABEL, {}).get("names")}
+    found = {argument: names_by_code(names) for argument, names in said.items() if names}
+    argument, labels = next(iter(found.items()), ("labels", []))
+    for other, names in found.items():
+        if names != labels:
+            raise ValueError(f"{argument}={shown(labels)} are not those of {other}, {shown(names)}")
+    if not labels and LABEL in segments and LABEL not in entries:
         _segments_logger.warning(
             "the transformer generates labels, but their names were not passed, so that labels are numbers. To make a "
-            "pipeline of another's components, pass labels=list(pipe.config.labels) too"
+            "pipeline of another's components, pass id2label=pipe.config.id2label too"
         )
-    labels = labels or named
     size = segments[LABEL]["vocab_size"] if LABEL in segments else len(labels)
     if len(labels) > size:
-        raise ValueError(f"labels={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
+        raise ValueError(f"{argument}={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
     return labels
 
 

@@ -175,7 +175,7 @@ def test_tasks_are_a_table_of_what_a_call_does(pipe):
 def test_names_of_old_are_shown_with_their_arguments(pipeline):
     calls = {row.task: row.call for row in pipeline.tasks}
     assert calls["text->image"] == 'pipe(prompt=..., output="image")'
-    assert calls["label->image"] == 'pipe(class_label=..., output="image")'
+    assert calls["label->image"] == 'pipe(class_labels=..., output="image")'
     assert calls["->image+text"] == 'pipe(output="image+text")'
 
 
