@@ -185,7 +185,7 @@ class InputsMixin:
     ) -> dict[str, Any]:
         """What is not None, by segment; `class_label` is the older name of `class_labels`."""
         if class_label is not None:
-            deprecate("class_label", "1.0.0", "Pass class_labels.", standard_warn=False)
+            deprecate("class_label", "1.0.0", "Pass class_labels.")
         class_labels = either("class_labels", class_labels, "class_label", class_label)
         named = dict(zip(ARGUMENTS.values(), (prompt, image, class_labels), strict=True))
         if inputs is not None and not isinstance(inputs, dict):

@@ -99,5 +99,5 @@ def labels_before_pictures(image: Any, class_labels: Any, names: Mapping[str, in
     known = {*names, *names.values()}
     if not all(isinstance(one, str | Integral) and one in known for one in values):
         return image, class_labels
-    deprecate("class_labels as the second argument", "1.0.0", "Pass them by name.", standard_warn=False)
+    deprecate("class_labels as the second argument", "1.0.0", "Pass them by name.")
     return None, either("class_labels", class_labels, "the second argument", image)

@@ -118,7 +118,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
         segments = check_segment_entries(segments or {}, known, [*named, *more])
         if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
-            deprecate("labels", "1.0.0", "Pass id2label, a dict by code.", standard_warn=False)
+            deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")
         labels = check_label_names(id2label, labels, segments, known)
         names = {str(code): name for code, name in enumerate(labels)}
         self.register_to_config(labels=labels, id2label=names, segments=segments)
