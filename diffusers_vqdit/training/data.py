@@ -117,7 +117,7 @@ def load_training_dataset(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         train_data_dir=train_data_dir,
-        columns=[*columns, *([image_column] if image_column else [])],
+        columns=[*columns, *_names(image_column)],
         cache_dir=cache_dir,
         output_dir=output_dir,
     )
@@ -138,7 +138,7 @@ def take_split(
     dataset = splits[split]
     if not len(dataset):
         raise ValueError(f"split={split!r} has no rows")
-    image_columns = [image_column] if isinstance(image_column, str) else list(image_column or [])
+    image_columns = _names(image_column)
     for column in [*columns, *image_columns]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
@@ -147,6 +147,10 @@ def take_split(
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset
+
+
+def _names(columns: str | Sequence[str] | None) -> list[str]:
+    return [columns] if isinstance(columns, str) else list(columns or [])
 
 
 def choose_validation_split(splits: dict, validation_split: str | None) -> str:
