@@ -109,7 +109,7 @@ def encode(args: argparse.Namespace) -> None:
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
-    known = {args.image_vq: (image_vq, None), args.text_vq: (text_vq, tokenizer)}
+    known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
     for model, _ in loaded.values():
         model.to(args.device)

@@ -322,6 +322,11 @@ class InputsMixin:
         output = output_by_name(passed, blanks, bool(repainted))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
+            if missing := sorted(set(passed) - set(self._segments)):
+                raise ValueError(
+                    f"{missing} was passed, but this checkpoint has the segments {sorted(self._segments)}, which are "
+                    f"passed by name (inputs=...); it knows {known}"
+                )
             raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")
         return output
 

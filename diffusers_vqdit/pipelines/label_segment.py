@@ -103,8 +103,7 @@ class LabelSegment(SegmentProcessor):
         return names_by_code(self.entry.get("names", ()))
 
     def read(self, value: Any) -> list[int]:
-        # Of equal names the first
-        numbers = {name: code for code, name in reversed(list(enumerate(self.names)))}
+        numbers = {name: self.names.index(name) for name in self.names}  # of equal names the first
         return check_labels(self.argument, value, numbers, self.vocab_size)
 
     def encode(self, values: Any) -> torch.LongTensor:

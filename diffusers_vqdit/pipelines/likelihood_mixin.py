@@ -197,7 +197,9 @@ class LikelihoodMixin(InputsMixin):
         if name is None:
             name = next(iter(found)) if len(found) == 1 else default
         if name not in found:
-            raise ValueError(f"output={shown(name)} must be a {kind.noun} segment of this checkpoint: {sorted(found)}")
+            raise ValueError(
+                f"output={shown(name)} must be a {kind.noun} segment; this checkpoint has {sorted(found)}"
+            )
         return found[name]
 
     def _candidate_nll(
@@ -300,7 +302,7 @@ class LikelihoodMixin(InputsMixin):
         self,
         query: str | list[str] | PipelineImageInput,
         gallery: GalleryIndex,
-        top_k: int = 5,
+        top_k: int | None = None,
         *,
         shortlist: int | None = None,
         batch_size: int = 64,
@@ -311,7 +313,7 @@ class LikelihoodMixin(InputsMixin):
         Args:
             query: texts for a gallery of pictures, pictures for one of texts; values of the gallery's ``query``.
             gallery: from [`index`].
-            top_k: items a query.
+            top_k: items a query; by default 5, or all of a gallery that has fewer.
             shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
                 that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
             batch_size: queries or candidates a forward pass.
@@ -337,7 +339,7 @@ class LikelihoodMixin(InputsMixin):
                 "another dtype; index it with this one"
             )
         batch_size = check_integer("batch_size", batch_size, 1)
-        top_k = check_integer("top_k", top_k, 1, len(gallery))
+        top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
         try:

@@ -60,6 +60,8 @@ def check_segment_entries(
     """
     if not isinstance(entries, Mapping):
         raise ValueError(f"segments={shown(entries)} must be a dict of dicts by segment, or None")
+    if states := sorted(name for name, geometry in segments.items() if "channels" in geometry):
+        raise ValueError(f"the transformer takes an encoder's states as {states}, which are codes of no modality")
     checked = {}
     for name, entry in entries.items():
         where = f"segments[{name!r}]"

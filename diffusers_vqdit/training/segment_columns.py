@@ -76,22 +76,25 @@ def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
 
 
 def load_tokenizers(
-    flags: Iterable[SegmentFlag], known: Mapping[str, Any], *, cache_dir: str | None = None
+    flags: Iterable[SegmentFlag], known: Mapping[tuple[str, str], Any], *, cache_dir: str | None = None
 ) -> dict[str, tuple[Any, Any]]:
     """The tokenizers that flags name, by segment, each loaded once, with what stands beside it.
 
     Args:
         flags: from ``--segment``.
-        known: tokenizers that are there already, by the name of their folder or repository.
+        known: tokenizers that are there already, by the component's name and that of the folder or repository: a
+            pipeline's has several.
     """
     loaded, found = dict(known), {}
     for flag in flags:
         if flag.tokenizer is None:
             continue
-        if flag.tokenizer not in loaded:
-            model, beside = MODALITIES[flag.modality].load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
-            loaded[flag.tokenizer] = model.eval(), beside
-        found[flag.name] = loaded[flag.tokenizer]
+        kind = MODALITIES[flag.modality]
+        place = (kind.tokenizer or kind.noun, flag.tokenizer)
+        if place not in loaded:
+            model, beside = kind.load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
+            loaded[place] = model.eval(), beside
+        found[flag.name] = loaded[place]
     return found
 
 

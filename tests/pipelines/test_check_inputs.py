@@ -117,7 +117,7 @@ CLASSIFY = LIKELIHOOD | {
 RETRIEVE = {
     "query": [*NOT_TEXTS, PICTURE, None],
     "gallery": [None, "gallery.safetensors", 3, {}],
-    "top_k": NOT_INTEGERS,
+    "top_k": [value for value in NOT_INTEGERS if value is not None],
     "shortlist": [value for value in NOT_INTEGERS if value not in (None, 10**9)],
     "batch_size": LIKELIHOOD["batch_size"],
 }

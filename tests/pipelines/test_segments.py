@@ -134,6 +134,11 @@ def test_a_second_label_is_a_label(pipe, image_vq, text_vq, tokenizer):
         pipe(inputs={"style": "bald"})
 
 
+def test_states_of_an_encoder_are_no_segment_of_a_pipeline(image_vq, text_vq, tokenizer):
+    with pytest.raises(ValueError, match=r"an encoder's states as \['states'\]"):
+        make(image_vq, text_vq, tokenizer, {**GEOMETRY, "states": {"channels": 4, "shape": [3]}}, ["states->sketch"])
+
+
 def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"document": "a dot"}).segments) == {"summary"}
     assert set(pipe(inputs={"document": "a dot", "sketch": PICTURE}).segments) == {"summary"}
@@ -141,6 +146,8 @@ def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"small": PICTURE.resize((4, 4))}).segments) == {"sketch"}
     assert set(pipe(inputs={"summary": "a <mask>"}).segments) == {"summary"}
     assert set(pipe(inputs={"sketch": PICTURE}, mask_image=MASK).segments) == {"sketch"}
+    with pytest.raises(ValueError, match=r"\['text'\] was passed, but .* segments \['document', .*; it knows "):
+        pipe("a dot")  # a segment that it lacks
     with pytest.raises(ValueError, match="say what to generate, for one of ->sketch, ->summary"):
         pipe()  # two tasks
     with pytest.raises(ValueError, match=r"\['document', 'style'\] was passed; .* document->summary, style->sketch"):
