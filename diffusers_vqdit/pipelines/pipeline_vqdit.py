@@ -22,13 +22,19 @@ from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, Maske
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import FiniteChecks, callback_inputs
+from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
 from .inputs_mixin import Codes, InputsMixin
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
 from .segment_base import EncodedValue, forget_positions
-from .segment_processors import check_label_names, check_segment_entries
+from .segment_processors import (
+    check_code_segments,
+    check_label_names,
+    check_segment_entries,
+    check_segment_tokenizers,
+    warn_of_unused_tokenizers,
+)
 
 
 EXAMPLE_DOC_STRING = """
@@ -60,11 +66,11 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
         segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
-            `segment_tokenizers`; a label's
-            ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures that another picture segment's are
-            made from, with ``"factor"``, how many times smaller they are (2). A segment that is not in it is a label
-            if its name is ``label`` (with the names `labels`), a picture if its codes are on a grid (and those of
-            ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else a text.
+            `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures
+            that another picture segment's are made from, with ``"factor"``, how many times smaller they are (2). A
+            segment that is not in it is a label if its name is ``label`` (with the names `labels`), a picture if its
+            codes are on a grid (and those of ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else
+            a text.
         segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
 
     Raises:
@@ -100,8 +106,7 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
         check_components(transformer=transformer, scheduler=scheduler)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         lowres_factor = check_integer("lowres_factor", lowres_factor, 2)
-        if not transformer.config.get("segments"):
-            raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
+        known = check_code_segments(transformer.config.get("segments"))
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -110,12 +115,10 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
             tokenizer=tokenizer,
             segment_tokenizers=segment_tokenizers,
         )
-        known = transformer.config.segments
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
-        more = list(segment_tokenizers.tokenizers) if segment_tokenizers is not None else []
-        if clash := sorted(set(named) & set(more)):
-            raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+        more = check_segment_tokenizers(segment_tokenizers, named)
         segments = check_segment_entries(segments or {}, known, [*named, *more])
+        warn_of_unused_tokenizers(more, segments)
         labels = check_label_names(labels, segments, known)
         self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
         factor = image_vq.downsample_factor if image_vq is not None else 1
@@ -262,12 +265,9 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                         codes = codes | {name: step.prev_sample.view_as(value)}
                         predicted[name] = step.pred_original_sample.view_as(value)
                 if callback is not None:
-                    only = next(iter(codes)) if len(codes) == 1 else None
-                    current = codes if only is None else codes[only]
+                    current = next(iter(codes.values())) if len(codes) == 1 else codes
                     inputs = {"latents": current} if "latents" in tensor_inputs else {}
-                    outputs = callback(self, index, timestep, inputs) or {}
-                    current = outputs.pop("latents", current)
-                    codes = current if only is None else {only: current}
+                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
                     guidance_scale = self._guidance_scale
                 progress_bar.update()
         checks.read()
