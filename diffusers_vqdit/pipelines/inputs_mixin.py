@@ -13,8 +13,8 @@ from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
-from .segment_base import ARGUMENTS, IMAGE, LABEL, TEXT, SegmentProcessor
-from .segment_processors import entry_by_name, make_segment, output_by_name
+from .segment_base import ARGUMENTS, IMAGE, LABEL, PROCESSORS, TEXT, SegmentProcessor
+from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
 
@@ -59,10 +59,11 @@ class InputsMixin:
     @property
     def _tokenizing_components(self) -> dict[str, Any]:
         """What segments are encoded and decoded with, by name; None for what the pipeline lacks."""
-        parts = [*self._optional_components, "image_processor", "pixel_processor"]
+        parts = [*self._optional_components, *PROCESSORS]
         components = {name: getattr(self, name) for name in parts}
         several = components.pop("segment_tokenizers")
         if several is not None:
+            check_segment_tokenizers(several, self._optional_components)
             components |= several.parts
         return components
 
@@ -225,6 +226,7 @@ class InputsMixin:
         """Codes (B, 1) of labels, given by number or by name."""
         return self._segment(segment).encode(class_labels)
 
+    @torch.no_grad()
     def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
         return self._segment(segment).decode(codes, output_type)

@@ -111,5 +111,7 @@ class LabelSegment(SegmentProcessor):
 
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
-        names = self.names
-        return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]
+        names, codes = self.names, codes[:, 0].tolist()
+        if outside := [code for code in codes if not 0 <= code < self.vocab_size]:
+            raise ValueError(f"codes must be in [0, {self.vocab_size}), got {shown(outside)}")
+        return [names[code] if code < len(names) else str(code) for code in codes]

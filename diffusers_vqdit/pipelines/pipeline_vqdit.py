@@ -22,13 +22,19 @@ from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, Maske
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import FiniteChecks, callback_inputs
+from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
 from .segment_base import EncodedValue
-from .segment_processors import check_label_names, check_segment_entries
+from .segment_processors import (
+    check_code_segments,
+    check_label_names,
+    check_segment_entries,
+    check_segment_tokenizers,
+    warn_of_unused_tokenizers,
+)
 
 
 EXAMPLE_DOC_STRING = """
@@ -101,8 +107,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         check_components(transformer=transformer, scheduler=scheduler)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         lowres_factor = check_integer("lowres_factor", lowres_factor, 2)
-        if not transformer.config.get("segments"):
-            raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
+        known = check_code_segments(transformer.config.get("segments"))
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -111,12 +116,10 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             tokenizer=tokenizer,
             segment_tokenizers=segment_tokenizers,
         )
-        known = transformer.config.segments
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
-        more = list(segment_tokenizers.tokenizers) if segment_tokenizers is not None else []
-        if clash := sorted(set(named) & set(more)):
-            raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+        more = check_segment_tokenizers(segment_tokenizers, named)
         segments = check_segment_entries(segments or {}, known, [*named, *more])
+        warn_of_unused_tokenizers(more, segments)
         if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
             deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")
         labels = check_label_names(id2label, labels, segments, known)
@@ -243,12 +246,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                         codes = codes | {name: step.prev_sample.view_as(value)}
                         predicted[name] = step.pred_original_sample.view_as(value)
                 if callback is not None:
-                    only = next(iter(codes)) if len(codes) == 1 else None
-                    current = codes if only is None else codes[only]
+                    current = next(iter(codes.values())) if len(codes) == 1 else codes
                     inputs = {"latents": current} if "latents" in tensor_inputs else {}
-                    outputs = callback(self, index, timestep, inputs) or {}
-                    current = outputs.pop("latents", current)
-                    codes = current if only is None else {only: current}
+                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
                     guidance_scale = self._guidance_scale
                 progress_bar.update()
         checks.read()

@@ -20,6 +20,8 @@ TEXT, IMAGE, LABEL = "text", "image", "label"
 ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_labels": LABEL}
 # Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
 LOWRES = "image_lowres"
+# What a pipeline has beside its components to tokenize with.
+PROCESSORS = ("image_processor", "pixel_processor")
 
 
 @dataclass

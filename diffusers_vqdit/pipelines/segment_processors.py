@@ -5,11 +5,12 @@ from typing import Any
 
 from diffusers.utils import logging
 
+from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
-from .segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentProcessor
+from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
 from .text_segment import TextSegment
 
 
@@ -44,6 +45,15 @@ def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool
     return TEXT if not repainted and (IMAGE in passed or TEXT in blanks) else IMAGE
 
 
+def check_code_segments(segments: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A transformer's segments, which must all be of codes."""
+    if not segments:
+        raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
+    if states := [name for name, segment in segments.items() if "channels" in segment]:
+        raise ValueError(f"transformer has {states}, states of an encoder, which this pipeline can't be given")
+    return segments
+
+
 def check_segment_entries(
     entries: Any, segments: Mapping[str, Any], components: Sequence[str] | None = None
 ) -> dict[str, dict]:
@@ -60,8 +70,6 @@ def check_segment_entries(
     """
     if not isinstance(entries, Mapping):
         raise ValueError(f"segments={shown(entries)} must be a dict of dicts by segment, or None")
-    if states := sorted(name for name, geometry in segments.items() if "channels" in geometry):
-        raise ValueError(f"the transformer takes an encoder's states as {states}, which are codes of no modality")
     checked = {}
     for name, entry in entries.items():
         where = f"segments[{name!r}]"
@@ -83,6 +91,30 @@ def check_segment_entries(
                 raise ValueError(f"{where}['tokenizer']={shown(tokenizer)} must be a tokenizer's name")
         checked[name] = kind.check_entry(where, entry, name, segments)
     return checked
+
+
+def check_segment_tokenizers(several: Any, components: Sequence[str]) -> list[str]:
+    """The names of a container's tokenizers, none of which may be one of the pipeline's `components`.
+
+    Raises:
+        ValueError: for a clash, or what is no container.
+    """
+    if several is None:
+        return []
+    if not isinstance(several, MultiTokenizerModel):
+        raise ValueError(f"segment_tokenizers is {type(several).__name__}; put it into a MultiTokenizerModel, by name")
+    if clash := sorted({*components, *PROCESSORS} & set(several.tokenizers)):
+        raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+    return list(several.tokenizers)
+
+
+def warn_of_unused_tokenizers(tokenizers: Sequence[str], entries: Mapping[str, dict]) -> None:
+    """Tokenizers of a container that no segment has would be missed where its codes are decoded by another one."""
+    if unused := sorted(set(tokenizers) - {entry.get("tokenizer") for entry in entries.values()}):
+        _segments_logger.warning(
+            f"segment_tokenizers has {unused}, which no entry of segments names, so that they are not used. To make a "
+            "pipeline of another's components, pass segments=pipe.config.segments too"
+        )
 
 
 def check_label_names(

@@ -196,6 +196,12 @@ def test_a_bad_argument_is_named_before_anything_is_built(maker, name, monkeypat
             },
             ["segments['a']", "shared_with='b'"],
         ),
+        (
+            "codes",
+            {"use_rotary_positional_embeddings": True, "attention_head_dim": 7},
+            ["attention_head_dim=7", "even"],
+        ),
+        ("codes", {"segments": {"training": {"vocab_size": 4, "shape": [4]}}}, ["'training' can't be a name"]),
         ("latent", {"patch_size": 8}, ["patch_size=8", "sample_size=4"]),
         ("scheduler", {"remask": 0.5, "sampler": "halton"}, ["remask=0.5", "sampler"]),
     ],
