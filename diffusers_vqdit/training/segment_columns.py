@@ -72,7 +72,7 @@ def bucket_sizes(text: str) -> list[list[int]]:
             f"value={shown(text)} must be pairs of height,width in pixels, such as '32,32;24,40;40,24'"
         )
     try:
-        return check_buckets("value", [[int(size) for size in pair] for pair in pairs])
+        return check_buckets(f"value={shown(text)}", [[int(size) for size in pair] for pair in pairs])
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

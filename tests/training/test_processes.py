@@ -50,7 +50,7 @@ CASES = {
         "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema "
         "--tasks=text->image:2,image->text:2,->image:1",
     ),
-    "vqdit, aspect ratios": (
+    "vqdit, buckets": (
         "train_vqdit",
         4,
         "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
