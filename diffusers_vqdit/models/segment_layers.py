@@ -5,6 +5,7 @@ Each code of a patch keeps its own mask and its own logits.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ def segment_patch(segments: dict[str, dict[str, Any]], name: str) -> tuple[int, 
     return tuple(table.get("patch", (1,) * len(segments[name]["shape"])))
 
 
-def has_codebooks(segments: dict[str, dict[str, Any]], name: str) -> bool:
+def has_codebooks(segments: Mapping[str, Any], name: str) -> bool:
     """Whether the places in a segment's patch have codebooks of their own, as the last axis of residual codes has."""
     return segments[segments[name].get("shared_with", name)].get("separate_codebooks", False)
 

@@ -99,7 +99,7 @@ def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> 
     for label in labels:
         if isinstance(label, str) and label in numbers:
             found.append(numbers[label])
-        elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < size:
+        elif isinstance(label, Integral) and not isinstance(label, bool) and 0 <= int(label) < size:
             found.append(int(label))
         else:
             raise ValueError(

@@ -250,8 +250,8 @@ class ImageSegment(SegmentProcessor):
         touched = touched_patches(mask, self.resolution, self.shape[:2])  # (B, h, w)
 
         def finish(codes: torch.LongTensor, repeats: int, output_type: str) -> Any:
-            every = (tensor.repeat_interleave(repeats, dim=0) for tensor in (pixels, mask))
-            return self.paste(codes, *every, output_type)
+            every = [tensor.repeat_interleave(repeats, dim=0) for tensor in (pixels, mask)]
+            return self.paste(codes, every[0], every[1], output_type)
 
         return EncodedValue(forget_positions(codes, other, touched, self.vocab_size), self.name, finish)
 

@@ -1,7 +1,8 @@
 """What a call of a pipeline over codes asks for: its arguments checked and read, and the task they mean."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.image_processor import PipelineImageInput
@@ -17,11 +18,21 @@ from .segment_processors import entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
 
-Codes = torch.LongTensor | dict[str, torch.LongTensor]
+Codes: TypeAlias = torch.LongTensor | dict[str, torch.LongTensor]
 
 
 class InputsMixin:
     """The part of [`VQDiTPipeline`] that checks what is passed and plans the task, before any work."""
+
+    # The pipeline's, of its components and of diffusers
+    config: Any
+    transformer: Any
+    scheduler: Any
+    progress_bar: Callable[..., Any]
+    maybe_free_model_hooks: Callable[[], None]
+    _execution_device: torch.device
+    _optional_components: list[str]
+    _callback_tensor_inputs: list[str]
 
     @property
     def _segments(self) -> dict[str, SegmentProcessor]:
@@ -184,8 +195,8 @@ class InputsMixin:
         if num_inference_steps is None:
             steps = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
             num_inference_steps = max(steps) if steps else sum(math.prod(one.shape) for one in generated)
-        temperatures = [one.temperature for one in generated]
-        if temperature is None and task.given and None not in temperatures:
+        temperatures = [one.temperature for one in generated if one.temperature is not None]
+        if temperature is None and task.given and len(temperatures) == len(generated):
             temperature = max(temperatures)
         return guidance_scale, int(num_inference_steps), temperature
 
@@ -245,7 +256,8 @@ class InputsMixin:
         segment: str = TEXT,
     ) -> list[str]:
         """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
-        return self._segment(segment).decode(codes, tokens=tokens, known=known)
+        texts: Any = self._segment(segment)
+        return texts.decode(codes, tokens=tokens, known=known)
 
     def decode_label(self, codes: torch.LongTensor, segment: str = LABEL) -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
@@ -269,8 +281,8 @@ class InputsMixin:
         its low resolution: the second of what is returned is `passed` so changed.
         """
         segments, passed = self._segments, dict(passed)
-        redrawn = {"mask_image": mask_image, "strength": strength}
-        redrawn = [name for name, value in redrawn.items() if value is not None]
+        ways = {"mask_image": mask_image, "strength": strength}
+        redrawn = [name for name, value in ways.items() if value is not None]
         if len(redrawn) > 1:
             raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
         pictures = [name for name in passed if name in segments and segments[name].takes_mask]
@@ -380,15 +392,16 @@ class InputsMixin:
             if len(task.generated) > 1:
                 raise ValueError(f"latents must be a dict with the segments {list(task.generated)}")
             latents = {task.generated[0]: latents}
-        for name in latents or {}:
+        chosen: dict[str, Any] = latents or {}
+        for name in chosen:
             if name not in task.generated:
                 raise ValueError(f"latents has the segment {name!r}, but the task {str(task)!r} doesn't generate it")
         for name in task.generated:
             size, shape = segments[name]["vocab_size"], (shapes or {}).get(name, tuple(segments[name]["shape"]))
-            if latents is None or name not in latents:
+            if name not in chosen:
                 codes[name] = torch.full((batch_size, *shape), size, device=self._execution_device)
                 continue
-            value = latents[name]
+            value = chosen[name]
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"latents of {name!r} must be a tensor of codes, got {type(value).__name__}")
             if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:

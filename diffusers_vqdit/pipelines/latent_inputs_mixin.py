@@ -14,6 +14,15 @@ from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, che
 class LatentInputsMixin:
     """The part of [`VQDiTLatentPipeline`] that checks what is passed, before any work."""
 
+    # The pipeline's
+    transformer: Any
+    vae: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+    labels: dict[str, int]
+    _callback_tensor_inputs: list[str]
+
     def check_inputs(
         self,
         prompt: Any,
@@ -59,7 +68,8 @@ class LatentInputsMixin:
         if image is None and (mask_image is not None or strength is not None):
             given = "mask_image" if mask_image is not None else f"strength={strength}"
             raise ValueError(f"{given} needs an image")
-        texts = labels = pixels = None
+        texts = labels = None
+        pixels: Any = None
         if prompt is not None:
             texts = check_texts("prompt", prompt)
             if self.text_encoder is None or self.tokenizer is None:
@@ -71,8 +81,8 @@ class LatentInputsMixin:
             pixels = own_size(read_images(image, self.vae.config.in_channels))
         if mask_image is not None:
             mask_image = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels))
-        sizes = {"prompt": texts, "class_labels": labels, "image": pixels}
-        sizes = {name: len(value) for name, value in sizes.items() if value is not None}
+        passed = {"prompt": texts, "class_labels": labels, "image": pixels}
+        sizes = {name: len(value) for name, value in passed.items() if value is not None}
         total = check_batch(sizes, num_images_per_prompt, generator, broadcast=True)
         if latents is not None:
             channels = self.transformer.config.in_channels

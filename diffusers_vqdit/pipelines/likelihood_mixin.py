@@ -13,6 +13,7 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
+from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
 from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor
 from .text_segment import TextSegment
@@ -33,7 +34,7 @@ class ClassificationOutput(BaseOutput):
     names: list[str]
 
 
-class LikelihoodMixin:
+class LikelihoodMixin(InputsMixin):
     """The part of [`VQDiTPipeline`] that compares candidates: likelihoods, classification, retrieval."""
 
     @torch.no_grad()
@@ -251,16 +252,16 @@ class LikelihoodMixin:
                 f"segment, got {sorted(items)}"
             )
         batch_size = check_integer("batch_size", batch_size, 1)
-        ((segment, items),) = items.items()
+        ((segment, values),) = items.items()
         query = self._query_segment(segment) if query is None else self._segment(query).name
         self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)
         if not processor.takes_mask:  # pictures are read part by part, as they may be many
-            items = processor.read(items)
-        if isinstance(items, list) and items:
-            parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+            values = processor.read(values)
+        if isinstance(values, list) and values:
+            parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
         else:
-            parts = [items]
+            parts = [values]
         codes = torch.cat([processor.encode(part) for part in parts])
         output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
         output.tokenizers = self._tokenizers_digest(segment)

@@ -21,7 +21,7 @@ class CallStates(threading.local):
     """What the calls of this thread tell of themselves, for each pipeline that of the innermost call."""
 
     def __init__(self) -> None:
-        self.of = weakref.WeakKeyDictionary()
+        self.of: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 _call_states = CallStates()
@@ -142,8 +142,10 @@ class PluginPipelineMixin(CheckpointMixin):
             state["interrupts"] = self._interrupts
             return
         self._interrupts += 1
-        while (state := state.get("outer")) is not None:  # the calls in whose callbacks this one runs
-            state["interrupts"] += 1
+        outer = state.get("outer")
+        while outer is not None:  # the calls in whose callbacks this one runs
+            outer["interrupts"] += 1
+            outer = outer.get("outer")
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.

@@ -23,7 +23,7 @@ from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs
-from .inputs_mixin import Codes, InputsMixin
+from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
@@ -46,7 +46,7 @@ EXAMPLE_DOC_STRING = """
 
 
 # Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     Args:
@@ -172,13 +172,14 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                 known[name] = encoded[name].codes
         # What a segment's own value says of it comes before what another's does.
         order = sorted(encoded, key=lambda name: name in known)
-        finish = {encoded[n].finishes: encoded[n].finish for n in order if encoded[n].finish is not None}
+        ends = [(encoded[name].finishes, encoded[name].finish) for name in order]
+        finish = {name: end for name, end in ends if name is not None and end is not None}
         tiles = max((value.tiles for value in encoded.values()), default=1)
-        for name, value in encoded.items():
-            whole = task.generated == (value.finishes,) and not known
-            if value.tiles > 1 and (not whole or value.tiles != tiles):
+        for name, one in encoded.items():
+            whole = task.generated == (one.finishes,) and not known
+            if one.tiles > 1 and (not whole or one.tiles != tiles):
                 raise ValueError(
-                    f"{name!r} is so large that it makes {value.tiles} tiles, which only make {value.finishes!r}, "
+                    f"{name!r} is so large that it makes {one.tiles} tiles, which only make {one.finishes!r}, "
                     f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
                 )
         given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
@@ -440,10 +441,8 @@ class VQDiTPipeline(InputsMixin, LikelihoodMixin, PluginPipelineMixin, Diffusion
                 for name, value in codes.items()
             }
         fields = [(processors[name].output_field, value) for name, value in segments.items()]
-        images, texts, labels = (
-            next((value for field, value in fields if field == wanted), None)
-            for wanted in ("images", "texts", "labels")
-        )
+        first = {field: value for field, value in reversed(fields)}
+        images, texts, labels = (first.get(field) for field in ("images", "texts", "labels"))
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, texts, labels

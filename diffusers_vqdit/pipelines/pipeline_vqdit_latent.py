@@ -170,7 +170,8 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         given = {} if prefix is None else {"prefix": prefix}
         if guidance_scale == 1.0:
             prediction = self.transformer(latents, times, labels, **given).sample.float()
-            checks.add(*[prediction.isfinite().all()] * 2, guidance_scale)
+            finite = prediction.isfinite().all()
+            checks.add(finite, finite, guidance_scale)
             return prediction
         free = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
         if prefix is None:
@@ -212,7 +213,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
 
     def _finish(self, drawn: torch.Tensor, pixels: torch.Tensor | None, mask: torch.Tensor | None, kind: str) -> Any:
         """Pictures of drawn pixels (B, C, H, W) in [-1, 1], pasted into those that were repainted."""
-        if mask is None:
+        if mask is None or pixels is None:
             return self.image_processor.postprocess(drawn, output_type=kind)
         repainted = cut_out(drawn, tuple(pixels.shape[2:])) / 2 + 0.5
         pixels, mask = (self._repeated(value, len(drawn)) for value in (pixels, mask))

@@ -107,7 +107,7 @@ class ColumnReader(ABC):
         """
         import datasets  # of training alone
 
-        kind, feature = getattr(datasets, self.feature), dataset.features[self.column]
+        kind, feature = getattr(datasets, str(self.feature)), dataset.features[self.column]
         if isinstance(feature, kind) and not feature.decode:
             return dataset
         try:
@@ -250,6 +250,14 @@ class SegmentProcessor(ABC):
     def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """Options of the reader of a column whose segment a pipeline has already, so that codes fit what it has."""
         return {}
+
+    def shape_of(self, height: int | None, width: int | None, patch: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the codes of values of a size in pixels, where values have one; None for that of the training.
+
+        Raises:
+            ValueError: unless it is a multiple of what a position covers.
+        """
+        return self.shape
 
     @abstractmethod
     def read(self, value: Any) -> list:

@@ -123,7 +123,7 @@ class TextSegment(SegmentProcessor):
         filled = [self.vq.encode_codes(torch.where(known, tokens, token), attention_mask) for token in (pad, blank)]
         touched = (~known).unflatten(1, (-1, self.vq.config.downsample_factor)).any(-1)  # (B, T/r)
         touched = touched.repeat_interleave(filled[0].shape[1] // touched.shape[1], dim=1)
-        return forget_positions(*filled, touched, self.vocab_size), tokens, known
+        return forget_positions(filled[0], filled[1], touched, self.vocab_size), tokens, known
 
     def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
         codes, *written = self.infill(values)

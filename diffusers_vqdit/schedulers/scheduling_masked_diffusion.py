@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -134,7 +135,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             raise ValueError(f"remask={remask!r} needs sampler='ancestral', got sampler={sampler!r}; use remask=0")
         check_choice("guidance_schedule", guidance_schedule, ("constant", "linear", "cosine"))
         self.num_inference_steps: int | None = None
-        self.timesteps: torch.Tensor | None = None
+        self.timesteps: Any = None  # (n,), by set_timesteps
 
     # -----------------------------------------------------------------------------------------------------------------
     # The schedule: pure functions of the time

@@ -46,12 +46,14 @@ def load_splits(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
-    if train_data_dir is not None:
+    own = None if output_dir is None else Path(output_dir)
+    if dataset_name is None:
+        assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
-        table = read_image_folder(train_data_dir, columns, output_dir)
+        table = read_image_folder(train_data_dir, columns, own)
     elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
-        table = read_image_folder(dataset_name, columns, output_dir)
+        table = read_image_folder(dataset_name, columns, own)
     elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
         if not Path(dataset_name).is_file():
             raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
@@ -70,7 +72,7 @@ def load_splits(
     everything = next(iter(table.values()))
     if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
-    rows: dict[str, list[int]] = {}
+    rows: dict[str | None, list[int]] = {}
     for row, value in enumerate(everything["split"]):
         if isinstance(value, list | dict):
             raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
@@ -118,7 +120,7 @@ def load_training_dataset(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         train_data_dir=train_data_dir,
-        columns=[*columns, *([image_column] if image_column else [])],
+        columns=[*columns, *_listed(image_column)],
         cache_dir=cache_dir,
         output_dir=output_dir,
     )
@@ -139,7 +141,7 @@ def take_split(
     dataset = splits[split]
     if not len(dataset):
         raise ValueError(f"split={split!r} has no rows")
-    image_columns = [image_column] if isinstance(image_column, str) else list(image_column or [])
+    image_columns = _listed(image_column)
     for column in [*columns, *image_columns]:
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
@@ -204,24 +206,28 @@ def check_parquet(path: str, columns: Iterable[str] = ()):
     return Features.from_arrow_schema(pa.schema(fields, schema.metadata)) if odd else None
 
 
+def _listed(columns: str | Sequence[str] | None) -> list[str]:
+    return [columns] if isinstance(columns, str) else list(columns or [])
+
+
 @contextmanager
 def _loading(dataset_name: str, problem: str) -> Iterator[None]:
     """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
     try:
         yield
     except Exception as error:
-        reasons = [error]
+        reasons: list[BaseException] = [error]
         while (cause := reasons[-1].__cause__) is not None:
             reasons.append(cause)
         told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
         raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error
 
 
-def _without_magic(path: str, cache_dir: str | None) -> str:
+def _without_magic(source: str, cache_dir: str | None) -> str:
     """A path of the same file or folder that `datasets` doesn't take for a pattern or a chain of URLs."""
     from datasets import config
 
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(source))
     if not glob.has_magic(str(path)) and "::" not in str(path) and "{" not in str(path):
         return str(path)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -42,9 +42,13 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
     training run wrote, `output_dir` among them, are left out with a warning.
     """
     extensions = _picture_extensions()
-    pictures, metadata, own, odd = [], [], [], []
+    pictures: list[Path] = []
+    metadata: list[Path] = []
+    own: list[Path] = []
+    odd: list[Path] = []
     output = output_dir.resolve() if output_dir is not None else None
-    seen, folders, links = set(), [folder], []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [folder], list[Path]()
     while folders or links:
         # Links last, so that a folder is read under its own name where it has one here.
         here = folders.pop() if folders else links.pop(0)
@@ -57,8 +61,8 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
             own.append(here)
             continue
         try:
-            with os.scandir(here) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
+            with os.scandir(here) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except PermissionError:
             odd.append(here)
             continue
@@ -176,7 +180,7 @@ def _json_rows(text: str, skipped: list[str]) -> list[tuple[int, dict[str, Any]]
 
 
 def _csv_rows(text: str, skipped: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
+    rows: list[tuple[int, dict[str, Any]]] = []
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     while True:
         try:
@@ -268,11 +272,11 @@ def read_image_folder(
     splits: dict[str, list[int]] = {}
     for index, parts in enumerate(tops):
         splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(index)
-    classes = None if metadata else sorted({row[LABEL_COLUMN] for row in rows if row})
-    if in_splits and classes and len(tops[0]) == 2:  # the folders are splits and nothing else
-        rows, classes = [{} for _ in rows], None
+    labels = None if metadata else sorted({row[LABEL_COLUMN] for row in rows if row})
+    if in_splits and labels and len(tops[0]) == 2:  # the folders are splits and nothing else
+        rows, labels = [{} for _ in rows], None
     return {
-        name: _table([files[i] for i in taken], [rows[i] for i in taken], classes, columns)
+        name: _table([files[i] for i in taken], [rows[i] for i in taken], labels, columns)
         for name, taken in splits.items()
     }
 

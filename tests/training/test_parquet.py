@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from diffusers_vqdit.training.columns import as_picture_column, caption_lists, encode_labels
 from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset
+from diffusers_vqdit.utils.decoding import as_picture_column
+from diffusers_vqdit.utils.labels import encode_labels
+from diffusers_vqdit.utils.texts import caption_lists
 
 
 COLORS = [(200, 0, 0), (0, 0, 200)]
