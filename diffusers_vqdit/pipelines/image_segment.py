@@ -54,7 +54,7 @@ class ImageReader(ColumnReader):
     ) -> None:
         super().__init__(dataset, column, tokenizer)
         resolution = resolution or tokenizer.config.sample_size
-        self.sizes = [tuple(size) for size in buckets or [[resolution, resolution]]]
+        self.sizes = [(height, width) for height, width in buckets or [[resolution, resolution]]]
         self.num_groups, self.resize_mode = len(buckets or []), resize_mode
         self.channels = tokenizer.config.in_channels
         if self.channels not in (1, 3):
@@ -156,7 +156,7 @@ class ImageSegment(SegmentProcessor):
             entry["buckets"] = buckets = check_buckets(argument, entry["buckets"])
             if buckets[0] != shape:
                 raise ValueError(f"{argument}={shown(buckets)} must begin with {shape}, the transformer's grid")
-            check_bucket_steps(argument, buckets, segment_patch(segments, name)[:2], "a position")
+            check_bucket_steps(argument, buckets, segment_patch(dict(segments), name)[:2], "a position")
         return entry
 
     @classmethod
@@ -168,7 +168,7 @@ class ImageSegment(SegmentProcessor):
         return self.entry.get("buckets", [])
 
     def bucket_of(self, values: list) -> list[int]:
-        """The grid of the bucket that is nearest in aspect ratio to all of the pictures.
+        """The grid of the bucket that is nearest in aspect ratio to all of some pictures.
 
         Raises:
             ValueError: if they have several nearest ones: a sample must not depend on what else is in its batch.
