@@ -113,6 +113,17 @@ def test_one_bucket_is_a_grid_that_is_not_square(encode, pictures, image_vq):
     assert torch.equal(made, codes_of(image_vq, pictures, (24, 12)))
 
 
+def test_residual_codes_have_buckets_too(encode, image_vq, pictures):
+    own = {name: image_vq.config[name] for name in ("block_out_channels", "norm_num_groups", "latent_channels")}
+    kinds = {name: image_vq.config[name] for name in ("down_block_types", "up_block_types", "num_vq_embeddings")}
+    residual = type(image_vq)(**own, **kinds, quantizer_type="rvq", num_quantizers=2, sample_size=16).eval()
+    codes = CodeDataset(encode(image_vq=residual))
+    assert codes.segments["image"]["shape"] == [4, 4, 2] and codes.entries["image"]["buckets"][1] == [6, 3]
+    rows = (codes.buckets == 1).nonzero().flatten()
+    own = [pictures[row] for row in range(8) if EXPECTED[row] == 1]
+    assert torch.equal(codes.batch(rows, Task.parse("->image"))[1]["image"], codes_of(residual, own, BUCKETS[1]))
+
+
 def test_without_the_flag_nothing_says_so(encode):
     folder = encode(aspect_ratio_buckets=None, resolution=16)
     assert "bucket" not in (folder / "segments.json").read_text() and CodeDataset(folder).buckets is None
