@@ -18,7 +18,12 @@ from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_splits, take_split
 from diffusers_vqdit.training.run import output_folder
-from diffusers_vqdit.training.segment_columns import add_segment_argument, files_of, load_tokenizers
+from diffusers_vqdit.training.segment_columns import (
+    add_bucket_argument,
+    add_segment_argument,
+    files_of,
+    load_tokenizers,
+)
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -62,8 +67,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution", type=positive_integer, help="In pixels; by default the ImageVQModel's sample size."
     )
+    add_bucket_argument(parser, "By default all pictures become squares.")
     parser.add_argument(
-        "--resize_mode", choices=["crop", "pad"], default="crop", help="How pictures that are not square become so."
+        "--resize_mode",
+        choices=["crop", "pad"],
+        default="crop",
+        help="How pictures become square, or of a bucket's aspect ratio.",
     )
     parser.add_argument("--batch_size", type=positive_integer, default=64)
     parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
@@ -74,6 +83,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.image_vq is None and args.text_vq is None and not args.segment:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
+    if args.resolution is not None and args.aspect_ratio_buckets is not None:
+        parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
     return args
 
 
@@ -114,10 +125,11 @@ def encode(args: argparse.Namespace) -> None:
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
     for model, _ in loaded.values():
         model.to(args.device)
+    sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
     encode_dataset(
         dataset,
         args.output_dir,
-        resolution=args.resolution or (image_vq.config.sample_size if image_vq else 0),
+        resolution=args.resolution or sample_size,
         image_vq=image_vq,
         text_vq=text_vq,
         tokenizer=tokenizer,
@@ -133,6 +145,7 @@ def encode(args: argparse.Namespace) -> None:
         image_augmentations=args.image_augmentations,
         lowres_factor=args.lowres_factor,
         resize_mode=args.resize_mode,
+        aspect_ratio_buckets=args.aspect_ratio_buckets,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )

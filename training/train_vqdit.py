@@ -46,7 +46,7 @@ from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
-from diffusers_vqdit.training.segment_columns import add_segment_argument
+from diffusers_vqdit.training.segment_columns import add_bucket_argument, add_segment_argument
 from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
@@ -119,9 +119,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--resize_mode",
         choices=["crop", "pad"],
-        help="How pictures that are not square become so; by default as in the codes or the pretrained pipeline, or "
-        "crop.",
+        help="How pictures become square, or of a bucket's aspect ratio; by default as in the codes or the pretrained "
+        "pipeline, or crop.",
     )
+    add_bucket_argument(data, "By default as in the codes or the pretrained pipeline, or squares.")
     data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
     data.add_argument(
@@ -310,7 +311,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
-    batches = setup.run_batches(args, accelerator, len(codes), step)
+    batches = setup.run_batches(args, accelerator, len(codes), step, codes.buckets)
     progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False

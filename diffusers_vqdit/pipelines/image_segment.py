@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from ..models.image_vq import ImageVQModel
+from ..models.segment_layers import segment_patch
+from ..utils.buckets import check_bucket_steps, check_buckets, nearest_bucket
 from ..utils.checks import check_choice, check_integer, shown
 from ..utils.components import find_component
-from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels
+from ..utils.decoding import as_picture_column, decode_image, image_size, place, to_bytes, to_pixels
 from ..utils.fingerprints import tensor_sha256
 from ..utils.images import (
     back_project,
@@ -31,8 +33,8 @@ from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcesso
 
 
 class ImageReader(ColumnReader):
-    """A column of pictures. Takes ``"resolution"``, ``"resize_mode"``, ``"augmentations"``, and ``"lowres_of"`` with
-    ``"factor"``."""
+    """A column of pictures. Takes ``"resolution"``, or ``"buckets"`` of [height, width] in pixels; ``"resize_mode"``,
+    ``"augmentations"``, and ``"lowres_of"`` with ``"factor"``."""
 
     feature = "Image"
 
@@ -44,6 +46,7 @@ class ImageReader(ColumnReader):
         beside: Any = None,
         *,
         resolution: int | None = None,
+        buckets: list[list[int]] | None = None,
         resize_mode: str = "crop",
         augmentations: int = 0,
         lowres_of: str | None = None,
@@ -51,7 +54,9 @@ class ImageReader(ColumnReader):
         **options: Any,
     ) -> None:
         super().__init__(dataset, column, tokenizer)
-        self.resolution, self.resize_mode = resolution or tokenizer.config.sample_size, resize_mode
+        resolution = resolution or tokenizer.config.sample_size
+        self.sizes = [(height, width) for height, width in buckets or [[resolution, resolution]]]
+        self.num_groups, self.resize_mode = len(buckets or []), resize_mode
         self.channels = tokenizer.config.in_channels
         if self.channels not in (1, 3):
             raise ValueError(
@@ -61,11 +66,17 @@ class ImageReader(ColumnReader):
         if lowres_of is not None:
             self.entry = {"lowres_of": lowres_of, "factor": factor}
         self.augmentations = 0 if self.factor else augmentations
-        self.settings = {
-            "resolution": self.resolution,
-            "resize_mode": resize_mode,
-            "image_augmentations": augmentations,
-        }
+        self.settings = {"resize_mode": resize_mode, "image_augmentations": augmentations}
+        if buckets is None:
+            self.settings = {"resolution": resolution, **self.settings}
+        else:
+            self.settings["aspect_ratio_buckets"] = buckets
+            step = tokenizer.downsample_factor
+            check_bucket_steps("aspect_ratio_buckets", buckets, (step, step), f"a code of column {column!r}")
+            if self.factor is not None:
+                steps = (self.factor, self.factor)
+                check_bucket_steps("aspect_ratio_buckets", buckets, steps, f"lowres_factor={factor}")
+            self.entry["buckets"] = [[height // step, width // step] for height, width in buckets]
         self.generator = torch.Generator().manual_seed(0)
 
     def cast(self, dataset: Any) -> Any:
@@ -73,12 +84,19 @@ class ImageReader(ColumnReader):
 
     @property
     def reads(self) -> tuple:
-        return (*super().reads, self.resolution, self.resize_mode, self.channels)
+        return (*super().reads, *self.sizes, self.resize_mode, self.channels)
+
+    def group_of(self, row: int) -> int:
+        """The bucket nearest in aspect ratio. A picture that can't be read is in the first, until it is left out."""
+        try:
+            return nearest_bucket(image_size(self.dataset[row][self.column]), self.sizes)
+        except Exception:  # of any kind, as in `read`, which tells it
+            return 0
 
     def read(self, row: int) -> torch.Tensor:
-        """uint8 (C, resolution, resolution)."""
+        """uint8 (C, height, width)."""
         value = self.dataset[row][self.column]
-        return to_bytes(decode_image(value, self.resolution, self.resize_mode, self.channels))
+        return to_bytes(decode_image(value, self.sizes[self.group], self.resize_mode, self.channels))
 
     def placed(self, row: int) -> str:
         return place(self.dataset[row][self.column], row)
@@ -106,7 +124,7 @@ class ImageReader(ColumnReader):
 class ImageSegment(SegmentProcessor):
     """Pictures on a grid of codes."""
 
-    options = ("lowres_of", "factor")
+    options = ("lowres_of", "factor", "buckets")
     ndims = (2, 3)
     tokenizer = "image_vq"
     reader = ImageReader
@@ -134,11 +152,37 @@ class ImageSegment(SegmentProcessor):
             entry["factor"] = check_integer(f"{where}['factor']", entry.get("factor", 2), 2)
         elif "factor" in entry:
             raise ValueError(f"{where}['factor']={shown(entry['factor'])} needs 'lowres_of' beside it")
+        if "buckets" in entry:
+            argument, shape = f"{where}['buckets']", list(segments[name]["shape"][:2])
+            entry["buckets"] = buckets = check_buckets(argument, entry["buckets"])
+            if buckets[0] != shape:
+                raise ValueError(f"{argument}={shown(buckets)} must begin with {shape}, the transformer's grid")
+            check_bucket_steps(argument, buckets, segment_patch(dict(segments), name)[:2], "a position")
         return entry
 
     @classmethod
     def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         return {"resolution": geometry["shape"][0] * tokenizer.downsample_factor}
+
+    @property
+    def buckets(self) -> list[list[int]]:
+        return self.entry.get("buckets", [])
+
+    def bucket_of(self, values: list) -> list[int]:
+        """The grid of the bucket that is nearest in aspect ratio to all of some pictures.
+
+        Raises:
+            ValueError: if they have several nearest ones: a sample must not depend on what else is in its batch.
+        """
+        sizes = [one.shape[-2:] if isinstance(one, torch.Tensor) else (one.height, one.width) for one in values]
+        found = [nearest_bucket(size, self.buckets) for size in sizes]
+        if (other := next((index for index, one in enumerate(found) if one != found[0]), None)) is not None:
+            first, second = (f"{sizes[i][0]} x {sizes[i][1]}" for i in (0, other))
+            raise ValueError(
+                f"{self.argument} has pictures of {first} and {second} pixels (height x width), which belong to "
+                f"different grids of {self.buckets}: call once for each aspect ratio, or give height and width"
+            )
+        return self.buckets[found[0]]
 
     @property
     def resolution(self) -> tuple[int, int]:

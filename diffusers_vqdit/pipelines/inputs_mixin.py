@@ -11,9 +11,10 @@ from diffusers.utils import deprecate
 from ..models.segment_layers import segment_patch
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
+from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
-from .segment_base import ARGUMENTS, IMAGE, LABEL, PROCESSORS, TEXT, SegmentProcessor
+from .segment_base import ARGUMENTS, IMAGE, LABEL, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
@@ -119,7 +120,7 @@ class InputsMixin:
             )
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
         passed, segments = self._read(passed), self._segments
-        shapes = self._shapes(task, passed, height, width)
+        shapes = self._shapes(task, passed, height, width, latents)
         if mask_image is not None:
             known = [name for name in passed if name in task.generated and segments[name].takes_mask]
             mask_image = segments[known[0]].read_mask(mask_image, passed[known[0]])
@@ -132,17 +133,19 @@ class InputsMixin:
         return task, passed, mask_image, total, shapes
 
     def _shapes(
-        self, task: Task, passed: dict[str, list], height: int | None, width: int | None
+        self, task: Task, passed: dict[str, list], height: int | None, width: int | None, latents: Codes | None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the generated pictures' codes, by segment, where a size in pixels is given; else none.
+        """Shapes of pictures' codes, by segment, where they are not the transformer's own: of the generated ones, and
+        of given ones that were trained on at several aspect ratios. By a size in pixels, or [`_bucket_shapes`].
 
         Raises:
             ValueError: for a size that no grid of codes makes, or where none is to be chosen.
         """
         if height is None and width is None:
-            return {}
+            return self._bucket_shapes(task, passed, latents)
         segments, shapes = self._segments, {}
         sized = [name for name in task.generated if segments[name].has_size]
+        sized += [name for name in task.given if segments[name].buckets and not segments[name].tiled]
         said = {name: size for name, size in (("height", height), ("width", width)) if size is not None}
         shown_sizes = " and ".join(f"{name}={shown(size)}" for name, size in said.items())
         if not sized:
@@ -153,6 +156,27 @@ class InputsMixin:
             self._check_components(name, shown_sizes)
             patch = segment_patch(self.transformer.config.segments, name)
             shapes[name] = segments[name].shape_of(height, width, patch)
+        return shapes
+
+    def _bucket_shapes(self, task: Task, passed: dict[str, list], latents: Codes | None) -> dict[str, tuple[int, ...]]:
+        """Shapes of the codes of the bucket that what is passed belongs to, by segment that has buckets: as in the
+        training, where the first picture of a row has chosen one for all.
+
+        Raises:
+            ValueError: if what is passed belongs to several.
+        """
+        segments = self._segments
+        seen = [name for name in segments if name in passed and segments[name].buckets]
+        if not seen or any(segments[name].tiled for name in passed):
+            return {}
+        grid, shapes = segments[seen[0]].bucket_of(passed[seen[0]]), {}
+        for name in task.segments:
+            one = segments[name]
+            if one.buckets and (name in passed or latents is None):
+                bucket = nearest_bucket(grid, one.buckets)
+                shapes[name] = tuple(bucket_shape(one.shape, one.entry, bucket))
+        for name in seen[1:]:
+            segments[name].bucket_of(passed[name])
         return shapes
 
     def _check_scheduler(self) -> None:
@@ -216,7 +240,8 @@ class InputsMixin:
         return self._segment(segment).encode(prompt)
 
     def encode_image(self, image: PipelineImageInput, segment: str = IMAGE) -> torch.LongTensor:
-        """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion.
+        """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion; where
+        there were several, the first.
 
         What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
         """

@@ -66,11 +66,11 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
         segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
-            `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; and ``"lowres_of"`` for pictures
+            `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; a picture's ``"buckets"``, the grids
+            [[h, w], ...] of all aspect ratios trained on, the transformer's first; and ``"lowres_of"`` for pictures
             that another picture segment's are made from, with ``"factor"``, how many times smaller they are (2). A
             segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
-            codes are on a grid (and those of ``image_lowres`` are small ones of ``image``, by `lowres_factor`), else a
-            text.
+            codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
         segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
 
     Raises:
@@ -334,9 +334,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
-            height, width: of generated pictures in pixels, multiples of what a position covers (the tokenizer's
-                factor, times the patch); by default those of the training. A picture to repaint is fitted into this
-                size for the model, and comes out at its own.
+            height, width: of generated pictures in pixels, and of given ones of a segment with buckets; multiples
+                of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
+                passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are

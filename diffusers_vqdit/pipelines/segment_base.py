@@ -5,7 +5,7 @@ segment's codes of a dataset's column; and a line of `MODALITIES`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -83,10 +83,14 @@ class ColumnReader(ABC):
         notes (`list[str]`): warnings of what was found, to be shown before the work begins.
         has_variants (`bool`): whether some value has several codes, of which one is drawn each time.
         settings (`dict`): how values are read, where that is to be known.
+        num_groups (`int`): of a column that sorts the rows into groups, whose codes have other shapes; 0 of another.
+        group (`int`): that of the rows which are read and encoded now.
     """
 
     feature: str | None = None  # of `datasets`, which the column is cast to, undecoded
     shape: list[int] | None = None
+    num_groups = 0
+    group = 0
 
     def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
         self.column, self.tokenizer, self.beside = column, tokenizer, beside
@@ -122,6 +126,10 @@ class ColumnReader(ABC):
     def reads(self) -> tuple:
         """Readers with an equal one read the same values, which are then read once."""
         return type(self), self.column
+
+    def group_of(self, row: int) -> int:
+        """The group that a row's value belongs to, in [0, num_groups)."""
+        return 0
 
     @abstractmethod
     def read(self, row: int) -> Any:
@@ -244,6 +252,15 @@ class SegmentProcessor(ABC):
         """Options of the reader of a column whose segment a pipeline has already, so that codes fit what it has."""
         return {}
 
+    @property
+    def buckets(self) -> list[list[int]]:
+        """Grids of the aspect ratios that were trained on, where there were several."""
+        return []
+
+    def bucket_of(self, values: list) -> list[int]:
+        """The grid of `buckets` that values belong to, where there are some."""
+        raise NotImplementedError(f"a {self.noun} has no aspect ratio")
+
     def shape_of(self, height: int | None, width: int | None, patch: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the codes of values of a size in pixels, where values have one; None for that of the training.
 
@@ -293,6 +310,11 @@ class SegmentProcessor(ABC):
     def has_blanks(self, value: Any) -> bool:
         """Whether a value itself asks to be filled in."""
         return False
+
+
+def bucket_shape(shape: Sequence[int], entry: Mapping[str, Any], bucket: int) -> list[int]:
+    """The shape of a segment's codes in one of the buckets of its entry; of one without buckets its own shape."""
+    return [*entry["buckets"][bucket], *shape[2:]] if "buckets" in entry else list(shape)
 
 
 def forget_positions(

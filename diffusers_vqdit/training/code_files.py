@@ -14,7 +14,7 @@ import torch
 
 from ..models.config_checks import SEGMENT_KEYS
 from ..models.segment_layers import check_patch
-from ..pipelines.segment_base import LABEL
+from ..pipelines.segment_base import LABEL, bucket_shape
 from ..pipelines.segment_processors import check_segment_entries
 from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
@@ -125,7 +125,23 @@ def read_index(folder: Path) -> dict[str, Any]:
         need(whole and type(shard.get("rows")) is int and shard["rows"] > 0, "shards", shard, "file, rows and sha256")
         need(Path(shard["file"]).name == shard["file"], "shards", shard, "files in this folder")
     need(len({shard["file"] for shard in shards}) == len(shards), "shards", shards, "different files")
+    counts = {len(entry["buckets"]) for entry in entries.values() if "buckets" in entry}
+    need(len(counts) < 2, "segments", index["entries"], "of one number of buckets")
+    for shard in shards if counts else []:
+        bucket = shard.get("bucket")
+        need(
+            type(bucket) is int and 0 <= bucket < max(counts), "shards", shard, f"with a bucket in [0, {max(counts)})"
+        )
     return index
+
+
+def bucket_segments(index: Mapping[str, Any], bucket: int) -> dict[str, dict[str, Any]]:
+    """The segments of an index, with the shapes of the codes of one bucket."""
+    entries = index["entries"]
+    return {
+        name: {**segment, "shape": bucket_shape(segment["shape"], entries.get(name, {}), bucket)}
+        for name, segment in index["segments"].items()
+    }
 
 
 def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path]:

@@ -7,18 +7,23 @@ captions for use where it is generated, too. ``segments.json`` tells each segmen
 what it is (``modality``, ``tokenizer`` and options, as the pipeline takes them), the names of the labels, how many
 times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the data and the tokenizers
 (``fingerprints``) and the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
+
+Where pictures were sorted into buckets by aspect ratio, ``buckets`` of a segment tells their grids [h, w], the first
+that of ``shape``, and ``bucket`` of a shard that of all of its rows.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..pipelines.text_segment import encode_texts  # noqa: F401
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
-from .code_files import INDEX_FILE, check_shards, read_index, read_shard
+from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
 from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
 
 
@@ -34,8 +39,9 @@ class CodeDataset:
             options. Empty in folders of older versions.
         labels (`list[str]`): names of the label codes.
         lowres_factor (`int`, *optional*): how many times smaller ``image_lowres`` is.
-        settings (`dict`): how pictures were read: ``resolution``, ``resize_mode``, ``image_augmentations``. Empty
-            without pictures, and in folders of older versions.
+        settings (`dict`): how pictures were read: ``resolution`` or ``aspect_ratio_buckets``, ``resize_mode``,
+            ``image_augmentations``. Empty without pictures, and in folders of older versions.
+        buckets (`torch.LongTensor`, *optional*): the bucket (N,) of each row, where rows have codes of several shapes.
         fingerprints (`dict[str, str]`): SHA-256 of ``data``, ``image_vq``, ``text_vq``, ``tokenizer`` and of other
             tokenizers, as far as there are any.
         fingerprint (`str`): SHA-256 of the index, which names those of all shards.
@@ -55,12 +61,18 @@ class CodeDataset:
         self.settings: dict = index["settings"]
         self.fingerprints: dict[str, str] = index["fingerprints"]
         self.fingerprint = file_sha256(folder / INDEX_FILE)
-        listed = [shard["rows"] for shard in index["shards"]] if index["shards"] is not None else None
         paths = check_shards(folder, index["shards"])
+        listed = index["shards"] if index["shards"] is not None else [{} for _ in paths]
+        count = max((len(entry["buckets"]) for entry in self.entries.values() if "buckets" in entry), default=1)
+        self._segments = [bucket_segments(index, bucket) for bucket in range(count)]  # of each bucket
         shards = [
-            read_shard(path, self.segments, rows)
-            for path, rows in zip(paths, listed or [None] * len(paths), strict=True)
+            read_shard(path, self._segments[shard.get("bucket", 0)], shard.get("rows"))
+            for path, shard in zip(paths, listed, strict=True)
         ]
+        self.buckets: torch.Tensor | None = None
+        if count > 1:
+            self.buckets = torch.tensor([shard["bucket"] for shard in listed for _ in range(shard["rows"])])
+            shards = [self._flattened(shard) for shard in shards]
         columns = {name: [shard[name] for shard in shards if name in shard] for name in shards[0] | shards[-1]}
         for name, parts in columns.items():
             if len(parts) < len(shards):
@@ -74,6 +86,20 @@ class CodeDataset:
             for name in self.segments:
                 if name + suffix in columns:
                     kept[name], self._counts[name + suffix] = _padded(columns[name + suffix])
+
+    def _flattened(
+        self, shard: dict[str, tuple[torch.Tensor, np.ndarray]]
+    ) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
+        """A shard whose codes of the segments with buckets lie in rows (M, L) of the length of the longest, for those
+        of all buckets to be one tensor."""
+        found = dict(shard)
+        for column, (codes, sizes) in shard.items():
+            name = next(one for one in self.segments for suffix in SUFFIXES if column == one + suffix)
+            if "buckets" in self.entries.get(name, {}):
+                longest = max(int(np.prod(segments[name]["shape"])) for segments in self._segments)
+                codes = codes.flatten(1)
+                found[column] = F.pad(codes, (0, longest - codes.shape[1])), sizes
+        return found
 
     def __len__(self) -> int:
         return len(next(iter(self.codes.values())))
@@ -103,8 +129,12 @@ class CodeDataset:
         always the first, but for a text whose rows have several captions, of which one is drawn.
 
         Raises:
-            ValueError: if the task has a segment that the data lacks.
+            ValueError: if the task has a segment that the data lacks, or the rows are of several buckets.
         """
+        found = [0] if self.buckets is None else self.buckets[rows].unique().tolist()
+        if len(found) > 1:
+            raise ValueError(f"rows={rows.tolist()} are of the buckets {found}: a batch has rows of one")
+        segments = self._segments[found[0]] if found else self.segments
         for name in task.segments:
             if name not in self.segments:
                 raise ValueError(f"task {str(task)!r}: the data has no segment {name!r}, only {sorted(self.segments)}")
@@ -115,8 +145,12 @@ class CodeDataset:
                 if variants is not None:
                     counts = self._counts[name + suffix][rows]
                     choice = (uniform(rows.shape, generator, rows.device) * counts).long()
-                    return variants[rows, choice].long()
-            return self.codes[name][rows].long()
+                    return shaped(name, variants[rows, choice])
+            return shaped(name, self.codes[name][rows])
+
+        def shaped(name: str, codes: torch.Tensor) -> torch.Tensor:
+            shape = segments[name]["shape"]
+            return codes.flatten(1)[:, : math.prod(shape)].view(-1, *shape).long()
 
         given = {name: drawn(name, ("_prompts", "_variants")) for name in task.given}
         return given, {name: drawn(name, ("_variants",)) for name in task.generated}

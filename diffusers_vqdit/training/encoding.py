@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
-from ..pipelines.segment_base import LABEL, ColumnReader, SegmentColumn
+from ..pipelines.segment_base import LABEL, ColumnReader, SegmentColumn, bucket_shape
 from ..pipelines.segment_processors import MODALITIES, check_segment_entries
+from ..utils.buckets import check_buckets
 from ..utils.checks import check_integer
 from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
 from ..utils.weight_files import move_into_place
@@ -45,6 +46,7 @@ def encode_dataset(
     image_augmentations: int = 0,
     lowres_factor: int | None = None,
     resize_mode: str = "crop",
+    aspect_ratio_buckets: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     shard_size: int = 100_000,
 ) -> Path:
@@ -71,7 +73,10 @@ def encode_dataset(
             ([`~utils.images.shift_and_scale`]), are used beside it where the picture is given.
         lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
             again by bicubic interpolation before it is encoded.
-        resize_mode: how a picture becomes square: ``"crop"`` or ``"pad"``.
+        resize_mode: how a picture becomes square, or of its bucket's aspect ratio: ``"crop"`` or ``"pad"``.
+        aspect_ratio_buckets: (height, width) in pixels, in place of `resolution`: all pictures of a row are made to
+            the one that is nearest in aspect ratio to the first of the picture columns. The first bucket's grid is
+            the segments' ``"shape"``.
         batch_size: pictures or texts that are encoded at once.
         shard_size: rows of a parquet file.
 
@@ -79,9 +84,14 @@ def encode_dataset(
         `output_dir`.
 
     Raises:
-        ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown, or
-            no row can be read.
+        ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown,
+            a bucket is not of whole codes, or no row can be read.
     """
+    options: dict[str, Any] = {"resize_mode": resize_mode, "augmentations": image_augmentations}
+    if aspect_ratio_buckets is not None:
+        options["buckets"] = check_buckets("aspect_ratio_buckets", aspect_ratio_buckets)
+        if resolution:
+            raise ValueError(f"resolution={resolution} and aspect_ratio_buckets both say a size; give one of them")
     batch_size, shard_size = check_integer("batch_size", batch_size, 1), check_integer("shard_size", shard_size, 1)
     columns = columns_of_flags(
         resolution=resolution,
@@ -99,7 +109,9 @@ def encode_dataset(
     )
     named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
     columns, tokenizers = name_tokenizers(columns, named)
-    encoder = _Encoder(dataset, columns, batch_size, resize_mode=resize_mode, augmentations=image_augmentations)
+    encoder = _Encoder(dataset, columns, batch_size, **options)
+    if aspect_ratio_buckets is not None and encoder.grouping is None:
+        raise ValueError("aspect_ratio_buckets needs a column of pictures")
     for note in encoder.notes:
         logger.warning(note)
 
@@ -108,17 +120,21 @@ def encode_dataset(
     starts = range(0, len(dataset), shard_size)
     with scratch_folder(Path(output_dir)) as scratch:
         for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
-            rows = list(range(start, min(start + shard_size, len(dataset))))
-            values, kept = encoder.read(rows, skipped)
-            skipped += len(rows) - len(kept)
-            if kept:
-                shards.append(write_shard(scratch / f"codes-{len(shards):05d}.parquet", encoder.encode(values)))
+            for said, rows in encoder.groups(range(start, min(start + shard_size, len(dataset)))):
+                values, kept = encoder.read(rows, skipped)
+                skipped += len(rows) - len(kept)
+                if kept:
+                    path = scratch / f"codes-{len(shards):05d}.parquet"
+                    shards.append({**write_shard(path, encoder.encode(values)), **said})
         if not shards:
             raise ValueError(
                 f"column {encoder.skipping.column!r}: none of the {len(dataset)} {encoder.noun}s could be read"
             )
         if skipped:
             logger.warning(f"skipped {skipped} of {len(dataset)} {encoder.noun}s that could not be read")
+        for bucket, size in enumerate(options.get("buckets", [])):
+            count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)
+            logger.log(logging.INFO if count else logging.WARNING, f"bucket {size}: {count} rows")
         geometry, entries = encoder.geometry(), encoder.entries()
         write_index(
             scratch,
@@ -163,12 +179,26 @@ class _Encoder:
                 self.of[name].append(self.readers[key])
             if (shape := self.of[name][0].shape) is not None:
                 self.shapes[name] = shape
+        self.grouping = next((reader for reader in self.readers.values() if reader.num_groups), None)
         self.notes = [note for reader in self.readers.values() for note in reader.notes]
         self.settings = next((reader.settings for reader in self.readers.values() if reader.settings), {})
         # The first whose values are files, and may be broken.
         readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
         first = min(readers, key=lambda one: one[0])[1]
         self.skipping, self.noun = self.of[first][0], MODALITIES[columns[first].modality].noun
+
+    def groups(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, int], list[int]]]:
+        """The rows of each group, to be read and encoded before the next, and what the index says of their shard."""
+        grouping = self.grouping
+        if grouping is None:
+            yield {}, list(rows)
+            return
+        found = [grouping.group_of(row) for row in rows]
+        for group in range(grouping.num_groups):
+            for reader in self.readers.values():
+                reader.group = group
+            if members := [row for row, one in zip(rows, found, strict=True) if one == group]:
+                yield {"bucket": group}, members
 
     def read(self, rows: list[int], skipped: int) -> tuple[dict[tuple, list], list[int]]:
         """The values of rows, by what is read, and the rows without those that can't be."""
@@ -206,7 +236,7 @@ class _Encoder:
             reader, *more = self.of[name]
             own, moved = encoded(reader), reader.moved(values[reader.reads], self.batch_size)
             shard[name] = [codes[0] for codes in own]
-            self.shapes.setdefault(name, list(shard[name][0].shape))
+            self.shapes.setdefault(name, bucket_shape(shard[name][0].shape, reader.entry, 0))
             if reader.has_variants:
                 shard[f"{name}_variants"] = own
             if column.prompt_columns is not None or moved:

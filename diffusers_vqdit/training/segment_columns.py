@@ -1,6 +1,7 @@
 """Which columns of a dataset become which segments: the scripts' flags, as one [`SegmentColumn`] a segment."""
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from ..pipelines.segment_processors import MODALITIES, modality_of
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
 from ..utils.arguments import model_name
+from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
 from .code_files import SUFFIXES
 
@@ -61,6 +63,34 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
         metavar="NAME=MODALITY:COLUMN[:TOKENIZER]",
         help=f"A segment of any name, and the column it is made from; the modality is one of {', '.join(MODALITIES)}. "
         "The tokenizer is a folder or a Hub id; without, that of --image_vq or --text_vq. May be given several times.",
+    )
+
+
+def bucket_sizes(text: str) -> list[list[int]]:
+    """The type of ``--aspect_ratio_buckets``, in the format of diffusers' DreamBooth scripts."""
+    pairs = [part.split(",") for part in text.strip().removesuffix(";").split(";")]
+    if not all(len(pair) == 2 and all(re.fullmatch(r" *\d+ *", size) for size in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"value={shown(text)} must be pairs of height,width in pixels, such as '32,32;24,40;40,24'"
+        )
+    try:
+        return check_buckets(f"value={shown(text)}", [[int(size) for size in pair] for pair in pairs])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_bucket_argument(group: argparse._ActionsContainer, default: str) -> None:
+    """Add ``--aspect_ratio_buckets``.
+
+    Args:
+        default: what happens without it, for the help.
+    """
+    group.add_argument(
+        "--aspect_ratio_buckets",
+        type=bucket_sizes,
+        metavar="HEIGHT,WIDTH;...",
+        help="Sizes in pixels, such as '32,32;24,40;40,24': each picture is made to the one nearest in aspect ratio, "
+        f"and a batch is of one of them. The first is drawn where no size is asked for. {default}",
     )
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .arguments import tracker_config
 from .checkpoints import OLDER
-from .data import shuffled_batches
+from .data import bucket_batches, shuffled_batches
 from .launch import check_launch
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
@@ -137,17 +137,23 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator, project: 
 
 
 def run_batches(
-    args: argparse.Namespace, accelerator: Accelerator, num_samples: int, step: int
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    num_samples: int,
+    step: int,
+    buckets: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """This process's batches of rows, see [`shuffled_batches`], from those of optimizer step `step` on."""
-    return shuffled_batches(
-        num_samples,
-        args.train_batch_size,
-        seed=args.seed,
-        start=step * args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    """This process's batches of rows, from those of optimizer step `step` on: see [`shuffled_batches`], and
+    [`bucket_batches`] where the rows are in `buckets` (N,)."""
+    options = {
+        "seed": args.seed,
+        "start": step * args.gradient_accumulation_steps,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+    }
+    if buckets is None:
+        return shuffled_batches(num_samples, args.train_batch_size, **options)
+    return bucket_batches(buckets, args.train_batch_size, **options)
 
 
 def progress_bar(accelerator: Accelerator, max_steps: int, step: int) -> tqdm:

@@ -8,9 +8,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..models.multi_tokenizer import MultiTokenizerModel
+from ..models.segment_layers import segment_patch
+from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment, names_by_code
 from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
 from ..pipelines.segment_processors import MODALITIES, entry_by_name, modality_of
+from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
 from .data import load_training_dataset
@@ -78,20 +81,59 @@ def load_codes(
         codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
         _check_labels(args, parts, codes, segments)
         settle_reading(args, parts, codes)
+        found = codes.settings.get("aspect_ratio_buckets")
+        if args.aspect_ratio_buckets not in (None, found):
+            raise ValueError(
+                f"aspect_ratio_buckets={args.aspect_ratio_buckets}, but the codes in {args.codes_dir!r} have "
+                f"{found or 'none'}: encode the data again with those that you want"
+            )
         return codes
     settle_reading(args, parts, None)
     folder = args.output_dir / "codes"
     columns = segment_columns(args, parts, segments, loaded)
+    buckets = _settle_buckets(args, parts, segments, columns)
     dataset, options = _read_dataset(args, parts, segments, columns)
     if accelerator.is_main_process:
         for model, _ in available.values():
             if model is not None:
                 model.to(accelerator.device)
+        if buckets is not None:
+            options |= {"resolution": 0, "aspect_ratio_buckets": buckets}
         encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
     accelerator.wait_for_everyone()
     codes = CodeDataset(folder)
     _take_tokenizers(codes, parts, available, segments)
     return codes
+
+
+def _settle_buckets(
+    args: argparse.Namespace, parts: Mapping[str, Any], segments: set[str], columns: Mapping[str, SegmentColumn]
+) -> list[list[int]] | None:
+    """The buckets in pixels that pictures are sorted into: those of the flag, or of the pretrained pipeline.
+
+    Raises:
+        ValueError: if a picture segment of the pretrained pipeline is on another grid than the first bucket's, or a
+            patch doesn't divide one.
+    """
+    buckets, known, patches = args.aspect_ratio_buckets, known_segments(parts), dict(args.patch)
+    kinds = {name: MODALITIES[column.modality] for name, column in columns.items()}
+    pictures = {name: columns[name].tokenizer for name, kind in kinds.items() if issubclass(kind, ImageSegment)}
+    pictures = {name: None for name in {IMAGE, LOWRES} & segments - set(columns)} | pictures
+    models = {name: model or parts["image_vq"] for name, model in pictures.items()}
+    factors = {name: model.downsample_factor for name, model in models.items() if model is not None}
+    for name, factor in factors.items():
+        if buckets is None and name in known and (grids := known_entry(parts, name).get("buckets")):
+            buckets = [[size * factor for size in grid] for grid in grids]
+    for name, factor in factors.items() if buckets is not None else ():
+        own = [size * factor for size in known[name]["shape"][:2]] if name in known else buckets[0]
+        if buckets[0] != own:
+            raise ValueError(
+                f"aspect_ratio_buckets={buckets} must begin with {own}, the size of the pretrained pipeline's {name!r}"
+            )
+        patch = segment_patch(known, name)[:2] if name in known else patches.get(name, (1, 1))
+        steps = [factor * size for size in patch[:2]]
+        check_bucket_steps("aspect_ratio_buckets", buckets, steps, f"a position of {name!r}")
+    return buckets
 
 
 def segment_columns(

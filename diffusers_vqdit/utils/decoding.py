@@ -3,22 +3,26 @@
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from .checks import shown
 from .images import resize_image, to_channels
 
 
-def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channels: int = 3) -> torch.Tensor:
-    """One undecoded picture of a `datasets` image column as a (C, resolution, resolution) float tensor in [-1, 1].
+def decode_image(
+    value: dict, resolution: int | tuple[int, int], resize_mode: str = "crop", channels: int = 3
+) -> torch.Tensor:
+    """One undecoded picture of a `datasets` image column as a (C, height, width) float tensor in [-1, 1].
 
     Args:
         value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
-        resolution: height and width of the result.
+        resolution: height and width of the result; one number for both.
         resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
             white.
         channels: C, 3 for RGB or 1 for grey.
@@ -27,6 +31,27 @@ def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channe
         ValueError: if there are neither bytes nor the path of a regular file, or they are no picture that Pillow can
             read as RGB ([`~utils.images.to_rgb`]).
     """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    with _opened(value) as picture:
+        picture = resize_image(to_channels(picture, channels), (height, width), resize_mode)
+        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return to_pixels(data.view(height, width, channels).permute(2, 0, 1))
+
+
+def image_size(value: dict) -> tuple[int, int]:
+    """Height and width of an undecoded picture as it is seen: turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: as [`decode_image`], as far as its header tells.
+    """
+    with _opened(value) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
+@contextmanager
+def _opened(value: dict) -> Iterator[Image.Image]:
+    """A picture of Pillow's, whose pixels are not read yet."""
     data: Any = value.get("bytes") if isinstance(value, dict) else None
     path: Any = value.get("path") if isinstance(value, dict) else None
     if data is None and path is None:
@@ -42,9 +67,7 @@ def decode_image(value: dict, resolution: int, resize_mode: str = "crop", channe
     except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
         raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
     with picture:
-        picture = resize_image(to_channels(picture, channels), (resolution, resolution), resize_mode)
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return to_pixels(data.view(resolution, resolution, channels).permute(2, 0, 1))
+        yield picture
 
 
 def place(value: Any, row: int) -> str:

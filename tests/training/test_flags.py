@@ -65,6 +65,8 @@ SINGLE = {
         *(("lowres_factor", "1", "at least 2"), ("num_attention_heads", "0", "at least 1")),
         *(("segment", value, "NAME=MODALITY:COLUMN") for value in ("sketch", "a b=image:x", "=image:x", "a=image")),
         *(("segment", "a=audio:x", "must be one of"), ("segment", "a=label:x:y", "a label doesn't need")),
+        *(("aspect_ratio_buckets", value, "must be pairs of height,width") for value in ("32", "32x32", "8,8;a,8")),
+        ("aspect_ratio_buckets", "8,8;16,16", "which have one aspect ratio"),
     ],
     "training/train_latent_dit": [
         *((name, "1.1", "in [0, 1]") for name in ("label_dropout", "caption_dropout", "dropout")),

@@ -9,14 +9,17 @@ What makes the same sums in another order differ by more than rounding, and is k
 - A softmax at a temperature of 0.01, the default of the entropy loss, multiplies differences by 100 at each step.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_vqdit import ImageVQModel, TextVQModel
@@ -46,6 +49,12 @@ CASES = {
         "--codes_dir {codes} --image_vq {image_vq} --text_vq {text_vq} --num_layers 2 --num_attention_heads 2 "
         "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema "
         "--tasks=text->image:2,image->text:2,->image:1",
+    ),
+    "vqdit, buckets": (
+        "train_vqdit",
+        4,
+        "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
+        "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --tasks=->image",
     ),
     "latent_dit": (
         "train_latent_dit",
@@ -94,7 +103,17 @@ def trained(root, script, tmp_path_factory):
         caption_column="text",
         prompt_columns=["phrase"],
     )
-    parts = {name: folder / name for name in ("codes", "image_vq", "text_vq")}
+    cuts = [(24, 24), (40, 20), (20, 40)]
+    pictures = [Image.open(io.BytesIO(one["bytes"])).resize(cuts[row % 3]) for row, one in enumerate(dataset["image"])]
+    pictures = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    encode_dataset(
+        pictures.cast_column("image", datasets.Image(decode=False)),
+        folder / "buckets",
+        aspect_ratio_buckets=[[16, 16], [24, 12], [12, 24]],
+        image_vq=image_vq,
+        image_column="image",
+    )
+    parts = {name: folder / name for name in ("codes", "buckets", "image_vq", "text_vq")}
 
     def jobs(run, processes):
         for case, (name, batch, arguments) in CASES.items():

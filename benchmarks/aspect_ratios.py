@@ -1,0 +1,182 @@
+#!/usr/bin/env python
+"""Sizes not trained on: held-out likelihood with added positions alone, and with rotary ones beside them.
+
+    python benchmarks/aspect_ratios.py --max_train_steps 3000
+
+Text to pictures of three aspect ratios, in the codes of the starter's tokenizer: each emoji of 64 px is cut to a
+square, a tall and a wide picture. At each evaluation the averaged weights' negative ELBO of the test split's pictures
+is measured at each of ``--test_sizes``, in bits a code, with the same masks for all of a size. All settings train on
+the same batches. Writes a JSON file for each kind of positions, and its pipeline.
+"""
+
+import argparse
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.likelihood.bounds import negative_elbo, stratified_masks
+from diffusers_vqdit.tasks import Task
+from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset, encode_dataset
+from diffusers_vqdit.training.data import bucket_batches, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.draws import step_generator
+from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
+from diffusers_vqdit.training.segment_columns import bucket_sizes
+from diffusers_vqdit.utils.images import resize_image, to_rgb
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = [Task(("text",), ("image",)), Task((), ("image",))]  # the second one batch in five
+POSITIONS = ("added", "rotary")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare positions at sizes that were not trained on.")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
+    parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
+    parser.add_argument("--positions", choices=POSITIONS, nargs="+", default=POSITIONS)
+    parser.add_argument("--aspect_ratio_buckets", type=bucket_sizes, default="32,32;40,24;24,40")
+    parser.add_argument("--test_sizes", type=bucket_sizes, default="32,32;40,24;24,40;36,28;28,36;48,20;20,48")
+    parser.add_argument("--max_train_steps", type=int, default=100)
+    parser.add_argument("--evaluation_steps", type=int, default=500)
+    parser.add_argument("--max_train_samples", type=int, default=100_000)
+    parser.add_argument("--num_test_samples", type=int, default=64)
+    parser.add_argument("--num_masks", type=int, default=8)
+    parser.add_argument("--num_layers", type=int, default=3)
+    parser.add_argument("--num_attention_heads", type=int, default=3)
+    parser.add_argument("--attention_head_dim", type=int, default=32)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=50)
+    parser.add_argument("--ema_decay", type=float, default=0.99)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/aspect_ratios"))
+    return parser.parse_args(input_args)
+
+
+def cut(picture: dict, size: list[int]) -> dict:
+    """The middle of an undecoded picture, of the aspect ratio of a size and as large as there is."""
+    image = to_rgb(Image.open(io.BytesIO(picture["bytes"])))
+    scale = min(image.height / size[0], image.width / size[1])
+    file = io.BytesIO()
+    resize_image(image, (round(size[0] * scale), round(size[1] * scale))).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def load_codes(
+    args: argparse.Namespace, pipe: VQDiTPipeline, split: str, cuts: list[list[int]], buckets: list[list[int]]
+) -> CodeDataset:
+    """A split's pictures, each cut to all of `cuts`, and captions as codes in `buckets`, encoded once."""
+    name = "-".join(f"{height}x{width}" for height, width in buckets)
+    folder = args.output_dir / f"codes-{split}-{name}"
+    if not (folder / INDEX_FILE).is_file():
+        data = load_training_dataset(
+            dataset_name=args.dataset_name,
+            split=split,
+            image_column="image",
+            columns=["text"],
+            max_samples=args.max_train_samples if split == "train" else args.num_test_samples,
+        )
+        rows = [
+            (cut(picture, size), text)
+            for picture, text in zip(data["image"], data["text"], strict=True)
+            for size in cuts
+        ]
+        data = datasets.Dataset.from_dict({"image": [row[0] for row in rows], "text": [row[1] for row in rows]})
+        encode_dataset(
+            data.cast_column("image", datasets.Image(decode=False)),
+            folder,
+            aspect_ratio_buckets=buckets,
+            image_vq=pipe.image_vq,
+            text_vq=pipe.text_vq,
+            tokenizer=pipe.tokenizer,
+            image_column="image",
+            caption_column="text",
+        )
+    return CodeDataset(folder)
+
+
+@torch.no_grad()
+def measure(model: VQDiTTransformer2DModel, codes: CodeDataset, num_masks: int) -> list[float]:
+    """The negative ELBO of each picture given its text, in bits a code."""
+    given, generated = codes.batch(torch.arange(len(codes)), TASKS[0])
+    total = generated["image"][0].numel()
+    masks, _ = stratified_masks(total, num_masks, torch.Generator().manual_seed(0))
+    nll = negative_elbo(model, generated, model.encode_prefix(given), masks).nll
+    return (nll / total / math.log(2)).tolist()
+
+
+def train(positions: str, codes: CodeDataset, tests: dict[str, CodeDataset], args: argparse.Namespace) -> tuple:
+    """The transformer with its averaged weights, and its curve: a point an evaluation."""
+    torch.manual_seed(args.seed)
+    model = VQDiTTransformer2DModel(
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+        num_layers=args.num_layers,
+        segments=codes.segments,
+        tasks=[str(task) for task in TASKS],
+        use_rotary_positional_embeddings=positions == "rotary",
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    average = EMAModel(model.parameters(), decay=args.ema_decay)
+    scheduler, curve, start = MaskedDiffusionScheduler(), [], time.process_time()
+    if codes.buckets is not None:
+        batches = bucket_batches(codes.buckets, args.train_batch_size, seed=args.seed)
+    else:
+        batches = shuffled_batches(len(codes), args.train_batch_size, seed=args.seed)
+    for step in range(1, args.max_train_steps + 1):
+        generator = step_generator(args.seed, step)
+        given, generated = codes.batch(next(batches), TASKS[step % 5 == 0], generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(1.0, step / args.lr_warmup_steps)
+        loss = masked_diffusion_loss(model, scheduler, given, generated, generator=generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+        if step % args.evaluation_steps and step < args.max_train_steps:
+            continue
+        model.eval()
+        average.store(model.parameters())
+        average.copy_to(model.parameters())
+        bits = {name: measure(model, test, args.num_masks) for name, test in tests.items()}
+        curve.append({"steps": step, "seconds": time.process_time() - start, "bits_per_code": bits})
+        means = {name: round(sum(values) / len(values), 3) for name, values in bits.items()}
+        print(json.dumps({"positions": positions, "loss": loss.item(), "steps": step, **means}), flush=True)
+        save(positions, model, curve, codes, args)
+        average.restore(model.parameters())
+        model.train()
+    return model, curve
+
+
+def save(
+    positions: str, model: VQDiTTransformer2DModel, curve: list[dict], codes: CodeDataset, args: argparse.Namespace
+) -> None:
+    """The pipeline and its figures so far."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "positions")}
+    results = {"settings": settings, "threads": torch.get_num_threads(), "curve": curve}
+    (args.output_dir / f"{positions}.json").write_text(json.dumps(results, indent=2) + "\n")
+    pipe = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    parts = {name: getattr(pipe, name) for name in ("scheduler", "image_vq", "text_vq", "tokenizer")}
+    VQDiTPipeline(model, **parts, segments=codes.entries).save_pretrained(args.output_dir / positions)
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipe = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    codes = load_codes(args, pipe, "train", args.aspect_ratio_buckets, args.aspect_ratio_buckets)
+    tests = {f"{size[0]}x{size[1]}": load_codes(args, pipe, "test", [size], [size]) for size in args.test_sizes}
+    for positions in args.positions:
+        train(positions, codes, tests, args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
