@@ -20,10 +20,10 @@ from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
-from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
-from .quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
-from .quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
-from .quantizers_residual import ResidualVectorQuantizer
+from .quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from .quantizers.residual import ResidualVectorQuantizer
+from .quantizers.vector import Quantizer, QuantizerOutput, VectorQuantizer
 
 
 _ENTROPY = ("entropy_weight", "entropy_temperature")
@@ -79,11 +79,11 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         pixel_range: the range of pixels that encoder and decoder were trained with. Pictures given and returned are
             in [-1, 1] whatever it is.
         quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]); ``"rvq"``,
-            q residual codes a position ([`~models.quantizers_residual.ResidualVectorQuantizer`]); ``"simvq"``
-            ([`~models.quantizers_codebook.SimVectorQuantizer`]), ``"ibq"``
-            ([`~models.quantizers_codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
-            ([`~models.quantizers_lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
-            ([`~models.quantizers_lookup_free.LookupFreeQuantizer`]). An option below that the type doesn't take must
+            q residual codes a position ([`~models.quantizers.residual.ResidualVectorQuantizer`]); ``"simvq"``
+            ([`~models.quantizers.codebook.SimVectorQuantizer`]), ``"ibq"``
+            ([`~models.quantizers.codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
+            ([`~models.quantizers.lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
+            ([`~models.quantizers.lookup_free.LookupFreeQuantizer`]). An option below that the type doesn't take must
             keep its default.
         beta: weight of the commitment term.
         codebook_norm: ``"none"`` (Euclidean) or ``"l2"``; with ``"lfq"``, ``"l2"`` is BSQ.

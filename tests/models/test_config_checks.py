@@ -8,9 +8,9 @@ import torch.nn as nn
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTTransformer2DModel
 from diffusers_vqdit.models.maskgit_blocks import MaskGITDecoder, MaskGITEncoder
-from diffusers_vqdit.models.quantizers import VectorQuantizer
-from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
-from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from diffusers_vqdit.models.quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers.vector import VectorQuantizer
 
 
 IMAGE = {
