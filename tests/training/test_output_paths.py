@@ -33,7 +33,7 @@ def _encode(encode, arguments, started):
         started.set()
         threading.Event().wait()
 
-    encode.load_training_dataset = wait
+    encode.load_splits = wait
     encode.main(encode.parse_args(arguments))
 
 
