@@ -216,4 +216,4 @@ def check_output_file(argument: str, path: Path, suffix: str = "") -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{named} can't be written: {error.strerror or error} ({error.filename})") from error
+        raise ValueError(f"{named} can't be written: {error.strerror or error} ({error.filename or path})") from error

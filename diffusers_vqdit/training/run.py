@@ -103,9 +103,8 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
 
 
 def _unusable(output_dir: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"output_dir={shown(str(output_dir))} can't be written: {error.strerror or error} ({error.filename})"
-    )
+    reason, where = error.strerror or error, error.filename or output_dir
+    return ValueError(f"output_dir={shown(str(output_dir))} can't be written: {reason} ({where})")
 
 
 class TrainingRun:

@@ -26,11 +26,13 @@ def find_component(name: str, component: str, cache_dir: str | None = None) -> t
     else:
         owner, repository, *rest = name.split("/")
         source, folder = f"{owner}/{repository}", "/".join(rest)
-    if not os.path.isdir(source):
+    if not os.path.isdir(name):
         try:
             validate_repo_id(source)
         except HFValidationError as error:
             raise ValueError(f"{shown(name)} is no folder that is there, and no repository's name: {error}") from error
+        if os.path.isdir(source):
+            raise ValueError(f"{shown(name)} is no folder that is there: {shown(source)} has no folder {folder!r}")
     below = _below(folder, component)
     # A model of its own has a config beside its weights; a pipeline has one below.
     own = _has_file(source, _below(folder, "config.json"), cache_dir)

@@ -71,6 +71,7 @@ def test_patches_and_several_segments(pipeline, factor):
     [
         ({"height": 0}, "height=0 must be"),
         ({"height": 7}, "height=7 must be a multiple of"),
+        ({"height": 2**20}, "height=1048576 must be an integer in .* 65536"),
         ({"width": 16.0}, "width=16.0 must be"),
         ({"width": "16"}, "width='16' must be"),
         ({"width": True}, "width=True must be"),

@@ -56,8 +56,9 @@ def test_a_tokenizer_is_one_of_its_modality(run, tokenizers, pipeline, picture_f
         path, modality = tmp_path / tokenizer, "image" if tokenizer == "text_vq" else "text"
         with pytest.raises(ValueError, match="_class_name='.*' must be"):
             run("encode_dataset", f"{data} {tokenizers} --segment other={modality}:{modality}:{path}")
-    with pytest.raises(ValueError, match="/no/such/folder' is no folder that is there"):
-        run("encode_dataset", f"{data} --segment sketch=image:image:/no/such/folder")
+    for wrong in ("/no/such/folder", tmp_path / "none", tmp_path / "image_vq" / "config.json"):
+        with pytest.raises(ValueError, match=f"{wrong}' is no folder that is there"):
+            run("encode_dataset", f"{data} --segment sketch=image:image:{wrong}")
 
 
 def test_a_column_that_is_named_is_not_left_out(run, tokenizers, picture_folder, tmp_path):

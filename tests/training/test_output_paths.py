@@ -19,7 +19,7 @@ def odd(tmp_path):
 
 def test_encode_dataset(script, odd, tmp_path, monkeypatch):
     encode = script("encode_dataset")
-    monkeypatch.setattr(encode, "load_training_dataset", None)
+    monkeypatch.setattr(encode, "load_splits", None)
     (tmp_path / "codes" / "segments.json").mkdir(parents=True)
     for folder in [*odd, tmp_path / "file"]:
         with pytest.raises(ValueError, match="output_dir='.*can't be written"):
@@ -33,7 +33,7 @@ def _encode(encode, arguments, started):
         started.set()
         threading.Event().wait()
 
-    encode.load_training_dataset = wait
+    encode.load_splits = wait
     encode.main(encode.parse_args(arguments))
 
 
