@@ -151,7 +151,7 @@ def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
     for scheduler in fitting:
         for steps in args.num_inference_steps:
             record(CAPTIONS, scheduler, steps, "prompt", data.texts(data.train), shows(data.train))
-        record(LABELS, scheduler, most, "class_labels" if latent else "class_label", labels, has_label)
+        record(LABELS, scheduler, most, "class_labels", labels, has_label)
     own = next(iter(fitting))
     record(COMPOSITIONS, own, most, "prompt", data.texts(data.composition), shows(data.composition))
     return results

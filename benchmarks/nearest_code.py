@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusers_vqdit.models.code_search import nearest_codes
+from diffusers_vqdit.models.quantizers.code_search import nearest_codes
 
 from .common import compare
 

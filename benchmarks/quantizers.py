@@ -25,7 +25,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.models.quantizers import Quantizer, QuantizerOutput, perplexity
+from diffusers_vqdit.models.quantizers.vector import Quantizer, QuantizerOutput, perplexity
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import argument_parser, positive_integer, positive_number, random_seed

@@ -105,10 +105,11 @@ def encode(args: argparse.Namespace) -> None:
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted)
     if args.segment:
-        # Where segments are named, these two columns may be missing unless something else needs them.
+        # Where segments are named, the columns of these two names may be missing unless something else needs them.
         there = next(iter(splits.values())).column_names
-        image_column = image_column if image_column in there or args.lowres_factor else None
-        caption_column = caption_column if caption_column in there or prompt_columns or text_columns else None
+        image_column = None if image_column == IMAGE not in there and not args.lowres_factor else image_column
+        needed = prompt_columns or text_columns
+        caption_column = None if caption_column == TEXT not in there and not needed else caption_column
     dataset = take_split(
         splits,
         args.split,
@@ -120,7 +121,7 @@ def encode(args: argparse.Namespace) -> None:
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
-    known = {args.image_vq: (image_vq, None), args.text_vq: (text_vq, tokenizer)}
+    known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
     for model, _ in loaded.values():
         model.to(args.device)

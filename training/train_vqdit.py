@@ -296,7 +296,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     )
 
     def build_pipeline() -> VQDiTPipeline:
-        pipeline = VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "labels": labels})
+        pipeline = VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "id2label": dict(enumerate(labels))})
         return pipeline.to(accelerator.device)  # the tokenizers too, which encoded nothing where codes were given
 
     if accelerator.is_main_process:

@@ -8,11 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn as nn
 from diffusers.models.activations import ACT2CLS
 
 from ..tasks import Task
-from ..utils.checks import check_choice, check_flag, check_integer, check_integers, check_number, shown
+from ..utils.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_integers,
+    check_module_name,
+    check_number,
+    shown,
+)
 from .segment_layers import check_patch
 
 
@@ -264,10 +271,10 @@ def check_transformer(config: Mapping[str, Any]) -> None:
         check_segments(c["segments"])
         check_tasks(c["tasks"], c["segments"])
         axes = max(len(segment["shape"]) for segment in c["segments"].values())
-        if rotary and c["attention_head_dim"] < 2 * axes:
+        if rotary and (c["attention_head_dim"] < 2 * axes or c["attention_head_dim"] % 2):
             raise ValueError(
-                f"use_rotary_positional_embeddings=True needs attention_head_dim={c['attention_head_dim']} to be at "
-                f"least {2 * axes}: two channels for each of the {axes} axes of a segment"
+                f"use_rotary_positional_embeddings=True needs attention_head_dim={c['attention_head_dim']} to be even "
+                f"and at least {2 * axes}: two channels for each of the {axes} axes of a segment"
             )
         return
     # diffusers' table of positions has sines and cosines of two axes.
@@ -292,9 +299,7 @@ def check_segments(segments: Any) -> None:
     if not segments:
         raise ValueError("segments={} has no segment; use segments=None for continuous latents")
     for name, segment in segments.items():
-        # Segments name modules, so that a module's own attributes (`type`, `keys`) are taken.
-        if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"segments: {name!r} can't be a segment's name; use letters, digits and underscores")
+        check_module_name("segments", name)
         if not isinstance(segment, dict):
             raise ValueError(f"segments[{name!r}]={shown(segment)} must be a dict with vocab_size and shape")
         if unknown := set(segment) - set(SEGMENT_KEYS):

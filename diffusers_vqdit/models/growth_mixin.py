@@ -50,7 +50,12 @@ class GrowthMixin:
                     value = self.segment_embedding.weight[old.index(source) + role * len(old)]
                     state["segment_embedding.weight"][row + role * len(new)] = value.detach()
         model.load_state_dict(state)
-        return model.to(self.device, self.dtype).train(self.training)
+        return self._placed_alike(model)
+
+    def _placed_alike(self, model: Any) -> Any:
+        """A model on this one's device, in its dtype and mode."""
+        # Not by diffusers' `to`, which warns of modules to be kept in float32 where there are none.
+        return nn.Module.to(model, self.device, self.dtype).train(self.training)
 
     def with_vocab_size(self, name: str, size: int) -> Self:
         """A copy whose segment has more codes, for training with more labels. Known codes keep their weights.
@@ -86,7 +91,7 @@ class GrowthMixin:
             grown[size:] = state[key][old:]  # the mask's row, which heads have not
             state[key] = grown
         model.load_state_dict(state)
-        return model.to(self.device, self.dtype).train(self.training)
+        return self._placed_alike(model)
 
     def with_num_embeds_ada_norm(self, size: int) -> Self:
         """A copy with embeddings for more labels, new ones fresh. Known labels, and none, give what they gave.
@@ -111,4 +116,4 @@ class GrowthMixin:
         model.load_state_dict(state)
         if self.has_shared_embedder:
             model.share_embedder()
-        return model.to(self.device, self.dtype).train(self.training)
+        return self._placed_alike(model)

@@ -16,14 +16,15 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
+from ..utils.images import blend_tiles
 from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
-from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
-from .quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
-from .quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
-from .quantizers_residual import ResidualVectorQuantizer
+from .quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from .quantizers.residual import ResidualVectorQuantizer
+from .quantizers.vector import Quantizer, QuantizerOutput, VectorQuantizer
 
 
 _ENTROPY = ("entropy_weight", "entropy_temperature")
@@ -79,11 +80,11 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         pixel_range: the range of pixels that encoder and decoder were trained with. Pictures given and returned are
             in [-1, 1] whatever it is.
         quantizer_type: ``"vq"``, the nearest code of a codebook ([`~models.quantizers.VectorQuantizer`]); ``"rvq"``,
-            q residual codes a position ([`~models.quantizers_residual.ResidualVectorQuantizer`]); ``"simvq"``
-            ([`~models.quantizers_codebook.SimVectorQuantizer`]), ``"ibq"``
-            ([`~models.quantizers_codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
-            ([`~models.quantizers_lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
-            ([`~models.quantizers_lookup_free.LookupFreeQuantizer`]). An option below that the type doesn't take must
+            q residual codes a position ([`~models.quantizers.residual.ResidualVectorQuantizer`]); ``"simvq"``
+            ([`~models.quantizers.codebook.SimVectorQuantizer`]), ``"ibq"``
+            ([`~models.quantizers.codebook.IndexBackpropagationQuantizer`]), ``"fsq"``
+            ([`~models.quantizers.lookup_free.FiniteScalarQuantizer`]), or ``"lfq"``
+            ([`~models.quantizers.lookup_free.LookupFreeQuantizer`]). An option below that the type doesn't take must
             keep its default.
         beta: weight of the commitment term.
         codebook_norm: ``"none"`` (Euclidean) or ``"l2"``; with ``"lfq"``, ``"l2"`` is BSQ.
@@ -358,11 +359,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
     # -----------------------------------------------------------------------------------------------------------------
     # Tiling
 
-    def _tiled(self, x: torch.Tensor, function, tile: int, tile_out: int) -> torch.Tensor:
-        """Apply `function` to overlapping tiles of side `tile` and blend the results, of side `tile_out` each.
-
-        Every output pixel is a mean of the tiles that cover it, weighted by a ramp that falls to the tiles' borders.
-        """
+    def _tiled(self, sample: torch.Tensor, function, tile: int, tile_out: int) -> torch.Tensor:
+        """Apply `function` to overlapping tiles of side `tile` and blend the results, of side `tile_out` each."""
         # Tiles start at multiples of one code, in pixels and in codes alike.
         codes = min(tile, tile_out)
         step = (codes - max(1, round(codes * self.tile_overlap_factor))) * (tile // codes)
@@ -371,25 +369,14 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
             last = max(size - tile, 0)
             return sorted({min(start, last) for start in range(0, last + step, step)})
 
-        height, width = x.shape[2:]
+        height, width = sample.shape[2:]
 
         def scale(n: int) -> int:
             return n * tile_out // tile
 
-        result: Any = None
-        weight: Any = None
-        for top in starts(height):
-            for left in starts(width):
-                part = function(x[:, :, top : top + tile, left : left + tile])
-                ramp = _ramp(part.shape[2], part).view(-1, 1) * _ramp(part.shape[3], part).view(1, -1)
-                if result is None:
-                    result = part.new_zeros(*part.shape[:2], scale(height), scale(width))
-                    weight = part.new_zeros(scale(height), scale(width))
-                rows = slice(scale(top), scale(top) + part.shape[2])
-                columns = slice(scale(left), scale(left) + part.shape[3])
-                result[:, :, rows, columns] += part * ramp
-                weight[rows, columns] += ramp
-        return result / weight
+        corners = [(top, left) for top in starts(height) for left in starts(width)]
+        parts = ((y, x, function(sample[:, :, y : y + tile, x : x + tile])) for y, x in corners)
+        return blend_tiles(((scale(y), scale(x), part) for y, x, part in parts), (scale(height), scale(width)))
 
 
 def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) -> Quantizer:
@@ -419,9 +406,3 @@ def _layout(x: torch.Tensor) -> torch.Tensor:
     if half and x.device.type == "cpu" and not torch.is_grad_enabled():
         return x.contiguous(memory_format=torch.channels_last)
     return x
-
-
-def _ramp(size: int, like: torch.Tensor) -> torch.Tensor:
-    """Weights (size,) that rise from the borders to the middle."""
-    position = torch.arange(size, device=like.device, dtype=like.dtype)
-    return torch.minimum(position + 1, size - position)

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
-from ..utils.checks import shown
+from ..utils.checks import check_module_name, shown
 from ..utils.weight_files import replacing_weights
 
 
@@ -44,13 +44,14 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         if not isinstance(tokenizers, Mapping) or not tokenizers:
             raise ValueError(f"tokenizers={shown(tokenizers)} must be a dict of one or more models by name")
         for name, model in tokenizers.items():
-            if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-                raise ValueError(f"tokenizers: {name!r} can't be a name; use letters, digits and underscores")
+            check_module_name("tokenizers", name)
             if not isinstance(model, ModelMixin | transformers.PreTrainedModel):
                 raise ValueError(f"tokenizers[{name!r}]={shown(model)} must be a model of diffusers or transformers")
-        for name in beside:
+        for name, one in beside.items():
             if name not in tokenizers:
                 raise ValueError(f"beside has {name!r}, but tokenizers are {list(tokenizers)}")
+            if not hasattr(one, "save_pretrained"):
+                raise ValueError(f"beside[{name!r}]={shown(one)} must be a tokenizer or a processor of transformers")
         self.tokenizers, self.beside = nn.ModuleDict(tokenizers), beside
         # As in model_index.json.
         self.register_to_config(
@@ -119,13 +120,17 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             if not isinstance(kinds, dict):
                 raise ValueError(f"{pretrained_model_name_or_path}: {entry}={shown(kinds)} must be classes by name")
             for name, kind in kinds.items():
+                check_module_name(f"{pretrained_model_name_or_path}: {entry}", name)  # it names a folder
                 folder = "/".join(part for part in (place, f"{name}.tokenizer{end}") if part)
+                source = pretrained_model_name_or_path
+                if os.path.isdir(source):  # errors of diffusers name a folder without the subfolder
+                    source, folder = os.path.join(source, folder), ""
                 part: Any = _class_of(f"{pretrained_model_name_or_path}: {entry}[{name!r}]", kind)
                 options = kwargs if issubclass(part, ModelMixin) else hub
                 if issubclass(part, transformers.PreTrainedModel):
                     options = hub | {n: kwargs[n] for n in ("variant", "dtype", "device_map") if n in kwargs}
                     options |= {"dtype": kwargs["torch_dtype"]} if kwargs.get("torch_dtype") is not None else {}
-                found[name] = part.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **options)
+                found[name] = part.from_pretrained(source, subfolder=folder, **options)
             parts.append(found)
         return cls(*parts).eval()
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 
-from ..utils.checks import check_flag, check_integers
+from ..utils.checks import check_flag, check_integers, shown
 from .layers import modulate, rotary_positions, sincos_positions
 
 
@@ -230,6 +230,12 @@ def unpatchify(values: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, .
     axes = [axis + offset for axis in range(1, len(patch) + 1) for offset in (0, len(patch))]
     values = values.reshape(len(values), *grid, *patch, values.shape[-1])
     return values.permute(0, *axes, -1).flatten(1, -2)
+
+
+def check_type(argument: str, name: str, value: Any) -> None:
+    """Raise a ValueError unless it is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{argument}[{name!r}]={shown(value)} must be a tensor, got {type(value).__name__}")
 
 
 def check_states(argument: str, name: str, states: torch.Tensor, channels: int) -> None:

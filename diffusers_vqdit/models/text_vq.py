@@ -12,8 +12,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .config_checks import check_text_vq
 from .outputs import CastableOutput
-from .quantizers import VectorQuantizer
-from .quantizers_residual import ResidualVectorQuantizer
+from .quantizers.residual import ResidualVectorQuantizer
+from .quantizers.vector import VectorQuantizer
 
 
 SIF_SMOOTHING = 1e-3  # a of Arora et al. 2017, who found 1e-3 to 1e-4 best

@@ -19,7 +19,7 @@ from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
 from .layers import VQDiTModulation, VQDiTPrefix, join_masks, modulate
-from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, segment_patch
+from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, check_type, segment_patch
 from .transformer_dit import LatentDiT
 
 
@@ -238,6 +238,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         for name, value in codes.items():
             if name not in segments:
                 raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
+            check_type(argument, name, value)
             if "channels" in segments[name]:
                 check_states(argument, name, value, segments[name]["channels"])
                 continue

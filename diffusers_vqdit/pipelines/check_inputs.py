@@ -56,6 +56,27 @@ def callback_inputs(callback: Any, tensor_inputs: list[str] | None) -> list[str]
     return ["latents"] if tensor_inputs is None else tensor_inputs
 
 
+def codes_of_callback(outputs: Any, codes: dict[str, torch.LongTensor]) -> dict[str, torch.LongTensor]:
+    """The codes to go on with after a callback that had `codes`, by segment, and returned `outputs`."""
+    if not outputs:
+        return codes
+    if not isinstance(outputs, dict):
+        raise ValueError(f"callback_on_step_end returned {shown(outputs)}; it must be a dict with 'latents', or None")
+    value = outputs.get("latents", codes)
+    changed = value if len(codes) > 1 or value is codes else dict.fromkeys(codes, value)
+    if not isinstance(changed, dict) or changed.keys() != codes.keys():
+        raise ValueError(f"latents of callback_on_step_end={shown(value)} must be a dict of codes of {list(codes)}")
+    for name, old in codes.items():
+        new = changed[name]
+        if not isinstance(new, torch.Tensor) or new.dtype != old.dtype or new.shape != old.shape:
+            got = f"{new.dtype} of shape {tuple(new.shape)}" if isinstance(new, torch.Tensor) else shown(new)
+            raise ValueError(
+                f"latents of callback_on_step_end must be {old.dtype} codes of {name!r} of shape {tuple(old.shape)}, "
+                f"got {got}"
+            )
+    return {name: changed[name] for name in codes}
+
+
 def check_generator(generator: Any, *, cpu_only: bool = False) -> None:
     """A `torch.Generator`, or a list of them; with `cpu_only` a single one on the CPU, or None either way."""
     every = generator if isinstance(generator, list) and not cpu_only else [generator]
@@ -88,6 +109,17 @@ def check_batch(sizes: dict[str, int], num_images_per_prompt: int, generator: An
 def as_list(value: Any) -> list:
     """One or several of something as a list."""
     return list(value) if isinstance(value, list | tuple | range) else [value]
+
+
+def either(name: str, value: Any, old_name: str, old_value: Any) -> Any:
+    """The value of an argument that may be given by its older name.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if value is not None and old_value is not None:
+        raise ValueError(f"give {name} or {old_name}, its older name, not both")
+    return old_value if value is None else value
 
 
 def check_labels(name: str, labels: Any, numbers: dict[str, int], size: int) -> list[int]:

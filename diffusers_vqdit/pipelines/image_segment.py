@@ -28,6 +28,7 @@ from ..utils.images import (
     split_tiles,
     touched_patches,
 )
+from .check_inputs import MAX_SIDE
 from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
@@ -200,7 +201,7 @@ class ImageSegment(SegmentProcessor):
             ("height", "width"), (height, width), patch[:2], self.resolution, strict=True
         ):
             step = self.vq.downsample_factor * codes
-            size = own if size is None else check_integer(argument, size, step)
+            size = own if size is None else check_integer(argument, size, step, MAX_SIDE)
             if size % step:
                 raise ValueError(
                     f"{argument}={size} must be a multiple of {step}, what one position covers, such as "

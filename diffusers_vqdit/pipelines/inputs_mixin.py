@@ -6,15 +6,16 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import deprecate
 
 from ..models.segment_layers import segment_patch
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
-from .check_inputs import check_batch, check_call
-from .segment_base import ARGUMENTS, IMAGE, LABEL, TEXT, SegmentProcessor, bucket_shape
-from .segment_processors import entry_by_name, make_segment, output_by_name
+from .check_inputs import check_batch, check_call, either
+from .segment_base import ARGUMENTS, IMAGE, LABEL, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
+from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
 
@@ -59,10 +60,11 @@ class InputsMixin:
     @property
     def _tokenizing_components(self) -> dict[str, Any]:
         """What segments are encoded and decoded with, by name; None for what the pipeline lacks."""
-        parts = [*self._optional_components, "image_processor", "pixel_processor"]
+        parts = [*self._optional_components, *PROCESSORS]
         components = {name: getattr(self, name) for name in parts}
         several = components.pop("segment_tokenizers")
         if several is not None:
+            check_segment_tokenizers(several, self._optional_components)
             components |= several.parts
         return components
 
@@ -203,9 +205,14 @@ class InputsMixin:
     def _can_guide(self, task: Task) -> bool:
         return bool(task.given) and str(Task((), task.generated)) in (self.transformer.config.tasks or [])
 
-    def _passed(self, prompt: Any, image: Any, class_label: Any, inputs: dict[str, Any] | None) -> dict[str, Any]:
-        """What is not None, by segment."""
-        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_label), strict=True))
+    def _passed(
+        self, prompt: Any, image: Any, class_labels: Any, inputs: dict[str, Any] | None, class_label: Any = None
+    ) -> dict[str, Any]:
+        """What is not None, by segment; `class_label` is the older name of `class_labels`."""
+        if class_label is not None:
+            deprecate("class_label", "1.0.0", "Pass class_labels.")
+        class_labels = either("class_labels", class_labels, "class_label", class_label)
+        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_labels), strict=True))
         if inputs is not None and not isinstance(inputs, dict):
             raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
         for name in inputs or {}:
@@ -240,10 +247,11 @@ class InputsMixin:
         """
         return self._segment(segment).encode(image)
 
-    def encode_label(self, class_label: list[int | str], segment: str = LABEL) -> torch.LongTensor:
+    def encode_label(self, class_labels: list[int | str], segment: str = LABEL) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
-        return self._segment(segment).encode(class_label)
+        return self._segment(segment).encode(class_labels)
 
+    @torch.no_grad()
     def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
         return self._segment(segment).decode(codes, output_type)
@@ -341,6 +349,11 @@ class InputsMixin:
         output = output_by_name(passed, blanks, bool(repainted))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
+            if missing := sorted(set(passed) - set(self._segments)):
+                raise ValueError(
+                    f"{missing} was passed, but this checkpoint has the segments {sorted(self._segments)}, which are "
+                    f"passed by name (inputs=...); it knows {known}"
+                )
             raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")
         return output
 

@@ -103,8 +103,7 @@ class LabelSegment(SegmentProcessor):
         return names_by_code(self.entry.get("names", ()))
 
     def read(self, value: Any) -> list[int]:
-        # Of equal names the first
-        numbers = {name: code for code, name in reversed(list(enumerate(self.names)))}
+        numbers = {name: self.names.index(name) for name in self.names}  # of equal names the first
         return check_labels(self.argument, value, numbers, self.vocab_size)
 
     def encode(self, values: Any) -> torch.LongTensor:
@@ -112,5 +111,7 @@ class LabelSegment(SegmentProcessor):
 
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
-        names = self.names
-        return [names[code] if code < len(names) else str(code) for code in codes[:, 0].tolist()]
+        names, codes = self.names, codes[:, 0].tolist()
+        if outside := [code for code in codes if not 0 <= code < self.vocab_size]:
+            raise ValueError(f"codes must be in [0, {self.vocab_size}), got {shown(outside)}")
+        return [names[code] if code < len(names) else str(code) for code in codes]

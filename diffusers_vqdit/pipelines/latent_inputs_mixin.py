@@ -1,14 +1,17 @@
 """What a call of the pipeline over latents is passed: checked and read."""
 
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
+from diffusers.utils import deprecate
 
 from ..models.vae_latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
 from ..utils.images import own_size, read_images, read_mask
 from ..utils.texts import check_texts
-from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents
+from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents, either
 
 
 class LatentInputsMixin:
@@ -88,3 +91,13 @@ class LatentInputsMixin:
             channels = self.transformer.config.in_channels
             check_latents(latents, (total, channels, size[0] // factor, size[1] // factor))
         return texts, labels, pixels, mask_image, total
+
+
+def labels_before_pictures(image: Any, class_labels: Any, names: Mapping[str, int]) -> tuple[Any, Any]:
+    """The second and third argument of a call; labels, by number or one of the `names`, came second once."""
+    values = image if isinstance(image, list | tuple) and image else [image]
+    known = {*names, *names.values()}
+    if not all(isinstance(one, str | Integral) and one in known for one in values):
+        return image, class_labels
+    deprecate("class_labels as the second argument", "1.0.0", "Pass them by name.")
+    return None, either("class_labels", class_labels, "the second argument", image)

@@ -7,15 +7,22 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
-from ..likelihood.bounds import LikelihoodOutput, check_num_samples, negative_elbo, stratified_masks
+from ..likelihood.bounds import (
+    LikelihoodOutput,
+    check_num_samples,
+    code_log_probabilities,
+    negative_elbo,
+    stratified_masks,
+)
 from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve, tokenizers_digest
+from ..models.layers import VQDiTPrefix
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor
+from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
 from .text_segment import TextSegment
 
 
@@ -43,12 +50,13 @@ class LikelihoodMixin(InputsMixin):
         task: str,
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
-        class_label: int | str | list[int | str] | None = None,
+        class_labels: int | str | list[int | str] | None = None,
         *,
         inputs: dict[str, Any] | None = None,
         num_samples: int = 32,
         batch_size: int = 64,
         generator: torch.Generator | None = None,
+        class_label: int | str | list[int | str] | None = None,
     ) -> LikelihoodOutput:
         """How likely the generated side of a task is given the other: bounds on -log p, comparable among candidates.
 
@@ -57,7 +65,7 @@ class LikelihoodMixin(InputsMixin):
 
         Args:
             task: the arrow, such as ``"text->image"``.
-            prompt, image, class_label, inputs: what the task has on either side, as in [`__call__`].
+            prompt, image, class_labels, inputs: what the task has on either side, as in [`__call__`].
             num_samples: masks, 1 or an even number. The standard error falls with its root or faster.
             batch_size: candidates a forward pass.
             generator: draws the masks, on the CPU; the same seed gives the same masks.
@@ -82,7 +90,7 @@ class LikelihoodMixin(InputsMixin):
         self._check_scheduler()
         arrow = Task.parse(task)
         self._check_task(arrow)
-        passed = self._passed(prompt, image, class_label, inputs)
+        passed = self._passed(prompt, image, class_labels, inputs, class_label)
         if sorted(passed) != sorted(arrow.segments):
             raise ValueError(
                 f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
@@ -189,7 +197,9 @@ class LikelihoodMixin(InputsMixin):
         if name is None:
             name = next(iter(found)) if len(found) == 1 else default
         if name not in found:
-            raise ValueError(f"output={shown(name)} must be a {kind.noun} segment of this checkpoint: {sorted(found)}")
+            raise ValueError(
+                f"output={shown(name)} must be a {kind.noun} segment; this checkpoint has {sorted(found)}"
+            )
         return found[name]
 
     def _candidate_nll(
@@ -292,7 +302,7 @@ class LikelihoodMixin(InputsMixin):
         self,
         query: str | list[str] | PipelineImageInput,
         gallery: GalleryIndex,
-        top_k: int = 5,
+        top_k: int | None = None,
         *,
         shortlist: int | None = None,
         batch_size: int = 64,
@@ -303,7 +313,7 @@ class LikelihoodMixin(InputsMixin):
         Args:
             query: texts for a gallery of pictures, pictures for one of texts; values of the gallery's ``query``.
             gallery: from [`index`].
-            top_k: items a query.
+            top_k: items a query; by default 5, or all of a gallery that has fewer.
             shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
                 that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
             batch_size: queries or candidates a forward pass.
@@ -329,7 +339,7 @@ class LikelihoodMixin(InputsMixin):
                 "another dtype; index it with this one"
             )
         batch_size = check_integer("batch_size", batch_size, 1)
-        top_k = check_integer("top_k", top_k, 1, len(gallery))
+        top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
         try:
@@ -343,6 +353,28 @@ class LikelihoodMixin(InputsMixin):
         output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return output
+
+    def _forget(
+        self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str
+    ) -> torch.LongTensor:
+        """Codes (B, h, w), or (B, h, w, q), masked at the share `strength` of positions: where they fit the others
+        worst."""
+        scheduler = self.scheduler
+        times = (
+            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
+            if self.transformer.config.time_conditioned
+            else None
+        )
+        fit = code_log_probabilities(
+            self.transformer, {segment: codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
+        )[segment]  # (B, N)
+        fit = fit.unflatten(1, (codes.shape[1] * codes.shape[2], -1)).mean(2)  # (B, h * w)
+        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
+        touched = torch.zeros_like(fit, dtype=torch.bool).scatter(1, worst, True).view(codes.shape[:3])
+        return forget_positions(codes, codes, touched, self._mask_token_id(segment))
+
+    def _mask_token_id(self, segment: str) -> int:
+        return self.transformer.config.segments[segment]["vocab_size"]
 
 
 def _candidates(labels: Any) -> list[str]:

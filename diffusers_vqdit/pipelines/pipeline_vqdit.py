@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.loaders import Mochi1LoraLoaderMixin
-from diffusers.utils import replace_example_docstring
+from diffusers.utils import deprecate, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
-from ..likelihood.bounds import are_possible, code_log_probabilities, constant_modulation
+from ..likelihood.bounds import are_possible, constant_modulation
 from ..models.image_vq import ImageVQModel
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
@@ -22,13 +22,19 @@ from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, Maske
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import FiniteChecks, callback_inputs
+from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
-from .segment_base import EncodedValue, forget_positions
-from .segment_processors import check_label_names, check_segment_entries
+from .segment_base import EncodedValue
+from .segment_processors import (
+    check_code_segments,
+    check_label_names,
+    check_segment_entries,
+    check_segment_tokenizers,
+    warn_of_unused_tokenizers,
+)
 
 
 EXAMPLE_DOC_STRING = """
@@ -54,7 +60,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         scheduler: masks and samples.
         image_vq: tokenizer of pictures; None for a checkpoint without them.
         text_vq: tokenizer of texts, with its `tokenizer`; None for a checkpoint without them.
-        labels: the names of the label codes, in their order or by code.
+        id2label: the names of the label codes, by code. `labels`, a list of them, is its older name.
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
@@ -63,7 +69,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; a picture's ``"buckets"``, the grids
             [[h, w], ...] of all aspect ratios trained on, the transformer's first; and ``"lowres_of"`` for pictures
             that another picture segment's are made from, with ``"factor"``, how many times smaller they are (2). A
-            segment that is not in it is a label if its name is ``label`` (with the names `labels`), a picture if its
+            segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
             codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
         segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
 
@@ -95,13 +101,13 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         resize_mode: str = "crop",
         segments: dict[str, dict[str, Any]] | None = None,
         segment_tokenizers: MultiTokenizerModel | None = None,
+        id2label: dict[int | str, str] | None = None,
     ) -> None:
         super().__init__()
         check_components(transformer=transformer, scheduler=scheduler)
         check_choice("resize_mode", resize_mode, RESIZE_MODES)
         lowres_factor = check_integer("lowres_factor", lowres_factor, 2)
-        if not transformer.config.get("segments"):
-            raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
+        known = check_code_segments(transformer.config.get("segments"))
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -110,14 +116,16 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             tokenizer=tokenizer,
             segment_tokenizers=segment_tokenizers,
         )
-        known = transformer.config.segments
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
-        more = list(segment_tokenizers.tokenizers) if segment_tokenizers is not None else []
-        if clash := sorted(set(named) & set(more)):
-            raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+        more = check_segment_tokenizers(segment_tokenizers, named)
         segments = check_segment_entries(segments or {}, known, [*named, *more])
-        labels = check_label_names(labels, segments, known)
-        self.register_to_config(labels=labels, lowres_factor=lowres_factor, resize_mode=resize_mode, segments=segments)
+        warn_of_unused_tokenizers(more, segments)
+        if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
+            deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")
+        labels = check_label_names(id2label, labels, segments, known)
+        names = {str(code): name for code, name in enumerate(labels)}
+        self.register_to_config(labels=labels, id2label=names, segments=segments)
+        self.register_to_config(lowres_factor=lowres_factor, resize_mode=resize_mode)
         factor = image_vq.downsample_factor if image_vq is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
         # Pictures as they are, for pasting: in [0, 1], at their own size.
@@ -140,12 +148,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config as it is saved, with the labels by code.
-
-        `DiffusionPipeline.download` takes every list for a component, and refuses a repository with any other.
-        """
+        """The config as it is saved: without `labels`, as `DiffusionPipeline.download` takes lists for components."""
         config = json.loads(super().to_json_string())
-        config["labels"] = {str(code): name for code, name in enumerate(config["labels"])}
+        del config["labels"]
         if config.get("segment_tokenizers") == [None, None]:  # as version 0.1 wrote it, which doesn't know them
             del config["segment_tokenizers"]
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -195,28 +200,6 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             known = {name: codes[rows] for name, codes in known.items()}
         return prefix, known, finish, tiles
 
-    def _forget(
-        self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str
-    ) -> torch.LongTensor:
-        """Codes (B, h, w), or (B, h, w, q), masked at the share `strength` of positions: where they fit the others
-        worst."""
-        scheduler = self.scheduler
-        times = (
-            (lambda r: scheduler.time_of_mask_ratio(torch.tensor(r)))
-            if self.transformer.config.time_conditioned
-            else None
-        )
-        fit = code_log_probabilities(
-            self.transformer, {segment: codes}, prefix, times=times, generator=torch.Generator().manual_seed(0)
-        )[segment]  # (B, N)
-        fit = fit.unflatten(1, (codes.shape[1] * codes.shape[2], -1)).mean(2)  # (B, h * w)
-        worst = fit.argsort(dim=1, stable=True)[:, : max(1, round(strength * fit.shape[1]))]
-        touched = torch.zeros_like(fit, dtype=torch.bool).scatter(1, worst, True).view(codes.shape[:3])
-        return forget_positions(codes, codes, touched, self._mask_token_id(segment))
-
-    def _mask_token_id(self, segment: str) -> int:
-        return self.transformer.config.segments[segment]["vocab_size"]
-
     def _denoise(
         self,
         codes: dict[str, torch.LongTensor],
@@ -263,12 +246,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                         codes = codes | {name: step.prev_sample.view_as(value)}
                         predicted[name] = step.pred_original_sample.view_as(value)
                 if callback is not None:
-                    only = next(iter(codes)) if len(codes) == 1 else None
-                    current = codes if only is None else codes[only]
+                    current = next(iter(codes.values())) if len(codes) == 1 else codes
                     inputs = {"latents": current} if "latents" in tensor_inputs else {}
-                    outputs = callback(self, index, timestep, inputs) or {}
-                    current = outputs.pop("latents", current)
-                    codes = current if only is None else {only: current}
+                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
                     guidance_scale = self._guidance_scale
                 progress_bar.update()
         checks.read()
@@ -313,7 +293,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         self,
         prompt: str | list[str] | None = None,
         image: PipelineImageInput | None = None,
-        class_label: int | str | list[int | str] | None = None,
+        class_labels: int | str | list[int | str] | None = None,
         *,
         output: str | None = None,
         mask_image: PipelineImageInput | None = None,
@@ -334,6 +314,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        class_label: int | str | list[int | str] | None = None,
     ) -> VQDiTPipelineOutput | tuple:
         """Generate.
 
@@ -343,7 +324,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1]. Where a picture is
                 generated, one to repaint (with `mask_image`), to repair (with `strength`), or else to enlarge, of any
                 size, by a checkpoint that has ``image_lowres``.
-            class_label: given label or labels, by number or name.
+            class_labels: given label or labels, by number or name. `class_label` is its older name.
             output: the segments to generate, such as ``"image"``, ``"text"`` or ``"image+text"``. By default those of
                 the one task that the checkpoint knows from what is passed (``pipe.tasks``). Where there are several
                 or none: ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
@@ -382,7 +363,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
 
         # 1. Check the arguments, and choose those left to us
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
-            self._passed(prompt, image, class_label, inputs),
+            self._passed(prompt, image, class_labels, inputs, class_label),
             output,
             mask_image=mask_image,
             strength=strength,

@@ -29,7 +29,7 @@ from ..utils.images import (
 )
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
-from .latent_inputs_mixin import LatentInputsMixin
+from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures
 from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
 
 
@@ -300,9 +300,9 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
     def __call__(
         self,
         prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
         class_labels: int | str | list[int | str] | None = None,
         *,
-        image: PipelineImageInput | None = None,
         mask_image: PipelineImageInput | None = None,
         strength: float | None = None,
         height: int | None = None,
@@ -326,8 +326,8 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
 
         Args:
             prompt: text or texts to draw.
-            class_labels: label or labels to draw, by number or name. Nothing given means unconditionally.
             image: pictures to begin from: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1].
+            class_labels: label or labels to draw, by number or name. Nothing given means unconditionally.
             mask_image: one mask or one a picture, white where to repaint. Black pixels come out as they went in.
             strength: share of the noising that `image` goes through, in (0, 1]; by default 0.8, or 1 with a mask.
             height, width: in pixels; by default the trained size. With a mask the result has the size of `image`.
@@ -353,6 +353,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments
+        image, class_labels = labels_before_pictures(image, class_labels, self.labels)
         factor = downsample_factor(self.vae)
         trained = self.transformer.config.sample_size * factor
         height, width = (trained if side is None else side for side in (height, width))

@@ -7,6 +7,7 @@ segment's codes of a dataset's column; and a line of `MODALITIES`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from ..models.segment_layers import has_codebooks
 
 # The segments that arguments of their own are for; all others are passed by name.
 TEXT, IMAGE, LABEL = "text", "image", "label"
-ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_label": LABEL}
+ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_labels": LABEL}
 # Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
 LOWRES = "image_lowres"
+# What a pipeline has beside its components to tokenize with.
+PROCESSORS = ("image_processor", "pixel_processor")
 
 
 @dataclass
@@ -105,8 +108,7 @@ class ColumnReader(ABC):
         Raises:
             ValueError: that names the column and its type, if it can't be one.
         """
-        import datasets  # of training alone
-
+        datasets = import_module("datasets")  # of training alone: an import would be asked of all who draw
         kind, feature = getattr(datasets, str(self.feature)), dataset.features[self.column]
         if isinstance(feature, kind) and not feature.decode:
             return dataset

@@ -5,11 +5,12 @@ from typing import Any
 
 from diffusers.utils import logging
 
+from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
-from .segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentProcessor
+from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
 from .text_segment import TextSegment
 
 
@@ -42,6 +43,15 @@ def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool
     """What is generated from what was passed where the tasks don't tell: a text for a picture or a text with blanks,
     else a picture."""
     return TEXT if not repainted and (IMAGE in passed or TEXT in blanks) else IMAGE
+
+
+def check_code_segments(segments: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A transformer's segments, which must all be of codes."""
+    if not segments:
+        raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
+    if states := [name for name, segment in segments.items() if "channels" in segment]:
+        raise ValueError(f"transformer has {states}, states of an encoder, which this pipeline can't be given")
+    return segments
 
 
 def check_segment_entries(
@@ -83,25 +93,53 @@ def check_segment_entries(
     return checked
 
 
-def check_label_names(labels: Any, entries: Mapping[str, dict], segments: Mapping[str, Any]) -> list[str]:
-    """The names of the segment ``label``, which may stand in its entry or in an argument of their own, with a warning
-    where they stand in neither.
+def check_segment_tokenizers(several: Any, components: Sequence[str]) -> list[str]:
+    """The names of a container's tokenizers, none of which may be one of the pipeline's `components`.
+
+    Raises:
+        ValueError: for a clash, or what is no container.
+    """
+    if several is None:
+        return []
+    if not isinstance(several, MultiTokenizerModel):
+        raise ValueError(f"segment_tokenizers is {type(several).__name__}; put it into a MultiTokenizerModel, by name")
+    if clash := sorted({*components, *PROCESSORS} & set(several.tokenizers)):
+        raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
+    return list(several.tokenizers)
+
+
+def warn_of_unused_tokenizers(tokenizers: Sequence[str], entries: Mapping[str, dict]) -> None:
+    """Tokenizers of a container that no segment has would be missed where its codes are decoded by another one."""
+    if unused := sorted(set(tokenizers) - {entry.get("tokenizer") for entry in entries.values()}):
+        _segments_logger.warning(
+            f"segment_tokenizers has {unused}, which no entry of segments names, so that they are not used. To make a "
+            "pipeline of another's components, pass segments=pipe.config.segments too"
+        )
+
+
+def check_label_names(
+    id2label: Any, labels: Any, entries: Mapping[str, dict], segments: Mapping[str, Any]
+) -> list[str]:
+    """The names of the segment ``label``, which may stand in its entry or in an argument of their own, of two names,
+    with a warning where they stand in none.
 
     Raises:
         ValueError: if these differ, or are more than the transformer's codes.
     """
-    labels, named = names_by_code(labels or []), names_by_code(entries.get(LABEL, {}).get("names", []))
-    if labels and named and labels != named:
-        raise ValueError(f"labels={shown(labels)} are not those of segments, {shown(named)}")
-    if not labels and not named and LABEL in segments and LABEL not in entries:
+    said = {"id2label": id2label, "labels": labels, "segments": entries.get(LABEL, {}).get("names")}
+    found = {argument: names_by_code(names) for argument, names in said.items() if names}
+    argument, labels = next(iter(found.items()), ("labels", []))
+    for other, names in found.items():
+        if names != labels:
+            raise ValueError(f"{argument}={shown(labels)} are not those of {other}, {shown(names)}")
+    if not labels and LABEL in segments and LABEL not in entries:
         _segments_logger.warning(
             "the transformer generates labels, but their names were not passed, so that labels are numbers. To make a "
-            "pipeline of another's components, pass labels=list(pipe.config.labels) too"
+            "pipeline of another's components, pass id2label=pipe.config.id2label too"
         )
-    labels = labels or named
     size = segments[LABEL]["vocab_size"] if LABEL in segments else len(labels)
     if len(labels) > size:
-        raise ValueError(f"labels={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
+        raise ValueError(f"{argument}={shown(labels)} are {len(labels)}, but the transformer has codes for {size}")
     return labels
 
 

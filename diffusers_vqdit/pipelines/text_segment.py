@@ -75,14 +75,9 @@ class TextSegment(SegmentProcessor):
         model = TextVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
         place = find_beside(source, folder, cls.named_beside, "tokenizer_config.json", cache_dir)
         if place is None:
-            raise ValueError(f"text_vq={name!r} has no tokenizer, neither in its folder nor beside it")
+            raise ValueError(f"{cls.tokenizer}={name!r} has no tokenizer, neither in its folder nor beside it")
         source, folder = place
         return model, PreTrainedTokenizerFast.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
-
-    @property
-    def words(self) -> Any:
-        """The tokenizer that makes token ids of texts."""
-        return self.beside
 
     def read(self, value: Any) -> list:
         return check_texts(self.argument, value)
@@ -90,7 +85,7 @@ class TextSegment(SegmentProcessor):
     def tokenize(self, texts: Any) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
         texts, length = self.read(texts), self.vq.config.max_length
-        ids, mask, counts = tokenize_to_length(self.words, texts, length)
+        ids, mask, counts = tokenize_to_length(self.beside, texts, length)
         for text, count in zip(texts, counts, strict=True):
             if not count:
                 raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
@@ -102,7 +97,7 @@ class TextSegment(SegmentProcessor):
         return self.vq.encode_codes(*self.tokenize(values))
 
     def has_blanks(self, value: Any) -> bool:
-        mask = getattr(self.words, "mask_token", None)
+        mask = getattr(self.beside, "mask_token", None)
         texts = value if isinstance(value, list) else [value]
         return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
 
@@ -116,8 +111,8 @@ class TextSegment(SegmentProcessor):
             codes (B, *shape) with the vocabulary size where unknown, token ids (B, T), and which tokens are known
             (B, T).
         """
-        blank, pad = self.words.mask_token_id, self.words.pad_token_id
-        closed = [re.sub(rf"\s*{re.escape(self.words.mask_token)}", self.words.mask_token, text) for text in texts]
+        blank, pad = self.beside.mask_token_id, self.beside.pad_token_id
+        closed = [re.sub(rf"\s*{re.escape(self.beside.mask_token)}", self.beside.mask_token, text) for text in texts]
         tokens, attention_mask = self.tokenize(closed)
         known = tokens != blank
         filled = [self.vq.encode_codes(torch.where(known, tokens, token), attention_mask) for token in (pad, blank)]
@@ -144,4 +139,4 @@ class TextSegment(SegmentProcessor):
         decoded = self.vq.decode_codes(codes).argmax(-1)
         if tokens is not None:
             decoded = torch.where(known, tokens, decoded)
-        return self.words.batch_decode(decoded, skip_special_tokens=True)
+        return self.beside.batch_decode(decoded, skip_special_tokens=True)

@@ -205,7 +205,9 @@ class _Encoder:
         found: dict[tuple, dict[int, Any]] = {}
         for reader in self.readers.values():
             if reader.reads not in found:
+                count = len(rows)
                 values, rows = read_rows(reader.read, reader.placed, rows, self.noun, skipped)
+                self.skipping = reader if len(rows) < count else self.skipping
                 found[reader.reads] = dict(zip(rows, values, strict=True))
         whole = {key: [values[row] for row in rows] for key, values in found.items()}
         if rows:

@@ -28,7 +28,7 @@ def retrieval_recall(
         (roles.image, roles.caption, captions, pixels),
     ):
         index = pipeline.index(**as_arguments({generated: gallery}), batch_size=batch_size)
-        found = pipeline.retrieve(query, index, top_k=min(5, len(captions)), batch_size=batch_size).indices
+        found = pipeline.retrieve(query, index, batch_size=batch_size).indices
         recalls = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
         report[f"{given}->{generated}"] = recalls
     return report

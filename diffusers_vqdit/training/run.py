@@ -150,7 +150,7 @@ class TrainingRun:
         Raises:
             ValueError: naming what of `identity` has changed.
         """
-        self.identity, self.states = identity, states
+        self.identity = identity
         self.settings = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
         self.settings["processes"] = self.accelerator.num_processes
         self.states = {name: state for name, state in states.items() if state is not None}

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment
-from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
+from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentColumn
 from ..pipelines.segment_processors import MODALITIES, modality_of
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
 from ..utils.arguments import model_name
 from ..utils.buckets import check_buckets
-from ..utils.checks import check_choice, shown
+from ..utils.checks import check_choice, check_module_name, shown
+from .code_files import SUFFIXES
 
 
 # Segments that have flags of their own.
@@ -43,6 +44,7 @@ def segment_flag(text: str) -> SegmentFlag:
             "letters, digits and underscores"
         )
     try:
+        check_module_name(f"value={shown(text)}", name)
         check_choice(f"value={shown(text)}: the modality", modality, list(MODALITIES))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -106,22 +108,25 @@ def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
 
 
 def load_tokenizers(
-    flags: Iterable[SegmentFlag], known: Mapping[str, Any], *, cache_dir: str | None = None
+    flags: Iterable[SegmentFlag], known: Mapping[tuple[str, str], Any], *, cache_dir: str | None = None
 ) -> dict[str, tuple[Any, Any]]:
     """The tokenizers that flags name, by segment, each loaded once, with what stands beside it.
 
     Args:
         flags: from ``--segment``.
-        known: tokenizers that are there already, by the name of their folder or repository.
+        known: tokenizers that are there already, by the component's name and that of the folder or repository: a
+            pipeline's has several.
     """
     loaded, found = dict(known), {}
     for flag in flags:
         if flag.tokenizer is None:
             continue
-        if flag.tokenizer not in loaded:
-            model, beside = MODALITIES[flag.modality].load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
-            loaded[flag.tokenizer] = model.eval(), beside
-        found[flag.name] = loaded[flag.tokenizer]
+        kind = MODALITIES[flag.modality]
+        place = (kind.tokenizer or kind.noun, flag.tokenizer)
+        if place not in loaded:
+            model, beside = kind.load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
+            loaded[place] = model.eval(), beside
+        found[flag.name] = loaded[place]
     return found
 
 
@@ -180,6 +185,10 @@ def columns_of_flags(
         if not isinstance(column, SegmentColumn) or not SEGMENT_NAME.fullmatch(str(name)):
             raise ValueError(f"segments[{name!r}]={shown(column)} must be a SegmentColumn, by a name of letters")
         found[name] = column
+    for name in found:
+        check_module_name("segments", name)
+        if taken := [f"{name}{suffix}" for suffix in SUFFIXES if suffix and f"{name}{suffix}" in found]:
+            raise ValueError(f"segments has {name!r}, and {taken[0]!r}, what its variants are called")
     return found
 
 
@@ -210,8 +219,8 @@ def name_tokenizers(
             raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")
         known = next((one for one, other in {**named, **used}.items() if other is model), None)
         title = known or column.tokenizer_name or name
-        if known is None and title in {**named, **used}:
-            raise ValueError(f"segments[{name!r}]: its tokenizer can't be called {title!r}, as another one is")
+        if known is None and title in {*named, *used, *PROCESSORS}:
+            raise ValueError(f"segments[{name!r}]: its tokenizer can't be called {title!r}, as another component is")
         used[title] = model
         beside, place = column.beside, kind.place_beside(title)
         if place is not None:

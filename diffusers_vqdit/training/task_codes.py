@@ -72,7 +72,7 @@ def load_codes(
     flags = [flag for flag in args.segment if flag.name in segments]
     available = _available(parts)
     own = {} if args.pretrained_model_name_or_path else {"image_vq": args.image_vq, "text_vq": args.text_vq}
-    paths = {path: available[name] for name, path in own.items() if path}
+    paths = {(name, path): available[name] for name, path in own.items() if path}
     loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
     available = loaded | available  # what the pretrained pipeline has under a name goes on
     if args.codes_dir is not None:

@@ -129,13 +129,14 @@ def describe_model(model: Any) -> dict[str, Any]:
         "summary": "A diffusion transformer over codes, by diffusers_vqdit."
         + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
         "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-        'pipe = DiffusionPipeline.from_pretrained("{name}")\n\n'
+        'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
+        "print(pipe.tasks)  # what it can do, and what to pass\n\n"
         "# Without the package, after reading pipeline.py:\n"
         'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
-        "intended_use": "Drawing and describing pictures like those it was trained on, and further training. Not for "
-        "decisions about people, and not as evidence of what a picture shows.",
-        "limits": "It knows its training data and nothing else: what lies outside of it is drawn or described "
-        "wrongly, and with no sign of doubt.",
+        "intended_use": "These tasks on data like those it was trained on, and further training. Not for decisions "
+        "about people, and not as evidence of what a picture shows or a text says.",
+        "limits": "It knows its training data and nothing else: what lies outside of it is generated wrongly, and "
+        "with no sign of doubt.",
         "risks": _GENERATOR_RISKS,
     }
 

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch.nn as nn
+
+
+MAX_NAME = 200  # characters: with an ending, a file's or folder's name
+
 
 def shown(value: Any, length: int = 120) -> str:
     """A value as an error message shows it, cut to `length` characters and free of lone surrogates."""
@@ -58,6 +63,17 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)} must be True or False")
     return value
+
+
+def check_module_name(where: str, name: Any) -> str:
+    """`name` itself, which must be one that a module in a `torch.nn.ModuleDict` can have."""
+    fits = isinstance(name, str) and name.isidentifier() and len(name) <= MAX_NAME
+    if not fits or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{where}: {shown(name)} can't be a name; use letters, digits and underscores, {MAX_NAME} at most, and no "
+            "attribute that PyTorch's modules have"
+        )
+    return name
 
 
 def check_integers(name: str, value: Any, low: int, length: int | None = None) -> list[int]:

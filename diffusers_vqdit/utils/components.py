@@ -5,6 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .checks import shown
 
 
 def find_component(name: str, component: str, cache_dir: str | None = None) -> tuple[str, str]:
@@ -13,6 +16,9 @@ def find_component(name: str, component: str, cache_dir: str | None = None) -> t
     Args:
         name: a folder, ``user/model``, or a subfolder such as ``user/model/image_vq``.
         component: its name, where that is a pipeline's.
+
+    Raises:
+        ValueError: if there is no such folder, and no repository can have the name.
     """
     name = str(name)
     if os.path.isdir(name) or name.count("/") < 1:
@@ -20,6 +26,11 @@ def find_component(name: str, component: str, cache_dir: str | None = None) -> t
     else:
         owner, repository, *rest = name.split("/")
         source, folder = f"{owner}/{repository}", "/".join(rest)
+    if not os.path.isdir(source):
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise ValueError(f"{shown(name)} is no folder that is there, and no repository's name: {error}") from error
     below = _below(folder, component)
     # A model of its own has a config beside its weights; a pipeline has one below.
     own = _has_file(source, _below(folder, "config.json"), cache_dir)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -94,19 +95,18 @@ def as_picture_column(dataset, column: str):
     Raises:
         ValueError: that names the column and its type, unless it is of bytes, paths, structs of them, or arrays.
     """
-    from datasets import Image, Value
-
+    datasets = import_module("datasets")  # of training alone: an import would be asked of all who draw
     feature, kind, accepted = dataset.features[column], dataset.data.schema.field(column).type, False
-    if isinstance(feature, Image):
+    if isinstance(feature, datasets.Image):
         accepted = True
-    elif isinstance(feature, Value):
+    elif isinstance(feature, datasets.Value):
         accepted = feature.dtype in _BYTES + _PATHS
         # Image is cast to from the plain types alone.
         plain = {"string_view": "large_string", "binary_view": "large_binary"}.get(feature.dtype)
         if feature.dtype.startswith("fixed_size_binary"):
             accepted, plain = True, "large_binary"
         if plain is not None:
-            dataset = dataset.cast_column(column, Value(plain))
+            dataset = dataset.cast_column(column, datasets.Value(plain))
     elif isinstance(feature, dict):
         known = {"bytes": (*_BYTES, "null"), "path": (*_PATHS, "null")}
         fields = {name: getattr(feature[name], "dtype", "") for name in known if name in feature}
@@ -122,7 +122,7 @@ def as_picture_column(dataset, column: str):
             "picture file, paths, structs with 'bytes', 'path' or both, or arrays of (H, W) or (H, W, C) integers"
         )
     try:
-        return dataset.cast_column(column, Image(decode=False))
+        return dataset.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of Arrow and numpy, for arrays that are ragged or out of range
         raise ValueError(f"column {column!r} has the type {kind}, and values that are no pictures: {error}") from error
 

@@ -1,6 +1,7 @@
 """Reading pictures and masks, and fitting them to the size that a model takes."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -359,19 +360,25 @@ def join_tiles(tiles: torch.Tensor, size: tuple[int, int], factor: int) -> torch
     corners = [(y, x) for y in tile_starts(size[0], tile[0]) for x in tile_starts(size[1], tile[1])]
     height, width = (max(n, m) * factor for n, m in zip(size, tile, strict=True))
     parts = tiles.unflatten(0, (-1, len(corners)))  # (B, T, C, h, w)
-    ramps = [
-        torch.arange(n, device=tiles.device).add(1).minimum(n - torch.arange(n, device=tiles.device))
-        for n in tiles.shape[-2:]
-    ]
-    window = (ramps[0][:, None] * ramps[1]).to(tiles)
-    total = tiles.new_zeros(parts.shape[0], parts.shape[2], height, width)
-    weight = tiles.new_zeros(height, width)
-    for index, (y, x) in enumerate(corners):
-        rows = slice(y * factor, y * factor + tiles.shape[-2])
-        columns = slice(x * factor, x * factor + tiles.shape[-1])
-        total[..., rows, columns] += parts[:, index] * window
-        weight[rows, columns] += window
-    return (total / weight)[..., : size[0] * factor, : size[1] * factor]
+    placed = ((y * factor, x * factor, parts[:, index]) for index, (y, x) in enumerate(corners))
+    return blend_tiles(placed, (height, width))[..., : size[0] * factor, : size[1] * factor]
+
+
+def blend_tiles(tiles: Iterable[tuple[int, int, torch.Tensor]], size: tuple[int, int]) -> torch.Tensor:
+    """Pictures (B, C, *size) of tiles (top, left, (B, C, h, w)) that cover them: each pixel a mean, weighted by a ramp
+    that falls to the tiles' borders."""
+    total: Any = None
+    weight: Any = None
+    for top, left, tile in tiles:
+        if total is None:
+            total, weight = tile.new_zeros(*tile.shape[:2], *size), tile.new_zeros(size)
+        positions = [torch.arange(n, device=tile.device, dtype=tile.dtype) for n in tile.shape[2:]]
+        vertical, horizontal = (torch.minimum(x + 1, len(x) - x) for x in positions)
+        ramp = vertical[:, None] * horizontal
+        rows, columns = slice(top, top + tile.shape[2]), slice(left, left + tile.shape[3])
+        total[..., rows, columns] += tile * ramp
+        weight[rows, columns] += ramp
+    return total / weight
 
 
 def back_project(pixels: torch.Tensor, lowres: torch.Tensor, steps: int = 10) -> torch.Tensor:

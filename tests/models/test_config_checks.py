@@ -8,9 +8,9 @@ import torch.nn as nn
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTTransformer2DModel
 from diffusers_vqdit.models.maskgit_blocks import MaskGITDecoder, MaskGITEncoder
-from diffusers_vqdit.models.quantizers import VectorQuantizer
-from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
-from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from diffusers_vqdit.models.quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers.vector import VectorQuantizer
 
 
 IMAGE = {
@@ -196,6 +196,12 @@ def test_a_bad_argument_is_named_before_anything_is_built(maker, name, monkeypat
             },
             ["segments['a']", "shared_with='b'"],
         ),
+        (
+            "codes",
+            {"use_rotary_positional_embeddings": True, "attention_head_dim": 7},
+            ["attention_head_dim=7", "even"],
+        ),
+        ("codes", {"segments": {"training": {"vocab_size": 4, "shape": [4]}}}, ["'training' can't be a name"]),
         ("latent", {"patch_size": 8}, ["patch_size=8", "sample_size=4"]),
         ("scheduler", {"remask": 0.5, "sampler": "halton"}, ["remask=0.5", "sampler"]),
     ],

@@ -62,6 +62,9 @@ def test_what_does_not_fit_is_named(several, tmp_path):
         (({},), r"tokenizers=\{\} must be a dict"),
         (({"a b": several.tokenizers["sketch"]},), "'a b' can't be a name"),
         (({"keys": several.tokenizers["sketch"]},), "'keys' can't be a name"),
+        (({"training": several.tokenizers["sketch"]},), "'training' can't be a name"),
+        (({"x" * 201: several.tokenizers["sketch"]},), "can't be a name; use .* 200 at most"),
+        ((dict(several.tokenizers), {"sketch": 1}), r"beside\['sketch'\]=1 must be a tokenizer"),
         (({"sketch": torch.nn.Linear(1, 1)},), r"tokenizers\['sketch'\]=Linear"),
         (({"sketch": several.tokenizers["sketch"]}, {"summary": None}), "beside has 'summary'"),
     ]:
@@ -70,7 +73,8 @@ def test_what_does_not_fit_is_named(several, tmp_path):
     several.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    for kinds in (None, [], {"sketch": "ImageVQModel"}, {"sketch": ["os", "system"]}, {"sketch": ["diffusers", "no"]}):
+    for kinds in (None, [], {"sketch": "ImageVQModel"}, {"sketch": ["os", "system"]}, {"sketch": ["diffusers", "no"]},
+                  {"../sketch": ["diffusers", "ImageVQModel"]}):  # fmt: skip
         file.write_text(json.dumps({**config, "kinds": kinds}))
         with pytest.raises(ValueError, match="kinds"):
             MultiTokenizerModel.from_pretrained(tmp_path)
@@ -79,5 +83,5 @@ def test_what_does_not_fit_is_named(several, tmp_path):
         MultiTokenizerModel.from_pretrained(tmp_path)
     (tmp_path / "sketch.tokenizer" / "diffusion_pytorch_model.safetensors").unlink()
     file.write_text(json.dumps(config))
-    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model.*sketch\.tokenizer"):
         MultiTokenizerModel.from_pretrained(tmp_path)

@@ -85,6 +85,8 @@ def test_states_train_save_and_load(model, image, tmp_path):
         ({"prompt": torch.randn(3, 9, 11)}, None, r"given\['prompt'\] must be states \(B, n, 12\)"),
         ({"prompt": torch.zeros(3, 9, 12).long()}, None, "must be states"),
         ({"prompt": torch.full((3, 9, 12), torch.nan)}, None, "not finite"),
+        ({"prompt": [[[1.0] * 12]] * 3}, None, r"given\['prompt'\]=.* must be a tensor, got list"),
+        ({"prompt": torch.randn(3, 9, 12).numpy()}, None, "must be a tensor, got ndarray"),
         ({"prompt": torch.randn(3, 9, 12)}, {"prompt": torch.ones(3, 8)}, r"given_mask\['prompt'\] must have shape"),
         ({"prompt": torch.randn(3, 9, 12)}, {"text": torch.ones(3, 6)}, "given_mask must be a dict with some of"),
         ({}, {"prompt": torch.ones(3, 9)}, "given_mask needs given"),

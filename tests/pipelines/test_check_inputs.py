@@ -6,7 +6,7 @@ import torch
 from diffusers import AmusedScheduler, DDIMScheduler, RePaintScheduler, ScoreSdeVeScheduler
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline
 
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -63,7 +63,7 @@ BOTH = {
 }
 CALL = BOTH | {
     "prompt": NOT_TEXTS,
-    "class_label": NOT_LABELS,
+    "class_labels": NOT_LABELS,
     "image": NOT_IMAGES,
     "temperature": [*NOT_NUMBERS, -1, 1e-45, 1e-7, 1e7, 1e300],
     "strength": [*NOT_NUMBERS, 0, -0.1, 1.1],
@@ -117,7 +117,7 @@ CLASSIFY = LIKELIHOOD | {
 RETRIEVE = {
     "query": [*NOT_TEXTS, PICTURE, None],
     "gallery": [None, "gallery.safetensors", 3, {}],
-    "top_k": NOT_INTEGERS,
+    "top_k": [value for value in NOT_INTEGERS if value is not None],
     "shortlist": [value for value in NOT_INTEGERS if value not in (None, 10**9)],
     "batch_size": LIKELIHOOD["batch_size"],
 }
@@ -165,7 +165,7 @@ def test_every_bad_argument_is_named_before_any_work(pipeline, latent_pipeline, 
     def given(argument):
         if argument in ("mask_image", "strength"):
             return {"prompt": "a red apple", "image": PICTURE}
-        return {} if argument in ("class_label", "image") else {"prompt": "a red apple"}
+        return {} if argument in ("class_labels", "image") else {"prompt": "a red apple"}
 
     counts = {
         "__call__": refused(pipeline, given, CALL, {"inputs": ("inputs",), "output": ("output",)}),
@@ -199,7 +199,7 @@ def test_numbers_may_be_numpys(pipeline, latent_pipeline):
     def seed():
         return torch.Generator().manual_seed(0)
 
-    for pipe, label in ((pipeline, "class_label"), (latent_pipeline, "class_labels")):
+    for pipe, label in ((pipeline, "class_labels"), (latent_pipeline, "class_labels")):
         pictures = []
         for integer, number in ((int, float), (np.int64, np.float32), (np.uint8, np.float64)):
             pictures.append(
@@ -290,3 +290,30 @@ def test_predictions_that_are_not_finite_are_told(latent_pipeline):
     for arguments in ({}, {"class_labels": 1}, {"prompt": "a dog"}, {"prompt": "a dog", "guidance_scale": 1.0}):
         with pytest.raises(ValueError, match="the transformer's prediction is not finite"):
             latent_pipeline(**arguments)
+
+
+def test_arguments_of_older_names(pipeline, latent_pipeline):
+    """`class_label` and `labels` of the one pipeline, and labels before pictures in the other, with a deprecation."""
+
+    def draw(pipe, *args, **kwargs):
+        options = {"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+        return pipe(*args, **kwargs, **options).images
+
+    expected = draw(pipeline, class_labels=1)
+    with pytest.warns(FutureWarning, match="class_labels"):
+        assert (draw(pipeline, class_label=1) == expected).all()
+    assert (draw(pipeline, None, None, 1) == expected).all()
+    with pytest.raises(ValueError, match="give class_labels or class_label"):
+        draw(pipeline, class_labels=1, class_label=1)
+    names = dict(enumerate(pipeline.config.labels))
+    for given in (names, {str(code): name for code, name in names.items()}):
+        assert list(VQDiTPipeline(**pipeline.components, id2label=given).config.labels) == list(names.values())
+    with pytest.warns(FutureWarning, match="id2label"):
+        VQDiTPipeline(**pipeline.components, labels=list(names.values()))
+    with pytest.raises(ValueError, match="id2label=.* are not those of labels"):
+        VQDiTPipeline(**pipeline.components, id2label=names, labels=["x", "y", "z"])
+    expected = draw(latent_pipeline, class_labels=[1, 2])
+    for labels in ([1, 2], ["box", "dot"], (1, "dot")):
+        with pytest.warns(FutureWarning, match="second argument"):
+            assert (draw(latent_pipeline, None, labels) == expected).all()
+    assert (draw(latent_pipeline, None, None, [1, 2]) == expected).all()

@@ -102,6 +102,7 @@ def test_wrong_galleries_and_queries_are_named(pipeline, pictures):
     for top_k in (0, 4, 1.0, True):
         with pytest.raises(ValueError, match=f"top_k={top_k}"):
             pipeline.retrieve("green", gallery, top_k)
+    assert pipeline.retrieve("green", gallery).indices.shape == (1, 3)  # all of a gallery of fewer than five
     with pytest.raises(ValueError, match="shortlist=1 "):
         pipeline.retrieve("green", gallery, 2, shortlist=1)
     with pytest.raises(ValueError, match="query must be texts"):

@@ -20,7 +20,7 @@ def test_every_task_gives_what_it_names(pipeline):
     assert out.images[0].size == (16, 16) and out.texts is None and out.labels is None
     assert isinstance(pipeline(image=out.images).texts[0], str)
     assert pipeline(image=out.images, output="label").labels[0] in ("fruit", "box", "dot")
-    assert len(pipeline(class_label=["box", 2]).images) == 2
+    assert len(pipeline(class_labels=["box", 2]).images) == 2
     both = pipeline(output="image+text", num_images_per_prompt=2)
     assert len(both.images) == len(both.texts) == 2
 
@@ -218,7 +218,7 @@ def test_save_and_load_give_the_same_pictures(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "VQDiTPipeline"
-    assert index["image_vq"] == ["diffusers", "ImageVQModel"] and index["labels"] == {
+    assert index["image_vq"] == ["diffusers", "ImageVQModel"] and index["id2label"] == {
         "0": "fruit",
         "1": "box",
         "2": "dot",
@@ -258,7 +258,7 @@ def test_half_precision_runs(pipeline, tmp_path):
 def test_a_checkpoint_without_texts_needs_no_text_components(pipeline, tmp_path):
     small = VQDiTPipeline(pipeline.transformer, pipeline.scheduler, pipeline.image_vq, labels=["a", "b", "c"])
     small.set_progress_bar_config(disable=True)
-    assert len(small(class_label="b").images) == 1
+    assert len(small(class_labels="b").images) == 1
     small.save_pretrained(tmp_path)
     assert VQDiTPipeline.from_pretrained(tmp_path).text_vq is None
     with pytest.raises(ValueError, match="needs the component text_vq"):
@@ -297,7 +297,7 @@ def test_scores_are_bounds_of_the_side_that_is_generated(pipeline):
 
 def test_the_score_of_a_label_is_its_log_probability(pipeline):
     image = torch.rand(1, 3, 16, 16)
-    output = pipeline.score("image->label", image=image, class_label=[0, 1, 2])
+    output = pipeline.score("image->label", image=image, class_labels=[0, 1, 2])
     assert output.standard_error.tolist() == [0, 0, 0]
     with torch.no_grad():
         given = {"image": pipeline.encode_image(image)}
@@ -308,7 +308,7 @@ def test_the_score_of_a_label_is_its_log_probability(pipeline):
 @pytest.mark.parametrize(
     ("task", "arguments", "message"),
     [
-        ("text->label", {"prompt": "x", "class_label": 0}, "not trained for the task 'text->label'"),
+        ("text->label", {"prompt": "x", "class_labels": 0}, "not trained for the task 'text->label'"),
         ("text->image", {"prompt": "x"}, r"has the segments \['image', 'text'\], but \['text'\] were passed"),
         ("->image", {"prompt": "x", "image": torch.rand(1, 3, 16, 16)}, r"but \['image', 'text'\] were passed"),
         ("text->image", {"prompt": ["x", "y"], "image": torch.rand(3, 3, 16, 16)}, "one that stands for all"),
@@ -344,13 +344,13 @@ def test_sequential_parts_run_where_the_hooks_put_them(pipeline):
         ({"prompt": "x", "output": "label"}, "not trained for the task 'text->label'; it knows text->image"),
         ({"prompt": 3}, "prompt must be .* got 3"),
         ({"prompt": ["x", " "]}, "non-empty"),
-        ({"class_label": "pear"}, "'pear' must be .*fruit"),
-        ({"class_label": 3}, r"class_label=3 must be a number in \[0, 3\)"),
-        ({"class_label": True}, "class_label=True"),
+        ({"class_labels": "pear"}, "'pear' must be .*fruit"),
+        ({"class_labels": 3}, r"class_labels=3 must be a number in \[0, 3\)"),
+        ({"class_labels": True}, "class_labels=True"),
         ({"prompt": []}, r"prompt=\[\]"),
         ({"image": []}, r"image=\[\]"),
-        ({"class_label": ["box", 1], "guidance_scale": 1.0, "latents": torch.zeros(1, 4, 4).long()}, r"\(2, 4, 4\)"),
-        ({"prompt": ["x", "y"], "class_label": "box"}, "not trained for the task 'label[+]text->image'"),
+        ({"class_labels": ["box", 1], "guidance_scale": 1.0, "latents": torch.zeros(1, 4, 4).long()}, r"\(2, 4, 4\)"),
+        ({"prompt": ["x", "y"], "class_labels": "box"}, "not trained for the task 'label[+]text->image'"),
         ({"image": "cat.png"}, "got str"),
         ({"image": [Image.new("RGB", (9, 9)), torch.zeros(3, 9, 9)]}, "all of one kind, got Image, Tensor"),
         ({"image": torch.zeros(1, 1, 16, 16)}, r"shape \(B, 3, H, W\), got \(1, 1, 16, 16\)"),

@@ -184,11 +184,11 @@ def test_a_pipeline_of_anothers_components_says_that_names_are_not_among_them(pi
     from diffusers.utils import logging
 
     logging.enable_propagation()
-    again = VQDiTPipeline(**pipeline.components, labels=list(pipeline.config.labels))
+    again = VQDiTPipeline(**pipeline.components, id2label=pipeline.config.id2label)
     assert list(again.config.labels) == ["fruit", "box", "dot"] and not caplog.records
     VQDiTPipeline(**pipeline.components)
     logging.disable_propagation()
-    assert len(caplog.records) == 1 and "pass labels=list(pipe.config.labels)" in caplog.text
+    assert len(caplog.records) == 1 and "pass id2label=pipe.config.id2label" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.segment_base import ColumnReader, SegmentColumn, SegmentProcessor
 from diffusers_vqdit.pipelines.segment_processors import MODALITIES
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
@@ -134,6 +134,11 @@ def test_a_second_label_is_a_label(pipe, image_vq, text_vq, tokenizer):
         pipe(inputs={"style": "bald"})
 
 
+def test_states_of_an_encoder_are_no_segment_of_a_pipeline(image_vq, text_vq, tokenizer):
+    with pytest.raises(ValueError, match=r"transformer has \['states'\]"):
+        make(image_vq, text_vq, tokenizer, {**GEOMETRY, "states": {"channels": 4, "shape": [3]}}, ["states->sketch"])
+
+
 def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"document": "a dot"}).segments) == {"summary"}
     assert set(pipe(inputs={"document": "a dot", "sketch": PICTURE}).segments) == {"summary"}
@@ -141,6 +146,8 @@ def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"small": PICTURE.resize((4, 4))}).segments) == {"sketch"}
     assert set(pipe(inputs={"summary": "a <mask>"}).segments) == {"summary"}
     assert set(pipe(inputs={"sketch": PICTURE}, mask_image=MASK).segments) == {"sketch"}
+    with pytest.raises(ValueError, match=r"\['text'\] was passed, but .* segments \['document', .*; it knows "):
+        pipe("a dot")  # a segment that it lacks
     with pytest.raises(ValueError, match="say what to generate, for one of ->sketch, ->summary"):
         pipe()  # two tasks
     with pytest.raises(ValueError, match=r"\['document', 'style'\] was passed; .* document->summary, style->sketch"):
@@ -175,7 +182,7 @@ def test_tasks_are_a_table_of_what_a_call_does(pipe):
 def test_names_of_old_are_shown_with_their_arguments(pipeline):
     calls = {row.task: row.call for row in pipeline.tasks}
     assert calls["text->image"] == 'pipe(prompt=..., output="image")'
-    assert calls["label->image"] == 'pipe(class_label=..., output="image")'
+    assert calls["label->image"] == 'pipe(class_labels=..., output="image")'
     assert calls["->image+text"] == 'pipe(output="image+text")'
 
 
@@ -223,6 +230,56 @@ def test_an_entry_may_tell_an_old_name_anew(image_vq, text_vq, tokenizer):
 def test_entries_that_do_not_fit_are_named(image_vq, text_vq, tokenizer, segments, message):
     with pytest.raises(ValueError, match=message):
         make(image_vq, text_vq, tokenizer, segments=segments)
+
+
+def test_tokenizers_of_a_container_are_used_by_name_only(image_vq, text_vq, tokenizer, caplog):
+    several, own = MultiTokenizerModel({"own": image_vq}), {"sketch": {"modality": "image", "tokenizer": "own"}}
+    with caplog.at_level("WARNING", "diffusers_vqdit"):
+        pipe = make(image_vq, text_vq, tokenizer, segments=own, segment_tokenizers=several)
+        assert "segment_tokenizers" not in caplog.text
+        make(*(pipe.components[name] for name in ("image_vq", "text_vq", "tokenizer")), segment_tokenizers=several)
+        assert "segment_tokenizers has ['own'], which no entry of segments names" in caplog.text
+    for wrong, message in [
+        (image_vq, "segment_tokenizers is ImageVQModel; put it into a MultiTokenizerModel"),
+        (MultiTokenizerModel({"pixel_processor": image_vq}), r"has \['pixel_processor'\], which components"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(image_vq, text_vq, tokenizer, segment_tokenizers=wrong)
+        pipe.segment_tokenizers = wrong
+        with pytest.raises(ValueError, match=message):
+            pipe(output="sketch", num_inference_steps=1)
+
+
+def test_states_of_an_encoder_are_not_for_this_pipeline(image_vq, text_vq, tokenizer):
+    geometry = {**GEOMETRY, "clip": {"channels": 4, "shape": [3]}}
+    with pytest.raises(ValueError, match=r"transformer has \['clip'\], states of an encoder"):
+        make(image_vq, text_vq, tokenizer, geometry, ["clip->sketch"])
+
+
+def test_codes_that_are_none_are_not_decoded(pipe):
+    assert pipe.decode_image(torch.zeros(1, 4, 4, dtype=torch.int64), segment="sketch")[0].size == (16, 16)
+    for decode, segment, size in ((pipe.decode_label, "style", 3), (pipe.decode_image, "sketch", 32)):
+        for code in (-1, size):
+            with pytest.raises(ValueError, match=rf"codes must be in \[0, {size}\)"):
+                decode(torch.full((1, *GEOMETRY[segment]["shape"]), code), segment=segment)
+
+
+def test_what_a_callback_returns_is_checked(pipe):
+    several = {"inputs": {"style": "flat"}, "generator": seed(), "num_inference_steps": 3, "output_type": "latent"}
+    expected = pipe(**several, callback_on_step_end=lambda pipe, step, time, tensors: None).images
+    several["generator"] = seed()
+    assert torch.equal(
+        pipe(**several, callback_on_step_end=lambda pipe, step, time, tensors: tensors).images, expected
+    )
+    for outputs, message in [
+        ([1], r"callback_on_step_end returned \[1\]; it must be a dict"),
+        ({"latents": None}, r"must be torch.int64 codes of 'sketch' of shape \(1, 4, 4\), got None"),
+        ({"latents": torch.zeros(1, 4, 4)}, "got torch.float32"),
+        ({"latents": torch.zeros(1, 4, 2, dtype=torch.int64)}, r"got torch.int64 of shape \(1, 4, 2\)"),
+        ({"latents": {"sketch": 3}}, "must be torch.int64 codes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe(**several, callback_on_step_end=lambda *_, outputs=outputs: outputs)
 
 
 def test_what_is_passed_is_named_by_its_segment(pipe):
@@ -306,6 +363,7 @@ def test_a_new_modality_is_a_file_and_a_line(image_vq, text_vq, tokenizer, monke
 
 def test_columns_that_do_not_fit_are_named(image_vq, text_vq, tmp_path):
     data = datasets.Dataset.from_dict({"kind": ["a", "b"], "drawing": [PICTURE] * 2})
+    picture = SegmentColumn("image", "drawing", image_vq)
     for columns, message in [
         ({"kind": SegmentColumn("audio", "kind")}, "modality='audio' must be one of"),
         ({"kind": SegmentColumn("label", "kind", image_vq)}, r"segments\['kind'\] has a tokenizer, which a label"),
@@ -313,6 +371,11 @@ def test_columns_that_do_not_fit_are_named(image_vq, text_vq, tmp_path):
         ({"title": SegmentColumn("text", "kind", text_vq)}, r"\['title'\]: its tokenizer needs a tokenizer beside it"),
         ({"kind": SegmentColumn("label", "style")}, "column 'style' is not in the data"),
         ({"kind": "label"}, r"segments\['kind'\]='label' must be a SegmentColumn"),
+        ({"keys": SegmentColumn("label", "kind")}, "segments: 'keys' can't be a name"),
+        ({"training": SegmentColumn("label", "kind")}, "segments: 'training' can't be a name"),
+        ({"image_processor": SegmentColumn("image", "drawing", image_vq)}, "can't be called 'image_processor'"),
+        ({"a": picture, "a_prompts": picture}, "segments has 'a', and 'a_prompts', what its variants are called"),
+        ({"a": picture, "b": SegmentColumn("image", "kind", image_vq)}, "column 'kind': none of the 2 pictures"),
         ({"kind": SegmentColumn("label", "kind", options={"names": ["a"]})}, r"the labels \['b'\] are not among"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from diffusers_vqdit.models.quantizers import VectorQuantizer
+from diffusers_vqdit.models.quantizers.vector import VectorQuantizer
 
 
 reports, placed = [], []

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from PIL import Image
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
@@ -40,6 +41,30 @@ def change_rows(folder, change):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows = [{**row, **change(index, row)} for index, row in enumerate(rows)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_tokenizer_is_one_of_its_modality(run, tokenizers, pipeline, picture_folder, tmp_path):
+    """One folder may hold several, and what makes codes of another modality is refused."""
+    pipeline.save_pretrained(tmp_path / "pipe")
+    data, pipe = f"--train_data_dir {picture_folder} --output_dir {tmp_path / 'codes'}", tmp_path / "pipe"
+    both = f"--image_vq {pipe} --text_vq {pipe} --segment sketch=image:image:{pipe} --segment words=text:text:{pipe}"
+    run("encode_dataset", f"{data} {both}")
+    codes = CodeDataset(tmp_path / "codes")
+    assert {n: one["tokenizer"] for n, one in codes.entries.items()} == {
+        "image": "image_vq", "text": "text_vq", "sketch": "image_vq", "words": "text_vq"}  # fmt: skip
+    for tokenizer in ("text_vq", "image_vq"):
+        path, modality = tmp_path / tokenizer, "image" if tokenizer == "text_vq" else "text"
+        with pytest.raises(ValueError, match="_class_name='.*' must be"):
+            run("encode_dataset", f"{data} {tokenizers} --segment other={modality}:{modality}:{path}")
+    with pytest.raises(ValueError, match="/no/such/folder' is no folder that is there"):
+        run("encode_dataset", f"{data} --segment sketch=image:image:/no/such/folder")
+
+
+def test_a_column_that_is_named_is_not_left_out(run, tokenizers, picture_folder, tmp_path):
+    data = f"--train_data_dir {picture_folder} {tokenizers} --segment style=label:label"
+    for wrong in ("--image_column picture", "--caption_column words"):
+        with pytest.raises(ValueError, match=f"column '{wrong.split()[1]}' is not in the data"):
+            run("encode_dataset", f"{data} {wrong} --output_dir {tmp_path / 'codes'}")
 
 
 def test_texts_alone(run, tokenizers, picture_folder, tmp_path):

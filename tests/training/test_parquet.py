@@ -215,6 +215,9 @@ def test_columns_that_are_not_needed_are_left_out_with_a_warning(write, tmp_path
     splits = load_splits(dataset_name=path, columns=["text"], cache_dir=str(tmp_path / "cache"))
     assert list(splits["train"]["text"]) == TEXTS and splits["train"].column_names == ["text"]
     assert "column 'odd' has the type map<string, int64" in caplog.text and "it is left out" in caplog.text
+    for needed in ("odd", ["odd"]):
+        with pytest.raises(ValueError, match="column 'odd' has the type map<string, int64"):
+            load_training_dataset(dataset_name=path, image_column=needed, cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("array", [pa.array([[[300, 2]], [[1, 2]]]), pa.array([[[2**40]], [[1]]]), OTHERS["ragged"]])

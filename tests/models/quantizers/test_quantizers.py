@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from diffusers_vqdit.models.quantizers import VectorQuantizer, assignment_entropy, rotate_to
-from diffusers_vqdit.models.quantizers_codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
-from diffusers_vqdit.models.quantizers_lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
-from diffusers_vqdit.models.quantizers_residual import ResidualVectorQuantizer
+from diffusers_vqdit.models.quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
+from diffusers_vqdit.models.quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
+from diffusers_vqdit.models.quantizers.residual import ResidualVectorQuantizer
+from diffusers_vqdit.models.quantizers.vector import VectorQuantizer, assignment_entropy, rotate_to
 
 
 def test_loss_and_gradients_equal_autograd_on_the_formula():
@@ -310,8 +310,8 @@ def test_simvq_trains_the_projection_only():
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_ibq_has_a_gradient_through_all_codes(norm, monkeypatch):
-    for module in ("quantizers", "quantizers_codebook"):
-        monkeypatch.setattr(f"diffusers_vqdit.models.{module}.SEARCH_ELEMENTS", 7 * 16)  # several parts
+    for module in ("vector", "codebook"):
+        monkeypatch.setattr(f"diffusers_vqdit.models.quantizers.{module}.SEARCH_ELEMENTS", 7 * 16)  # several parts
     quantizer = IndexBackpropagationQuantizer(16, 4, beta=0.3, codebook_norm=norm)
     z, upstream = torch.randn(20, 4), torch.randn(20, 4)
     output, gradient, gradients = _backward(quantizer, z, upstream)
@@ -389,13 +389,13 @@ def test_lfq_entropies_are_those_of_all_codes(norm, monkeypatch):
     sample_entropy = -(p * p.log()).sum(1).mean()
     exact = weight * (sample_entropy + (p.mean(0) * p.mean(0).log()).sum())
     for elements in (2**22, 7 * 16):
-        monkeypatch.setattr("diffusers_vqdit.models.quantizers_lookup_free.SEARCH_ELEMENTS", elements)
+        monkeypatch.setattr("diffusers_vqdit.models.quantizers.lookup_free.SEARCH_ELEMENTS", elements)
         loss = quantizer(z).loss
         torch.testing.assert_close(loss, exact, atol=1e-4, rtol=1e-4)
         found, expected = (torch.autograd.grad(one, z, retain_graph=True)[0] for one in (loss, exact))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
-    monkeypatch.setattr("diffusers_vqdit.models.quantizers_lookup_free.ENTROPY_GROUP", 3)
+    monkeypatch.setattr("diffusers_vqdit.models.quantizers.lookup_free.ENTROPY_GROUP", 3)
     bits = torch.arange(16)[:, None] >> torch.arange(4) & 1
     first = torch.stack([p.mean(0)[torch.arange(16) % 8 == value].sum() for value in range(8)])
     last = p.mean(0) @ bits[:, 3].float()
@@ -405,8 +405,8 @@ def test_lfq_entropies_are_those_of_all_codes(norm, monkeypatch):
 
 
 def test_assignment_entropy_in_parts_equals_autograd_on_the_formula(monkeypatch):
-    for module in ("quantizers", "quantizers_codebook"):
-        monkeypatch.setattr(f"diffusers_vqdit.models.{module}.SEARCH_ELEMENTS", 7 * 16)
+    for module in ("vector", "codebook"):
+        monkeypatch.setattr(f"diffusers_vqdit.models.quantizers.{module}.SEARCH_ELEMENTS", 7 * 16)
     z, codebook = torch.randn(20, 4, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     gradients = torch.autograd.grad(
         assignment_entropy(2 * z, codebook, -codebook.square().sum(1), 0.5), (z, codebook), retain_graph=True

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_vqdit.models.code_search import best_codes, first_largest, nearest_codes, search_rows
+from diffusers_vqdit.models.quantizers.code_search import best_codes, first_largest, nearest_codes, search_rows
 
 
 def test_search_equals_brute_force():
@@ -12,7 +12,7 @@ def test_search_equals_brute_force():
 def test_search_in_parts_equals_search_at_once(monkeypatch):
     z, codebook = torch.randn(100, 6), torch.randn(70, 6)
     expected = nearest_codes(z, codebook)
-    monkeypatch.setattr("diffusers_vqdit.models.code_search.SEARCH_ELEMENTS", 7 * 70)
+    monkeypatch.setattr("diffusers_vqdit.models.quantizers.code_search.SEARCH_ELEMENTS", 7 * 70)
     assert torch.equal(nearest_codes(z, codebook), expected)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .quantizers import Quantizer, QuantizerOutput, VectorQuantizer
+from .vector import Quantizer, QuantizerOutput, VectorQuantizer
 
 
 class ResidualVectorQuantizer(Quantizer, nn.ModuleList):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch.utils.checkpoint import checkpoint
 
-from ..utils.distributed import gather_rows, sum_over_processes
+from ...utils.distributed import gather_rows, sum_over_processes
+from ..config_checks import check_quantizer
 from .code_search import SEARCH_ELEMENTS, nearest_codes
-from .config_checks import check_quantizer
 
 
 RETIRED = 1e3  # each channel of a code out of use: far from all vectors, and a number of half precision

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..utils.checks import check_integer
-from ..utils.distributed import sum_over_processes
+from ...utils.checks import check_integer
+from ...utils.distributed import sum_over_processes
+from ..config_checks import MAX_CODES, check_quantizer
 from .code_search import SEARCH_ELEMENTS
-from .config_checks import MAX_CODES, check_quantizer
-from .quantizers import (
+from .vector import (
     Quantizer,
     QuantizerOutput,
     binary_entropy,

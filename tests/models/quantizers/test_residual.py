@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from diffusers_vqdit.models.quantizers import VectorQuantizer
-from diffusers_vqdit.models.quantizers_codebook import SimVectorQuantizer
-from diffusers_vqdit.models.quantizers_residual import ResidualVectorQuantizer
+from diffusers_vqdit.models.quantizers.codebook import SimVectorQuantizer
+from diffusers_vqdit.models.quantizers.residual import ResidualVectorQuantizer
+from diffusers_vqdit.models.quantizers.vector import VectorQuantizer
 
 
 OPTIONS = {

@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..config_checks import check_quantizer
 from .code_search import SEARCH_ELEMENTS, best_codes
-from .config_checks import check_quantizer
-from .quantizers import (
+from .vector import (
     CodebookQuantizer,
     QuantizerOutput,
     VectorQuantizer,
