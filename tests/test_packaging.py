@@ -51,8 +51,8 @@ def test_the_installed_wheel_passes_the_tests_that_need_no_source_tree(wheel, ro
     environment = {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     where = run([sys.executable, "-c", "import diffusers_vqdit; print(diffusers_vqdit.__file__)"], **environment)
     assert Path(where.strip()).is_relative_to(site)
-    names = ["test_tasks.py", "utils/test_images.py", "models/test_quantizers.py", "models/test_image_vq.py"]
-    tests = [str(tmp_path / "tests" / name) for name in names]
+    names = ["test_tasks", "utils/test_images", "models/quantizers/test_quantizers", "models/test_image_vq"]
+    tests = [str(tmp_path / "tests" / f"{name}.py") for name in names]
     output = run([sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", *tests], **environment)
     assert "passed" in output
 

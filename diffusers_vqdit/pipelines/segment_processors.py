@@ -101,7 +101,7 @@ def check_segment_tokenizers(several: Any, components: Sequence[str]) -> list[st
     """
     if several is None:
         return []
-    if not isinstance(several, MultiTokenizerModel):
+    if MultiTokenizerModel.__name__ not in {kind.__name__ for kind in type(several).__mro__}:  # or a repository's own
         raise ValueError(f"segment_tokenizers is {type(several).__name__}; put it into a MultiTokenizerModel, by name")
     if clash := sorted({*components, *PROCESSORS} & set(several.tokenizers)):
         raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")

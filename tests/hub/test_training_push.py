@@ -255,7 +255,6 @@ EVERYWHERE = {
     "text_vq": "../{}",
     "cache_dir": "/home/someone/{}",
     "tasks": "{}",
-    "report_to": "{}",
     "logging_dir": "{}",
     "license": "{}",
     "data_license": "See https://{}@example.org and ~/{}.",
@@ -393,7 +392,7 @@ def test_the_hub_refuses_a_card_that_is_not_valid(client):
         ),
         (
             *("train_text_vq", "--train_data_dir x --use_ema"),
-            "num_codes tokenizer_vocab_size max_length random_token_probability ema_decay codebook_norm",
+            "num_codes tokenizer_vocab_size max_length random_token_probability ema_decay",
             "pretrained_model_name_or_path",
         ),
         (
