@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
 from .training.files import check_output_file
-from .utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from .utils.arguments import argument_parser, model_name, number, output_path, positive_integer, random_seed
 from .utils.provenance import save_generated
 
 
@@ -52,7 +52,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
     parser.add_argument("--guidance_scale", type=number(), help="By default the pipeline's own.")
     parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--output_file", type=Path, default=Path("vqdit_demo.png"))
+    parser.add_argument("--output_file", type=output_path, default=Path("vqdit_demo.png"))
     return parser.parse_args(input_args)
 
 

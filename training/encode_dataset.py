@@ -30,6 +30,7 @@ from diffusers_vqdit.utils.arguments import (
     integer,
     model_name,
     non_negative_integer,
+    output_path,
     positive_integer,
     torch_device,
 )
@@ -79,7 +80,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_dir", type=output_path, required=True)
     args = parser.parse_args(input_args)
     if args.image_vq is None and args.text_vq is None and not args.segment:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")

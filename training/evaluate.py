@@ -53,6 +53,7 @@ from diffusers_vqdit.utils.arguments import (
     font_file,
     model_name,
     number,
+    output_path,
     positive_integer,
     random_seed,
     torch_device,
@@ -126,7 +127,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
-    parser.add_argument("--output_dir", type=Path, help="By default the pipeline's folder.")
+    parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)
     args.caption_columns = dict(args.caption_columns)
     return args

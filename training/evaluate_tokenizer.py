@@ -13,7 +13,6 @@ another only.
 
 import argparse
 import json
-from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -26,7 +25,7 @@ from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +50,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--features_image_size", type=positive_integer, help="Side that pictures are resized to for that model."
     )
-    parser.add_argument("--output_file", type=Path, help="JSON file for the figures.")
+    parser.add_argument("--output_file", type=output_path, help="JSON file for the figures.")
     args = parser.parse_args(input_args)
     if args.dataset_name is None and args.train_data_dir is None:
         args.dataset_name = "training/data/emoji.parquet"

@@ -39,7 +39,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser
+from diffusers_vqdit.utils.arguments import argument_parser, output_path
 from diffusers_vqdit.utils.weight_files import replacing_file
 
 
@@ -51,7 +51,7 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Build the emoji starter dataset from two npm packages.")
-    parser.add_argument("--output_file", type=Path, default=Path("training/data/emoji.parquet"))
+    parser.add_argument("--output_file", type=output_path, default=Path("training/data/emoji.parquet"))
     parser.add_argument("--download_dir", type=Path, default=None, help="Folder with the packages already fetched.")
     return parser.parse_args()
 

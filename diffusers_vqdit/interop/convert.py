@@ -7,7 +7,7 @@ import argparse
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.interop import FORMATS
-from diffusers_vqdit.utils.arguments import argument_parser
+from diffusers_vqdit.utils.arguments import argument_parser, output_path
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -17,7 +17,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         epilog="formats:\n" + "\n".join(f"  {name:14} {text}" for name, (_, text) in FORMATS.items()),
     )
     parser.add_argument("--checkpoint", required=True, help=".safetensors, .ckpt, .pt, .pth or .bin file.")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_dir", type=output_path, required=True)
     parser.add_argument("--format", choices=list(FORMATS), help="By default told from the weights, where it can be.")
     parser.add_argument("--config", help="YAML or JSON file of the original's arguments, for what shapes don't tell.")
     parser.add_argument(

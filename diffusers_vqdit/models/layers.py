@@ -77,6 +77,8 @@ def join_masks(
         if not isinstance(mask, torch.Tensor) or mask.shape != (size, length):
             got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(f"given_mask[{name!r}] must have shape {(size, length)}, got {got}")
+        if mask.is_floating_point() and not torch.compiler.is_compiling() and (mask < 0).any():
+            raise ValueError(f"given_mask[{name!r}] must be 0 at padding and else 1; it has {mask.min().item():g}")
         parts.append(mask.to(hidden_states.device).bool())
     joined = torch.cat(parts, dim=1)[:, None, None, :]
     return None if not torch.compiler.is_compiling() and joined.all() else joined

@@ -11,6 +11,7 @@ from ..utils.arguments import (
     decay,
     non_negative_integer,
     non_negative_number,
+    output_path,
     positive_integer,
     positive_number,
     random_seed,
@@ -39,7 +40,7 @@ def add_training_arguments(
 ) -> argparse._ArgumentGroup:
     """Add the flags of optimisation with a script's own defaults, and return their group for what else it has."""
     group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", type=Path, default=Path(output_dir))
+    group.add_argument("--output_dir", type=output_path, default=Path(output_dir))
     group.add_argument("--seed", type=random_seed, default=0)
     group.add_argument(
         "--train_batch_size",

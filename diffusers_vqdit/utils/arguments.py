@@ -83,6 +83,13 @@ def font_file(text: str) -> str:
     return text
 
 
+def output_path(text: str) -> Path:
+    """The type of a flag that takes the path of what is written; an empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path; give one, . for the working directory")
+    return Path(text)
+
+
 def model_name(text: str) -> str:
     """The type of a flag that takes a model: a Hub id or a folder, but not the folder of a training checkpoint."""
     folder = Path(text)

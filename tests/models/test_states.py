@@ -90,6 +90,7 @@ def test_states_train_save_and_load(model, image, tmp_path):
         ({"prompt": torch.randn(3, 9, 12)}, {"prompt": torch.ones(3, 8)}, r"given_mask\['prompt'\] must have shape"),
         ({"prompt": torch.randn(3, 9, 12)}, {"text": torch.ones(3, 6)}, "given_mask must be a dict with some of"),
         ({}, {"prompt": torch.ones(3, 9)}, "given_mask needs given"),
+        ({"prompt": torch.randn(3, 9, 12)}, {"prompt": torch.full((3, 9), -1e9)}, "must be 0 at padding and else 1"),
     ],
 )
 def test_what_does_not_fit_is_named(model, image, given, masks, message):

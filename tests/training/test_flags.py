@@ -22,6 +22,7 @@ SHARED = [
     *((name, "0", "an integer of at least 1") for name in ("train_batch_size", "num_train_epochs")),
     *((name, "-3", "an integer of at least 1") for name in ("gradient_accumulation_steps", "max_train_samples")),
     *(("learning_rate", value, "a finite number of at least 0") for value in ("-1e-9", "-1e-3", "nan", "inf", "fast")),
+    ("output_dir", "", "no path; give one, . for the working directory"),
     *(("ema_decay", value, "a finite number in [0, 1)") for value in ("2", "1", "-0.1", "nan")),
     *(("adam_beta1", "1.0", "a finite number in [0, 1)"), ("adam_beta2", "-1", "a finite number in [0, 1)")),
     *(
