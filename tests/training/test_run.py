@@ -260,7 +260,8 @@ def test_zero_is_never():
 def test_a_signal_is_noted_and_sent_again_at_the_end(accelerator, tmp_path):
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
-    interrupt = signal.getsignal(signal.SIGINT)
+    # A shell's background processes begin with Ctrl-C ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with training_run(accelerator, tmp_path) as run:
             begin(run)
@@ -270,13 +271,14 @@ def test_a_signal_is_noted_and_sent_again_at_the_end(accelerator, tmp_path):
         assert got == [signal.SIGTERM] and os.listdir(tmp_path) == [".lock"]
         with training_run(accelerator, tmp_path) as run:
             begin(run)
-        assert got == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) is interrupt
+        assert got == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         with pytest.raises(KeyboardInterrupt):
             with training_run(accelerator, tmp_path) as run:
                 begin(run)
                 os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _stop(folder, number, twice, ignored):
