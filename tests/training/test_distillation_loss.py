@@ -118,7 +118,7 @@ def test_the_loss_is_the_mean_divergence_and_trains_the_student_alone(transforme
 
 
 def test_a_student_that_does_as_its_teacher_has_nothing_to_learn(transformer):
-    """In one step; in two it has, as the second knows more. A teacher at temperature 0 is learnt as the code it takes."""
+    """In one step; in two it has, as the second knows more. At temperature 0 the code that is taken is learnt."""
     scheduler, codes = MaskedDiffusionScheduler(), codes_of(["image"], 8)
     student = copy.deepcopy(transformer)
 
