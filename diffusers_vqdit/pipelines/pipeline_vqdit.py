@@ -219,6 +219,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
         # A callback may change the codes and the weights.
         options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
+        if (cache := self.transformer.new_cache()) is not None:
+            options["cache"] = cache
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for index, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
@@ -269,6 +271,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
         0 for rows that are done. `checks` note whether they are finite."""
         size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
+        if "cache" in options:
+            options["cache"].keep(rows)
         if len(rows) < size:
             rows = rows.to(timesteps.device)
             codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
