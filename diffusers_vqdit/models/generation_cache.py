@@ -98,7 +98,8 @@ class GenerationCache:
         self, codes: dict[str, torch.Tensor], kept: list[tuple[torch.Tensor, torch.Tensor]], logits: dict
     ) -> None:
         """Keep what a call of all positions has: codes, keys and values by layer, and logits (G, N, K)."""
-        self._codes = dict(codes)
+        # The caller's may be changed in place.
+        self._codes = {name: value.clone() for name, value in codes.items()}
         self._keys, self._values = (list(part) for part in zip(*kept, strict=True))
         if self.config.cache_ratio:
             rows = len(next(iter(codes.values())))
@@ -151,7 +152,7 @@ class GenerationCache:
                 kept[layer][active] = new[real]
         states = hidden.new_zeros(hidden.shape).to(part)
         states[active] = part[real]
-        self._codes = dict(codes)
+        self._codes = {name: value.clone() for name, value in codes.items()}
         return self._heads(model, codes, states, active, lengths, conditioning, modulation)
 
     def _active(self, model: Any, codes: dict[str, torch.Tensor]) -> torch.BoolTensor:
