@@ -170,15 +170,11 @@ def loss_measures(task_losses: dict[str, float]) -> list[Measure]:
 
 
 def main(args: argparse.Namespace) -> None:
+    folders = ["samples", "codes", "transformer", "scheduler", *VQDiTPipeline._optional_components]
+    files = ["README.md", "model_index.json", "pipeline.py"]
     # A step trains the embeddings and heads of its task's segments only.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
-    with setup.open_run(
-        args,
-        accelerator,
-        project=PROJECT,
-        folders=["samples", "codes", "transformer", "scheduler", *VQDiTPipeline._optional_components],
-        files=["README.md", "model_index.json", "pipeline.py"],
-    ) as run:
+    with setup.open_run(args, accelerator, project=PROJECT, folders=folders, files=files) as run:
         train(args, accelerator, run)
 
 
@@ -234,12 +230,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema, "teacher": teacher})
     setup.start_trackers(args, accelerator, PROJECT)
 
-    # 4. Train
+    # 4. Train, round by round
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(codes), step, codes.buckets)
     progress = setup.progress_bar(accelerator, max_steps, step)
-    task_losses: dict[str, float] = measures.get("task_losses", {})
     this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
+    task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         if step * rounds // max_steps > this_round:
@@ -271,18 +267,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     temperature=temperature,
                     generator=generators,
                 )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
-                if ema is not None and stepped:
-                    ema.step(trained)
-            optimizer.zero_grad()
+            norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
         average = accelerator.reduce(loss.detach(), "mean").item()
         if math.isfinite(average):
             task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
-        if not accelerator.sync_gradients:
+        if norm is None:
             continue
 
         step += 1

@@ -111,6 +111,9 @@ class GenerationCache:
         self,
         model: Any,
         codes: dict[str, torch.LongTensor],
+        hidden: torch.Tensor,
+        lengths: tuple[int, ...],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         prefix: VQDiTPrefix | None,
         conditioning: torch.Tensor,
         modulation: VQDiTModulation | None,
@@ -121,11 +124,11 @@ class GenerationCache:
         Args:
             model: the transformer.
             codes: name -> (R, *shape), of the segments and rows that [`store`] had.
+            hidden, lengths, rotary: the embedded codes (R, n, D), the segments' positions, and tables of rotations.
             prefix, conditioning, modulation: as in the transformer's ``forward``, the conditioning (1 or R, segments,
                 D).
         """
         active = self._active(model, codes)  # (R, n)
-        hidden, lengths, rotary = model._embed(codes)  # (R, n, D)
         if self._guided:
             active, hidden = torch.cat([active, active]), torch.cat([hidden, hidden])
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning

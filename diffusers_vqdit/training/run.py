@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..utils.checks import shown
-from ..utils.weight_files import fsync
+from ..utils.weight_files import fsync, is_dangling
 from .checkpoints import check_identity, load_checkpoint, read_manifest, set_aside
 from .files import (
     SCRATCH_PREFIX,
@@ -104,6 +104,8 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
 
 def _unusable(output_dir: Path, error: OSError) -> ValueError:
     reason, where = error.strerror or error, error.filename or output_dir
+    if is_dangling(where):
+        reason = "it is a link to what is not there"
     return ValueError(f"output_dir={shown(str(output_dir))} can't be written: {reason} ({where})")
 
 
@@ -232,6 +234,32 @@ class TrainingRun:
         if scaler is not None:
             scaler.update()
         return float(norm), False
+
+    def descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[torch.nn.Parameter],
+        loss: torch.Tensor,
+        max_grad_norm: float,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        ema: Any = None,
+    ) -> float | None:
+        """The gradients of a micro-batch's loss and, with a step's last one, [`optimizer_step`] and the averages'.
+
+        Args:
+            ema: an `EMAModel` of the parameters, or None.
+
+        Returns:
+            the norm of a step's gradients before clipping; None before its last micro-batch.
+        """
+        norm = None
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm, stepped = self.optimizer_step(optimizer, parameters, loss, max_grad_norm, lr_scheduler)
+            if ema is not None and stepped:
+                ema.step(parameters)
+        optimizer.zero_grad()
+        return norm
 
     def end_step(self, step: int) -> None:
         """Count a step that was skipped.
