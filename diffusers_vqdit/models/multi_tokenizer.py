@@ -103,6 +103,18 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             self._push_saved(save_directory, **kwargs)
 
     @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Refused: the config tells which classes the tokenizers are of, and not their sizes.
+
+        Raises:
+            ValueError: always. A ``device_map`` that shares a pipeline out asks for it, to learn the sizes.
+        """
+        raise ValueError(
+            f"{cls.__name__} has its tokenizers' sizes in their folders, not in its config, so that its pipeline "
+            'can\'t be shared out: load it with device_map="cuda" or another single device, or without'
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MultiTokenizerModel":
         """Load all tokenizers; the arguments, which are those of any model of diffusers, go to each.
 

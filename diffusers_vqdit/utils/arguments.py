@@ -117,6 +117,14 @@ class _ArgumentParser(argparse.ArgumentParser):
         # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing.
         self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$")
 
+    def format_help(self) -> str:
+        """The help, with the default of each flag that has one and doesn't tell it."""
+        for action in self._actions:
+            nothing = any(action.default is one for one in (None, False, argparse.SUPPRESS)) or action.default == []
+            if not nothing and "default" not in (action.help or "").lower():
+                action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         super().error(without_secrets(message, known_secrets()))
 

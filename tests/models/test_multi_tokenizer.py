@@ -77,6 +77,8 @@ def test_what_does_not_fit_is_named(several, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             MultiTokenizerModel(*arguments)
+    with pytest.raises(ValueError, match='load it with device_map="cuda"'):
+        MultiTokenizerModel.from_config(several.config)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     with pytest.raises(ValueError, match="save_directory='.*dangling' is a link to what is not there"):
         several.save_pretrained(tmp_path / "dangling")

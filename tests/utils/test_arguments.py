@@ -92,3 +92,16 @@ def test_checkpoints_and_loras_are_no_models(tmp_path, folder, file):
     (tmp_path / folder / "model_index.json").touch()  # an output_dir is a model, whatever else is in it
     assert model_name(str(tmp_path / folder)) == str(tmp_path / folder)
     assert model_name("someone/checkpoint-10") == "someone/checkpoint-10"
+
+
+def test_the_help_tells_defaults_once(capsys):
+    parser = argument_parser("x")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument_group("more").add_argument("--steps", type=int, default=7, help="How many.")
+    parser.add_argument("--rate", default=3, help="By default as before.")
+    parser.add_argument("--words", nargs="*", default=[], help="Some.")
+    parser.add_argument("--flag", action="store_true", help="Whether.")
+    for _ in range(2):
+        told = parser.format_help()
+        assert told.count("(default: 0)") == told.count("How many. (default: 7)") == 1
+        assert told.count("default") == 3
