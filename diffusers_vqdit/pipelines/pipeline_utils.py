@@ -5,6 +5,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class CallStates(threading.local):
 _call_states = CallStates()
 
 
+def in_cache(model: Any, method: str, *args: str) -> AbstractContextManager:
+    """One of [`~models.cache_mixin.DenoiserCacheMixin`]'s contexts; of a model without them, as stock DiT, nothing."""
+    return getattr(model, method, lambda *args: nullcontext())(*args)
+
+
 def with_own_state(call: Callable) -> Callable:
     """A pipeline's call with a state of its own; one that its callback makes gives the state back at its end."""
 
@@ -37,7 +43,7 @@ def with_own_state(call: Callable) -> Callable:
         state = {**before, "runs": True, "outer": outer, "interrupts": self._interrupts}
         _call_states.of[self] = state
         try:
-            with self.transformer.own_hooks():
+            with in_cache(self.transformer, "own_hooks"):
                 return call(self, *args, **kwargs)
         finally:
             state["runs"] = False

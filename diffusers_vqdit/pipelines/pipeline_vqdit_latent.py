@@ -30,7 +30,7 @@ from ..utils.images import (
 from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
 from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures
-from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
+from .pipeline_utils import PluginPipelineMixin, check_components, in_cache, with_own_state
 
 
 logger = logging.get_logger(__name__)
@@ -169,23 +169,23 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         latents = latents.to(self.transformer.dtype)
         given = {} if prefix is None else {"prefix": prefix}
         if guidance_scale == 1.0:
-            with self.transformer.hooks_context("cond"):
+            with in_cache(self.transformer, "hooks_context", "cond"):
                 prediction = self.transformer(latents, times, labels, **given).sample.float()
             finite = prediction.isfinite().all()
             checks.add(finite, finite, guidance_scale)
             return prediction
         free = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
         if prefix is None:
-            with self.transformer.hooks_context("both"):
+            with in_cache(self.transformer, "hooks_context", "both"):
                 both = self.transformer(
                     torch.cat([latents, latents]), torch.cat([times, times]), torch.cat([labels, free])
                 ).sample
             conditional, unconditional = both.float().chunk(2)
         else:
             # The half without a caption has no prefix to attend to.
-            with self.transformer.hooks_context("cond"):
+            with in_cache(self.transformer, "hooks_context", "cond"):
                 conditional = self.transformer(latents, times, labels, **given).sample.float()
-            with self.transformer.hooks_context("uncond"):
+            with in_cache(self.transformer, "hooks_context", "uncond"):
                 unconditional = self.transformer(latents, times, free).sample.float()
         channels = latents.shape[1]
         guided = unconditional[:, :channels] + guidance_scale * (conditional - unconditional)[:, :channels]
