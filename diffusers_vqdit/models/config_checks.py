@@ -26,7 +26,7 @@ from .segment_layers import check_patch
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
-SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels")
+SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels", "block_length")
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 

@@ -8,19 +8,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
-from .attention_processor import VQDiTAttention
+from .block_causal import BlockCausal
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTModulation, VQDiTPrefix, join_masks, modulate
+from .layers import VQDiTModulation, VQDiTPrefix, join_masks
 from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, check_type, segment_patch
 from .transformer_dit import LatentDiT
+from .vqdit_block import VQDiTBlock, expand_segments
 
 
 @dataclass
@@ -41,60 +41,7 @@ class VQDiTOutput(BaseOutput):
         self["sample"] = fields["sample"] if isinstance(fields.get("sample"), dict) else fields
 
 
-class VQDiTBlock(nn.Module):
-    """DiT's block with adaLN-zero (Peebles & Xie 2023, section 3.2), conditioned on the segment."""
-
-    def __init__(
-        self, dim: int, heads: int, head_dim: int, bias: bool, dropout: float, activation_fn: str, eps: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.attn1 = VQDiTAttention(dim, heads, head_dim, bias, dropout)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
-        self.adaln = nn.Linear(dim, 6 * dim)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor | None,
-        conditioning: torch.Tensor,
-        lengths: tuple[int, ...] = (),
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-        keys_only: bool = False,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        modulation: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
-        """Hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
-
-        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together;
-        `image_rotary_emb` has the cosines and sines (N, head_dim) of a model with rotary positions; `attention_mask`
-        is the attention's. `modulation` is what the block makes of the conditioning (1 or B, segments, 6D): all it
-        returns where there are no hidden states.
-        """
-        if hidden_states is None:
-            return self.adaln(conditioning)
-        if modulation is None:
-            modulation = self.adaln(conditioning)
-        modulation = expand_segments(modulation, lengths)  # (1 or B, N, 6D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
-        if keys_only:
-            return hidden_states, *self.attn1.keys_and_values(normed, image_rotary_emb)
-        attended, key, value = self.attn1(normed, prefix, image_rotary_emb, attention_mask)
-        hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        normed = modulate(self.norm2, hidden_states, shift2, scale2)
-        return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
-
-
-def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(B, segments, D) to (B, N, D): each segment's row at all of its positions."""
-    if len(lengths) == 1:
-        return values  # broadcasts over the positions
-    return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)
-
-
-class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, LatentDiT):
+class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, SegmentLayers, LatentDiT):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike
@@ -117,6 +64,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             codes. The codes of a patch share one codebook's embeddings and head, unless ``"separate_codebooks":
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
+            With ``"block_length": L``, dividing n of its shape [n], it is of any length, n usually at most, and is
+            generated block by block, each given all before it ([`extend_prefix`]).
             ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or
             pictures, at most or about n of them.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
@@ -257,7 +206,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
                 continue  # values are unknown while a graph is traced
             # Checked here, as a wrong index on a GPU kills the process's whole context.
             low, high = torch.stack(value.aminmax()).tolist()
-            limit = size - 1 if argument == "given" else size
+            limit = size if argument == "hidden_states" else size - 1
             if low < 0 or high > limit:
                 note = f"; {size} is the mask, and a segment with masked codes is generated" if limit < size else ""
                 raise ValueError(f"{argument}[{name!r}] must be in [0, {limit}], got {low} to {high}{note}")
@@ -279,7 +228,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             if timestep is None:
                 raise ValueError("timestep is None, but this model is time_conditioned: give times (B,) in [0, 1]")
             frequencies = self.time_proj(1000.0 * timestep.reshape(-1).float()).to(conditioning)
-            conditioning = conditioning + self.time_embedding(frequencies)[:, None]  # (B, segments, D)
+            times = self.time_embedding(frequencies).unflatten(0, (len(timestep), -1))  # (B, 1 or blocks, D)
+            conditioning = conditioning + times  # (B, segments or blocks, D)
         return F.silu(conditioning)
 
     def _block(self, block: VQDiTBlock, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -352,6 +302,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         given_mask: dict[str, torch.Tensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
+        clean: dict[str, torch.LongTensor] | None = None,
         with_unconditional: bool = False,
         modulation: VQDiTModulation | None = None,
         check_values: bool = True,
@@ -363,13 +314,15 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         Args:
             hidden_states: name -> codes (B, *shape) of the generated segments, K where masked. Without segments,
                 latents (B, C, H, W), and the arguments are those of `DiTTransformer2DModel`.
-            timestep: times (B,) in [0, 1]; read by a time-conditioned model only.
+            timestep: times (B,) in [0, 1]; read by a time-conditioned model only. With `clean`, also (B, blocks).
             class_labels, cross_attention_kwargs: for ``segments=None`` only; a label is a given segment here.
             given: name -> codes (B, *shape) of the given segments, or states (B, n, channels) of an encoder.
             given_mask: name -> (B, n), zero at padding, for some of the given segments: see [`encode_prefix`].
             prefix: what [`encode_prefix`] made of them, in place of `given`; without segments, what
                 [`encode_caption`] made of a caption, in place of `encoder_hidden_states`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
+            clean: the one generated segment -> its codes (B, n) without masks, n whole blocks: all blocks are then
+                predicted in one pass, each given those before it as they are here. For training and likelihoods.
             with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
                 pass: the logits then have twice the rows, first those with it.
             modulation: what [`encode_modulation`] made of the same segments; None makes it anew.
@@ -384,10 +337,11 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            if given is not None or given_mask is not None or masked is not None or with_unconditional or modulation:
+            others = (given, given_mask, masked, clean, modulation)
+            if with_unconditional or any(other is not None for other in others):
                 raise ValueError(
-                    "given, given_mask, masked, with_unconditional and modulation need a model with segments; this "
-                    "one has segments=None"
+                    "given, given_mask, masked, clean, with_unconditional and modulation need a model with segments; "
+                    "this one has segments=None"
                 )
             if encoder_hidden_states is not None:
                 if prefix is not None:
@@ -416,9 +370,18 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             raise ValueError(f"the segments {sorted(both)} are given and generated at once")
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
+        if prefix is not None and prefix.unconditional is not None and with_unconditional:
+            options = {"timestep": timestep, "modulation": modulation, "check_values": check_values}
+            sample = self._with_and_without(codes, prefix, masked, **options)
+            return VQDiTOutput(sample=sample) if return_dict else (sample,)
+        mask = None
+        if clean is not None:
+            if with_unconditional or modulation is not None:
+                raise ValueError("clean needs with_unconditional=False and modulation=None")
+            prefix, mask = self._clean_blocks(codes, clean, prefix)
 
         # 2. Generated segments
-        hidden, lengths, rotary = self._embed(codes)  # (B, N, D)
+        hidden, lengths, rotary = self._embed(codes, prefix.offsets if prefix is not None else {})  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
         if modulation is None:
@@ -431,20 +394,24 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
             hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
-        mask = None
-        if prefix is not None and prefix.mask is not None:
+        if mask is None and prefix is not None and prefix.mask is not None:
             seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
             mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
+        count = conditioning.shape[1]
+        spans = lengths if count == len(lengths) else (sum(lengths) // count,) * count  # times of each block
         for layer, block in enumerate(self.transformer_blocks):
             memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
             own = modulation.blocks[layer] if modulation is not None else None
-            hidden, _, _ = self._block(block, hidden, conditioning, lengths, memory, False, rotary, mask, own)
+            hidden, _, _ = self._block(block, hidden, conditioning, spans, memory, False, rotary, mask, own)
 
         # 3. Heads
         out = self.adaln_out(conditioning) if modulation is None else modulation.out  # (1 or B, segments, 2D)
+        if spans != lengths:
+            out = expand_segments(out, spans)  # (B, N, 2D)
         sample = {}
         for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
-            shift, scale = out[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
+            one = out[:, index : index + 1] if spans == lengths else out
+            shift, scale = one.chunk(2, dim=-1)  # (1 or B, 1 or N, D)
             where = masked[name] if masked is not None else None
             sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)
