@@ -21,10 +21,11 @@ from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
     add_segment_argument,
+    add_text_arguments,
     files_of,
     load_tokenizers,
 )
-from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,
@@ -50,6 +51,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, or a pipeline. Without, no captions."
     )
+    add_text_arguments(parser)
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
@@ -82,8 +84,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=output_path, required=True)
     args = parser.parse_args(input_args)
-    if args.image_vq is None and args.text_vq is None and not args.segment:
+    if args.image_vq is None and args.text_vq is None and args.text_tokenizer is None and not args.segment:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
+    if args.text_vq is not None and args.text_tokenizer is not None:
+        parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.resolution is not None and args.aspect_ratio_buckets is not None:
         parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
     return args
@@ -97,11 +101,12 @@ def main(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     named = {flag.name for flag in args.segment}
     image_column = args.image_column if args.image_vq and IMAGE not in named else None
-    caption_column = args.caption_column if args.text_vq and TEXT not in named else None
+    text_tokenizer = args.text_vq or args.text_tokenizer
+    caption_column = args.caption_column if text_tokenizer and TEXT not in named else None
     source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
     source |= {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "output_dir": args.output_dir}
     files, others = files_of(args.segment)
-    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if args.text_vq else ([], [])
+    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if text_tokenizer else ([], [])
     others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted)
@@ -122,6 +127,8 @@ def encode(args: argparse.Namespace) -> None:
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
+    if args.text_tokenizer is not None:
+        tokenizer = load_text_tokenizer(args.text_tokenizer, cache_dir=args.cache_dir)
     known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
     for model, _ in loaded.values():
@@ -147,6 +154,8 @@ def encode(args: argparse.Namespace) -> None:
         lowres_factor=args.lowres_factor,
         resize_mode=args.resize_mode,
         aspect_ratio_buckets=args.aspect_ratio_buckets,
+        block_length=args.block_length,
+        max_text_length=args.max_text_length,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )

@@ -46,9 +46,9 @@ from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
-from diffusers_vqdit.training.segment_columns import add_bucket_argument, add_segment_argument
+from diffusers_vqdit.training.segment_columns import add_bucket_argument, add_segment_argument, add_text_arguments
 from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
-from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -105,6 +105,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
     data.add_argument("--label_column")
     add_segment_argument(data)
+    add_text_arguments(data)
     data.add_argument(
         "--image_augmentations",
         type=non_negative_integer,
@@ -155,9 +156,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
-    tokenizers = [args.image_vq, args.text_vq, *args.segment]
+    tokenizers = [args.image_vq, args.text_vq, args.text_tokenizer, *args.segment]
     if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
+    if args.text_vq is not None and args.text_tokenizer is not None:
+        parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
     return args
@@ -172,6 +175,8 @@ def load_components(args: argparse.Namespace) -> dict:
         reading = {name: pipeline.config[name] for name in ("lowres_factor", "resize_mode", "segments")}
         return {**pipeline.components, "labels": list(pipeline.config.labels), **reading}
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
+    if args.text_tokenizer is not None:
+        tokenizer = load_text_tokenizer(args.text_tokenizer, cache_dir=args.cache_dir)
     return {
         "image_vq": load_image_vq(args.image_vq, cache_dir=args.cache_dir) if args.image_vq else None,
         "text_vq": text_vq,

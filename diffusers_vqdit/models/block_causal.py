@@ -1,4 +1,4 @@
-"""Long texts, block by block: each block is denoised given all clean blocks before it (Arriola et al. 2025, BD3-LM)."""
+"""Long texts by blocks: each is denoised given all clean blocks before it (Arriola et al. 2025, BD3-LM)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,10 +71,16 @@ class BlockCausal:
         return VQDiTPrefix(names, keys, values, seen, {name: start + value.shape[1]})
 
     def _clean_blocks(
-        self, codes: dict[str, torch.LongTensor], clean: dict[str, torch.LongTensor], prefix: VQDiTPrefix | None
+        self,
+        codes: dict[str, torch.LongTensor],
+        clean: dict[str, torch.LongTensor],
+        prefix: VQDiTPrefix | None,
+        sampled: bool,
     ) -> tuple[VQDiTPrefix | None, torch.BoolTensor | None]:
         """The prefix with all clean blocks but the last, and the mask (1 or B, 1, n, S + n) with which each block of
         noised codes (B, n) sees those before it and itself; None where there is one block and nothing to mask."""
+        if sampled:
+            raise ValueError("clean needs with_unconditional=False and modulation=None, which are for single blocks")
         name, value, block_length = self._of_blocks(self._ordered(clean, "clean"))
         if list(codes) != [name] or codes[name].shape != value.shape:
             found = {one: tuple(other.shape) for one, other in codes.items()}
@@ -99,7 +105,7 @@ class BlockCausal:
         known = {n: one["block_length"] for n, one in self.config.segments.items() if "block_length" in one}
         (name, value), *others = codes.items()
         if name not in known or others:
-            raise ValueError(f"clean must have one segment with a block_length, one of {list(known)}, got {list(codes)}")
+            raise ValueError(f"clean={list(codes)} must be one segment with a block_length, of {list(known)}")
         length = known[name] if block_length is None else check_integer("block_length", block_length, 1)
         if value.shape[1] % length:
             raise ValueError(f"clean[{name!r}] has {value.shape[1]} codes, which are no whole blocks of {length}")

@@ -361,3 +361,6 @@ def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
             raise ValueError(f"tasks: {task!r} has the segments {unknown}; segments has {sorted(segments)}")
         if states := [name for name in parsed.generated if "channels" in segments[name]]:
             raise ValueError(f"tasks: {task!r} generates {states}: states of an encoder are given, never generated")
+        blocks = [name for name in parsed.generated if "block_length" in segments[name]]
+        if blocks and len(parsed.generated) > 1:
+            raise ValueError(f"tasks: {task!r} generates {blocks[0]!r} by blocks, which is generated alone")

@@ -288,6 +288,25 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
         blocks = [block(None, conditioning) for block in self.transformer_blocks]
         return VQDiTModulation(tuple(codes), conditioning, blocks, self.adaln_out(conditioning))
 
+    def _prefix_of(
+        self,
+        codes: dict[str, torch.LongTensor],
+        given: dict[str, torch.Tensor] | None,
+        given_mask: dict[str, torch.Tensor] | None,
+        prefix: VQDiTPrefix | None,
+    ) -> VQDiTPrefix | None:
+        """What the generated segments see, none of which may be among the given ones."""
+        has_given = given is not None and len(given) > 0
+        if has_given and prefix is not None:
+            raise ValueError("give given or prefix, not both")
+        if given_mask and not has_given:
+            raise ValueError("given_mask needs given; a prefix has its own")
+        if has_given:
+            prefix = self.encode_prefix(given, given_mask)
+        if prefix is not None and (both := set(codes) & set(prefix.names)):
+            raise ValueError(f"the segments {sorted(both)} are given and generated at once")
+        return prefix
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -337,16 +356,13 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            others = (given, given_mask, masked, clean, modulation)
-            if with_unconditional or any(other is not None for other in others):
+            if with_unconditional or any(one is not None for one in (given, given_mask, masked, clean, modulation)):
                 raise ValueError(
-                    "given, given_mask, masked, clean, with_unconditional and modulation need a model with segments; "
+                    "clean, given, given_mask, masked, with_unconditional and modulation need a model with segments; "
                     "this one has segments=None"
                 )
             if encoder_hidden_states is not None:
-                if prefix is not None:
-                    raise ValueError("give encoder_hidden_states or prefix, not both")
-                prefix = self.encode_caption(encoder_hidden_states, encoder_attention_mask)
+                prefix = self._caption_prefix(prefix, encoder_hidden_states, encoder_attention_mask)
             return self._forward_latent(
                 hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict, prefix
             )
@@ -354,31 +370,21 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states needs segments=None; pass texts as codes in given")
-        has_given = given is not None and len(given) > 0
-        if has_given and prefix is not None:
-            raise ValueError("give given or prefix, not both")
-        if given_mask and not has_given:
-            raise ValueError("given_mask needs given; a prefix has its own")
         codes = self._ordered(hidden_states, "hidden_states", check_values)
         if masked is not None:
             check_masked(masked, codes)
 
-        # 1. Given segments
-        if has_given:
-            prefix = self.encode_prefix(given, given_mask)
-        if prefix is not None and (both := set(codes) & set(prefix.names)):
-            raise ValueError(f"the segments {sorted(both)} are given and generated at once")
+        # 1. Given segments, and clean blocks
+        prefix = self._prefix_of(codes, given, given_mask, prefix)
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
-        if prefix is not None and prefix.unconditional is not None and with_unconditional:
+        if with_unconditional and prefix is not None and prefix.unconditional is not None:
             options = {"timestep": timestep, "modulation": modulation, "check_values": check_values}
             sample = self._with_and_without(codes, prefix, masked, **options)
             return VQDiTOutput(sample=sample) if return_dict else (sample,)
         mask = None
         if clean is not None:
-            if with_unconditional or modulation is not None:
-                raise ValueError("clean needs with_unconditional=False and modulation=None")
-            prefix, mask = self._clean_blocks(codes, clean, prefix)
+            prefix, mask = self._clean_blocks(codes, clean, prefix, with_unconditional or modulation is not None)
 
         # 2. Generated segments
         hidden, lengths, rotary = self._embed(codes, prefix.offsets if prefix is not None else {})  # (B, N, D)

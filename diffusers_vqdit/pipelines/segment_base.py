@@ -80,6 +80,8 @@ class ColumnReader(ABC):
         vocab_size (`int`): codes are in [0, vocab_size).
         shape (`list[int]`, *optional*): of a value's grid of codes, where it is known before the first are made.
         entry (`dict`): options of the segment's entry that the column tells, such as a label's names.
+        geometry (`dict`): what the transformer's config has of the segment beside these, such as a ``"block_length"``;
+            codes then have a length of their own, up to `shape`.
         notes (`list[str]`): warnings of what was found, to be shown before the work begins.
         has_variants (`bool`): whether some value has several codes, of which one is drawn each time.
         settings (`dict`): how values are read, where that is to be known.
@@ -98,6 +100,7 @@ class ColumnReader(ABC):
         if self.feature is not None:
             self.dataset = self.cast(self.dataset)
         self.entry: dict[str, Any] = {}
+        self.geometry: dict[str, Any] = {}
         self.notes: list[str] = []
         self.has_variants = False
         self.settings: dict[str, Any] = {}
@@ -168,6 +171,7 @@ class SegmentProcessor(ABC):
 
     options: tuple[str, ...] = ()
     ndims: tuple[int, ...] = (1, 2)  # of the grid of codes; the second is with residual codes of a position
+    tokenizer_alone: str | None = None  # the component that makes its codes where there is no `tokenizer`
     tokenizer: str | None = None  # the component where the entry names none; "": it must name one; None: needs none
     named_beside: str | None = None  # the component beside that one
     reader: type[ColumnReader]  # of a dataset's column
@@ -193,6 +197,7 @@ class SegmentProcessor(ABC):
     ) -> None:
         self.name, self.entry, self.resize_mode, self.device = name, entry, resize_mode, device
         self.vocab_size, self.shape = geometry["vocab_size"], tuple(geometry["shape"])
+        self.block_length: int | None = geometry.get("block_length")
         self.components = components
         self.argument = next((a for a, segment in ARGUMENTS.items() if segment == name), f"inputs[{name!r}]")
 
@@ -219,7 +224,7 @@ class SegmentProcessor(ABC):
     def place_beside(cls, tokenizer: str) -> str | None:
         """The name under which components have what stands beside a tokenizer: the modality's own component has it in
         another, and those of a [`MultiTokenizerModel`] bring theirs."""
-        if cls.named_beside is None:
+        if cls.named_beside in (None, tokenizer):  # which then makes the codes itself
             return None
         return cls.named_beside if tokenizer == cls.tokenizer else f"{tokenizer}.tokenizer"
 
@@ -239,6 +244,11 @@ class SegmentProcessor(ABC):
         Raises:
             ValueError: for an option that doesn't fit.
         """
+        if "block_length" in segments[name]:
+            raise ValueError(
+                f"{where}: the transformer has {name!r} with a block_length, which is for token ids: "
+                "{'modality': 'text', 'tokenizer': 'tokenizer'}"
+            )
         shape, residual = segments[name]["shape"], cls.tokenizer is not None and has_codebooks(segments, name)
         if len(shape) not in cls.ndims or len(shape) > cls.ndims[0] and not residual:
             raise ValueError(

@@ -12,6 +12,7 @@ from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
 from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
 from .text_segment import TextSegment
+from .token_segment import TokenSegment
 
 
 _segments_logger = logging.get_logger(__name__)
@@ -29,6 +30,12 @@ def modality_of(kind: type[SegmentProcessor]) -> str:
     return next(name for name, one in MODALITIES.items() if one is kind)
 
 
+def kind_of(modality: str, tokenizer: str | None) -> type[SegmentProcessor]:
+    """The class of a modality's segments whose codes are made by the component of this name."""
+    kind = MODALITIES[modality]
+    return TokenSegment if kind is TextSegment and tokenizer == TokenSegment.tokenizer else kind
+
+
 def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
     """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid of positions."""
     if name == LABEL:
@@ -36,7 +43,8 @@ def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], low
     if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndims[0]:
         lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": modality_of(ImageSegment), **lowres}
-    return {"modality": modality_of(TextSegment)}
+    made_by = {"tokenizer": TokenSegment.tokenizer} if "block_length" in segments[name] else {}
+    return {"modality": modality_of(TextSegment), **made_by}
 
 
 def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool) -> str:
@@ -84,12 +92,13 @@ def check_segment_entries(
             check_choice(f"{where}: the option", option, ("modality", *tokenized, *kind.options))
         entry = dict(entry)
         if kind.tokenizer is not None:
-            tokenizer = entry.setdefault("tokenizer", kind.tokenizer)
+            blocks = kind is TextSegment and "block_length" in segments[name]
+            tokenizer = entry.setdefault("tokenizer", TokenSegment.tokenizer if blocks else kind.tokenizer)
             if components is not None:
                 check_choice(f"{where}['tokenizer']", tokenizer, components)
             elif not isinstance(tokenizer, str) or not tokenizer.isidentifier():
                 raise ValueError(f"{where}['tokenizer']={shown(tokenizer)} must be a tokenizer's name")
-        checked[name] = kind.check_entry(where, entry, name, segments)
+        checked[name] = kind_of(modality, entry.get("tokenizer")).check_entry(where, entry, name, segments)
     return checked
 
 
@@ -145,5 +154,6 @@ def check_label_names(
 
 def make_segment(name: str, entry: Mapping[str, Any], **options: Any) -> SegmentProcessor:
     """The processor of a segment by its entry; `options` are those that [`SegmentProcessor`] has besides."""
-    kind = LowResolutionSegment if "lowres_of" in entry else MODALITIES[entry["modality"]]
+    kind = kind_of(entry["modality"], entry.get("tokenizer"))
+    kind = LowResolutionSegment if "lowres_of" in entry else kind
     return kind(name, entry, **options)

@@ -172,6 +172,8 @@ def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path
 def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
     """Each column's codes (M, *shape), int16 or int32, and how many variants a row has, (rows,).
 
+    Rows of a segment with blocks have lengths of their own: its codes are filled up with zeros, and (rows,) are these.
+
     Raises:
         ValueError: that names the file and the column, if codes are missing, no integers or out of range.
     """
@@ -193,6 +195,17 @@ def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[
         segment = segments[known[column]]
         codes, sizes = _read_codes(table[column], f"{str(path)!r}: segment {column!r}", segment["vocab_size"])
         length = int(np.prod(segment["shape"]))
+        if "block_length" in segment:
+            block = segment["block_length"]
+            if (odd := np.flatnonzero((sizes < block) | (sizes > length) | (sizes % block > 0))).size:
+                raise ValueError(
+                    f"{str(path)!r}: segment {column!r} has {sizes[odd[0]]} codes in row {odd[0]}, not whole blocks "
+                    f"of {block} up to {length}"
+                )
+            padded = codes.new_zeros(len(sizes), length)
+            padded[torch.arange(length) < torch.from_numpy(sizes)[:, None]] = codes
+            found[column] = padded, sizes
+            continue
         fits = sizes == length if column in segments else (sizes > 0) & (sizes % length == 0)
         if not fits.all():
             row = int(np.flatnonzero(~fits)[0])

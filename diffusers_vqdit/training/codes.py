@@ -9,7 +9,8 @@ times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256
 (``fingerprints``) and the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
 
 Where pictures were sorted into buckets by aspect ratio, ``buckets`` of a segment tells their grids [h, w], the first
-that of ``shape``, and ``bucket`` of a shard that of all of its rows.
+that of ``shape``, and ``bucket`` of a shard that of all of its rows. Where a segment has a ``block_length``, each row
+has whole blocks, as many as its text needs: rows of equal numbers are a bucket, too.
 """
 
 import math
@@ -41,7 +42,8 @@ class CodeDataset:
         lowres_factor (`int`, *optional*): how many times smaller ``image_lowres`` is.
         settings (`dict`): how pictures were read: ``resolution`` or ``aspect_ratio_buckets``, ``resize_mode``,
             ``image_augmentations``. Empty without pictures, and in folders of older versions.
-        buckets (`torch.LongTensor`, *optional*): the bucket (N,) of each row, where rows have codes of several shapes.
+        buckets (`torch.LongTensor`, *optional*): the bucket (N,) of each row, where rows have codes of several shapes:
+            pictures' aspect ratios, and numbers of blocks of texts.
         fingerprints (`dict[str, str]`): SHA-256 of ``data``, ``image_vq``, ``text_vq``, ``tokenizer`` and of other
             tokenizers, as far as there are any.
         fingerprint (`str`): SHA-256 of the index, which names those of all shards.
@@ -86,6 +88,23 @@ class CodeDataset:
             for name in self.segments:
                 if name + suffix in columns:
                     kept[name], self._counts[name + suffix] = _padded(columns[name + suffix])
+        blocks = [name for name, segment in self.segments.items() if "block_length" in segment]
+        if blocks:
+            self._sort_by_length({name: np.concatenate([sizes for _, sizes in columns[name]]) for name in blocks})
+
+    def _sort_by_length(self, lengths: dict[str, np.ndarray]) -> None:
+        """Make each bucket several, whose rows have as many codes of each of these segments."""
+        before = np.zeros(len(self), np.int64) if self.buckets is None else self.buckets.numpy()
+        keys, places = np.unique(np.stack([before, *lengths.values()], axis=1), axis=0, return_inverse=True)
+        self._segments = [
+            {
+                name: {**segment, "shape": [sizes[name]]} if name in sizes else segment
+                for name, segment in self._segments[bucket].items()
+            }
+            for bucket, *found in keys.tolist()
+            for sizes in [dict(zip(lengths, found, strict=True))]
+        ]
+        self.buckets = torch.from_numpy(places.reshape(-1)) if len(keys) > 1 else None
 
     def _flattened(
         self, shard: dict[str, tuple[torch.Tensor, np.ndarray]]
@@ -134,7 +153,7 @@ class CodeDataset:
         found = [0] if self.buckets is None else self.buckets[rows].unique().tolist()
         if len(found) > 1:
             raise ValueError(f"rows={rows.tolist()} are of the buckets {found}: a batch has rows of one")
-        segments = self._segments[found[0]] if found else self.segments
+        segments = self._segments[found[0]] if found else self.segments  # of no rows at all, as it may be
         for name in task.segments:
             if name not in self.segments:
                 raise ValueError(f"task {str(task)!r}: the data has no segment {name!r}, only {sorted(self.segments)}")

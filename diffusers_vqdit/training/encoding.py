@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..pipelines.segment_base import LABEL, ColumnReader, SegmentColumn, bucket_shape
-from ..pipelines.segment_processors import MODALITIES, check_segment_entries
+from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_integer
 from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -47,6 +47,8 @@ def encode_dataset(
     lowres_factor: int | None = None,
     resize_mode: str = "crop",
     aspect_ratio_buckets: Sequence[Sequence[int]] | None = None,
+    block_length: int = 16,
+    max_text_length: int | None = None,
     batch_size: int = 64,
     shard_size: int = 100_000,
 ) -> Path:
@@ -58,7 +60,8 @@ def encode_dataset(
         output_dir: the folder to write. What it holds is replaced at the end, and stays as it was if
             something fails before.
         resolution: side of the square pictures given to `image_vq`, in pixels.
-        image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
+        image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given. Without `text_vq`, the
+            codes of texts are the token ids of `tokenizer`, of any length.
         image_column: becomes the segment ``image``.
         caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
             list of captions, of which one is drawn each time; so it is with the other columns of texts.
@@ -77,6 +80,8 @@ def encode_dataset(
         aspect_ratio_buckets: (height, width) in pixels, in place of `resolution`: all pictures of a row are made to
             the one that is nearest in aspect ratio to the first of the picture columns. The first bucket's grid is
             the segments' ``"shape"``.
+        block_length: token ids a block, see [`VQDiTTransformer2DModel`]; each text's end fills its last block.
+        max_text_length: token ids of a text at most; longer ones are cut, with a warning that counts them.
         batch_size: pictures or texts that are encoded at once.
         shard_size: rows of a parquet file.
 
@@ -88,6 +93,7 @@ def encode_dataset(
             a bucket is not of whole codes, or no row can be read.
     """
     options: dict[str, Any] = {"resize_mode": resize_mode, "augmentations": image_augmentations}
+    options |= {"block_length": check_integer("block_length", block_length, 1), "max_text_length": max_text_length}
     if aspect_ratio_buckets is not None:
         options["buckets"] = check_buckets("aspect_ratio_buckets", aspect_ratio_buckets)
         if resolution:
@@ -168,7 +174,7 @@ class _Encoder:
         self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
         self.shapes: dict[str, list[int]] = {}
         for name, column in columns.items():
-            kind, own = MODALITIES[column.modality], {**options, **column.options}
+            kind, own = kind_of(column.modality, column.tokenizer_name), {**options, **column.options}
             self.of[name] = []
             for title in (column.column, *(column.prompt_columns or ())):
                 if title not in dataset.column_names:
@@ -177,6 +183,8 @@ class _Encoder:
                 if key not in self.readers:
                     self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
+            if self.of[name][0].geometry and column.prompt_columns:
+                raise ValueError(f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings")
             if (shape := self.of[name][0].shape) is not None:
                 self.shapes[name] = shape
         self.grouping = next((reader for reader in self.readers.values() if reader.num_groups), None)
@@ -239,7 +247,7 @@ class _Encoder:
             self.shapes.setdefault(name, bucket_shape(shard[name][0].shape, reader.entry, 0))
             if reader.has_variants:
                 shard[f"{name}_variants"] = own
-            if column.prompt_columns is not None or moved:
+            if (column.prompt_columns is not None and not reader.geometry) or moved:
                 given = [torch.cat(one) for one in zip(own, *map(encoded, more), *moved, strict=True)]
                 (shard if column.prompt_columns is None else wordings)[f"{name}_prompts"] = given
         return {**shard, **wordings}
@@ -250,11 +258,13 @@ class _Encoder:
         found: dict[str, dict[str, Any]] = {}
         first: dict[tuple, str] = {}
         for name, shape in self.shapes.items():
-            found[name] = {"vocab_size": self.of[name][0].vocab_size, "shape": shape}
+            reader = self.of[name][0]
+            found[name] = {"vocab_size": reader.vocab_size, "shape": shape, **reader.geometry}
         for name, column in self.columns.items():
             shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
             if column.tokenizer_name is not None:
-                other = first.setdefault((column.modality, column.tokenizer_name, *shape), name)
+                alike = shape if "block_length" not in found[name] else ()  # its places count from the start
+                other = first.setdefault((column.modality, column.tokenizer_name, *alike), name)
                 found[name] |= {"shared_with": other} if other != name else {}
             if len(shape) > ndim and "shared_with" not in found[name]:
                 found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}

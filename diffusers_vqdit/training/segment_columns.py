@@ -12,7 +12,7 @@ from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, Seg
 from ..pipelines.segment_processors import MODALITIES, modality_of
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
-from ..utils.arguments import model_name
+from ..utils.arguments import model_name, positive_integer
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
 from .code_files import SUFFIXES
@@ -94,6 +94,28 @@ def add_bucket_argument(group: argparse._ActionsContainer, default: str) -> None
     )
 
 
+def add_text_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags of texts whose codes are token ids."""
+    group.add_argument(
+        "--text_tokenizer",
+        type=model_name,
+        help="A tokenizer of transformers whose ids are the codes of texts, of any length: a folder or a Hub id, in "
+        "place of --text_vq.",
+    )
+    group.add_argument(
+        "--block_length",
+        type=positive_integer,
+        default=16,
+        help="Of such texts: tokens that are generated together, each block given those before it.",
+    )
+    group.add_argument(
+        "--max_text_length",
+        type=positive_integer,
+        default=512,
+        help="Of such texts: tokens at most. Longer texts are cut, and counted in a warning.",
+    )
+
+
 def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
     """The columns of flags that hold picture files, and the others.
 
@@ -155,7 +177,7 @@ def columns_of_flags(
         raise ValueError("give image_column, caption_column or both: there is nothing to encode")
     if image_column is not None and image_vq is None:
         raise ValueError(f"image_column={image_column!r} needs image_vq")
-    if caption_column is not None and (text_vq is None or tokenizer is None):
+    if caption_column is not None and tokenizer is None:
         raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
     if text_columns and caption_column is None:
         raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
@@ -213,7 +235,11 @@ def name_tokenizers(
                 raise ValueError(f"segments[{name!r}] has a tokenizer, which a {kind.noun} doesn't need")
             found[name] = column
             continue
-        model = named.get(kind.tokenizer) if column.tokenizer is None else column.tokenizer
+        model = column.tokenizer
+        if model is None:
+            known_as = column.tokenizer_name if column.tokenizer_name in named else None
+            places = [known_as] if known_as else [kind.tokenizer, kind.tokenizer_alone]
+            model = next((named[place] for place in places if place and named.get(place) is not None), None)
         if model is None:
             default = f", or {kind.tokenizer}" if kind.tokenizer else ""
             raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")

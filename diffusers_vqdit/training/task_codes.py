@@ -12,7 +12,7 @@ from ..models.segment_layers import segment_patch
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment, names_by_code
 from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
-from ..pipelines.segment_processors import MODALITIES, entry_by_name, modality_of
+from ..pipelines.segment_processors import MODALITIES, entry_by_name, kind_of, modality_of
 from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
@@ -174,7 +174,7 @@ def segment_columns(
                 )
             title = entry.get("tokenizer")
             model, beside = available.get(title or "", (None, None))
-            options = MODALITIES[modality].known_options(entry, known[name], model)
+            options = kind_of(modality, title).known_options(entry, known[name], model)
         columns[name] = SegmentColumn(modality, column, model, beside, title, options=options)
     return columns
 
@@ -213,6 +213,8 @@ def _read_dataset(
         "text_columns": texts,
         "image_augmentations": args.image_augmentations,
         "lowres_factor": parts["lowres_factor"] if LOWRES in segments else None,
+        "block_length": args.block_length,
+        "max_text_length": args.max_text_length,
     }
 
 

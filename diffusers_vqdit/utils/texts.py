@@ -13,7 +13,7 @@ from .checks import shown
 
 
 # A fast tokenizer holds the last call's truncation and padding: two threads that set others raise "Already borrowed".
-_tokenizer_lock = threading.Lock()
+tokenizer_lock = threading.Lock()
 
 # Control characters but white space, the soft hyphen, zero-width space and word joiner, the byte order mark.
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\xad\u200b\u2060\ufeff]")
@@ -59,7 +59,7 @@ def tokenize_to_length(
         padding: ``"max_length"`` to `length`, or ``"longest"`` to the longest text that is left.
     """
     options = {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
-    with _tokenizer_lock:
+    with tokenizer_lock:
         tokens = tokenizer(texts, **options)
         if tokens.encodings is None:  # a tokenizer in Python
             counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
