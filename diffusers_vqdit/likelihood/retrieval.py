@@ -300,8 +300,8 @@ def retrieve(
     places, scores = [], []
     masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
     for part, mask in zip(query.split(batch_size), masks, strict=False):
-        given, padding = {gallery.query: part}, {} if mask is None else {gallery.query: mask}
-        states, table = all_masked(transformer, gallery.segment, given, padding) if forward in ways else (0, 0)
+        given = [{gallery.query: one} for one in (part, mask) if one is not None]
+        states, table = all_masked(transformer, gallery.segment, *given) if forward in ways else (0, 0)
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:
