@@ -27,7 +27,6 @@ class BlockCausal:
     _embed: Callable[..., Any]
     _conditioning: Callable[..., torch.Tensor]
     _block: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    forward: Callable[..., Any]
 
     @apply_forward_hook
     def extend_prefix(
@@ -110,16 +109,6 @@ class BlockCausal:
         if value.shape[1] % length:
             raise ValueError(f"clean[{name!r}] has {value.shape[1]} codes, which are no whole blocks of {length}")
         return name, value, length
-
-    def _with_and_without(
-        self, codes: dict[str, torch.LongTensor], prefix: VQDiTPrefix, masked: dict | None, **options: Any
-    ) -> dict[str, torch.Tensor]:
-        """Logits with the prefix, then without what is given: of the earlier blocks alone."""
-        both = [
-            self.forward(codes, prefix=one, masked=masked, **options).sample
-            for one in (replace(prefix, unconditional=None), prefix.unconditional)
-        ]
-        return {name: torch.cat([one[name] for one in both]) for name in both[0]}
 
 
 def with_prefix(prefix: VQDiTPrefix | None, mask: torch.BoolTensor, own: int = 0) -> torch.BoolTensor:

@@ -20,7 +20,6 @@ class VQDiTPrefix:
         mask (`torch.BoolTensor`, *optional*): (B, 1, 1, S), false at positions that nothing may see; None for none.
         offsets (`dict[str, int]`): the codes of a generated segment that stand at its end, clean: those before the
             block that is generated next.
-        unconditional (`VQDiTPrefix`, *optional*): what guidance sees in its place: the same without what is given.
     """
 
     names: tuple[str, ...]
@@ -28,7 +27,6 @@ class VQDiTPrefix:
     values: list[torch.Tensor]
     mask: torch.Tensor | None = None
     offsets: dict[str, int] = field(default_factory=dict)
-    unconditional: "VQDiTPrefix | None" = None
 
     def repeat_interleave(self, repeats: int) -> "VQDiTPrefix":
         """Each sample `repeats` times in a row."""
@@ -47,9 +45,8 @@ class VQDiTPrefix:
 
     def _map(self, function) -> "VQDiTPrefix":
         mask = None if self.mask is None else function(self.mask)
-        other = None if self.unconditional is None else self.unconditional._map(function)
         keys, values = [function(x) for x in self.keys], [function(x) for x in self.values]
-        return VQDiTPrefix(self.names, keys, values, mask, self.offsets, other)
+        return VQDiTPrefix(self.names, keys, values, mask, self.offsets)
 
 
 @dataclass

@@ -378,10 +378,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
         prefix = self._prefix_of(codes, given, given_mask, prefix)
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
-        if with_unconditional and prefix is not None and prefix.unconditional is not None:
-            options = {"timestep": timestep, "modulation": modulation, "check_values": check_values}
-            sample = self._with_and_without(codes, prefix, masked, **options)
-            return VQDiTOutput(sample=sample) if return_dict else (sample,)
         mask = None
         if clean is not None:
             prefix, mask = self._clean_blocks(codes, clean, prefix, with_unconditional or modulation is not None)

@@ -1,5 +1,9 @@
 """Masked diffusion over codes: the draws of a training step, and its loss."""
 
+from typing import Any
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -8,6 +12,7 @@ from ..tasks import Task
 from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
 from .optimization import unwrap
+from .state_files import split_padded
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
@@ -49,7 +54,7 @@ def block_timesteps(timesteps: torch.Tensor, blocks: int, generator: Generators 
 def masked_diffusion_loss(
     transformer: torch.nn.Module,
     scheduler,
-    given: dict[str, torch.Tensor],
+    given: dict[str, Any],
     generated: dict[str, torch.Tensor],
     *,
     weighting: str = "flat",
@@ -61,8 +66,9 @@ def masked_diffusion_loss(
     Args:
         transformer: a `VQDiTTransformer2DModel` with segments, possibly wrapped.
         scheduler: the `MaskedDiffusionScheduler` that masks.
-        given, generated: name -> (B, *shape) int64 codes. Of a generated segment with a ``block_length`` all blocks
-            are trained at once, each with a time of its own ([`block_timesteps`]).
+        given, generated: name -> (B, *shape) int64 codes; of what is given also the [`PaddedStates`] of an encoder.
+            Of a generated segment with a ``block_length`` all blocks are trained at once, each with a time of its own
+            ([`block_timesteps`]).
         weighting: ``"nelbo"`` weighs each row by -alpha'(t) / (1 - alpha(t)), so that the mean is the exact bound in
             nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
             the masked codes (MaskGIT).
@@ -81,7 +87,8 @@ def masked_diffusion_loss(
         timesteps = stratified_timesteps(batch_size, generator)
     segments = unwrap(transformer).config.segments
     vocab_sizes = {name: segments[name]["vocab_size"] for name in generated}
-    noised, masked, options = {}, {}, {}
+    noised, masked = {}, {}
+    options: dict[str, Any] = {}
     length = next((segments[name]["block_length"] for name in generated if "block_length" in segments[name]), None)
     if length is not None:
         (blocks,) = {codes.shape[1] // length for codes in generated.values()}  # of one segment
@@ -97,7 +104,9 @@ def masked_diffusion_loss(
         noised[name] = corrupted.view_as(codes)
         masked[name] = noised[name].flatten(1) == vocab_sizes[name]
     timesteps = timesteps.to(device)
-    logits = transformer(noised, timestep=timesteps, given=given, masked=masked, **options).sample
+    given, padding = split_padded(given)
+    options |= {"given": given, "given_mask": padding or None, "masked": masked}
+    logits = transformer(noised, timestep=timesteps, **options).sample
     weights = scheduler.loss_weight(timesteps).view(len(timesteps), -1)  # (B, 1 or blocks)
     total, count = 0.0, 0
     for name, codes in generated.items():

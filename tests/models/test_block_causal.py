@@ -1,8 +1,6 @@
 """Segments of blocks: keys and values that are appended are those computed anew, and training predicts what sampling
 does."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -91,19 +89,6 @@ def test_later_blocks_are_not_seen_and_earlier_ones_are():
         end = 3 * block + 3
         assert torch.equal(other[:, :end], logits[:, :end])
         assert end == 12 or (other[:, end:] != logits[:, end:]).any(-1).all()
-
-
-@torch.no_grad()
-def test_guidance_without_what_is_given_still_sees_the_blocks_before():
-    transformer, clean, block = model(), codes(2, 6), torch.full((2, 3), 7)
-    first = given_prefix(transformer, "given")
-    prefix = transformer.extend_prefix(first, {"poem": clean})
-    without = transformer.extend_prefix(None, {"poem": clean})
-    both = transformer({"poem": block}, prefix=replace(prefix, unconditional=without), with_unconditional=True)
-    parts = [transformer({"poem": block}, prefix=one).sample["poem"] for one in (prefix, without)]
-    assert torch.equal(both.sample["poem"], torch.cat(parts))
-    chosen = replace(prefix, unconditional=without).select(torch.tensor([1])).unconditional
-    assert torch.equal(chosen.keys[0], without.keys[0][1:])
 
 
 @pytest.mark.parametrize(
