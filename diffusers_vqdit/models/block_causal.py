@@ -10,6 +10,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checks import check_integer
 from .layers import VQDiTPrefix
+from .segment_layers import ordered_codes
 
 
 class BlockCausal:
@@ -23,7 +24,6 @@ class BlockCausal:
     # The model's, of diffusers and of its other parts
     config: Any
     transformer_blocks: nn.ModuleList
-    _ordered: Callable[..., dict[str, torch.Tensor]]
     _embed: Callable[..., Any]
     _conditioning: Callable[..., torch.Tensor]
     _block: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -42,7 +42,7 @@ class BlockCausal:
         Raises:
             ValueError: for another segment than one with blocks, or codes that don't fit.
         """
-        codes = self._ordered(clean, "clean")
+        codes = ordered_codes(clean, self.config.segments, "clean")
         name, value, block_length = self._of_blocks(codes, block_length)
         if prefix is not None and len(prefix) != len(value):
             raise ValueError(f"prefix has {len(prefix)} samples, but clean {len(value)}")
@@ -80,7 +80,7 @@ class BlockCausal:
         noised codes (B, n) sees those before it and itself; None where there is one block and nothing to mask."""
         if sampled:
             raise ValueError("clean needs with_unconditional=False and modulation=None, which are for single blocks")
-        name, value, block_length = self._of_blocks(self._ordered(clean, "clean"))
+        name, value, block_length = self._of_blocks(ordered_codes(clean, self.config.segments, "clean"))
         if list(codes) != [name] or codes[name].shape != value.shape:
             found = {one: tuple(other.shape) for one, other in codes.items()}
             raise ValueError(
@@ -109,6 +109,17 @@ class BlockCausal:
         if value.shape[1] % length:
             raise ValueError(f"clean[{name!r}] has {value.shape[1]} codes, which are no whole blocks of {length}")
         return name, value, length
+
+
+def equal_spans(lengths: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The lengths of so many equal parts of one segment's positions, each of a time of its own.
+
+    Raises:
+        ValueError: for positions that don't fall into them.
+    """
+    if len(lengths) > 1 or lengths[0] % count:
+        raise ValueError(f"timestep has {count} times a sample, but the generated segments have {lengths} positions")
+    return (lengths[0] // count,) * count
 
 
 def with_prefix(prefix: VQDiTPrefix | None, mask: torch.BoolTensor, own: int = 0) -> torch.BoolTensor:
