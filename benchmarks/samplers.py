@@ -4,8 +4,9 @@
     pip install matplotlib
     python benchmarks/samplers.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
-Writes ``samplers.json`` and ``samplers.png`` next to this file. Takes about an hour on two idle CPU cores,
-extrapolated from a small run.
+Writes ``samplers.json`` next to this file, and ``samplers.png`` where matplotlib is installed, and prints a table.
+Takes about an hour on two idle CPU cores, extrapolated from a small run; ``--samplers`` and ``--guidance_schedules``
+choose a part.
 
 * Quality: share of samples whose nearest picture of the whole set, by pixel distance between the sample and the
   decoded VQ codes of each picture, is the one that the training caption names, as in ``training/evaluate.py``. What is
@@ -13,6 +14,8 @@ extrapolated from a small run.
   always draws the same right picture does well.
 * Calls: steps at which a sample needs the model, with both halves of guidance counted as one, averaged over samples.
   So many a sample takes alone; a batch takes as many as the row that takes most.
+* ``"entropy_bound"`` and ``"threshold"`` take as many steps as they need (``num_inference_steps="auto"``).
+* Time: CPU time of the process, decoding and all, as a share of the first setting's.
 * Guidance: ``"linear"`` at 2 g - 1 has the mean over the codes that ``"constant"`` has at g.
 
 To expect: ``"ancestral"`` with 1,000 steps takes about 61 calls, for there are 64 codes and few share a step. The bars
@@ -45,6 +48,7 @@ from diffusers_vqdit.utils.arguments import (
 
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLERS = ["ancestral", "confidence", "halton", "entropy_bound", "threshold"]
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +61,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(image_column="image", caption_columns={"text": "English"}, label_column="label")
     parser.add_argument("--num_samples", type=positive_integer, default=256, help="Captions, one sample each.")
     parser.add_argument("--batch_size", type=positive_integer, default=32)
+    parser.add_argument(
+        "--captions", choices=["training", "held-out"], default="training", help="Or held-out compositions."
+    )
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    parser.add_argument(
+        "--guidance_schedules", nargs="+", choices=["constant", "linear"], default=["constant", "linear"]
+    )
     parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument(
         "--event_driven_steps", type=positive_integer, default=1000, help="One more setting of ancestral."
@@ -74,7 +85,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 class CountingScheduler(MaskedDiffusionScheduler):
-    """Counts the rows that need the model, over all steps."""
+    """Counts the rows that need the model, over all steps and all copies: each call of a pipeline makes its own."""
 
     rows = 0
 
@@ -82,44 +93,39 @@ class CountingScheduler(MaskedDiffusionScheduler):
         event = super().next_event(timestep, masked, previous, generator=generator)
         if event.needs_model:
             needed = masked if event.revealed is None else event.revealed
-            self.rows += len(masked) if self.config.remask else int(needed.any(1).sum())
+            CountingScheduler.rows += len(masked) if self.config.remask else int(needed.any(1).sum())
         return event
 
 
-def settings(args: argparse.Namespace) -> list[tuple[str, dict, int]]:
+def settings(args: argparse.Namespace) -> list[tuple[str, dict, int | str]]:
     """(name, options of the scheduler, steps) of all that is compared."""
-    compared = [
-        (name, {"sampler": name}, steps)
-        for name in ("ancestral", "confidence", "halton")
-        for steps in args.num_inference_steps
-    ]
+    steps = args.num_inference_steps
+    compared = [(name, {"sampler": name}, count) for name in ("ancestral", "confidence", "halton") for count in steps]
     compared.append(("ancestral", {"sampler": "ancestral"}, args.event_driven_steps))
-    most = max(args.num_inference_steps)
-    compared += [
-        ("entropy_bound", {"sampler": "entropy_bound", "entropy_bound": bound}, most) for bound in args.entropy_bounds
-    ]
-    compared += [("threshold", {"sampler": "threshold", "threshold": value}, most) for value in args.thresholds]
+    for name, values in (("entropy_bound", args.entropy_bounds), ("threshold", args.thresholds)):
+        compared += [(name, {"sampler": name, name: value}, "auto") for value in values]
     remasking = {"sampler": "ancestral", "remask": args.remask}
-    compared += [(f"ancestral, remask {args.remask:g}", remasking, steps) for steps in args.num_inference_steps]
-    return compared
+    compared += [(f"ancestral, remask {args.remask:g}", remasking, count) for count in steps]
+    return [one for one in compared if one[1]["sampler"] in args.samplers]
 
 
 def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
     side = pipeline.transformer.config.segments[evaluation.Roles.of(pipeline).image]["shape"][0]
     resolution = side * pipeline.image_vq.downsample_factor
     data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args)
-    rows, captions = data.train, data.texts(data.train)
+    rows = data.train if args.captions == "training" else data.composition
+    captions = data.texts(rows)
 
     results = []
     config = pipeline.scheduler.config
-    for schedule, scale in (("constant", args.guidance_scale), ("linear", 2 * args.guidance_scale - 1)):
+    for schedule in args.guidance_schedules:
+        scale = args.guidance_scale if schedule == "constant" else 2 * args.guidance_scale - 1
         for name, options, steps in settings(args):
-            scheduler = CountingScheduler.from_config(config, guidance_schedule=schedule, **options)
-            pipeline.scheduler = scheduler
+            pipeline.scheduler = CountingScheduler.from_config(config, guidance_schedule=schedule, **options)
             drawing = argparse.Namespace(
                 guidance_scale=scale, num_inference_steps=steps, batch_size=args.batch_size, seed=args.seed
             )
-            start = time.perf_counter()
+            CountingScheduler.rows, start = 0, time.process_time()
             hits = drawn_right(pipeline, captions, rows, data, drawing)
             results.append(
                 {
@@ -128,13 +134,26 @@ def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
                     "num_inference_steps": steps,
                     "guidance_schedule": schedule,
                     "guidance_scale": scale,
-                    "calls": scheduler.rows / len(rows),
+                    "calls": CountingScheduler.rows / len(rows),
                     "share": evaluation.share(hits),
-                    "seconds": time.perf_counter() - start,
+                    "cpu_seconds": time.process_time() - start,
                 }
             )
             print(json.dumps(results[-1]), flush=True)
     return results
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| sampler | steps | guidance | calls a sample | CPU time | right |", "|---|---|---|---|---|---|"]
+    for one in results:
+        value = one["options"].get(one["options"]["sampler"])
+        share, name = one["share"], one["name"] if value is None else f"{one['name']} {value:g}"
+        lines.append(
+            f"| {name} | {one['num_inference_steps']} | {one['guidance_schedule']}, {one['guidance_scale']:g} | "
+            f"{one['calls']:.2f} | {one['cpu_seconds'] / results[0]['cpu_seconds']:.2f} | "
+            f"{100 * share['value']:.1f} ± {100 * share['standard_error']:.1f} % |"
+        )
+    return "\n".join(lines)
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -186,14 +205,14 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the plot needs matplotlib: pip install matplotlib")
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     results = compare(pipeline, args)
+    print(table(results))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "samplers.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, args.output_dir / "samplers.png")
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot(results, args.output_dir / "samplers.png")
 
 
 if __name__ == "__main__":

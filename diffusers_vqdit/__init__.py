@@ -14,6 +14,7 @@ from .version import __version__
 
 
 _import_structure = {
+    "models.generation_cache": ["GenerationCacheConfig"],
     "models.image_vq": ["ImageVQModel"],
     "models.multi_tokenizer": ["MultiTokenizerModel"],
     "models.text_vq": ["TextVQModel"],
@@ -39,6 +40,7 @@ _training_utils = {
 
 if TYPE_CHECKING:
     from .likelihood.gallery import GalleryIndex
+    from .models.generation_cache import GenerationCacheConfig
     from .models.image_vq import ImageVQModel
     from .models.multi_tokenizer import MultiTokenizerModel
     from .models.text_vq import TextVQModel
@@ -57,7 +59,7 @@ else:
 
 # DiffusionPipeline.from_pretrained looks classes up as attributes of `diffusers`. Its module is lazy, as ours is, so
 # the names are entered in its table and nothing is imported until one is asked for.
-_not_components = ("tasks", "likelihood.gallery")
+_not_components = ("tasks", "likelihood.gallery", "models.generation_cache")
 _components = [name for module, names in _import_structure.items() if module not in _not_components for name in names]
 if isinstance(diffusers, _LazyModule):
     sys.modules["diffusers.vqdit"] = sys.modules[__name__]

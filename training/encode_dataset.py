@@ -23,6 +23,7 @@ from diffusers_vqdit.training.segment_columns import (
     add_encoder_arguments,
     add_segment_argument,
     add_text_arguments,
+    add_text_tokenizer_argument,
     files_of,
     has_captions,
     load_encoders,
@@ -54,6 +55,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, or a pipeline. Without, no captions."
     )
+    add_text_tokenizer_argument(parser)
     add_text_arguments(parser)
     add_encoder_arguments(parser)
     parser.add_argument("--image_column", default="image")

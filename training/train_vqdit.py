@@ -47,20 +47,16 @@ from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
-    add_bucket_argument,
     add_encoder_arguments,
-    add_segment_argument,
-    add_text_arguments,
+    add_text_tokenizer_argument,
     load_encoders,
 )
-from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
+from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
-    integer,
     model_name,
-    non_negative_integer,
     positive_integer,
     share,
 )
@@ -87,6 +83,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
     )
     models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer, in the same way.")
+    add_text_tokenizer_argument(models)
     add_encoder_arguments(models)
     models.add_argument("--num_layers", type=positive_integer, default=8)
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
@@ -102,37 +99,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_lora_arguments(parser)
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
-    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file, to encode at the start.")
-    data.add_argument("--dataset_config_name")
-    data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl, to encode at the start.")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--caption_column", default="text")
-    data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
-    data.add_argument("--label_column")
-    add_segment_argument(data)
-    add_text_arguments(data)
-    data.add_argument(
-        "--image_augmentations",
-        type=non_negative_integer,
-        default=0,
-        help="Moved copies of each picture, used where it is given.",
-    )
-    data.add_argument(
-        "--lowres_factor",
-        type=integer(2),
-        help="How many times smaller image_lowres is; by default as in the codes or the pretrained pipeline, or 2.",
-    )
-    data.add_argument(
-        "--resize_mode",
-        choices=["crop", "pad"],
-        help="How pictures become square, or of a bucket's aspect ratio; by default as in the codes or the pretrained "
-        "pipeline, or crop.",
-    )
-    add_bucket_argument(data, "By default as in the codes or the pretrained pipeline, or squares.")
-    data.add_argument("--max_train_samples", type=positive_integer)
-    data.add_argument("--cache_dir")
+    data = add_codes_arguments(parser)
     data.add_argument(
         "--tasks",
         default="text->image:4,image->text:2,->image:1",
@@ -160,9 +127,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     keeping.add_argument("--validation_prompts", nargs="*", default=[])
 
     args = parser.parse_args(input_args)
-    sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
-    if sum(source is not None for source in sources) != 1:
-        parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
+    check_source(parser, args)
     tokenizers = [args.image_vq, args.text_vq, args.text_tokenizer, args.text_encoder, *args.segment]
     if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")

@@ -150,5 +150,11 @@ class VQDiTAttention(nn.Module, AttentionModuleMixin):
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Queries or keys (B, N, heads, head_dim), rotated by cosines and sines (N, head_dim) where there are any."""
-    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+    """Queries or keys (B, N, heads, head_dim), rotated by cosines and sines (N, head_dim), or (B, N, head_dim) where
+    the rows are of other positions; None rotates nothing."""
+    if rotary is None:
+        return x
+    if rotary[0].ndim == 3:
+        flat = (rotary[0].flatten(0, 1), rotary[1].flatten(0, 1))
+        return apply_rotary_emb(x.flatten(0, 1)[None], flat, sequence_dim=1)[0].view_as(x)
+    return apply_rotary_emb(x, rotary, sequence_dim=1)

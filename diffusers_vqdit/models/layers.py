@@ -123,6 +123,13 @@ def modulate(
     return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
+def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """(B, segments, D) to (B, N, D): each segment's row at all of its positions."""
+    if len(lengths) == 1:
+        return values  # broadcasts over the positions
+    return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)
+
+
 def sincos_positions(
     shape: tuple[int, ...], trained_shape: tuple[int, ...], dim: int, like: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -261,12 +261,13 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             # Padding sees itself as well: a row of the softmax must not be empty.
             within = mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # (B, 1, S, S)
         keys, values = [], []
-        for block in self.transformer_blocks:
-            key, value = block.keys_and_values(hidden, conditioning)
-            keys.append(key)
-            values.append(value)
-            if block is not self.transformer_blocks[-1]:
-                hidden = self._block_latent(block, hidden, conditioning, None, within)
+        with self.hooks_context("caption"):
+            for block in self.transformer_blocks:
+                key, value = block.keys_and_values(hidden, conditioning)
+                keys.append(key)
+                values.append(value)
+                if block is not self.transformer_blocks[-1]:
+                    hidden = self._block_latent(block, hidden, conditioning, None, within)
         return VQDiTPrefix(("caption",), keys, values, mask)
 
     def _caption_prefix(

@@ -1,6 +1,5 @@
 """The denoiser: a diffusion transformer over segments of codes, or over continuous latents as in DiT."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,38 +9,24 @@ from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .block_causal import BlockCausal, equal_spans
+from .cache_mixin import DenoiserCacheMixin
 from .config_checks import check_transformer
+from .generation_cache import GenerationCache
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTModulation, VQDiTPrefix, check_kind, check_timestep, join_masks
+from .layers import VQDiTModulation, VQDiTPrefix, check_kind, check_timestep, expand_segments, join_masks
+from .outputs import VQDiTOutput
 from .segment_layers import SegmentLayers, check_masked, ordered_codes
 from .transformer_dit import LatentDiT
-from .vqdit_block import VQDiTBlock, expand_segments
+from .vqdit_block import VQDiTBlock
 
 
-@dataclass
-class VQDiTOutput(BaseOutput):
-    """Output of [`VQDiTTransformer2DModel`] with segments.
-
-    Args:
-        sample (`dict[str, torch.Tensor]`): for each generated segment logits (B, N, K) over its codes, these in
-            row-major order; or (M, K) at the M masked codes only, where `masked` was given.
-    """
-
-    sample: dict[str, torch.Tensor]
-
-    def __post_init__(self) -> None:
-        # `BaseOutput` takes a first field that is a dict for the fields themselves. What makes outputs anew, as
-        # Accelerate's mixed precision and torch.export do, knows no segments.
-        fields = self.sample
-        self["sample"] = fields["sample"] if isinstance(fields.get("sample"), dict) else fields
-
-
-class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, SegmentLayers, LatentDiT):
+class VQDiTTransformer2DModel(
+    ModelCheckpointMixin, GrowthMixin, DenoiserCacheMixin, BlockCausal, SegmentLayers, LatentDiT
+):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike
@@ -200,6 +185,30 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
+    def _run_blocks(
+        self,
+        hidden: torch.Tensor,
+        conditioning: torch.Tensor,
+        lengths: tuple[int, ...],
+        prefix: VQDiTPrefix | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        modulation: VQDiTModulation | None,
+        kept: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        mask: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, N, D) of generated positions after all blocks, whose keys and values go to `kept`. The
+        attention's mask is by default what the prefix has of padding."""
+        if mask is None and prefix is not None and prefix.mask is not None:
+            seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
+            mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
+        for layer, block in enumerate(self.transformer_blocks):
+            memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
+            own = modulation.blocks[layer] if modulation is not None else None
+            hidden, key, value = self._block(block, hidden, conditioning, lengths, memory, False, rotary, mask, own)
+            if kept is not None:
+                kept.append((key, value))
+        return hidden
+
     @apply_forward_hook
     def encode_prefix(
         self, given: dict[str, torch.Tensor], given_mask: dict[str, torch.Tensor] | None = None
@@ -289,6 +298,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
         clean: dict[str, torch.LongTensor] | None = None,
         with_unconditional: bool = False,
         modulation: VQDiTModulation | None = None,
+        cache: GenerationCache | None = None,
         check_values: bool = True,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
@@ -310,6 +320,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
                 pass: the logits then have twice the rows, first those with it.
             modulation: what [`encode_modulation`] made of the same segments; None makes it anew.
+            cache: the run's, from [`new_cache`], to reuse what has not changed since its last call; not with `masked`.
             check_values: whether to look at the codes' values, which waits for the device. A loop whose codes come
                 from a scheduler may check them where they enter.
             encoder_hidden_states, encoder_attention_mask: for ``segments=None`` only: see [`encode_caption`].
@@ -358,18 +369,16 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             raise ValueError(f"modulation is of the segments {list(modulation.names)}, but these are {list(codes)}")
         else:
             conditioning = modulation.conditioning
+        if cache is not None and not cache.is_due(codes, masked, with_unconditional):
+            sample = cache.predict(self, codes, prefix, conditioning, modulation)
+            return VQDiTOutput(sample=sample) if return_dict else (sample,)
         if with_unconditional:
             hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
-        if mask is None and prefix is not None and prefix.mask is not None:
-            seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
-            mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
         spans = lengths if conditioning.shape[1] == len(lengths) else equal_spans(lengths, conditioning.shape[1])
-        for layer, block in enumerate(self.transformer_blocks):
-            memory = (prefix.keys[layer], prefix.values[layer]) if prefix is not None else None
-            own = modulation.blocks[layer] if modulation is not None else None
-            hidden, _, _ = self._block(block, hidden, conditioning, spans, memory, False, rotary, mask, own)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None if cache is None else []
+        hidden = self._run_blocks(hidden, conditioning, spans, prefix, rotary, modulation, kept, mask)
 
         # 3. Heads
         out = self.adaln_out(conditioning) if modulation is None else modulation.out  # (1 or B, segments, 2D)
@@ -381,4 +390,6 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, BlockCausal, Se
             shift, scale = one.chunk(2, dim=-1)  # (1 or B, 1 or N, D)
             where = masked[name] if masked is not None else None
             sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
+        if cache is not None:
+            cache.store(codes, kept or [], sample)
         return VQDiTOutput(sample=sample) if return_dict else (sample,)

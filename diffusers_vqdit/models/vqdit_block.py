@@ -5,7 +5,7 @@ import torch.nn as nn
 from diffusers.models.attention import FeedForward
 
 from .attention_processor import VQDiTAttention
-from .layers import modulate
+from .layers import expand_segments, modulate
 
 
 class VQDiTBlock(nn.Module):
@@ -52,10 +52,3 @@ class VQDiTBlock(nn.Module):
         hidden_states = torch.addcmul(hidden_states, gate1, attended)
         normed = modulate(self.norm2, hidden_states, shift2, scale2)
         return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
-
-
-def expand_segments(values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """(B, segments, D) to (B, N, D): each segment's row at all of its positions."""
-    if len(lengths) == 1:
-        return values  # broadcasts over the positions
-    return torch.cat([row.expand(-1, n, -1) for row, n in zip(values.split(1, dim=1), lengths, strict=True)], dim=1)

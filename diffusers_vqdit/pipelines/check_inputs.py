@@ -20,7 +20,7 @@ MAX_SIDE = 65_536  # pixels
 def check_call(
     *,
     num_images_per_prompt: int,
-    num_inference_steps: int | None,
+    num_inference_steps: int | str | None,
     guidance_scale: float | None,
     strength: float | None,
     output_type: str,
@@ -32,7 +32,7 @@ def check_call(
 ) -> None:
     """The arguments that both pipelines' ``__call__`` have; None is a default that is chosen later."""
     check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_SAMPLES)
-    if num_inference_steps is not None:
+    if num_inference_steps is not None and not isinstance(num_inference_steps, str):  # which the scheduler knows
         check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
     if guidance_scale is not None:
         check_number("guidance_scale", guidance_scale)

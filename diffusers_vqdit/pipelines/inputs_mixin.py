@@ -110,7 +110,7 @@ class InputsMixin(PromptMixin):
         )
         if temperature is not None:
             check_temperature("temperature", temperature)
-        self._check_scheduler()
+        self._check_scheduler(options["num_inference_steps"])
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
         if guidance_scale not in (None, 1.0) and not self._can_guide(task, negative):
             unconditional = str(Task((), task.generated))
@@ -180,21 +180,23 @@ class InputsMixin(PromptMixin):
             segments[name].bucket_of(passed[name])
         return shapes
 
-    def _check_scheduler(self) -> None:
+    def _check_scheduler(self, num_inference_steps: int | str | None = None) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
+        if num_inference_steps is not None:
+            self.scheduler.check_steps(num_inference_steps)
 
     def _defaults(
         self,
         task: Task,
         guidance_scale: float | None,
-        num_inference_steps: int | None,
+        num_inference_steps: int | str | None,
         temperature: float | None,
         negative: bool = False,
-    ) -> tuple[float, int, float | None]:
+    ) -> tuple[float, int | str, float | None]:
         """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
         segments = self._segments
         generated = [segments[name] for name in task.generated]
@@ -202,12 +204,13 @@ class InputsMixin(PromptMixin):
             guided = self._can_guide(task, negative)
             guidance_scale = max(one.guidance_scale for one in generated) if guided else 1.0
         if num_inference_steps is None:
-            steps = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
-            num_inference_steps = max(steps) if steps else sum(math.prod(one.shape) for one in generated)
+            own = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
+            num_inference_steps = max(own) if own else sum(math.prod(one.shape) for one in generated)
         temperatures = [one.temperature for one in generated if one.temperature is not None]
         if temperature is None and task.given and len(temperatures) == len(generated):
             temperature = max(temperatures)
-        return guidance_scale, int(num_inference_steps), temperature
+        steps = num_inference_steps if isinstance(num_inference_steps, str) else int(num_inference_steps)
+        return guidance_scale, steps, temperature
 
     def _can_guide(self, task: Task, negative: bool = False) -> bool:
         return negative or bool(task.given) and str(Task((), task.generated)) in (self.transformer.config.tasks or [])
@@ -342,7 +345,7 @@ class InputsMixin(PromptMixin):
             others = ", ".join(f'"{one.name}": ...' for one in given if one.argument not in ARGUMENTS)
             arguments += [f"inputs={{{others}}}"] if others else []
             call = ", ".join([*arguments, f'output="{"+".join(task.generated)}"'])
-            rows.append(TaskRow(str(task), num_inference_steps, guidance_scale, f"pipe({call})"))
+            rows.append(TaskRow(str(task), int(num_inference_steps), guidance_scale, f"pipe({call})"))
         return rows
 
     @property

@@ -37,7 +37,8 @@ def with_own_state(call: Callable) -> Callable:
         state = {**before, "runs": True, "outer": outer, "interrupts": self._interrupts}
         _call_states.of[self] = state
         try:
-            return call(self, *args, **kwargs)
+            with self.transformer.own_hooks():
+                return call(self, *args, **kwargs)
         finally:
             state["runs"] = False
             if outer is not None:

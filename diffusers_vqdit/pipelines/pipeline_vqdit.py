@@ -218,12 +218,16 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
         # A callback may change the codes and the weights.
         options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
+        if (cache := self.transformer.new_cache()) is not None:
+            options["cache"] = cache
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for index, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     continue
                 masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
                 event = scheduler.next_event(timestep, masked, event, generator=generator)
+                if scheduler.until_done and not event.needs_model:
+                    break
                 if event.needs_model:
                     share = event.num_masked.double() / masked.shape[1]  # on the CPU
                     guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
@@ -266,6 +270,8 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
         0 for rows that are done. `checks` note whether they are finite."""
         size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
+        if "cache" in options:
+            options["cache"].keep(rows)
         if len(rows) < size:
             rows = rows.to(timesteps.device)
             codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
@@ -299,7 +305,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | str | None = None,
         temperature: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -344,7 +350,8 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
-                codes for texts alone, whose codes hang together more.
+                codes for texts alone, whose codes hang together more. ``"auto"`` takes as many as the `threshold` or
+                the `entropy_bound` of the scheduler's sampler asks for: [`MaskedDiffusionScheduler.set_timesteps`].
             temperature: divides the logits. By default the scheduler's for pictures and for all that is generated
                 from nothing, and 0, the likeliest code, for texts and labels that something is given for.
             num_images_per_prompt: samples for each given one, next to one another.
@@ -401,7 +408,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
-        self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
+        self._guidance_scale = guidance_scale
 
         # 2. Encode what is given, and what is known of the generated side
         prefix, known, finish, tiles = self._encode_inputs(
@@ -416,7 +423,9 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
 
         # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
+        sizes = [value[0].numel() for value in codes.values()]
+        scheduler.set_timesteps(num_inference_steps, num_codes=max(sizes))
+        self._num_timesteps = len(scheduler.timesteps)
         codes, predicted = self._denoise(
             codes,
             prefix,

@@ -169,20 +169,24 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         latents = latents.to(self.transformer.dtype)
         given = {} if prefix is None else {"prefix": prefix}
         if guidance_scale == 1.0:
-            prediction = self.transformer(latents, times, labels, **given).sample.float()
+            with self.transformer.hooks_context("cond"):
+                prediction = self.transformer(latents, times, labels, **given).sample.float()
             finite = prediction.isfinite().all()
             checks.add(finite, finite, guidance_scale)
             return prediction
         free = torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)
         if prefix is None:
-            both = self.transformer(
-                torch.cat([latents, latents]), torch.cat([times, times]), torch.cat([labels, free])
-            ).sample
+            with self.transformer.hooks_context("both"):
+                both = self.transformer(
+                    torch.cat([latents, latents]), torch.cat([times, times]), torch.cat([labels, free])
+                ).sample
             conditional, unconditional = both.float().chunk(2)
         else:
             # The half without a caption has no prefix to attend to.
-            conditional = self.transformer(latents, times, labels, **given).sample.float()
-            unconditional = self.transformer(latents, times, free).sample.float()
+            with self.transformer.hooks_context("cond"):
+                conditional = self.transformer(latents, times, labels, **given).sample.float()
+            with self.transformer.hooks_context("uncond"):
+                unconditional = self.transformer(latents, times, free).sample.float()
         channels = latents.shape[1]
         guided = unconditional[:, :channels] + guidance_scale * (conditional - unconditional)[:, :channels]
         parts = conditional.isfinite().all() & unconditional.isfinite().all()

@@ -1,16 +1,15 @@
 """Absorbing-state (masked) discrete diffusion: masking, loss weights and sampling steps."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 from ..utils.checkpoint_mixin import ComponentCheckpointMixin
 from ..utils.checks import check_choice, check_integer, check_integers, check_number, shown
+from .outputs import MaskedDiffusionEvent, MaskedDiffusionSchedulerOutput
 from .samplers import (
     Generators,
     draw_masked,
@@ -23,6 +22,8 @@ from .samplers import (
 
 
 MAX_STEPS = 100_000
+# Those whose setting says how many codes a step reveals.
+ADAPTIVE_SAMPLERS = ("entropy_bound", "threshold")
 # Logits are divided by the temperature in float32.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -39,42 +40,6 @@ def check_temperature(name: str, value: float) -> float:
 def check_tensor(name: str, value: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {shown(value)}")
-
-
-@dataclass
-class MaskedDiffusionSchedulerOutput(BaseOutput):
-    """Output of [`MaskedDiffusionScheduler.step`].
-
-    Args:
-        prev_sample (`torch.LongTensor` of shape `(B, N)`): codes at the next, smaller time; K where still masked.
-        pred_original_sample (`torch.LongTensor` of shape `(B, N)`): codes with every masked one drawn.
-    """
-
-    prev_sample: torch.LongTensor
-    pred_original_sample: torch.LongTensor
-
-
-@dataclass
-class MaskedDiffusionEvent:
-    """Output of [`MaskedDiffusionScheduler.next_event`]: what the model is needed for next.
-
-    Args:
-        timesteps (`torch.FloatTensor` of shape `(B,)`): the time of each row, for the model.
-        needs_model (`bool`): whether [`~MaskedDiffusionScheduler.step`] needs the model at all.
-        revealed (`torch.BoolTensor` of shape `(B, N)`): codes that are to be revealed, for `step`; None where the
-            sampler chooses them by the model's output.
-        steps_left (`torch.LongTensor` of shape `(B,)`): steps of each row after this one.
-        num_masked (`torch.LongTensor` of shape `(B,)`): masked codes of each row, on the CPU.
-        rows (`torch.LongTensor` of shape `(R,)`): the rows that need the model, on the CPU: those with masks, unless
-            the scheduler remasks.
-    """
-
-    timesteps: torch.Tensor
-    needs_model: bool
-    revealed: torch.Tensor | None
-    steps_left: torch.LongTensor
-    num_masked: torch.LongTensor
-    rows: torch.LongTensor
 
 
 class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigMixin):
@@ -135,6 +100,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             raise ValueError(f"remask={remask!r} needs sampler='ancestral', got sampler={sampler!r}; use remask=0")
         check_choice("guidance_schedule", guidance_schedule, ("constant", "linear", "cosine"))
         self.num_inference_steps: int | None = None
+        self.until_done = False  # whether a loop ends where nothing is masked: with "auto"
         self.timesteps: Any = None  # (n,), by set_timesteps
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -233,18 +199,52 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | str,
+        device: str | torch.device | None = None,
+        *,
+        num_codes: int | None = None,
+    ) -> None:
         """Times 1, 1 - 1/n, ..., 1/n; the last step goes to 0.
 
+        With ``"auto"`` the setting of ``"threshold"`` or ``"entropy_bound"`` alone says how many codes a step reveals,
+        and no schedule asks for more: of each row that has masks those above the threshold or within the bound, and at
+        least one. A loop ends where nothing is masked, after `num_codes` steps at the latest.
+
+        Args:
+            num_inference_steps: n, or ``"auto"``.
+            num_codes: with ``"auto"``: the most codes that a row of [`step`]'s has; there are as many times.
+
         Raises:
-            ValueError: if `num_inference_steps` is no integer from 1 to `MAX_STEPS`.
+            ValueError: if `num_inference_steps` is no integer from 1 to `MAX_STEPS`, or is ``"auto"`` with another
+                sampler or without `num_codes`.
         """
-        self.num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-        times = torch.arange(self.num_inference_steps + 1, dtype=torch.float64) / self.num_inference_steps
+        self.until_done = self.check_steps(num_inference_steps) == "auto"
+        number = check_integer("num_codes", num_codes, 1) if self.until_done else num_inference_steps
+        self.num_inference_steps = steps = int(number)
+        times = torch.arange(steps + 1, dtype=torch.float64) / steps
         self.timesteps = times.flip(0)[:-1].float().to(device)
         # The shares of masks with 0, ..., n steps left
-        self._ratios = self.mask_ratio(times)
+        self._ratios = (times > 0).double() if self.until_done else self.mask_ratio(times)
         self._host_ratios = self._ratios.tolist()
+
+    def check_steps(self, num_inference_steps: int | str) -> int | str:
+        """`num_inference_steps`, if [`set_timesteps`] takes it.
+
+        Raises:
+            ValueError: if it doesn't.
+        """
+        if not isinstance(num_inference_steps, str):
+            return check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_choice("num_inference_steps", num_inference_steps, ("auto",))
+        if self.config.sampler not in ADAPTIVE_SAMPLERS:
+            raise ValueError(
+                f"num_inference_steps='auto' needs one of the samplers {list(ADAPTIVE_SAMPLERS)}; the scheduler has "
+                f"sampler={self.config.sampler!r}; pass a number, or set "
+                "pipe.scheduler = MaskedDiffusionScheduler.from_config(pipe.scheduler.config, sampler='threshold')"
+            )
+        return num_inference_steps
 
     def scale_model_input(self, sample: torch.LongTensor, timestep: torch.Tensor | None = None) -> torch.LongTensor:
         """Codes need no scaling; here for interchange with other schedulers."""
@@ -258,7 +258,8 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be one of set_timesteps' times")
         time = timestep.item() if isinstance(timestep, torch.Tensor) else timestep
         steps = check_number("timestep", time) * self.num_inference_steps
-        if abs(steps - round(steps)) > 1e-3 or not 1 <= round(steps) <= self.num_inference_steps:
+        rounding = self.num_inference_steps * 2**-23  # of times in float32
+        if abs(steps - round(steps)) > 1e-3 + rounding or not 1 <= round(steps) <= self.num_inference_steps:
             raise ValueError(
                 f"timestep={float(time)} must be one of the {self.num_inference_steps} that set_timesteps made, "
                 f"from 1 down to 1/{self.num_inference_steps}"
@@ -315,7 +316,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
             times = (left + 1).double() / self.num_inference_steps
             return MaskedDiffusionEvent(times.float(), len(rows) > 0, revealed, left, num_masked, rows)
         left = torch.full((batch_size,), steps - 1, device=device)
-        if self.config.sampler in ("entropy_bound", "threshold"):
+        if self.config.sampler in ADAPTIVE_SAMPLERS:
             # Rows take as many steps as they need: their times are those of their own shares of masks.
             times = self.time_of_mask_ratio(masked.double().mean(1))
         else:

@@ -34,6 +34,22 @@ def extend_transformer(
             )
         transformer = transformer.with_vocab_size(name, len(names))
         known = transformer.config.segments
+    check_same_segments(transformer, segments)
+    if new := {name: segment for name, segment in segments.items() if name not in known}:
+        if lora:
+            raise ValueError(f"the segments {sorted(new)} are new to the pipeline; a LoRA can't add them: drop --rank")
+        transformer = transformer.with_segments(new)
+    known_tasks = list(transformer.config.tasks or [])
+    transformer.register_to_config(tasks=known_tasks + [task for task in tasks if task not in known_tasks])
+    return transformer
+
+
+def check_same_segments(transformer: VQDiTTransformer2DModel, segments: Mapping[str, dict]) -> None:
+    """Raise a ValueError unless the data's `segments` are as the transformer's own of these names, where it has them.
+
+    A patch is the transformer's own matter: the data says nothing of it.
+    """
+    known = transformer.config.segments
     for name, segment in segments.items():
         own = {key: known[name][key] for key in ("patch", "separate_codebooks") if key in known.get(name, ())}
         # One of blocks has codes of any length.
@@ -42,10 +58,3 @@ def extend_transformer(
             raise ValueError(
                 f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
             )
-    if new := {name: segment for name, segment in segments.items() if name not in known}:
-        if lora:
-            raise ValueError(f"the segments {sorted(new)} are new to the pipeline; a LoRA can't add them: drop --rank")
-        transformer = transformer.with_segments(new)
-    known_tasks = list(transformer.config.tasks or [])
-    transformer.register_to_config(tasks=known_tasks + [task for task in tasks if task not in known_tasks])
-    return transformer

@@ -169,11 +169,18 @@ def _shown(value: Any, secrets: Sequence[str]) -> Any:
 
 
 def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """What the card says of a kind of model, or of a LoRA of it."""
-    kind = describe_model(model)
+    """What the card says of a kind of model, of a LoRA of it, or of one that was distilled."""
+    kind, base = describe_model(model), getattr(args, "pretrained_model_name_or_path", None)
+    if (steps := getattr(args, "num_student_steps", None)) is not None:
+        return {
+            **kind,
+            "tags": ["distillation", *kind["tags"]],
+            "summary": f"{kind['summary']} Distilled from `{base}` (self-distillation through time, "
+            f"{args.num_teacher_steps} steps to {steps}).",
+            "usage": f"{kind['usage']}\n\n# Pass num_inference_steps={steps} to all that it generates",
+        }
     if getattr(args, "rank", None) is None:
         return kind
-    base = args.pretrained_model_name_or_path
     return {
         **kind,
         "tags": ["lora", *kind["tags"]],

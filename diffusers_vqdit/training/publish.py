@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +17,7 @@ from ..utils.redaction import known_secrets, without_secrets
 from .files import save_pretrained_atomically
 from .lora import save_lora
 from .model_card import Measure, published_name, training_card
-from .validation import passing
+from .validation import passing, steps_of
 
 
 _run_logger = logging.get_logger(__name__)
@@ -48,12 +49,14 @@ def draw_gallery(
     seed: int = 0,
     argument: str = "prompt",
     hub_token: str | None = None,
+    **options: Any,
 ) -> dict[str, str]:
     """Draw prompts into ``samples/`` of a folder, with metadata that say that they are generated.
 
     Args:
         argument: of the pipeline's call, that takes them: ``"prompt"`` or ``"class_labels"``.
         hub_token: a secret that no metadata shows.
+        options: other arguments of the pipeline's call.
 
     Returns:
         the prompts by the path of their picture in the folder, for [`training_card`].
@@ -63,7 +66,7 @@ def draw_gallery(
     secrets = known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        images = pipeline(**passing(pipeline, argument, prompts), generator=generators).images
+        images = pipeline(**passing(pipeline, argument, prompts), **options, generator=generators).images
         if images is None:  # texts, which a gallery doesn't show
             return gallery
         for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -94,7 +97,9 @@ def publish_pipeline(
     else:
         files = save_pretrained_atomically(pipeline, args.output_dir)
     name = published_name(args)
-    samples = draw_gallery(pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token)
+    samples = draw_gallery(
+        pipeline, wanted, args.output_dir, name, args.seed, argument, args.hub_token, **steps_of(args)
+    )
     publish_run(args, pipeline, files=files, measures=measures, samples=samples, step=step)
 
 

@@ -135,19 +135,23 @@ def add_bucket_argument(group: argparse._ActionsContainer, default: str) -> None
     )
 
 
-def add_text_arguments(group: argparse._ActionsContainer) -> None:
-    """Add the flags of texts whose codes are token ids."""
+def add_text_tokenizer_argument(group: argparse._ActionsContainer) -> None:
+    """Add ``--text_tokenizer``, for texts whose codes are token ids."""
     group.add_argument(
         "--text_tokenizer",
         type=model_name,
         help="A tokenizer of transformers whose ids are the codes of texts, of any length: a folder or a Hub id, in "
         "place of --text_vq.",
     )
+
+
+def add_text_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags that say how texts become token ids."""
     group.add_argument(
         "--block_length",
         type=positive_integer,
         default=16,
-        help="Of such texts: tokens that are generated together, each block given those before it.",
+        help="Of texts that are token ids: tokens that are generated together, each block given those before it.",
     )
     group.add_argument(
         "--max_text_length",

@@ -15,17 +15,68 @@ from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, TEXT, Segme
 from ..pipelines.segment_processors import MODALITIES, entry_by_name, kind_of, modality_of
 from ..pipelines.states_segment import TextStatesSegment
 from ..tasks import parse_tasks
+from ..utils.arguments import integer, non_negative_integer, positive_integer
 from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
 from .data import load_training_dataset
-from .segment_columns import RESERVED, files_of, load_tokenizers
+from .segment_columns import (
+    RESERVED,
+    add_bucket_argument,
+    add_segment_argument,
+    add_text_arguments,
+    files_of,
+    load_tokenizers,
+)
 
 
 NAMED = ("image_vq", "text_vq", "tokenizer", *ENCODERS)  # the pipeline's components that make codes, or states
 
 
 OWN = ("image_vq", "text_vq", "text_encoder", "image_encoder")  # those that have a flag
+
+
+def add_codes_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags of the codes, or of the data to make them of, and return their group for the tasks."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
+    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file, to encode at the start.")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl, to encode at the start.")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--caption_column", default="text")
+    data.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
+    data.add_argument("--label_column")
+    add_segment_argument(data)
+    add_text_arguments(data)
+    data.add_argument(
+        "--image_augmentations",
+        type=non_negative_integer,
+        default=0,
+        help="Moved copies of each picture, used where it is given.",
+    )
+    data.add_argument(
+        "--lowres_factor",
+        type=integer(2),
+        help="How many times smaller image_lowres is; by default as in the codes or the pretrained pipeline, or 2.",
+    )
+    data.add_argument(
+        "--resize_mode",
+        choices=["crop", "pad"],
+        help="How pictures become square, or of a bucket's aspect ratio; by default as in the codes or the pretrained "
+        "pipeline, or crop.",
+    )
+    add_bucket_argument(data, "By default as in the codes or the pretrained pipeline, or squares.")
+    data.add_argument("--max_train_samples", type=positive_integer)
+    data.add_argument("--cache_dir")
+    return data
+
+
+def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program unless one source of codes is given."""
+    sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
+    if sum(source is not None for source in sources) != 1:
+        parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
 
 
 def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeDataset | None) -> None:
@@ -143,7 +194,7 @@ def _settle_buckets(
         ValueError: if a picture segment of the pretrained pipeline is on another grid than the first bucket's, or a
             patch doesn't divide one.
     """
-    buckets, known, patches = args.aspect_ratio_buckets, known_segments(parts), dict(args.patch)
+    buckets, known, patches = args.aspect_ratio_buckets, known_segments(parts), dict(getattr(args, "patch", ()))
     kinds = {name: MODALITIES[column.modality] for name, column in columns.items()}
     pictures = {name: columns[name].tokenizer for name, kind in kinds.items() if issubclass(kind, ImageSegment)}
     pictures = {name: None for name in {IMAGE, LOWRES} & segments - set(columns)} | pictures

@@ -19,6 +19,12 @@ from ..pipelines.text_segment import TextSegment
 from ..tasks import Task
 
 
+def steps_of(args: argparse.Namespace) -> dict[str, int]:
+    """The arguments of a call that draws as the run's model does: in few steps if it is distilled to them."""
+    steps = getattr(args, "num_student_steps", None)
+    return {} if steps is None else {"num_inference_steps": steps}
+
+
 def passing(pipeline: DiffusionPipeline, argument: str, wanted: Sequence[str]) -> dict[str, Any]:
     """The arguments of a call that draws from values.
 
@@ -70,7 +76,7 @@ def draw_validation(
     """
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(wanted))]
-    drawn = pipeline(**passing(pipeline, argument, wanted), generator=generators)
+    drawn = pipeline(**passing(pipeline, argument, wanted), **steps_of(args), generator=generators)
     images = drawn.images
     if images is None:  # texts, or labels
         (args.output_dir / "samples").mkdir(parents=True, exist_ok=True)

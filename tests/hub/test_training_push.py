@@ -359,6 +359,11 @@ def test_the_hub_refuses_a_card_that_is_not_valid(client):
             "num_layers image_column caption_column prompt_columns image_augmentations num_train_epochs ema_decay",
         ),
         (
+            *("distill_vqdit", "--pretrained_model_name_or_path x --codes_dir x --use_ema"),
+            "num_teacher_steps num_student_steps tasks ema_decay",
+            "guidance_scale image_column caption_column image_augmentations max_train_steps",
+        ),
+        (
             *("train_latent_dit", "--image_vq x --train_data_dir x --label_column label"),
             "num_layers patch_size dropout shift logit_normal label_dropout lr_warmup_steps",
             "learn_sigma snr_gamma caption_dropout alignment_weight alignment_layer ema_decay",

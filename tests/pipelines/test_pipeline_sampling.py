@@ -95,6 +95,39 @@ def test_the_model_is_called_for_rows_that_have_masks(pipeline, options, monkeyp
         assert len(rows) == 1 or rows[-1] == (1, 1)  # the second is done before the first
 
 
+@pytest.mark.parametrize("options", SAMPLERS[-2:])
+def test_auto_draws_a_row_as_alone_and_ends_when_all_are_done(pipeline, options, calls):
+    pipeline.scheduler = MaskedDiffusionScheduler(**options)
+    latents = torch.full((3, 4, 4), 32)
+    latents[1, 1:], latents[2] = 7, 7  # sixteen to draw, four, none
+    prompts, steps = ["a red apple", "a blue box", "红苹果"], []
+    arguments = {"output_type": "latent", "num_inference_steps": "auto", "guidance_scale": 2.0}
+
+    def note(pipe, index, timestep, inputs):
+        steps.append((index, pipe.num_timesteps))
+
+    batch = pipeline(prompts, latents=latents, generator=generators(1, 2, 3), **arguments, callback_on_step_end=note)
+    assert batch.images.max() < 32 and torch.equal(batch.images[latents < 32], latents[latents < 32])
+    assert steps == [(index, 16) for index in range(len(calls))] and 1 <= len(calls) <= 16
+    for row, prompt in enumerate(prompts):
+        calls.clear()
+        alone = pipeline(prompt, latents=latents[row : row + 1], generator=generators(row + 1), **arguments).images
+        assert torch.equal(alone[0], batch.images[row]) and len(calls) <= (16, 4, 0)[row]
+    calls.clear()
+    both = pipeline(output="image+text", num_inference_steps="auto", output_type="latent")
+    assert both.images.max() < 32 and both.texts.max() < 64 and len(calls) <= 16
+
+
+@pytest.mark.parametrize("value", ["fast", "AUTO", "", "4"])
+def test_no_other_word_is_a_number_of_steps(pipeline, value):
+    pipeline.scheduler = MaskedDiffusionScheduler(sampler="threshold")
+    with pytest.raises(ValueError, match=f"num_inference_steps='{value}' must be one of .'auto'"):
+        pipeline("a red apple", num_inference_steps=value)
+    pipeline.scheduler = MaskedDiffusionScheduler()
+    with pytest.raises(ValueError, match="'auto' needs one of the samplers"):
+        pipeline("a red apple", num_inference_steps="auto")
+
+
 def test_an_interrupted_run_has_a_prediction_for_rows_that_left(pipeline):
     latents = torch.full((2, 4, 4), 32)
     latents[1, 1:] = 7

@@ -9,12 +9,14 @@ import pytest
 NEEDED = {
     "training/train_vqdit": "--codes_dir x --image_vq x",
     "training/train_latent_dit": "--dataset_name x --image_vq x",
+    "training/distill_vqdit": "--codes_dir x --pretrained_model_name_or_path x",
     "training/encode_dataset": "--image_vq x --output_dir x",
     "training/evaluate": "--pretrained_model_name_or_path x",
     "training/evaluate_tokenizer": "--tokenizer x",
     "benchmarks/kinds_of_diffusion": "--checkpoints x",
 }
 TRAINING = [f"training/train_{name}" for name in ("image_vq", "text_vq", "vqdit", "latent_dit")]
+TRAINING.append("training/distill_vqdit")
 
 # Flag, value, and what is accepted: of all training scripts, and of single ones.
 SHARED = [
@@ -73,6 +75,10 @@ SINGLE = {
         *((name, "1.1", "in [0, 1]") for name in ("label_dropout", "caption_dropout", "dropout")),
         *(("patch_size", "0", "at least 1"), ("snr_gamma", "0", "above 0"), ("shift", "nan", "above 0")),
         *(("alignment_layer", "0", "at least 1"), ("alignment_weight", "-1", "at least 0")),
+    ],
+    "training/distill_vqdit": [
+        *(("num_teacher_steps", "0", "at least 1"), ("num_student_steps", "1.5", "at least 1")),
+        *(("guidance_scale", value, "at least 0") for value in ("-1", "nan")),
     ],
     "training/encode_dataset": [
         *(("batch_size", "0", "at least 1"), ("shard_size", "0", "at least 1"), ("max_samples", "-1", "at least 1")),
@@ -137,6 +143,15 @@ def test_an_abbreviated_token_is_refused_and_not_shown(parse, monkeypatch, capsy
     with pytest.raises(SystemExit):
         parse(script, [*NEEDED.get(script, "").split(), "--hub_tok", "hf_x"], monkeypatch)
     assert "hf_x" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(16, 16), (2, 4), (12, 2), (5, 2), (3, 1)])
+def test_steps_are_halved_round_by_round(parse, monkeypatch, capsys, teacher, student):
+    steps = ["--num_teacher_steps", str(teacher), "--num_student_steps", str(student)]
+    with pytest.raises(SystemExit):
+        parse("training/distill_vqdit", [*NEEDED["training/distill_vqdit"].split(), *steps], monkeypatch)
+    message = f"num_teacher_steps={teacher} must be 2, 4, 8, ... times num_student_steps={student}"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "image_vq", "text_vq"])

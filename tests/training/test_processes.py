@@ -22,7 +22,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_vqdit import ImageVQModel, TextVQModel
+from diffusers_vqdit import (
+    ImageVQModel,
+    MaskedDiffusionScheduler,
+    TextVQModel,
+    VQDiTPipeline,
+    VQDiTTransformer2DModel,
+)
 from diffusers_vqdit.training.codes import encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
 
@@ -55,6 +61,12 @@ CASES = {
         4,
         "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
         "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --tasks=->image",
+    ),
+    "distilled": (
+        "distill_vqdit",
+        4,
+        "--pretrained_model_name_or_path {teacher} --codes_dir {codes} --num_teacher_steps 4 --num_student_steps 1 "
+        "--tasks text->image:2,image->text:1 --gradient_accumulation_steps 2 --use_ema --guidance_scale 2",
     ),
     "latent_dit": (
         "train_latent_dit",
@@ -113,7 +125,19 @@ def trained(root, script, tmp_path_factory):
         image_vq=image_vq,
         image_column="image",
     )
-    parts = {name: folder / name for name in ("codes", "buckets", "image_vq", "text_vq")}
+    segments = {"image": {"vocab_size": 64, "shape": [8, 8]}, "text": {"vocab_size": 64, "shape": [12]}}
+    teacher = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        segments=segments,
+        tasks=["text->image", "image->text"],
+    )
+    for parameter in teacher.parameters():  # zero heads know nothing
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    teacher = VQDiTPipeline(teacher, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer)
+    teacher.save_pretrained(folder / "teacher")
+    parts = {name: folder / name for name in ("codes", "buckets", "image_vq", "text_vq", "teacher")}
 
     def jobs(run, processes):
         for case, (name, batch, arguments) in CASES.items():

@@ -1,4 +1,4 @@
-"""All four training scripts when they are killed, stopped, given bad gradients, and started twice."""
+"""All training scripts when they are killed, stopped, given bad gradients, and started twice."""
 
 import os
 import random
@@ -19,16 +19,17 @@ from diffusers_vqdit.training.files import checkpoints
 from diffusers_vqdit.training.run import TrainingRun
 
 
-SCRIPTS = ["train_image_vq", "train_text_vq", "train_vqdit", "train_latent_dit"]
+SCRIPTS = ["train_image_vq", "train_text_vq", "train_vqdit", "train_latent_dit", "distill_vqdit"]
 SMALL = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --dropout 0.1"
 
 
 @pytest.fixture
-def arguments(image_vq, text_vq, tokenizer, picture_folder, tmp_path):
+def arguments(image_vq, text_vq, tokenizer, pipeline, picture_folder, tmp_path):
     """The arguments of a small run of each script, as a function of its output folder."""
     image_vq.save_pretrained(tmp_path / "image_vq")
     text_vq.save_pretrained(tmp_path / "text_vq")
     tokenizer.save_pretrained(tmp_path / "text_vq" / "tokenizer")
+    pipeline.save_pretrained(tmp_path / "teacher")
     options = {
         "train_image_vq": "--validation_split none --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 4 "
         "--resolution 16 --num_vq_embeddings 16 --validation_steps 3 --adversarial_weight 0.5 --adversarial_start 2 "
@@ -37,6 +38,8 @@ def arguments(image_vq, text_vq, tokenizer, picture_folder, tmp_path):
         "train_vqdit": f"--image_vq {tmp_path}/image_vq --text_vq {tmp_path}/text_vq --tasks text->image:2,->image:1 "
         f"{SMALL} --gradient_accumulation_steps 2",
         "train_latent_dit": f"--image_vq {tmp_path}/image_vq --label_column label {SMALL}",
+        "distill_vqdit": f"--pretrained_model_name_or_path {tmp_path}/teacher --num_teacher_steps 4 "
+        "--num_student_steps 1 --tasks text->image:2,image->text:1 --gradient_accumulation_steps 2",
     }
 
     def arguments(name, folder, more=""):
@@ -114,7 +117,7 @@ def test_a_run_that_was_stopped_anywhere_ends_bit_identical(run, tmp_path, monke
         raise Killed
 
     with pytest.raises(Killed):
-        final = "publish_pipeline" if name in ("train_vqdit", "train_latent_dit") else "save_pretrained_atomically"
+        final = "publish_pipeline" if not name.endswith(("image_vq", "text_vq")) else "save_pretrained_atomically"
         run(name, "broken", "--resume_from_checkpoint latest", **{final: killed})
     assert verify_checkpoint(tmp_path / "broken" / "checkpoint-6").step == 6
     assert not (tmp_path / "broken" / "README.md").exists()
@@ -160,6 +163,7 @@ def test_what_must_not_change_is_refused(run, tmp_path, caplog, name):
         "train_text_vq": ("--num_codes 40", "model.num_codes=32, which is now 40"),
         "train_vqdit": ("--loss_weighting nelbo", "loss_weighting='flat', which is now 'nelbo'"),
         "train_latent_dit": ("--objective v_prediction", "objective='flow', which is now 'v_prediction'"),
+        "distill_vqdit": ("--num_teacher_steps 2", "num_teacher_steps=4, which is now 2"),
     }
     change, message = changes[name]
     run(name, "out", "--max_train_steps 2")
@@ -195,6 +199,7 @@ def test_validation_is_tried_before_the_first_step(run, tmp_path, monkeypatch, n
 def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
     folders = {"train_image_vq": "samples", "train_text_vq": "tokenizer"}.get(name, "transformer")
     logs = {"train_image_vq": "image_vq", "train_text_vq": "text_vq", "train_latent_dit": "vqdit-latent"}
+    logs |= {"distill_vqdit": "vqdit-distillation"}
     for number, place in enumerate(["logs", f"logs/{logs.get(name, 'vqdit')}", "older-checkpoints", folders]):
         path = tmp_path / f"out{number}" / place
         path.parent.mkdir(parents=True)

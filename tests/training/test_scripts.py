@@ -320,6 +320,7 @@ def test_flags_are_frozen(script, root):
             "encode_dataset": "--image_vq x --output_dir x",
             "train_vqdit": "--codes_dir x --image_vq x",
             "train_latent_dit": "--dataset_name x --image_vq x",
+            "distill_vqdit": "--codes_dir x --pretrained_model_name_or_path x",
             "evaluate_tokenizer": "--tokenizer x",
             "train_tokenizer": "--dataset_name x",
         }
