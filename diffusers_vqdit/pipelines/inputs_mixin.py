@@ -205,7 +205,9 @@ class InputsMixin(PromptMixin):
             guidance_scale = max(one.guidance_scale for one in generated) if guided else 1.0
         if num_inference_steps is None:
             own = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
-            num_inference_steps = max(own) if own else sum(math.prod(one.shape) for one in generated)
+            num_inference_steps = (
+                max(own) if own else sum(one.block_length or math.prod(one.shape) for one in generated)
+            )
         temperatures = [one.temperature for one in generated if one.temperature is not None]
         if temperature is None and task.given and len(temperatures) == len(generated):
             temperature = max(temperatures)
@@ -290,7 +292,7 @@ class InputsMixin(PromptMixin):
                 else f"{redrawn[0]} is for one picture, but {repainted} are passed and generated"
             )
         for name in both:
-            if name in blanks or name in repainted:
+            if name in blanks or name in repainted or segments[name].continues:
                 continue
             lowres = next((one for one in segments.values() if one.entry.get("lowres_of") == name), None)
             if lowres is None or lowres.name in passed:
@@ -394,6 +396,8 @@ class InputsMixin(PromptMixin):
             value = chosen[name]
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"latents of {name!r} must be a tensor of codes, got {type(value).__name__}")
+            if "block_length" in segments[name] and value.ndim == 2:
+                shape = tuple(value.shape[1:])  # of any length
             if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:
                 raise ValueError(
                     f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "

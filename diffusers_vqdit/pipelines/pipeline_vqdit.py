@@ -12,22 +12,22 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import deprecate, replace_example_docstring
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..likelihood.bounds import are_possible, constant_modulation
 from ..models.image_vq import ImageVQModel
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
+from .block_generation import BlockGenerationMixin
+from .check_inputs import callback_inputs
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
-from .pipeline_utils import PluginPipelineMixin, check_components, guided_logits, with_own_state
-from .prompt_mixin import encode_given, predict_halves
+from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
+from .prompt_mixin import encode_given
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
@@ -52,7 +52,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline):
+class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     Args:
@@ -199,94 +199,6 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
             known = {name: codes[rows] for name, codes in known.items()}
         return prefix, known, finish, tiles
 
-    def _denoise(
-        self,
-        codes: dict[str, torch.LongTensor],
-        prefix: VQDiTPrefix | None,
-        scheduler: MaskedDiffusionScheduler,
-        *,
-        guidance_scale: float,
-        temperature: float | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable | None,
-        tensor_inputs: list[str],
-    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
-        """Codes (B, *shape) after all steps, and each as it was predicted last, by segment."""
-        masks = {name: self._mask_token_id(name) for name in codes}
-        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
-        sizes = [value.shape[1] for value in fixed.values()]
-        predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
-        # A callback may change the codes and the weights.
-        options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
-        if (cache := self.transformer.new_cache()) is not None:
-            options["cache"] = cache
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
-            for index, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
-                event = scheduler.next_event(timestep, masked, event, generator=generator)
-                if scheduler.until_done and not event.needs_model:
-                    break
-                if event.needs_model:
-                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
-                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
-                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
-                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
-                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
-                        step = scheduler.step(
-                            logits[name],
-                            timestep,
-                            value.flatten(1),
-                            revealed=reveal,
-                            known=fixed[name],
-                            shape=value.shape[1:],
-                            temperature=temperature,
-                            generator=generator,
-                            check_values=False,
-                        )
-                        codes = codes | {name: step.prev_sample.view_as(value)}
-                        predicted[name] = step.pred_original_sample.view_as(value)
-                if callback is not None:
-                    current = next(iter(codes.values())) if len(codes) == 1 else codes
-                    inputs = {"latents": current} if "latents" in tensor_inputs else {}
-                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
-                    guidance_scale = self._guidance_scale
-                progress_bar.update()
-        checks.read()
-        return codes, predicted
-
-    def _predict(
-        self,
-        codes: dict[str, torch.LongTensor],
-        event: MaskedDiffusionEvent,
-        prefix: VQDiTPrefix | None,
-        scale: torch.Tensor | None,
-        guidance_scale: float,
-        checks: FiniteChecks,
-        options: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
-        0 for rows that are done. `checks` note whether they are finite."""
-        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
-        if "cache" in options:
-            options["cache"].keep(rows)
-        if len(rows) < size:
-            rows = rows.to(timesteps.device)
-            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
-            prefix = prefix if prefix is None else prefix.select(rows)
-            scale = scale if scale is None else scale[rows]
-        logits = predict_halves(self.transformer, codes, prefix, scale is not None, timestep=timesteps, **options)
-        finite = parts = are_possible(*logits.values())
-        if scale is not None:
-            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
-            finite = are_possible(*logits.values())
-        checks.add(finite, parts, guidance_scale)
-        if len(rows) < size:
-            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
-        return logits
-
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -324,6 +236,13 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_early_stop: bool = True,
+        max_new_tokens: int | None = None,
     ) -> VQDiTPipelineOutput | tuple:
         """Generate.
 
@@ -371,6 +290,9 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
             negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
             max_sequence_length: tokens of a text for its text encoder; the rest is cut off. By default the training's.
 
+            gen_length, block_length, threshold, top_k, top_p, eos_early_stop, max_new_tokens: for texts that are
+                generated by blocks, see docs/texts.md.
+
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
 
@@ -405,6 +327,18 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         )
         negative = self._read_negative(task, passed, negative)
         shapes = shapes | self._sequence_shapes(passed, max_sequence_length)
+        blocks = self._block_options(
+            task,
+            gen_length=gen_length,
+            max_new_tokens=max_new_tokens,
+            block_length=block_length,
+            threshold=threshold,
+            top_k=top_k,
+            top_p=top_p,
+            eos_early_stop=eos_early_stop,
+        )
+        if blocks is not None and num_inference_steps is None:
+            num_inference_steps = blocks.block_length
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
@@ -422,20 +356,17 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         codes = self.prepare_latents(task, batch_size * tiles, known or latents, shapes)
 
         # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
-        scheduler = copy.deepcopy(self.scheduler)
-        sizes = [value[0].numel() for value in codes.values()]
-        scheduler.set_timesteps(num_inference_steps, num_codes=max(sizes))
-        self._num_timesteps = len(scheduler.timesteps)
-        codes, predicted = self._denoise(
-            codes,
-            prefix,
-            scheduler,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            generator=generator,
-            callback=callback_on_step_end,
-            tensor_inputs=tensor_inputs,
-        )
+        run: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature, "generator": generator}
+        run |= {"callback": callback_on_step_end, "tensor_inputs": tensor_inputs}
+        if blocks is not None:
+            whole = latents is not None
+            codes, predicted = self._denoise_blocks(codes, prefix, num_inference_steps, blocks, whole, **run)
+        else:
+            scheduler = copy.deepcopy(self.scheduler)
+            sizes = [value[0].numel() for value in codes.values()]
+            scheduler.set_timesteps(num_inference_steps, num_codes=max(sizes))
+            self._num_timesteps = len(scheduler.timesteps)
+            codes, predicted = self._denoise(codes, prefix, scheduler, **run)
 
         # 5. Decode
         processors = self._segments

@@ -65,7 +65,7 @@ class TextSegment(SegmentProcessor):
     noun = "text"
     output_field = "texts"
     num_inference_steps = None  # its codes hang together more than a picture's
-    temperature = 0.0
+    temperature: float | None = 0.0
     how_to_pass = "a segment is given or generated. Put <mask> where a text is to be filled in"
 
     @classmethod

@@ -42,9 +42,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-        return tokenizer(
-            list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False
-        ).input_ids
+        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        found = tokenizer(list(texts), **options).input_ids
+    return [[code for code in ids if code != tokenizer.eos_token_id] for ids in found]  # of a text that names it
 
 
 def blank_of(tokenizer: Any) -> str:
