@@ -86,6 +86,12 @@ def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
     return ways
 
 
+def _ranking_tasks(transformer: VQDiTTransformer2DModel) -> list[str]:
+    """The tasks whose generated side one forward pass tells all of: not those that generate texts by blocks."""
+    blocks = {name for name, segment in transformer.config.segments.items() if "block_length" in segment}
+    return [task for task in transformer.config.tasks or [] if not blocks & set(Task.parse(task).generated)]
+
+
 @torch.no_grad()
 def all_masked(
     transformer: VQDiTTransformer2DModel,
@@ -142,6 +148,8 @@ def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransforme
         raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
     shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
     fits = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim > 1
+    if fits and "block_length" in segments[segment]:
+        shape = tuple(codes.shape[1:])  # of any length
     if not fits or codes.shape[1:] != shape or not len(codes):
         found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, torch.Tensor) else shown(codes)
         expected = f"(B, {', '.join(map(str, shape))}) of {segment!r}"
@@ -194,7 +202,7 @@ def build_index(
     batch_size = check_integer("batch_size", batch_size, 1)
     check_items("codes", codes, transformer, segment)
     codes = codes.long()
-    ways = directions(transformer.config.tasks or [], query, segment)
+    ways = directions(_ranking_tasks(transformer), query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
     way = max(ways, key=sizes.__getitem__)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
@@ -275,7 +283,7 @@ def retrieve(
     top_k = check_integer("top_k", top_k, 1, len(gallery))
     shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
     tasks = transformer.config.tasks or []
-    ways = directions(tasks, gallery.query, gallery.segment)
+    ways = directions(_ranking_tasks(transformer), gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
     if way not in ways:
         raise ValueError(

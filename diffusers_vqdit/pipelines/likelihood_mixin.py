@@ -1,12 +1,15 @@
 """What a model of likelihoods does besides drawing: score, classify, retrieve."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
+from ..likelihood.block_bounds import block_masks, negative_elbo_of_blocks
 from ..likelihood.bounds import (
     LikelihoodOutput,
     check_num_samples,
@@ -103,21 +106,31 @@ class LikelihoodMixin(InputsMixin):
         prefix = encode_given(self.transformer, given) if given else None
         codes = {name: self._segment(name).encode(passed[name]) for name in arrow.generated}
         generated = {name: value.expand(size, *value.shape[1:]) for name, value in codes.items()}
-        num_codes = sum(value[0].numel() for value in generated.values())
-        masks, ratios = stratified_masks(num_codes, num_samples, generator)
-        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
-        with self.progress_bar(total=len(masks) * -(-size // batch_size)) as progress_bar:
-            output = negative_elbo(
-                self.transformer,
-                generated,
-                prefix,
-                masks,
-                times=times,
-                batch_size=batch_size,
-                progress=progress_bar.update,
-            )
+        bound, num_samples = self._bound_of(generated, num_samples, generator)
+        with self.progress_bar(total=num_samples * -(-size // batch_size)) as progress_bar:
+            output = bound(prefix=prefix, batch_size=batch_size, progress=progress_bar.update)
         self.maybe_free_model_hooks()
         return output
+
+    def _bound_of(
+        self, generated: dict[str, torch.LongTensor], num_samples: int, generator: torch.Generator | None
+    ) -> tuple[Callable[..., LikelihoodOutput], int]:
+        """[`~likelihood.bounds.negative_elbo`] of codes as a function of the prefix, with masks that are drawn now,
+        and how many these are."""
+        options: dict[str, Any] = {}
+        blocks: Any = [(self._segment(name), codes) for name, codes in generated.items()]
+        blocks = [(segment, codes) for segment, codes in blocks if segment.block_length is not None]
+        function: Callable[..., LikelihoodOutput] = negative_elbo_of_blocks if blocks else negative_elbo
+        if blocks:
+            ((segment, codes),) = blocks
+            length = segment.block_length
+            masks, ratios = block_masks(codes.shape[1] // length, length, num_samples, generator)
+            options["lengths"] = segment.lengths(codes)
+        else:
+            num_codes = sum(value[0].numel() for value in generated.values())
+            masks, ratios = stratified_masks(num_codes, num_samples, generator)
+        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
+        return partial(function, self.transformer, generated, masks=masks, times=times, **options), len(masks)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Classification and retrieval
@@ -218,15 +231,13 @@ class LikelihoodMixin(InputsMixin):
         passed = self._read(passed)
         check_batch({one: len(value) for one, value in passed.items()}, 1, None)
         text = segment.encode(labels)
-        masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
-        times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
-        options = {"times": times, "batch_size": batch_size}
+        bound, _ = self._bound_of({name: text}, num_samples, generator)
         prefixes = encode_given(self.transformer, {n: self._segment(n).encode_given(v) for n, v in passed.items()})
         # A sample's keys and values serve all texts.
         rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
-        nll = torch.stack([negative_elbo(self.transformer, {name: text}, row, masks, **options).nll for row in rows])
+        nll = torch.stack([bound(prefix=row, batch_size=batch_size).nll for row in rows])
         if str(Task((), (name,))) in (self.transformer.config.tasks or []):
-            nll = nll - negative_elbo(self.transformer, {name: text}, None, masks, **options).nll
+            nll = nll - bound(prefix=None, batch_size=batch_size).nll
         return nll
 
     @torch.no_grad()
@@ -265,6 +276,11 @@ class LikelihoodMixin(InputsMixin):
         query = self._query_segment(segment) if query is None else self._segment(query).name
         self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)
+        if processor.block_length is not None:
+            raise ValueError(
+                f"{segment!r} has texts of any length, which a gallery can't hold; they can be queries of one, and "
+                "score and classify compare them"
+            )
         if processor.given_only:
             raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
         if not processor.takes_mask:  # pictures are read part by part, as they may be many
