@@ -37,16 +37,12 @@ class BlockGenerationMixin(DenoisingMixin):
     """The part of [`VQDiTPipeline`] that generates a segment of blocks."""
 
     # The pipeline's
-    scheduler: Any
     _segments: Any
-    _can_guide: Callable[..., bool]
-    _num_timesteps: Any
     _check_components: Callable[[str, str], None]
 
     def _block_options(
         self,
         task: Task,
-        *,
         gen_length: int | None,
         max_new_tokens: int | None,
         block_length: int | None,
@@ -88,9 +84,9 @@ class BlockGenerationMixin(DenoisingMixin):
         codes: dict[str, torch.LongTensor],
         prefix: VQDiTPrefix | None,
         steps: int | str,
+        *,
         options: BlockOptions,
         whole: bool,
-        *,
         guidance_scale: float,
         temperature: float | None,
         generator: Generators,
@@ -107,6 +103,7 @@ class BlockGenerationMixin(DenoisingMixin):
             codes: the segment -> (B, m), masked where unknown.
             prefix: of what is given.
             steps: of a block.
+            options: how.
             whole: whether `codes` are as long as the texts are to be.
         """
         name, length = options.name, options.block_length

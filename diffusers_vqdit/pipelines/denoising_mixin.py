@@ -1,5 +1,6 @@
 """The sampling loop of a pipeline over codes."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,22 @@ class DenoisingMixin:
 
     # The pipeline's
     transformer: Any
+    scheduler: Any
+    _num_timesteps: Any
     progress_bar: Callable[..., Any]
     _mask_token_id: Callable[[str], int]
     _interrupt: Any
     _guidance_scale: Any
+
+    def _denoise_at_once(
+        self, codes: dict[str, torch.LongTensor], prefix: VQDiTPrefix | None, steps: int | str, **options: Any
+    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
+        """[`_denoise`] with a scheduler of the call's own, and its times on the host: reading one waits for no
+        device."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps, num_codes=max(value[0].numel() for value in codes.values()))
+        self._num_timesteps = len(scheduler.timesteps)
+        return self._denoise(codes, prefix, scheduler, **options)
 
     def _denoise(
         self,
