@@ -13,18 +13,23 @@ import argparse
 
 import torch
 
-from diffusers_vqdit.pipelines.segment_base import IMAGE, TEXT, SegmentColumn
+from diffusers_vqdit.pipelines.segment_base import ENCODERS, IMAGE, TEXT, SegmentColumn
 from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_splits, take_split
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
+    add_encoder_arguments,
     add_segment_argument,
+    add_text_arguments,
+    add_text_tokenizer_argument,
     files_of,
+    has_captions,
+    load_encoders,
     load_tokenizers,
 )
-from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,
@@ -50,6 +55,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, or a pipeline. Without, no captions."
     )
+    add_text_tokenizer_argument(parser)
+    add_text_arguments(parser)
+    add_encoder_arguments(parser)
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
@@ -82,8 +90,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=output_path, required=True)
     args = parser.parse_args(input_args)
-    if args.image_vq is None and args.text_vq is None and not args.segment:
+    if args.image_vq is None and args.text_vq is None and args.text_tokenizer is None and not args.segment:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
+    if args.text_vq is not None and args.text_tokenizer is not None:
+        parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.resolution is not None and args.aspect_ratio_buckets is not None:
         parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
     return args
@@ -97,11 +107,12 @@ def main(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     named = {flag.name for flag in args.segment}
     image_column = args.image_column if args.image_vq and IMAGE not in named else None
-    caption_column = args.caption_column if args.text_vq and TEXT not in named else None
+    text = has_captions(args)
+    caption_column = args.caption_column if text and TEXT not in named else None
     source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
     source |= {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "output_dir": args.output_dir}
     files, others = files_of(args.segment)
-    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if args.text_vq else ([], [])
+    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if text else ([], [])
     others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted)
@@ -122,9 +133,17 @@ def encode(args: argparse.Namespace) -> None:
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
+    if args.text_tokenizer is not None:
+        tokenizer = load_text_tokenizer(args.text_tokenizer, cache_dir=args.cache_dir)
+    encoders = load_encoders(args)
     known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
+    known |= {
+        (name, getattr(args, name)): (encoders[name], encoders[beside])
+        for name, beside in zip(ENCODERS[::2], ENCODERS[1::2], strict=True)
+        if encoders[name] is not None
+    }
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
-    for model, _ in loaded.values():
+    for model in [*(encoders[name] for name in ENCODERS[::2] if encoders[name]), *(one for one, _ in loaded.values())]:
         model.to(args.device)
     sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
     encode_dataset(
@@ -134,6 +153,8 @@ def encode(args: argparse.Namespace) -> None:
         image_vq=image_vq,
         text_vq=text_vq,
         tokenizer=tokenizer,
+        **encoders,
+        max_sequence_length=args.max_sequence_length,
         image_column=image_column,
         caption_column=caption_column,
         prompt_columns=prompt_columns,
@@ -147,6 +168,8 @@ def encode(args: argparse.Namespace) -> None:
         lowres_factor=args.lowres_factor,
         resize_mode=args.resize_mode,
         aspect_ratio_buckets=args.aspect_ratio_buckets,
+        block_length=args.block_length,
+        max_text_length=args.max_text_length,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
+from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
@@ -113,39 +113,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser, validation_steps=250)
     return parser.parse_args(input_args)
-
-
-def text_normalizer(lower_case: bool) -> normalizers.Normalizer:
-    """One spelling for texts that look alike: composed characters (NFC), no invisible ones, single spaces."""
-    invisible = Regex(r"[\x{0}-\x{8}\x{E}-\x{1F}\x{7F}\x{AD}\x{200B}\x{2060}\x{FEFF}]")  # byte order mark, ...
-    steps = [normalizers.NFC(), normalizers.Replace(invisible, ""), normalizers.Replace(Regex(r"\s+"), " ")]
-    return normalizers.Sequence([*steps, normalizers.Strip(), *([normalizers.Lowercase()] if lower_case else [])])
-
-
-def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a token for padding and one for a blank to fill in.
-
-    It gives texts back as its normaliser writes them, in lower case where all captions are.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = text_normalizer(lower_case=all(text == text.lower() for text in captions))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        # Found after the normaliser has read the whole text: else it would strip the spaces beside a blank.
-        special_tokens=[AddedToken(token, normalized=True, special=True) for token in ("<pad>", "<mask>")],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        mask_token="<mask>",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:

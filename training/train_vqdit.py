@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.pipelines.segment_base import LABEL
+from diffusers_vqdit.pipelines.segment_base import ENCODERS, LABEL
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -46,8 +46,13 @@ from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
+from diffusers_vqdit.training.segment_columns import (
+    add_encoder_arguments,
+    add_text_tokenizer_argument,
+    load_encoders,
+)
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
-from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -78,6 +83,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
     )
     models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer, in the same way.")
+    add_text_tokenizer_argument(models)
+    add_encoder_arguments(models)
     models.add_argument("--num_layers", type=positive_integer, default=8)
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
@@ -121,9 +128,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(input_args)
     check_source(parser, args)
-    tokenizers = [args.image_vq, args.text_vq, *args.segment]
+    tokenizers = [args.image_vq, args.text_vq, args.text_tokenizer, args.text_encoder, *args.segment]
     if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
+    if args.text_vq is not None and args.text_tokenizer is not None:
+        parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
     return args
@@ -138,10 +147,13 @@ def load_components(args: argparse.Namespace) -> dict:
         reading = {name: pipeline.config[name] for name in ("lowres_factor", "resize_mode", "segments")}
         return {**pipeline.components, "labels": list(pipeline.config.labels), **reading}
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
+    if args.text_tokenizer is not None:
+        tokenizer = load_text_tokenizer(args.text_tokenizer, cache_dir=args.cache_dir)
     return {
         "image_vq": load_image_vq(args.image_vq, cache_dir=args.cache_dir) if args.image_vq else None,
         "text_vq": text_vq,
         "tokenizer": tokenizer,
+        **load_encoders(args),
         "transformer": None,
         "segment_tokenizers": None,
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
@@ -226,6 +238,7 @@ def run_identity(
         "scheduler": plain_config(parts["scheduler"]),
         "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        **{name: codes.fingerprints[name] for name in ENCODERS if name in codes.fingerprints},
         **{f"tokenizer {name}": fingerprint(one) for name, one in several.items()},
         "labels": labels,
     }

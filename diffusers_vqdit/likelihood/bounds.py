@@ -23,12 +23,13 @@ class LikelihoodOutput(BaseOutput):
         nll (`torch.Tensor` of shape `(B,)`): the bound on -log p(generated | given), in nats.
         standard_error (`torch.Tensor` of shape `(B,)`): of the Monte Carlo estimate `nll` of the bound, in nats; 0
             where it is exact, NaN where it can't be told from the draws.
-        num_codes (`int`): how many codes a sample generates.
+        num_codes (`int`, or `torch.LongTensor` of shape `(B,)`): how many codes a sample generates; of texts by blocks
+            each its own.
     """
 
     nll: torch.Tensor
     standard_error: torch.Tensor
-    num_codes: int
+    num_codes: int | torch.Tensor
 
     @property
     def nats_per_code(self) -> torch.Tensor:
@@ -170,7 +171,7 @@ def negative_elbo(
             estimates[index, rows] = nll * (total / int(mask.sum()))
             if progress is not None:
                 progress()
-    return LikelihoodOutput(nll=estimates.mean(0), standard_error=_standard_error(estimates, total), num_codes=total)
+    return LikelihoodOutput(nll=estimates.mean(0), standard_error=standard_error(estimates, total), num_codes=total)
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def code_log_probabilities(
     return totals
 
 
-def _standard_error(estimates: torch.Tensor, num_codes: int) -> torch.Tensor:
+def standard_error(estimates: torch.Tensor, num_codes: int) -> torch.Tensor:
     """Of the mean over S stratified estimates (S, B), of which i and i + S / 2 are in one stratum."""
     if num_codes == 1:
         return torch.zeros_like(estimates[0])

@@ -86,9 +86,18 @@ def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
     return ways
 
 
+def _ranking_tasks(transformer: VQDiTTransformer2DModel) -> list[str]:
+    """The tasks whose generated side one forward pass tells all of: not those that generate texts by blocks."""
+    blocks = {name for name, segment in transformer.config.segments.items() if "block_length" in segment}
+    return [task for task in transformer.config.tasks or [] if not blocks & set(Task.parse(task).generated)]
+
+
 @torch.no_grad()
 def all_masked(
-    transformer: VQDiTTransformer2DModel, segment: str, given: dict[str, torch.LongTensor] | None = None
+    transformer: VQDiTTransformer2DModel,
+    segment: str,
+    given: dict[str, torch.Tensor] | None = None,
+    given_mask: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32.
 
@@ -109,7 +118,7 @@ def all_masked(
     handle = transformer.heads[config.get("shared_with", segment)].register_forward_pre_hook(record)
     try:
         timestep = torch.ones(size, device=device) if transformer.config.time_conditioned else None
-        logits = transformer({segment: codes}, timestep=timestep, given=given).sample[segment]
+        logits = transformer({segment: codes}, timestep=timestep, given=given, given_mask=given_mask).sample[segment]
     finally:
         handle.remove()
     check_logits(logits)
@@ -139,6 +148,8 @@ def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransforme
         raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
     shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
     fits = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim > 1
+    if fits and "block_length" in segments[segment]:
+        shape = tuple(codes.shape[1:])  # of any length
     if not fits or codes.shape[1:] != shape or not len(codes):
         found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, torch.Tensor) else shown(codes)
         expected = f"(B, {', '.join(map(str, shape))}) of {segment!r}"
@@ -191,7 +202,7 @@ def build_index(
     batch_size = check_integer("batch_size", batch_size, 1)
     check_items("codes", codes, transformer, segment)
     codes = codes.long()
-    ways = directions(transformer.config.tasks or [], query, segment)
+    ways = directions(_ranking_tasks(transformer), query, segment)
     sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
     way = max(ways, key=sizes.__getitem__)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
@@ -239,8 +250,11 @@ def retrieve(
     top_k: int,
     shortlist: int,
     batch_size: int = 64,
+    query_mask: torch.Tensor | None = None,
 ) -> RetrievalOutput:
     """Rank a gallery for queries (B, *shape): a shortlist by features, then PMI in all [`directions`] together.
+
+    Queries may be states (B, n, channels) of an encoder, too, with `query_mask` (B, n) that is zero at padding.
 
     A query's log p at all codes is one forward pass, for any number of candidates. Where candidates are given, each
     that stands on any shortlist is computed once for all queries.
@@ -262,13 +276,14 @@ def retrieve(
         )
     if gallery.model != transformer_digest(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
-    check_items("query", query, transformer, gallery.query)
-    query = query.long()
+    if "channels" not in segments[gallery.query]:
+        check_items("query", query, transformer, gallery.query)
+        query = query.long()
     batch_size = check_integer("batch_size", batch_size, 1)
     top_k = check_integer("top_k", top_k, 1, len(gallery))
     shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
     tasks = transformer.config.tasks or []
-    ways = directions(tasks, gallery.query, gallery.segment)
+    ways = directions(_ranking_tasks(transformer), gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
     if way not in ways:
         raise ValueError(
@@ -291,8 +306,10 @@ def retrieve(
     # 1. Shortlist, and the query's own log p while its states are at hand
     forward = Task((gallery.query,), (gallery.segment,))
     places, scores = [], []
-    for part in query.split(batch_size):
-        states, table = all_masked(transformer, gallery.segment, {gallery.query: part}) if forward in ways else (0, 0)
+    masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
+    for part, mask in zip(query.split(batch_size), masks, strict=False):
+        given = [{gallery.query: one} for one in (part, mask) if one is not None]
+        states, table = all_masked(transformer, gallery.segment, *given) if forward in ways else (0, 0)
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:

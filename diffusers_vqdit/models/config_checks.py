@@ -26,7 +26,7 @@ from .segment_layers import check_patch
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
-SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels")
+SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels", "block_length")
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 
@@ -361,3 +361,6 @@ def check_tasks(tasks: Any, segments: Mapping[str, Any]) -> None:
             raise ValueError(f"tasks: {task!r} has the segments {unknown}; segments has {sorted(segments)}")
         if states := [name for name in parsed.generated if "channels" in segments[name]]:
             raise ValueError(f"tasks: {task!r} generates {states}: states of an encoder are given, never generated")
+        blocks = [name for name in parsed.generated if "block_length" in segments[name]]
+        if blocks and len(parsed.generated) > 1:
+            raise ValueError(f"tasks: {task!r} generates {blocks[0]!r} by blocks, which is generated alone")

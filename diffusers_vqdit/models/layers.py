@@ -1,7 +1,7 @@
 """What the transformer over codes and the one over latents have in common."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +21,15 @@ class VQDiTPrefix:
         names (`tuple[str, ...]`): the given segments; ``("caption",)`` for a caption's states.
         keys, values (`list[torch.Tensor]`): for each layer (B, S, heads, head_dim), S positions of all given segments.
         mask (`torch.BoolTensor`, *optional*): (B, 1, 1, S), false at positions that nothing may see; None for none.
+        offsets (`dict[str, int]`): the codes of a generated segment that stand at its end, clean: those before the
+            block that is generated next.
     """
 
     names: tuple[str, ...]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     mask: torch.Tensor | None = None
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def repeat_interleave(self, repeats: int) -> "VQDiTPrefix":
         """Each sample `repeats` times in a row."""
@@ -45,7 +48,8 @@ class VQDiTPrefix:
 
     def _map(self, function) -> "VQDiTPrefix":
         mask = None if self.mask is None else function(self.mask)
-        return VQDiTPrefix(self.names, [function(x) for x in self.keys], [function(x) for x in self.values], mask)
+        keys, values = [function(x) for x in self.keys], [function(x) for x in self.values]
+        return VQDiTPrefix(self.names, keys, values, mask, self.offsets)
 
 
 @dataclass

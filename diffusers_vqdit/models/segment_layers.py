@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 
-from ..utils.checks import check_flag, check_integers, shown
+from ..utils.checks import check_flag, check_integer, check_integers, shown
 from .layers import modulate, rotary_positions, sincos_positions
 
 
@@ -120,13 +120,14 @@ class SegmentLayers:
         return self.config.segments[name].get("shared_with", name)
 
     def _embed(
-        self, codes: dict[str, torch.Tensor]
+        self, codes: dict[str, torch.Tensor], offsets: Mapping[str, int] | None = None
     ) -> tuple[torch.Tensor, tuple[int, ...], tuple[torch.Tensor, torch.Tensor] | None]:
         """Embedded codes with positions (B, N, D), the segments' lengths in positions, and the cosines and sines
         (N, head_dim) of a model with rotary positions.
 
         Those are beside the added ones, not in their place: where all codes are masked, all values are equal, and no
-        rotation of queries and keys tells one position from another.
+        rotation of queries and keys tells one position from another. Those of a segment of blocks count from its
+        start, `offsets` codes before the first of these, however long it is.
         """
         segments, parts, rotations = self.config.segments, [], []
         for name, value in codes.items():
@@ -139,9 +140,15 @@ class SegmentLayers:
                     tuple(length // size for length, size in zip(shape, patch, strict=True))
                     for shape in (value.shape[1:], segments[name]["shape"])
                 )
+            own = slice(None)
+            if "block_length" in segments[name]:
+                start = (offsets or {}).get(name, 0)
+                own = slice(start, start + grid[0])
+                grid = trained = (max(own.stop, *trained),)  # one table for all blocks
             if self.config.use_rotary_positional_embeddings:
-                rotations.append(rotary_positions(grid, self.config.attention_head_dim, embedded.device))
-            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded))
+                tables = rotary_positions(grid, self.config.attention_head_dim, embedded.device)
+                rotations.append(tuple(table[own] for table in tables))
+            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded)[own])
         rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
 
@@ -175,7 +182,7 @@ class SegmentLayers:
         masked: torch.BoolTensor | None,
     ) -> torch.Tensor:
         """Logits (B, N, K) of a segment's codes, `shape` their grid, from its positions (B, n, D); or (M, K) of the
-        masked ones, `masked` (B, N). Shift and scale are (1 or B, 1, D)."""
+        masked ones, `masked` (B, N). Shift and scale are (1 or B, 1 or n, D)."""
         table = self._table(name)
         if table in self.proj_out:
             patch, places = segment_patch(self.config.segments, name), self._places(name, shape, hidden_states.device)
@@ -187,7 +194,7 @@ class SegmentLayers:
                 places = tuple(place.expand_as(masked)[masked] for place in places)  # (M,)
             return self.heads[table](states, *places)
         if masked is not None:
-            if len(shift) > 1:
+            if shift.shape[:2] != (1, 1):
                 shift, scale = (x.expand_as(hidden_states)[masked] for x in (shift, scale))  # (M, D)
             else:
                 shift, scale = shift[0], scale[0]  # (1, D)
@@ -266,7 +273,7 @@ def ordered_codes(
             continue  # values are unknown while a graph is traced
         # Checked here, as a wrong index on a GPU kills the process's whole context.
         low, high = torch.stack(value.aminmax()).tolist()
-        limit = size - 1 if argument == "given" else size
+        limit = size if argument == "hidden_states" else size - 1
         if low < 0 or high > limit:
             note = f"; {size} is the mask, and a segment with masked codes is generated" if limit < size else ""
             raise ValueError(f"{argument}[{name!r}] must be in [0, {limit}], got {low} to {high}{note}")
@@ -323,6 +330,12 @@ def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:
     segment, argument = segments[name], f"segments[{name!r}]"
     if "channels" in segment:
         return
+    if "block_length" in segment:
+        length = check_integer(f"{argument}: block_length", segment["block_length"], 1)
+        if len(segment["shape"]) != 1 or segment["shape"][0] % length:
+            raise ValueError(f"{argument}: shape={segment['shape']} must be [n], n whole blocks of {length} codes")
+        if "patch" in segments[segment.get("shared_with", name)]:
+            raise ValueError(f"{argument} has a block_length and a patch; it takes one of the two")
     owner = segments[segment.get("shared_with", name)]
     for key in ("patch", "separate_codebooks"):
         if key in segment and owner.get(key) != segment[key]:

@@ -270,6 +270,14 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
                     hidden = self._block_latent(block, hidden, conditioning, None, within)
         return VQDiTPrefix(("caption",), keys, values, mask)
 
+    def _caption_prefix(
+        self, prefix: VQDiTPrefix | None, states: torch.Tensor, mask: torch.Tensor | None
+    ) -> VQDiTPrefix:
+        """The prefix of a caption's states, where there is none yet."""
+        if prefix is not None:
+            raise ValueError("give encoder_hidden_states or prefix, not both")
+        return self.encode_caption(states, mask)
+
     def _forward_latent(
         self,
         hidden_states: torch.Tensor,

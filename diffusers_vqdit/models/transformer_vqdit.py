@@ -7,70 +7,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
-from .attention_processor import VQDiTAttention
+from .block_causal import BlockCausal, equal_spans
 from .cache_mixin import DenoiserCacheMixin
 from .config_checks import check_transformer
 from .generation_cache import GenerationCache
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTModulation, VQDiTPrefix, check_kind, check_timestep, expand_segments, join_masks, modulate
+from .layers import VQDiTModulation, VQDiTPrefix, check_kind, check_timestep, expand_segments, join_masks
 from .outputs import VQDiTOutput
 from .segment_layers import SegmentLayers, check_masked, ordered_codes
 from .transformer_dit import LatentDiT
+from .vqdit_block import VQDiTBlock
 
 
-class VQDiTBlock(nn.Module):
-    """DiT's block with adaLN-zero (Peebles & Xie 2023, section 3.2), conditioned on the segment."""
-
-    def __init__(
-        self, dim: int, heads: int, head_dim: int, bias: bool, dropout: float, activation_fn: str, eps: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.attn1 = VQDiTAttention(dim, heads, head_dim, bias, dropout)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
-        self.adaln = nn.Linear(dim, 6 * dim)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor | None,
-        conditioning: torch.Tensor,
-        lengths: tuple[int, ...] = (),
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-        keys_only: bool = False,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        modulation: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
-        """Hidden states (B, N, D), and keys and values (B, N, heads, head_dim) of these positions.
-
-        `conditioning` is (1 or B, segments, D); `lengths` are the segments' positions, N together;
-        `image_rotary_emb` has the cosines and sines (N, head_dim) of a model with rotary positions; `attention_mask`
-        is the attention's. `modulation` is what the block makes of the conditioning (1 or B, segments, 6D): all it
-        returns where there are no hidden states.
-        """
-        if hidden_states is None:
-            return self.adaln(conditioning)
-        if modulation is None:
-            modulation = self.adaln(conditioning)
-        modulation = expand_segments(modulation, lengths)  # (1 or B, N, 6D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        normed = modulate(self.norm1, hidden_states, shift1, scale1)  # (B, N, D)
-        if keys_only:
-            return hidden_states, *self.attn1.keys_and_values(normed, image_rotary_emb)
-        attended, key, value = self.attn1(normed, prefix, image_rotary_emb, attention_mask)
-        hidden_states = torch.addcmul(hidden_states, gate1, attended)
-        normed = modulate(self.norm2, hidden_states, shift2, scale2)
-        return torch.addcmul(hidden_states, gate2, self.ff(normed)), key, value
-
-
-class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMixin, SegmentLayers, LatentDiT):
+class VQDiTTransformer2DModel(
+    ModelCheckpointMixin, GrowthMixin, DenoiserCacheMixin, BlockCausal, SegmentLayers, LatentDiT
+):
     """A diffusion transformer that denoises segments of codes, given other segments.
 
     With ``segments=None`` it is diffusers' `DiTTransformer2DModel` over continuous latents, weights and outputs alike
@@ -93,6 +49,8 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
             codes. The codes of a patch share one codebook's embeddings and head, unless ``"separate_codebooks":
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
+            With ``"block_length": L``, dividing n of its shape [n], it is of any length, n usually at most, and is
+            generated block by block, each given all before it ([`extend_prefix`]).
             ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or
             pictures, at most or about n of them.
         tasks: the tasks that the weights were trained for, such as ``["text->image", "->image"]``.
@@ -215,9 +173,11 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
         if self.config.time_conditioned and generated:
             if timestep is None:
                 raise ValueError("timestep is None, but this model is time_conditioned: give times (B,) in [0, 1]")
-            times = check_timestep(timestep, size).to(device).float()
+            blocks = timestep.shape[1] if isinstance(timestep, torch.Tensor) and timestep.ndim == 2 else 1
+            times = check_timestep(timestep, size * blocks).to(device).float()
             frequencies = self.time_proj(1000.0 * times).to(conditioning)
-            conditioning = conditioning + self.time_embedding(frequencies)[:, None]  # (B, segments, D)
+            # (B, segments or blocks, D)
+            conditioning = conditioning + self.time_embedding(frequencies).unflatten(0, (-1, blocks))
         return F.silu(conditioning)
 
     def _block(self, block: VQDiTBlock, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -234,10 +194,11 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         modulation: VQDiTModulation | None,
         kept: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        mask: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, N, D) of generated positions after all blocks, whose keys and values go to `kept`."""
-        mask = None
-        if prefix is not None and prefix.mask is not None:
+        """Hidden states (B, N, D) of generated positions after all blocks, whose keys and values go to `kept`. The
+        attention's mask is by default what the prefix has of padding."""
+        if mask is None and prefix is not None and prefix.mask is not None:
             seen = prefix.mask.new_ones(len(prefix), 1, 1, sum(lengths))
             mask = torch.cat([prefix.mask, seen], dim=-1)  # (B, 1, 1, S + N)
         for layer, block in enumerate(self.transformer_blocks):
@@ -301,6 +262,25 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
         blocks = [block(None, conditioning) for block in self.transformer_blocks]
         return VQDiTModulation(tuple(codes), conditioning, blocks, self.adaln_out(conditioning))
 
+    def _prefix_of(
+        self,
+        codes: dict[str, torch.LongTensor],
+        given: dict[str, torch.Tensor] | None,
+        given_mask: dict[str, torch.Tensor] | None,
+        prefix: VQDiTPrefix | None,
+    ) -> VQDiTPrefix | None:
+        """What the generated segments see, none of which may be among the given ones."""
+        has_given = given is not None and len(given) > 0
+        if has_given and prefix is not None:
+            raise ValueError("give given or prefix, not both")
+        if given_mask is not None and len(given_mask) and not has_given:
+            raise ValueError("given_mask needs given; a prefix has its own")
+        if has_given:
+            prefix = self.encode_prefix(given, given_mask)
+        if prefix is not None and (both := set(codes) & set(prefix.names)):
+            raise ValueError(f"the segments {sorted(both)} are given and generated at once")
+        return prefix
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -315,6 +295,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
         given_mask: dict[str, torch.Tensor] | None = None,
         prefix: VQDiTPrefix | None = None,
         masked: dict[str, torch.BoolTensor] | None = None,
+        clean: dict[str, torch.LongTensor] | None = None,
         with_unconditional: bool = False,
         modulation: VQDiTModulation | None = None,
         cache: GenerationCache | None = None,
@@ -327,13 +308,15 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
         Args:
             hidden_states: name -> codes (B, *shape) of the generated segments, K where masked. Without segments,
                 latents (B, C, H, W), and the arguments are those of `DiTTransformer2DModel`.
-            timestep: times (B,) in [0, 1]; read by a time-conditioned model only.
+            timestep: times (B,) in [0, 1]; read by a time-conditioned model only. With `clean`, also (B, blocks).
             class_labels, cross_attention_kwargs: for ``segments=None`` only; a label is a given segment here.
             given: name -> codes (B, *shape) of the given segments, or states (B, n, channels) of an encoder.
             given_mask: name -> (B, n), zero at padding, for some of the given segments: see [`encode_prefix`].
             prefix: what [`encode_prefix`] made of them, in place of `given`; without segments, what
                 [`encode_caption`] made of a caption, in place of `encoder_hidden_states`.
             masked: name -> (B, N) bool, N = prod(shape); logits are then computed at these positions only.
+            clean: the one generated segment -> its codes (B, n) without masks, n whole blocks: all blocks are then
+                predicted in one pass, each given those before it as they are here. For training and likelihoods.
             with_unconditional: whether to predict without what is given as well, as guidance needs it, in the same
                 pass: the logits then have twice the rows, first those with it.
             modulation: what [`encode_modulation`] made of the same segments; None makes it anew.
@@ -349,16 +332,14 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
             ValueError: for an unknown segment or one on both sides, a wrong shape or dtype, or a code out of range.
         """
         if self.config.segments is None:
-            others = (given, given_mask, masked, with_unconditional or None, modulation, cache)
-            if others != (None,) * len(others):
+            others = (given, given_mask, masked, clean, modulation, cache)
+            if with_unconditional or any(one is not None for one in others):
                 raise ValueError(
-                    "given, given_mask, masked, with_unconditional, modulation and cache need a model with segments; "
-                    "this one has segments=None"
+                    "clean, given, given_mask, masked, with_unconditional, modulation and cache need a model with "
+                    "segments; this one has segments=None"
                 )
             if encoder_hidden_states is not None:
-                if prefix is not None:
-                    raise ValueError("give encoder_hidden_states or prefix, not both")
-                prefix = self.encode_caption(encoder_hidden_states, encoder_attention_mask)
+                prefix = self._caption_prefix(prefix, encoder_hidden_states, encoder_attention_mask)
             return self._forward_latent(
                 hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict, prefix
             )
@@ -366,27 +347,22 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
             raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states needs segments=None; pass texts as codes in given")
-        has_given = given is not None and len(given) > 0
-        if has_given and prefix is not None:
-            raise ValueError("give given or prefix, not both")
-        if given_mask is not None and len(given_mask) and not has_given:
-            raise ValueError("given_mask needs given; a prefix has its own")
         check_kind("prefix", prefix, VQDiTPrefix, "encode_prefix")
         check_kind("modulation", modulation, VQDiTModulation, "encode_modulation")
         check_kind("cache", cache, GenerationCache, "new_cache")
         codes = ordered_codes(hidden_states, self.config.segments, "hidden_states", check_values)
         check_masked(masked, codes)
 
-        # 1. Given segments
-        if has_given:
-            prefix = self.encode_prefix(given, given_mask)
-        if prefix is not None and (both := set(codes) & set(prefix.names)):
-            raise ValueError(f"the segments {sorted(both)} are given and generated at once")
+        # 1. Given segments, and clean blocks
+        prefix = self._prefix_of(codes, given, given_mask, prefix)
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
+        mask = None
+        if clean is not None:
+            prefix, mask = self._clean_blocks(codes, clean, prefix, with_unconditional or bool(modulation or cache))
 
         # 2. Generated segments
-        hidden, lengths, rotary = self._embed(codes)  # (B, N, D)
+        hidden, lengths, rotary = self._embed(codes, prefix.offsets if prefix is not None else {})  # (B, N, D)
         if prefix is not None and len(prefix.keys[0]) != len(hidden):
             raise ValueError(f"given or prefix has {len(prefix.keys[0])} samples, but hidden_states {len(hidden)}")
         if modulation is None:
@@ -402,14 +378,18 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, DenoiserCacheMi
             hidden = torch.cat([hidden, hidden])  # (2B, N, D); the prefix is the first B rows' only
             conditioning = torch.cat([conditioning] * 2) if len(conditioning) > 1 else conditioning
             masked = None if masked is None else {name: torch.cat([where, where]) for name, where in masked.items()}
+        spans = lengths if conditioning.shape[1] == len(lengths) else equal_spans(lengths, conditioning.shape[1])
         kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None if cache is None else []
-        hidden = self._run_blocks(hidden, conditioning, lengths, prefix, rotary, modulation, kept)
+        hidden = self._run_blocks(hidden, conditioning, spans, prefix, rotary, modulation, kept, mask)
 
         # 3. Heads
         out = self.adaln_out(conditioning) if modulation is None else modulation.out  # (1 or B, segments, 2D)
+        if spans != lengths:
+            out = expand_segments(out, spans)  # (B, N, 2D)
         sample = {}
         for index, (name, part) in enumerate(zip(codes, hidden.split(lengths, dim=1), strict=True)):
-            shift, scale = out[:, index : index + 1].chunk(2, dim=-1)  # (1 or B, 1, D)
+            one = out[:, index : index + 1] if spans == lengths else out
+            shift, scale = one.chunk(2, dim=-1)  # (1 or B, 1 or N, D)
             where = masked[name] if masked is not None else None
             sample[name] = self._logits(name, part, shift, scale, codes[name].shape[1:], where)
         if cache is not None:

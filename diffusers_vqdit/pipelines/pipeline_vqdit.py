@@ -1,6 +1,5 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
-import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,25 +8,26 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import deprecate, replace_example_docstring
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..likelihood.bounds import are_possible, constant_modulation
 from ..models.image_vq import ImageVQModel
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
-from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
+from .block_generation import BlockGenerationMixin
+from .check_inputs import callback_inputs
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
+from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
-from .segment_base import EncodedValue
+from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
+from .prompt_mixin import encode_given
+from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
     check_label_names,
@@ -51,8 +51,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-# Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     Args:
@@ -64,7 +63,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
-        segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
+        segments: what the segments are, by name: ``"modality"``: ``"image"``, ``"text"``, ``"label"``, or of
+            encoders ``"states"`` and ``"image_states"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
             `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; a picture's ``"buckets"``, the grids
             [[h, w], ...] of all aspect ratios trained on, the transformer's first; and ``"lowres_of"`` for pictures
@@ -72,6 +72,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
             codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
         segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
+        text_encoder: a frozen text encoder of transformers, with its `tokenizer_2`: for a segment of the modality
+            ``"states"``, given as what it makes of a text.
+        image_encoder: a frozen vision encoder of transformers, with its `feature_extractor`: for ``"image_states"``.
 
     Raises:
         ValueError: if `segments` has a segment that the transformer doesn't have, an unknown modality or option, or
@@ -83,8 +86,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
     ends all the calls that run.
     """
 
-    model_cpu_offload_seq = "text_vq->transformer->image_vq"
-    _optional_components = ["image_vq", "text_vq", "tokenizer", "segment_tokenizers"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->text_vq->transformer->image_vq"
+    _optional_components = ["image_vq", "text_vq", "tokenizer", *ENCODERS, "segment_tokenizers"]
     # Its parts are called, and not itself, so that no hook would bring it to the device.
     _exclude_from_cpu_offload = ["segment_tokenizers"]
     _callback_tensor_inputs = ["latents"]
@@ -102,6 +105,10 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         segments: dict[str, dict[str, Any]] | None = None,
         segment_tokenizers: MultiTokenizerModel | None = None,
         id2label: dict[int | str, str] | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
         super().__init__()
         check_components(transformer=transformer, scheduler=scheduler)
@@ -114,6 +121,10 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             image_vq=image_vq,
             text_vq=text_vq,
             tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
             segment_tokenizers=segment_tokenizers,
         )
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
@@ -133,28 +144,13 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         # Pictures as they are, for pasting: in [0, 1], at their own size.
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
 
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Load a LoRA of the transformer, as diffusers' pipelines do.
-
-        Raises:
-            ValueError: if a layer or a shape is not this transformer's, or a value is not finite.
-        """
-        options = {name: value for name, value in kwargs.items() if name != "low_cpu_mem_usage"}
-        check_lora(self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options), self.transformer)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
-
     def to_json_string(self) -> str:
         """The config as it is saved: without `labels`, as `DiffusionPipeline.download` takes lists for components."""
         config = json.loads(super().to_json_string())
         del config["labels"]
-        if config.get("segment_tokenizers") == [None, None]:  # as version 0.1 wrote it, which doesn't know them
-            del config["segment_tokenizers"]
+        for name in (*ENCODERS, "segment_tokenizers"):
+            if config.get(name) == [None, None]:  # as version 0.1 wrote it, which doesn't know them
+                del config[name]
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _encode_inputs(
@@ -189,108 +185,18 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                     f"{name!r} is so large that it makes {one.tiles} tiles, which only make {one.finishes!r}, "
                     f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
                 )
-        given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
-        prefix = self.transformer.encode_prefix(given) if given else None
+        given = {name: value for name, value in encoded.items() if name not in known}
+        prefix = encode_given(self.transformer, given) if given else None
         if strength is not None:
             name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
         if repeats > 1 and passed:
             # Each sample's tiles stay together.
-            size = len(next(iter((given | known).values())))
+            size = len(prefix) if prefix is not None else len(next(iter(known.values())))
             rows = torch.arange(size).unflatten(0, (-1, 1, tiles)).expand(-1, repeats, -1).flatten()
             prefix = prefix.select(rows) if prefix is not None else None
             known = {name: codes[rows] for name, codes in known.items()}
         return prefix, known, finish, tiles
-
-    def _denoise(
-        self,
-        codes: dict[str, torch.LongTensor],
-        prefix: VQDiTPrefix | None,
-        scheduler: MaskedDiffusionScheduler,
-        *,
-        guidance_scale: float,
-        temperature: float | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable | None,
-        tensor_inputs: list[str],
-    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
-        """Codes (B, *shape) after all steps, and each as it was predicted last, by segment."""
-        masks = {name: self._mask_token_id(name) for name in codes}
-        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
-        sizes = [value.shape[1] for value in fixed.values()]
-        predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
-        # A callback may change the codes and the weights.
-        options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
-        if (cache := self.transformer.new_cache()) is not None:
-            options["cache"] = cache
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
-            for index, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
-                event = scheduler.next_event(timestep, masked, event, generator=generator)
-                if scheduler.until_done and not event.needs_model:
-                    break
-                if event.needs_model:
-                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
-                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
-                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
-                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
-                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
-                        step = scheduler.step(
-                            logits[name],
-                            timestep,
-                            value.flatten(1),
-                            revealed=reveal,
-                            known=fixed[name],
-                            shape=value.shape[1:],
-                            temperature=temperature,
-                            generator=generator,
-                            check_values=False,
-                        )
-                        codes = codes | {name: step.prev_sample.view_as(value)}
-                        predicted[name] = step.pred_original_sample.view_as(value)
-                if callback is not None:
-                    current = next(iter(codes.values())) if len(codes) == 1 else codes
-                    inputs = {"latents": current} if "latents" in tensor_inputs else {}
-                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
-                    guidance_scale = self._guidance_scale
-                progress_bar.update()
-        checks.read()
-        return codes, predicted
-
-    def _predict(
-        self,
-        codes: dict[str, torch.LongTensor],
-        event: MaskedDiffusionEvent,
-        prefix: VQDiTPrefix | None,
-        scale: torch.Tensor | None,
-        guidance_scale: float,
-        checks: FiniteChecks,
-        options: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
-        0 for rows that are done. `checks` note whether they are finite."""
-        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
-        if "cache" in options:
-            options["cache"].keep(rows)
-        if len(rows) < size:
-            rows = rows.to(timesteps.device)
-            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
-            prefix = prefix if prefix is None else prefix.select(rows)
-            scale = scale if scale is None else scale[rows]
-        logits = self.transformer(
-            codes, timestep=timesteps, prefix=prefix, with_unconditional=scale is not None, **options
-        ).sample  # (R, N, K), or (2R, N, K) with and without what is given
-        finite = parts = are_possible(*logits.values())
-        if scale is not None:
-            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
-            finite = are_possible(*logits.values())
-        checks.add(finite, parts, guidance_scale)
-        if len(rows) < size:
-            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
-        return logits
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -323,12 +229,26 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         class_label: int | str | list[int | str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_early_stop: bool = True,
+        max_new_tokens: int | None = None,
     ) -> VQDiTPipelineOutput | tuple:
         """Generate.
 
         Args:
-            prompt: given text or texts. Where text is generated, one with blanks to fill in: each ``<mask>`` is one
-                token, and what else it says stays.
+            prompt: given text or texts, of the segment ``text``, or without one of the only segment that has a text
+                encoder. Where text is generated, one with blanks to fill in: each ``<mask>`` is one token, and what
+                else it says stays. Of a text that is generated by blocks, its beginning, or one with blanks.
             image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1]. Where a picture is
                 generated, one to repaint (with `mask_image`), to repair (with `strength`), or else to enlarge, of any
                 size, by a checkpoint that has ``image_lowres``.
@@ -362,6 +282,21 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                 step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
                 codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
+            negative_prompt: text or texts that guidance leads away from, l_n + g (l_c - l_n): given in place of
+                `prompt`, with all else that is given, where else nothing is. No unconditional task is needed.
+            prompt_embeds: states (B, n, channels) of the text encoder in place of `prompt` ([`encode_prompt`]).
+            prompt_attention_mask: (B, n), zero at their padding.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
+            max_sequence_length: tokens of a text for its text encoder; the rest is cut off. By default the training's.
+
+            gen_length: of texts that are generated by blocks, the most codes after what is known, the end among them;
+                by default up to the training's longest. `max_new_tokens` is transformers' name of it.
+            block_length: codes of such a text that are drawn together, of which `num_inference_steps` are the steps;
+                by default the training's.
+            threshold: draws them with the scheduler's sampler ``"threshold"``, at this one.
+            top_k, top_p: leave the likeliest codes only: so many, or those that have this probability together.
+            eos_early_stop: whether a text ends with the block that has its end. Else it is drawn to its full length,
+                and ends with its first end when it is decoded.
 
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
@@ -371,8 +306,13 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments, and choose those left to us
+        embeds = (prompt_embeds, prompt_attention_mask)
+        against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+        given, negative = self._prompts(
+            self._passed(prompt, image, class_labels, inputs, class_label), *embeds, *against
+        )
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
-            self._passed(prompt, image, class_labels, inputs, class_label),
+            given,
             output,
             mask_image=mask_image,
             strength=strength,
@@ -386,11 +326,19 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             generator=generator,
             height=height,
             width=width,
+            negative=bool(negative),
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
+        negative = self._read_negative(task, passed, negative)
+        shapes = shapes | self._sequence_shapes(passed, max_sequence_length)
+        blocks = self._block_options(
+            task, gen_length, max_new_tokens, block_length, threshold, top_k, top_p, eos_early_stop
+        )
+        if blocks is not None:
+            num_inference_steps = num_inference_steps or blocks.block_length
         guidance_scale, num_inference_steps, temperature = self._defaults(
-            task, guidance_scale, num_inference_steps, temperature
+            task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
         self._guidance_scale = guidance_scale
 
@@ -398,27 +346,20 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         prefix, known, finish, tiles = self._encode_inputs(
             task, passed, mask_image, strength, num_images_per_prompt, shapes
         )
+        prefix = self._with_negative(prefix, task, passed, negative, num_images_per_prompt, shapes)
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(tiles)]
 
         # 3. Start from masks, and from what is known
         codes = self.prepare_latents(task, batch_size * tiles, known or latents, shapes)
 
-        # 4. Denoise, with a scheduler of the call's own, and its times on the host: reading one waits for no device
-        scheduler = copy.deepcopy(self.scheduler)
-        sizes = [value[0].numel() for value in codes.values()]
-        scheduler.set_timesteps(num_inference_steps, num_codes=max(sizes))
-        self._num_timesteps = len(scheduler.timesteps)
-        codes, predicted = self._denoise(
-            codes,
-            prefix,
-            scheduler,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            generator=generator,
-            callback=callback_on_step_end,
-            tensor_inputs=tensor_inputs,
-        )
+        # 4. Denoise
+        run: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature, "generator": generator}
+        run |= {"callback": callback_on_step_end, "tensor_inputs": tensor_inputs}
+        if blocks is not None:
+            run |= {"options": blocks, "whole": latents is not None}
+        denoise = self._denoise_at_once if blocks is None else self._denoise_blocks
+        codes, predicted = denoise(codes, prefix, num_inference_steps, **run)
 
         # 5. Decode
         processors = self._segments

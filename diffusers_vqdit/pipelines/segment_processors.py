@@ -11,7 +11,9 @@ from ..utils.checks import check_choice, shown
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
 from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
+from .states_segment import ImageStatesSegment, TextStatesSegment
 from .text_segment import TextSegment
+from .token_segment import TokenSegment
 
 
 _segments_logger = logging.get_logger(__name__)
@@ -21,6 +23,8 @@ MODALITIES: dict[str, type[SegmentProcessor]] = {
     "image": ImageSegment,
     "text": TextSegment,
     "label": LabelSegment,
+    "states": TextStatesSegment,
+    "image_states": ImageStatesSegment,
 }
 
 
@@ -29,14 +33,23 @@ def modality_of(kind: type[SegmentProcessor]) -> str:
     return next(name for name, one in MODALITIES.items() if one is kind)
 
 
+def kind_of(modality: str, tokenizer: str | None) -> type[SegmentProcessor]:
+    """The class of a modality's segments whose codes are made by the component of this name."""
+    kind = MODALITIES[modality]
+    return TokenSegment if kind is TextSegment and tokenizer == TokenSegment.tokenizer else kind
+
+
 def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
     """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid of positions."""
+    if "channels" in segments[name]:
+        return {"modality": modality_of(TextStatesSegment)}
     if name == LABEL:
         return {"modality": modality_of(LabelSegment), "names": labels}
     if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndims[0]:
         lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": modality_of(ImageSegment), **lowres}
-    return {"modality": modality_of(TextSegment)}
+    made_by = {"tokenizer": TokenSegment.tokenizer} if "block_length" in segments[name] else {}
+    return {"modality": modality_of(TextSegment), **made_by}
 
 
 def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool) -> str:
@@ -46,11 +59,9 @@ def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool
 
 
 def check_code_segments(segments: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """A transformer's segments, which must all be of codes."""
+    """A transformer's segments, of which there must be some."""
     if not segments:
         raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
-    if states := [name for name, segment in segments.items() if "channels" in segment]:
-        raise ValueError(f"transformer has {states}, states of an encoder, which this pipeline can't be given")
     return segments
 
 
@@ -84,12 +95,13 @@ def check_segment_entries(
             check_choice(f"{where}: the option", option, ("modality", *tokenized, *kind.options))
         entry = dict(entry)
         if kind.tokenizer is not None:
-            tokenizer = entry.setdefault("tokenizer", kind.tokenizer)
+            blocks = kind is TextSegment and "block_length" in segments[name]
+            tokenizer = entry.setdefault("tokenizer", TokenSegment.tokenizer if blocks else kind.tokenizer)
             if components is not None:
                 check_choice(f"{where}['tokenizer']", tokenizer, components)
             elif not isinstance(tokenizer, str) or not tokenizer.isidentifier():
                 raise ValueError(f"{where}['tokenizer']={shown(tokenizer)} must be a tokenizer's name")
-        checked[name] = kind.check_entry(where, entry, name, segments)
+        checked[name] = kind_of(modality, entry.get("tokenizer")).check_entry(where, entry, name, segments)
     return checked
 
 
@@ -152,5 +164,6 @@ def check_label_names(
 
 def make_segment(name: str, entry: Mapping[str, Any], **options: Any) -> SegmentProcessor:
     """The processor of a segment by its entry; `options` are those that [`SegmentProcessor`] has besides."""
-    kind = LowResolutionSegment if "lowres_of" in entry else MODALITIES[entry["modality"]]
+    kind = kind_of(entry["modality"], entry.get("tokenizer"))
+    kind = LowResolutionSegment if "lowres_of" in entry else kind
     return kind(name, entry, **options)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..models.text_vq import TextVQModel
 from ..utils.checks import shown
-from ..utils.components import find_beside, find_component
+from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import caption_lists, check_texts, cut_texts, tokenize_to_length
 from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
@@ -24,10 +24,14 @@ class TextReader(ColumnReader):
     def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
         super().__init__(dataset, column, tokenizer, beside)
         self.lists = caption_lists(dataset[column], column)
-        length = tokenizer.config.max_length
-        warning = cut_texts([text for texts in self.lists for text in texts], beside, length)
-        self.notes = [warning] if warning else []
+        self.notes = self._check_texts()
         self.has_variants = any(len(texts) > 1 for texts in self.lists)
+
+    def _check_texts(self) -> list[str]:
+        """Warnings of texts that are cut."""
+        texts = [text for row in self.lists for text in row]
+        warning = cut_texts(texts, self.beside, self.tokenizer.config.max_length)
+        return [warning] if warning else []
 
     def read(self, row: int) -> list[str]:
         return self.lists[row]
@@ -55,12 +59,13 @@ class TextSegment(SegmentProcessor):
     """Texts on a line of codes."""
 
     tokenizer = "text_vq"
-    named_beside = "tokenizer"
+    tokenizer_alone = "tokenizer"
+    named_beside: str | None = "tokenizer"
     reader = TextReader
     noun = "text"
     output_field = "texts"
     num_inference_steps = None  # its codes hang together more than a picture's
-    temperature = 0.0
+    temperature: float | None = 0.0
     how_to_pass = "a segment is given or generated. Put <mask> where a text is to be filled in"
 
     @classmethod
@@ -72,8 +77,13 @@ class TextSegment(SegmentProcessor):
             ValueError: if there is a model without a tokenizer.
         """
         source, folder = find_component(name, cls.tokenizer, cache_dir)
+        files = [f"{folder}/{file}" if folder else file for file in ("config.json", "tokenizer_config.json")]
+        if not has_file(source, files[0], cache_dir) and has_file(source, files[1], cache_dir):
+            raise ValueError(
+                f"{name!r} has a tokenizer of token ids and no TextVQModel: give it as --text_tokenizer, for all texts"
+            )
         model = TextVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
-        place = find_beside(source, folder, cls.named_beside, "tokenizer_config.json", cache_dir)
+        place = find_beside(source, folder, "tokenizer", "tokenizer_config.json", cache_dir)
         if place is None:
             raise ValueError(f"{cls.tokenizer}={name!r} has no tokenizer, neither in its folder nor beside it")
         source, folder = place

@@ -1,12 +1,16 @@
 """Masked diffusion over codes: the draws of a training step, and its loss."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
 from .optimization import unwrap
+from .state_files import split_padded
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
@@ -32,10 +36,23 @@ def stratified_timesteps(
     return times[rank * batch_size : (rank + 1) * batch_size]
 
 
+def block_timesteps(timesteps: torch.Tensor, blocks: int, generator: Generators = None) -> torch.Tensor:
+    """Times (B, blocks) of each block: those of a row are its time and others at equal distances from it in (0, 1],
+    where the ends meet, in random order. Each is as uniform as its row's.
+
+    Args:
+        timesteps: times (B,) in (0, 1].
+        blocks: of a row.
+        generator: draws the order; one, or one a row.
+    """
+    order = uniform(torch.Size([len(timesteps), blocks]), generator, timesteps.device).argsort(1)
+    return 1.0 - (1.0 - timesteps[:, None] + order / blocks) % 1.0
+
+
 def masked_diffusion_loss(
     transformer: torch.nn.Module,
     scheduler,
-    given: dict[str, torch.Tensor],
+    given: dict[str, Any],
     generated: dict[str, torch.Tensor],
     *,
     weighting: str = "flat",
@@ -47,7 +64,9 @@ def masked_diffusion_loss(
     Args:
         transformer: a `VQDiTTransformer2DModel` with segments, possibly wrapped.
         scheduler: the `MaskedDiffusionScheduler` that masks.
-        given, generated: name -> (B, *shape) int64 codes.
+        given, generated: name -> (B, *shape) int64 codes; of what is given also the [`PaddedStates`] of an encoder.
+            Of a generated segment with a ``block_length`` all blocks are trained at once, each with a time of its own
+            ([`block_timesteps`]).
         weighting: ``"nelbo"`` weighs each row by -alpha'(t) / (1 - alpha(t)), so that the mean is the exact bound in
             nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
             the masked codes (MaskGIT).
@@ -67,21 +86,32 @@ def masked_diffusion_loss(
     segments = unwrap(transformer).config.segments
     vocab_sizes = {name: segments[name]["vocab_size"] for name in generated}
     noised, masked = {}, {}
+    options: dict[str, Any] = {}
+    length = next((segments[name]["block_length"] for name in generated if "block_length" in segments[name]), None)
+    if length is not None:
+        (blocks,) = {codes.shape[1] // length for codes in generated.values()}  # of one segment
+        timesteps, options = block_timesteps(timesteps, blocks, generator), {"clean": generated}  # (B, blocks)
+        if isinstance(generator, list):
+            generator = [one for one in generator for _ in range(blocks)]
     for name, codes in generated.items():
+        # A row of noise is a row of codes, or a block.
+        rows = codes.flatten(1) if length is None else codes.reshape(-1, length)
         corrupted = scheduler.add_noise(
-            codes.flatten(1), timesteps, mask_token_id=vocab_sizes[name], generator=generator
+            rows, timesteps.flatten(), mask_token_id=vocab_sizes[name], generator=generator
         )
-        masked[name] = corrupted == vocab_sizes[name]
         noised[name] = corrupted.view_as(codes)
+        masked[name] = noised[name].flatten(1) == vocab_sizes[name]
     timesteps = timesteps.to(device)
-    logits = transformer(noised, timestep=timesteps, given=given, masked=masked).sample
-    weights = scheduler.loss_weight(timesteps)  # (B,)
+    given, padding = split_padded(given)
+    options |= {"given": given, "given_mask": padding or None, "masked": masked}
+    logits = transformer(noised, timestep=timesteps, **options).sample
+    weights = scheduler.loss_weight(timesteps).view(len(timesteps), -1)  # (B, 1 or blocks)
     total, count = 0.0, 0
     for name, codes in generated.items():
         hidden = masked[name]
         error = F.cross_entropy(logits[name].float(), codes.flatten(1)[hidden], reduction="none")  # (M,)
         if weighting == "nelbo":
-            error = error * weights[:, None].expand_as(hidden)[hidden]
+            error = error * weights.repeat_interleave(hidden.shape[1] // weights.shape[1], dim=1)[hidden]
             count += hidden.numel()
         else:
             count += error.numel()

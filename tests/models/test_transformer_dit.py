@@ -279,7 +279,7 @@ def test_diffusers_own_pipeline_draws_with_our_models(image_vq):
         ({"hidden_states": torch.randn(1, 4, 7, 8)}, "multiples of patch_size=2"),
         ({"timestep": None}, "timestep is None"),
         ({"class_labels": torch.tensor([11])}, r"class_labels must be in \[0, 10\]"),
-        ({"given": {"text": torch.zeros(1, 6)}}, "given, given_mask, masked, with_unconditional and modulation need"),
+        ({"given": {"text": torch.zeros(1, 6)}}, "with_unconditional, modulation and cache need"),
         ({"encoder_hidden_states": torch.randn(1, 5, 7)}, r"must have shape \(B, S, 6\), got \(1, 5, 7\)"),
         (
             {"encoder_hidden_states": torch.randn(1, 5, 6), "encoder_attention_mask": torch.ones(1, 4)},

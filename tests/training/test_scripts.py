@@ -322,6 +322,7 @@ def test_flags_are_frozen(script, root):
             "train_latent_dit": "--dataset_name x --image_vq x",
             "distill_vqdit": "--codes_dir x --pretrained_model_name_or_path x",
             "evaluate_tokenizer": "--tokenizer x",
+            "train_tokenizer": "--dataset_name x",
         }
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name

@@ -1,0 +1,125 @@
+"""The sampling loop of a pipeline over codes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..likelihood.bounds import are_possible, constant_modulation
+from ..models.layers import VQDiTPrefix
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
+from .check_inputs import FiniteChecks, codes_of_callback
+from .pipeline_utils import guided_logits
+from .prompt_mixin import predict_halves
+
+
+class DenoisingMixin:
+    """The part of [`VQDiTPipeline`] that goes from masks to codes."""
+
+    # The pipeline's
+    transformer: Any
+    scheduler: Any
+    _num_timesteps: Any
+    progress_bar: Callable[..., Any]
+    _mask_token_id: Callable[[str], int]
+    _interrupt: Any
+    _guidance_scale: Any
+
+    def _denoise_at_once(
+        self, codes: dict[str, torch.LongTensor], prefix: VQDiTPrefix | None, steps: int | str, **options: Any
+    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
+        """[`_denoise`] with a scheduler of the call's own, and its times on the host: reading one waits for no
+        device."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps, num_codes=max(value[0].numel() for value in codes.values()))
+        self._num_timesteps = len(scheduler.timesteps)
+        return self._denoise(codes, prefix, scheduler, **options)
+
+    def _denoise(
+        self,
+        codes: dict[str, torch.LongTensor],
+        prefix: VQDiTPrefix | None,
+        scheduler: MaskedDiffusionScheduler,
+        *,
+        guidance_scale: float,
+        temperature: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable | None,
+        tensor_inputs: list[str],
+    ) -> tuple[dict[str, torch.LongTensor], dict[str, torch.LongTensor]]:
+        """Codes (B, *shape) after all steps, and each as it was predicted last, by segment."""
+        masks = {name: self._mask_token_id(name) for name in codes}
+        fixed = {name: (value != masks[name]).flatten(1) for name, value in codes.items()}
+        sizes = [value.shape[1] for value in fixed.values()]
+        predicted, event, checks = dict(codes), None, FiniteChecks("logits are")
+        # A callback may change the codes and the weights.
+        options = {"check_values": False, **constant_modulation(self.transformer, codes)} if callback is None else {}
+        if (cache := self.transformer.new_cache()) is not None:
+            options["cache"] = cache
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for index, timestep in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
+                event = scheduler.next_event(timestep, masked, event, generator=generator)
+                if scheduler.until_done and not event.needs_model:
+                    break
+                if event.needs_model:
+                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
+                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
+                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
+                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
+                    revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
+                    for (name, value), reveal in zip(codes.items(), revealed, strict=True):
+                        step = scheduler.step(
+                            logits[name],
+                            timestep,
+                            value.flatten(1),
+                            revealed=reveal,
+                            known=fixed[name],
+                            shape=value.shape[1:],
+                            temperature=temperature,
+                            generator=generator,
+                            check_values=False,
+                        )
+                        codes = codes | {name: step.prev_sample.view_as(value)}
+                        predicted[name] = step.pred_original_sample.view_as(value)
+                if callback is not None:
+                    current = next(iter(codes.values())) if len(codes) == 1 else codes
+                    inputs = {"latents": current} if "latents" in tensor_inputs else {}
+                    codes = codes_of_callback(callback(self, index, timestep, inputs), codes)
+                    guidance_scale = self._guidance_scale
+                progress_bar.update()
+        checks.read()
+        return codes, predicted
+
+    def _predict(
+        self,
+        codes: dict[str, torch.LongTensor],
+        event: MaskedDiffusionEvent,
+        prefix: VQDiTPrefix | None,
+        scale: torch.Tensor | None,
+        guidance_scale: float,
+        checks: FiniteChecks,
+        options: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
+        0 for rows that are done. `checks` note whether they are finite."""
+        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
+        if "cache" in options:
+            options["cache"].keep(rows)
+        if len(rows) < size:
+            rows = rows.to(timesteps.device)
+            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
+            prefix = prefix if prefix is None else prefix.select(rows)
+            scale = scale if scale is None else scale[rows]
+        logits = predict_halves(self.transformer, codes, prefix, scale is not None, timestep=timesteps, **options)
+        finite = parts = are_possible(*logits.values())
+        if scale is not None:
+            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
+            finite = are_possible(*logits.values())
+        checks.add(finite, parts, guidance_scale)
+        if len(rows) < size:
+            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
+        return logits

@@ -1,0 +1,177 @@
+"""Texts of any length as segments: token ids of a transformers tokenizer, generated block by block."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ..utils.checks import check_integer, shown
+from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
+from .segment_base import EncodedValue
+from .text_segment import TextReader, TextSegment
+
+
+_token_logger = logging.get_logger(__name__)
+
+
+class TokenReader(TextReader):
+    """A column of texts of any length.
+
+    Args:
+        block_length: codes a block.
+        max_text_length: codes of a text at most, in whole blocks; a longer one is cut, and has no end.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        tokenizer: Any = None,
+        beside: Any = None,
+        *,
+        block_length: int = 16,
+        max_text_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.block_length, self.end = check_integer("block_length", block_length, 1), end_token_id(tokenizer)
+        limit = None
+        if max_text_length is not None:
+            limit = check_integer("max_text_length", max_text_length, 1) // block_length * block_length
+            if not limit:
+                raise ValueError(f"max_text_length={max_text_length} must be at least block_length={block_length}")
+        self.limit = limit
+        super().__init__(dataset, column, tokenizer, beside)
+
+    def _check_texts(self) -> list[str]:
+        if several := [row for row, texts in enumerate(self.lists) if len(texts) > 1]:
+            raise ValueError(
+                f"column {self.column!r} has several texts in row {several[0]}: with token ids a row has one text"
+            )
+        texts, longest, cut = [text for (text,) in self.lists], 0, 0
+        for start in range(0, len(texts), 1024):
+            counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, texts[start : start + 1024])]
+            longest, cut = max(longest, *counts), cut + sum(count > (self.limit or count) for count in counts)
+        longest = min(longest, self.limit or longest)
+        self.shape = [-(-longest // self.block_length) * self.block_length]
+        self.geometry = {"block_length": self.block_length}
+        if not cut:
+            return []
+        return [
+            f"column {self.column!r}: {cut} of {len(texts)} texts have more than max_text_length={self.limit} tokens "
+            "with their end, and are cut"
+        ]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
+        ids = token_ids(self.tokenizer, [text for (text,) in values])
+        return [torch.tensor([in_blocks(one, self.end, self.block_length, self.limit)]) for one in ids]
+
+
+class TokenSegment(TextSegment):
+    """Texts as the ids of the pipeline's own tokenizer, in whole blocks."""
+
+    tokenizer = "tokenizer"
+    named_beside = None
+    reader = TokenReader
+    continues = True
+    temperature = None  # a long text of the likeliest codes repeats itself
+
+    @classmethod
+    def check_entry(cls, where: str, entry: dict[str, Any], name: str, segments: Mapping[str, Any]) -> dict[str, Any]:
+        if "block_length" not in segments[name]:
+            raise ValueError(
+                f"{where}['tokenizer']={entry['tokenizer']!r} makes token ids, which need a block_length: the "
+                f"transformer has {name!r} as {segments[name]}"
+            )
+        return entry
+
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        return {"block_length": geometry["block_length"]}
+
+    @property
+    def end(self) -> int:
+        """The code that ends a text."""
+        return end_token_id(self.vq)
+
+    def has_blanks(self, value: Any) -> bool:
+        texts = value if isinstance(value, list) else [value]
+        return any(isinstance(text, str) and blank_of(self.vq) in text for text in texts)
+
+    def ids_of(self, values: Any) -> list[list[int]]:
+        """The token ids of texts, without an end. Texts longer than those trained on are told of."""
+        texts = self.read(values)
+        check_vocabulary(self.vq, self.vocab_size)
+        found = token_ids(self.vq, texts)
+        for text, ids in zip(texts, found, strict=True):
+            if not ids:
+                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
+            if len(ids) >= self.shape[0]:
+                _token_logger.warning(
+                    f"{self.argument} {shown(text)} has {len(ids)} tokens; the model was trained on at most "
+                    f"{self.shape[0]} with the end"
+                )
+        return found
+
+    def encode(self, values: Any) -> torch.LongTensor:
+        """Codes (B, n) of texts, in whole blocks, the end after each; n is the longest text's."""
+        rows = [in_blocks(ids, self.end, self.block_length or 1) for ids in self.ids_of(values)]
+        return self._padded(rows, self.end)
+
+    def lengths(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """The codes (B,) of each text of [`encode`], in whole blocks."""
+        size = self.block_length or 1
+        return ((codes != self.end).long().cumprod(1).sum(1) // size + 1) * size
+
+    def encode_given(self, values: list) -> EncodedValue:
+        codes = self.encode(values)
+        mask = torch.arange(codes.shape[1], device=codes.device) < self.lengths(codes)[:, None]
+        return EncodedValue(codes, mask=None if mask.all() else mask)
+
+    def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
+        """Codes (B, n) of texts that begin so, or of whole ones with blanks: each ``<mask>`` is one token, and takes
+        the place of the space before it."""
+        blank, end = blank_of(self.vq), self.end
+        rows = []
+        for text in self.read(values):
+            if blank not in text:
+                rows += self.ids_of([text])
+                continue
+            pieces = re.split(rf"\s*{re.escape(blank)}", text)
+            parts = token_ids(self.vq, pieces)
+            ids = [code for part in parts for code in (*part, self.vocab_size)][:-1]
+            rows.append([*ids, end])
+        used = [len(row) for row in rows]
+
+        def finish(codes: torch.LongTensor, repeats: int, output_type: str) -> list[str]:
+            return self.decode(codes, output_type, used=[size for size in used for _ in range(repeats)])
+
+        return EncodedValue(self._padded(rows, self.vocab_size), self.name, finish)
+
+    def decode(
+        self,
+        codes: torch.LongTensor,
+        output_type: str = "pil",
+        tokens: torch.LongTensor | None = None,
+        known: torch.BoolTensor | None = None,
+        used: list[int] | None = None,
+    ) -> list[str]:
+        """Strings of codes (B, n), each up to its end. An end among the first `used` codes, of which more is known, is
+        none."""
+        codes = codes if tokens is None else torch.where(known, tokens, codes)
+        texts = []
+        for row, size in zip(codes.tolist(), used or [0] * len(codes), strict=True):
+            before = [code for code in row[: max(size - 1, 0)] if code != self.end]
+            rest = before_end(before_end(row[max(size - 1, 0) :], self.end), self.vocab_size)
+            texts.append(self.vq.decode([*before, *rest], skip_special_tokens=True))
+        return texts
+
+    def _padded(self, rows: list[list[int]], fill: int) -> torch.LongTensor:
+        """Rows of codes as (B, n)."""
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=self.device())

@@ -1,0 +1,283 @@
+"""Texts by blocks: what is known stays, a row is its own, and samples have the distribution that the blocks say."""
+
+import itertools
+
+import pytest
+import torch
+
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.likelihood.block_bounds import negative_elbo_of_blocks
+from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
+
+
+TEXTS = ["once upon a time\nthere was a king", "a king had a daughter", "the end of a time"]
+TASKS = ["title->poem", "poem->title", "->poem", "->title", "poem->kind"]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_text_tokenizer(TEXTS * 3, 300)
+
+
+def make(tokenizer, size: int | None = None, **options) -> VQDiTPipeline:
+    torch.manual_seed(0)
+    size = size or len(tokenizer)
+    segments = {
+        "title": {"vocab_size": size, "shape": [8], "block_length": 4},
+        "poem": {"vocab_size": size, "shape": [12], "block_length": 4, "shared_with": "title"},
+        "kind": {"vocab_size": 3, "shape": [1]},
+    }
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, segments=segments, tasks=TASKS
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    entries = {name: {"modality": "text", "tokenizer": "tokenizer"} for name in ("title", "poem")}
+    entries["kind"] = {"modality": "label", "names": ["a", "b", "c"]}
+    pipe = VQDiTPipeline(
+        transformer.eval(), MaskedDiffusionScheduler(**options), tokenizer=tokenizer, segments=entries
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(words):
+    return make(words)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+SAMPLERS = [
+    {"sampler": "ancestral", "masking": "linear"},
+    {"sampler": "ancestral", "remask": 0.1},
+    *({"sampler": name} for name in ("confidence", "halton", "entropy_bound", "threshold")),
+]
+
+
+@pytest.mark.parametrize("options", SAMPLERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_row_does_not_depend_on_its_batch(words, options, guidance_scale):
+    pipe = make(words, **options)
+    titles = ["a king", "the end of a time and a king"]  # of one and of several blocks
+    poems = ["once upon a time there was", "a"]
+    options = {"output": "poem", "output_type": "latent", "guidance_scale": guidance_scale, "gen_length": 9}
+    both = pipe(inputs={"title": titles, "poem": poems}, generator=seeds(1, 2), **options).segments["poem"]
+    for row, (title, poem) in enumerate(zip(titles, poems, strict=True)):
+        alone = pipe(inputs={"title": title, "poem": poem}, generator=seeds(row + 1), **options).segments["poem"]
+        assert torch.equal(both[row, : alone.shape[1]], alone[0]) and (both[row, alone.shape[1] :] == 2).all()
+
+
+def test_known_codes_stay_and_the_length_is_the_one_asked_for(pipe, words):
+    prompts = ["once upon a time", "a king had a daughter and a king"]
+    for options in ({}, {"block_length": 3}, {"threshold": 0.0}, {"top_k": 3, "top_p": 0.5}, {"temperature": 0.0}):
+        output = pipe(inputs={"poem": prompts}, output="poem", gen_length=6, eos_early_stop=False, **options)
+        codes = pipe(
+            inputs={"poem": prompts},
+            output="poem",
+            gen_length=6,
+            eos_early_stop=False,
+            output_type="latent",
+            **options,
+        ).segments["poem"]
+        for prompt, text, row in zip(prompts, output.texts, codes, strict=True):
+            ids = words(prompt).input_ids
+            assert row[: len(ids)].tolist() == ids and text.startswith(prompt)
+            assert (row[len(ids) + 6 :] == words.eos_token_id).all()
+    assert (
+        output.texts
+        == pipe(inputs={"poem": prompts}, output="poem", max_new_tokens=6, eos_early_stop=False, temperature=0.0).texts
+    )
+
+
+def test_guidance_of_one_is_none_and_of_two_sees_the_earlier_blocks(pipe):
+    options = {"inputs": {"title": "a king"}, "output": "poem", "output_type": "latent", "gen_length": 12}
+    plain = pipe(**options, generator=seeds(3)).segments["poem"]
+    assert torch.equal(pipe(**options, guidance_scale=1.0, generator=seeds(3)).segments["poem"], plain)
+    # An endless scale takes what the title adds alone; equal prefixes add nothing.
+    prefixes = []
+    forward = pipe.transformer.forward
+
+    def record(codes, *args, prefix=None, **kwargs):
+        prefixes.append(prefix)
+        return forward(codes, *args, prefix=prefix, **kwargs)
+
+    pipe.transformer.forward = record
+    pipe(**options, guidance_scale=2.0, generator=seeds(3), num_inference_steps=1, eos_early_stop=False)
+    first, *rest = prefixes
+    assert first.names == ("title",) and not first.offsets
+    assert [(one.names, one.offsets) for one in rest] == [
+        (names, {"poem": size}) for size in (4, 8) for names in (("title",), ())
+    ]
+
+
+def test_samples_have_the_distribution_of_the_blocks(words):
+    """Against the chain rule over blocks, and in a block over all orders, as the exact ancestral sampler has it."""
+    pipe = make(words, size=3, sampler="ancestral", masking="linear")
+    transformer = pipe.transformer
+
+    def probabilities(before: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
+        prefix = transformer.extend_prefix(None, {"poem": torch.tensor([before])}, block_length=2) if before else None
+        return transformer({"poem": torch.tensor([block])}, prefix=prefix).sample["poem"][0].double().softmax(-1)
+
+    def block_probability(before: tuple[int, ...], block: tuple[int, ...]) -> float:
+        total = 0.0
+        for first, second in ((0, 1), (1, 0)):
+            seen = tuple(block[first] if place == first else 3 for place in range(2))
+            one = probabilities(before, (3, 3))[first, block[first]]
+            total += 0.5 * float(one * probabilities(before, seen)[second, block[second]])
+        return total
+
+    with torch.no_grad():
+        exact = {
+            codes: block_probability((), codes[:2]) * block_probability(codes[:2], codes[2:])
+            for codes in itertools.product(range(3), repeat=4)
+        }
+    assert sum(exact.values()) == pytest.approx(1)
+    count = 4000
+    found = pipe(
+        output="poem",
+        gen_length=4,
+        block_length=2,
+        num_inference_steps=200,
+        eos_early_stop=False,
+        num_images_per_prompt=count,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).segments["poem"]
+    observed = {codes: 0 for codes in exact}
+    for row in found.tolist():
+        observed[tuple(row)] += 1
+    chi = sum((observed[codes] - count * p) ** 2 / (count * p) for codes, p in exact.items())
+    assert chi < 130  # 80 degrees of freedom: 99.98 %
+
+
+def test_few_codes_are_left_by_top_k_and_top_p(pipe):
+    options = {"output": "poem", "output_type": "latent", "gen_length": 8, "eos_early_stop": False}
+    likeliest = pipe(**options, temperature=0.0, num_inference_steps=1).segments["poem"]
+    for few in ({"top_k": 1}, {"top_p": 1e-6}):
+        found = pipe(**options, **few, num_inference_steps=1, generator=seeds(5)).segments["poem"]
+        assert torch.equal(found, likeliest)
+
+
+def test_a_text_that_has_ended_takes_no_more_calls(pipe, words):
+    end, rows = words.eos_token_id, []
+    head = pipe.transformer.heads["title"]
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.where(torch.arange(len(words)) == end, 50.0, 0.0)
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda codes, *args, **kwargs: (
+        rows.append(len(codes["poem"])) or forward(codes, *args, **kwargs)
+    )
+    output = pipe(inputs={"poem": ["a king had a daughter", "a"]}, output="poem", num_inference_steps=1, gen_length=40)
+    assert output.texts == ["a king had a daughter", "a"] and rows == [1, 1]
+    rows.clear()
+    pipe(output="poem", num_inference_steps=1, gen_length=40, eos_early_stop=False)
+    assert len(rows) == 10
+
+
+def test_blanks_are_filled_and_the_rest_stays(pipe, words):
+    text = "once <mask> a time there <mask> a king"
+    (found,) = pipe(inputs={"poem": text}, output="poem", output_type="latent").segments["poem"].tolist()
+    parts = [words(piece).input_ids for piece in ("once", " a time there", " a king")]
+    expected = [*parts[0], None, *parts[1], None, *parts[2], words.eos_token_id]
+    assert all(
+        code in (wanted, code if wanted is None else wanted) for code, wanted in zip(found, expected, strict=False)
+    )
+    assert all(code == words.eos_token_id for code in found[len(expected) :])
+    filled = pipe(inputs={"poem": text}, output="poem").texts[0]
+    assert filled.startswith("once") and filled.endswith(" a king") and "<mask>" not in filled
+
+
+def test_labels_of_long_texts_and_texts_of_any_length_are_made(pipe):
+    assert pipe.classify(inputs={"poem": ["a king", "once upon a time there was a king"]}, output="kind").names
+    assert len(pipe(inputs={"poem": TEXTS}, output="title").texts) == 3
+    with pytest.raises(ValueError, match="'poem' has texts of any length, which a gallery can't hold"):
+        pipe.index(inputs={"poem": TEXTS}, query="title")
+
+
+def test_a_callback_sees_the_block_and_an_interrupt_ends_the_text(pipe, words):
+    shapes = []
+
+    def look(pipe, step, time, tensors):
+        shapes.append(tuple(tensors["latents"].shape))
+        if len(shapes) == 5:
+            pipe._interrupt = True
+        return {}
+
+    text = pipe(output="poem", num_inference_steps=4, callback_on_step_end=look, eos_early_stop=False).texts[0]
+    assert shapes == [(1, 4)] * 5 and isinstance(text, str)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gen_length": 0}, "gen_length=0"),
+        ({"gen_length": 3, "max_new_tokens": 3}, "give gen_length or max_new_tokens"),
+        ({"block_length": 1.5}, "block_length=1.5"),
+        ({"threshold": 2}, "threshold=2"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"eos_early_stop": "yes"}, "eos_early_stop"),
+        ({"output": "kind", "inputs": {"poem": "a king"}, "top_k": 3}, "top_k=3 is for texts generated by blocks"),
+        ({"inputs": {"poem": " "}}, "non-empty string"),
+        ({"latents": torch.zeros(1, 4)}, "int64 codes"),
+    ],
+)
+def test_wrong_options_are_named(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"output": "poem", **options})
+
+
+def test_latents_of_any_length_are_begun_from(pipe):
+    latents = torch.full((1, 20), len(pipe.tokenizer))
+    latents[0, 3:7] = 11
+    found = pipe(output="poem", latents=latents, output_type="latent", eos_early_stop=False).segments["poem"]
+    assert found.shape == (1, 20) and (found[0, 3:7] == 11).all() and (found < len(pipe.tokenizer)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods
+
+
+@torch.no_grad()
+def test_the_bound_is_the_sum_of_the_blocks_bounds(pipe):
+    """Against each block on its own, with the very masks."""
+    transformer, poem = pipe.transformer, pipe._segment("poem")
+    codes = poem.encode(["a king", "once upon a time there was a king"])
+    lengths, length = poem.lengths(codes), 4
+    subsets = [mask for size in range(1, 5) for mask in itertools.combinations(range(4), size)]
+    # All masks, each as often as its probability 1 / (4 C(4, k)) says: the estimate is then exact.
+    often = {1: 3, 2: 2, 3: 3, 4: 12}
+    listed = [mask for mask in subsets for _ in range(often[len(mask)])]
+    masks = torch.zeros(len(listed), codes.shape[1] // length, length, dtype=torch.bool)
+    for index, mask in enumerate(listed):
+        masks[index, :, list(mask)] = True
+    found = negative_elbo_of_blocks(transformer, {"poem": codes}, None, masks, lengths=lengths)
+    assert found.num_codes.tolist() == lengths.tolist() and lengths[0] < lengths[1]
+    for row in range(2):
+        total, prefix = 0.0, None
+        for block in range(int(lengths[row]) // length):
+            part = codes[row : row + 1, block * length : (block + 1) * length]
+            for mask in listed:
+                hidden = torch.zeros(1, 4, dtype=torch.bool)
+                hidden[0, list(mask)] = True
+                logits = transformer({"poem": part.masked_fill(hidden, poem.vocab_size)}, prefix=prefix).sample["poem"]
+                scores = logits.log_softmax(-1).gather(-1, part[..., None])[..., 0]
+                total -= float(scores[hidden].sum()) * length / len(mask) / len(listed)
+            prefix = transformer.extend_prefix(prefix, {"poem": part})
+        assert float(found.nll[row]) == pytest.approx(total, rel=1e-5)
+
+
+def test_scores_and_candidates_of_texts_of_any_length(pipe):
+    poems = ["a king", "once upon a time there was a king"]
+    options = {"num_samples": 4}
+    both = pipe.score("title->poem", inputs={"title": "the end", "poem": poems}, generator=seeds(0)[0], **options)
+    assert both.num_codes.tolist() == pipe._segment("poem").lengths(pipe._segment("poem").encode(poems)).tolist()
+    alone = pipe.score("title->poem", inputs={"title": "the end", "poem": poems[1]}, generator=seeds(0)[0], **options)
+    assert float(both.nll[1]) == pytest.approx(float(alone.nll[0]), rel=1e-5)
+    assert (both.bits_per_code > 0).all() and (both.standard_error >= 0).all()
+    probabilities = pipe.classify(inputs={"title": "the end"}, labels=poems, output="poem", **options).probabilities
+    assert probabilities.shape == (1, 2) and float(probabilities.sum()) == pytest.approx(1)
