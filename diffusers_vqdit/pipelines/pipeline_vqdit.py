@@ -25,9 +25,10 @@ from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
+from .negative_prompt import predict_halves
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, guided_logits, with_own_state
-from .prompt_mixin import encode_given, predict_halves
+from .prompt_mixin import encode_given
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
