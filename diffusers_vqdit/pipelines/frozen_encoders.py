@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..models.config_checks import MAX_CODES
+from ..models.text_vq import TextVQModel
 from ..utils.checks import check_integer
 from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import tokenize_to_length
@@ -117,6 +118,17 @@ def encode_texts_to_states(
     ids, mask, counts = tokenize_to_length(tokenizer, texts, length, "longest")
     ids, mask = ids.to(device), mask.to(device)
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool(), counts
+
+
+def encode_captions(
+    encoder: Any, tokenizer: Any, texts: list[str], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.BoolTensor, list[int]]:
+    """[`encode_texts_to_states`] by an encoder of transformers, or by a [`TextVQModel`], whose states are those of its
+    codes."""
+    if not isinstance(encoder, TextVQModel):
+        return encode_texts_to_states(encoder, tokenizer, texts, length, device)
+    ids, mask, counts = tokenize_to_length(tokenizer, texts, length)
+    return *encoder.encode_states(ids.to(device), mask.to(device)), counts
 
 
 def pixel_size(encoder: Any, feature_extractor: Any) -> tuple[int, int]:
