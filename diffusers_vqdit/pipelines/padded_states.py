@@ -65,3 +65,18 @@ def check_states_of(name: str, value: Any, channels: int, mask: Any = None, mask
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"{mask_name} must be 0 at padding and else 1, got {mask.min()} to {mask.max()}")
     return PaddedStates(value, mask)
+
+
+def to_halves(states: torch.Tensor, column: str) -> torch.Tensor:
+    """States of a dataset's column as they are kept: float16, on the CPU.
+
+    Raises:
+        ValueError: if they are beyond its range.
+    """
+    halves = states.half().cpu()
+    if not halves.isfinite().all():
+        raise ValueError(
+            f"column {column!r}: the encoder's states reach {states.abs().max():g} in {states.dtype}; they are kept "
+            "in float16, up to 65504"
+        )
+    return halves

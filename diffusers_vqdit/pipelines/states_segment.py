@@ -21,7 +21,7 @@ from .frozen_encoders import (
     pixel_size,
     state_channels,
 )
-from .padded_states import PaddedStates, check_states_of, join_states
+from .padded_states import PaddedStates, check_states_of, join_states, to_halves
 from .segment_base import ColumnReader, EncodedValue, SegmentProcessor
 
 
@@ -38,20 +38,6 @@ class StatesReader(ColumnReader):
     def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
         super().__init__(dataset, column, tokenizer, beside)
         self.state_channels = state_channels(tokenizer)
-
-    def halves(self, states: torch.Tensor) -> torch.Tensor:
-        """float16 on the CPU.
-
-        Raises:
-            ValueError: if they are beyond its range.
-        """
-        halves = states.half().cpu()
-        if not halves.isfinite().all():
-            raise ValueError(
-                f"column {self.column!r}: the encoder's states reach {states.abs().max():g} in {states.dtype}; they "
-                "are kept in float16, up to 65504"
-            )
-        return halves
 
 
 class TextStatesReader(StatesReader):
@@ -88,7 +74,9 @@ class TextStatesReader(StatesReader):
             states, mask, _ = encode_texts_to_states(
                 self.tokenizer, self.beside, texts[start : start + batch_size], self.length, self.tokenizer.device
             )
-            parts += [one[:count] for one, count in zip(self.halves(states), mask.sum(1).tolist(), strict=True)]
+            parts += [
+                one[:count] for one, count in zip(to_halves(states, self.column), mask.sum(1).tolist(), strict=True)
+            ]
         found = iter(parts)
         return [[next(found) for _ in row] for row in values]
 
@@ -135,7 +123,7 @@ class ImageStatesReader(StatesReader):
         for start in range(0, len(values), batch_size):
             pixels = torch.stack(values[start : start + batch_size]).float() / 255
             states = encode_images_to_states(self.tokenizer, self.beside, pixels, self.tokenizer.device)
-            found += [[one] for one in self.halves(states)]
+            found += [[one] for one in to_halves(states, self.column)]
         return found
 
 
