@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Sizes not trained on: held-out likelihood with added positions alone, and with rotary ones beside them.
 
-    python benchmarks/aspect_ratios.py --max_train_steps 3000
+    python -m benchmarks.aspect_ratios --max_train_steps 3000
 
 Text to pictures of three aspect ratios, in the codes of the starter's tokenizer: each emoji of 64 px is cut to a
 square, a tall and a wide picture. At each evaluation the averaged weights' negative ELBO of the test split's pictures
@@ -12,52 +12,38 @@ the same batches. Writes a JSON file for each kind of positions, and its pipelin
 import argparse
 import io
 import json
-import math
 import time
 from pathlib import Path
 
 import datasets
 import torch
-from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.likelihood.bounds import negative_elbo, stratified_masks
+from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import bucket_batches, load_training_dataset, shuffled_batches
-from diffusers_vqdit.training.draws import step_generator
-from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.utils.images import resize_image, to_rgb
 
+from .masked_training import MaskedTraining, add_arguments, bits_per_code
 
-ROOT = Path(__file__).resolve().parent.parent
+
 TASKS = [Task(("text",), ("image",)), Task((), ("image",))]  # the second one batch in five
 POSITIONS = ("added", "rotary")
+SIZE = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare positions at sizes that were not trained on.")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
-    parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
     parser.add_argument("--positions", choices=POSITIONS, nargs="+", default=POSITIONS)
     parser.add_argument("--aspect_ratio_buckets", type=bucket_sizes, default="32,32;40,24;24,40")
     parser.add_argument("--test_sizes", type=bucket_sizes, default="32,32;40,24;24,40;36,28;28,36;48,20;20,48")
     parser.add_argument("--max_train_steps", type=int, default=100)
     parser.add_argument("--evaluation_steps", type=int, default=500)
     parser.add_argument("--max_train_samples", type=int, default=100_000)
-    parser.add_argument("--num_test_samples", type=int, default=64)
-    parser.add_argument("--num_masks", type=int, default=8)
-    parser.add_argument("--num_layers", type=int, default=3)
-    parser.add_argument("--num_attention_heads", type=int, default=3)
-    parser.add_argument("--attention_head_dim", type=int, default=32)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--lr_warmup_steps", type=int, default=50)
-    parser.add_argument("--ema_decay", type=float, default=0.99)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/aspect_ratios"))
+    add_arguments(parser, train_batch_size=16, learning_rate=2e-3, **SIZE)
     return parser.parse_args(input_args)
 
 
@@ -103,58 +89,30 @@ def load_codes(
     return CodeDataset(folder)
 
 
-@torch.no_grad()
-def measure(model: VQDiTTransformer2DModel, codes: CodeDataset, num_masks: int) -> list[float]:
-    """The negative ELBO of each picture given its text, in bits a code."""
-    given, generated = codes.batch(torch.arange(len(codes)), TASKS[0])
-    total = generated["image"][0].numel()
-    masks, _ = stratified_masks(total, num_masks, torch.Generator().manual_seed(0))
-    nll = negative_elbo(model, generated, model.encode_prefix(given), masks).nll
-    return (nll / total / math.log(2)).tolist()
-
-
-def train(positions: str, codes: CodeDataset, tests: dict[str, CodeDataset], args: argparse.Namespace) -> tuple:
-    """The transformer with its averaged weights, and its curve: a point an evaluation."""
-    torch.manual_seed(args.seed)
-    model = VQDiTTransformer2DModel(
-        num_attention_heads=args.num_attention_heads,
-        attention_head_dim=args.attention_head_dim,
-        num_layers=args.num_layers,
+def train(positions: str, codes: CodeDataset, tests: dict[str, CodeDataset], args: argparse.Namespace) -> None:
+    """Train one kind of positions, and keep its figures and its pipeline at each evaluation."""
+    training = MaskedTraining(
+        args,
         segments=codes.segments,
         tasks=[str(task) for task in TASKS],
         use_rotary_positional_embeddings=positions == "rotary",
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    average = EMAModel(model.parameters(), decay=args.ema_decay)
-    scheduler, curve, start = MaskedDiffusionScheduler(), [], time.process_time()
+    curve, start = [], time.process_time()
     if codes.buckets is not None:
         batches = bucket_batches(codes.buckets, args.train_batch_size, seed=args.seed)
     else:
         batches = shuffled_batches(len(codes), args.train_batch_size, seed=args.seed)
     for step in range(1, args.max_train_steps + 1):
-        generator = step_generator(args.seed, step)
-        given, generated = codes.batch(next(batches), TASKS[step % 5 == 0], generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, step / args.lr_warmup_steps)
-        loss = masked_diffusion_loss(model, scheduler, given, generated, generator=generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
+        loss = training.step(step, codes, TASKS[step % 5 == 0], next(batches))
         if step % args.evaluation_steps and step < args.max_train_steps:
             continue
-        model.eval()
-        average.store(model.parameters())
-        average.copy_to(model.parameters())
-        bits = {name: measure(model, test, args.num_masks) for name, test in tests.items()}
-        curve.append({"steps": step, "seconds": time.process_time() - start, "bits_per_code": bits})
-        means = {name: round(sum(values) / len(values), 3) for name, values in bits.items()}
-        print(json.dumps({"positions": positions, "loss": loss.item(), "steps": step, **means}), flush=True)
-        save(positions, model, curve, codes, args)
-        average.restore(model.parameters())
-        model.train()
-    return model, curve
+        with training.evaluated():
+            sizes = (args.num_test_samples, args.num_masks)
+            bits = {name: bits_per_code(training.model, test, TASKS[0], *sizes) for name, test in tests.items()}
+            curve.append({"steps": step, "seconds": time.process_time() - start, "bits_per_code": bits})
+            means = {name: round(sum(values) / len(values), 3) for name, values in bits.items()}
+            print(json.dumps({"positions": positions, "loss": loss, "steps": step, **means}), flush=True)
+            save(positions, training.model, curve, codes, args)
 
 
 def save(

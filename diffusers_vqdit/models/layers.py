@@ -3,11 +3,14 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+from ..utils.checks import shown
 
 
 @dataclass
@@ -60,6 +63,26 @@ class VQDiTModulation:
     conditioning: torch.Tensor
     blocks: list[torch.Tensor]
     out: torch.Tensor
+
+
+def check_kind(argument: str, value: Any, kind: type, made_by: str) -> None:
+    """Raise a ValueError unless it is None or of the kind that another method makes."""
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{argument} must be a {kind.__name__}, as {made_by} makes it, got {type(value).__name__}")
+
+
+def check_timestep(timestep: Any, batch_size: int) -> torch.Tensor:
+    """Times (1,) or (B,) as a tensor; a single one is all samples'.
+
+    Raises:
+        ValueError: for what are no numbers, or another count of them.
+    """
+    if not isinstance(timestep, torch.Tensor | int | float) or isinstance(timestep, bool):
+        raise ValueError(f"timestep={shown(timestep)} must be a tensor of times (B,), or one of all samples")
+    times = torch.as_tensor(timestep).reshape(-1)
+    if len(times) not in (1, batch_size):
+        raise ValueError(f"timestep has {len(times)} times, but there are {batch_size} samples: give one for each")
+    return times
 
 
 def join_masks(

@@ -103,6 +103,18 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             self._push_saved(save_directory, **kwargs)
 
     @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Refused: the config tells which classes the tokenizers are of, and not their sizes.
+
+        Raises:
+            ValueError: always. A ``device_map`` that shares a pipeline out asks for it, to learn the sizes.
+        """
+        raise ValueError(
+            f"{cls.__name__} has its tokenizers' sizes in their folders, not in its config, so that its pipeline "
+            'can\'t be shared out: load it with device_map="cuda" or another single device, or without'
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "MultiTokenizerModel":
         """Load all tokenizers; the arguments, which are those of any model of diffusers, go to each.
 
@@ -130,7 +142,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 if issubclass(part, transformers.PreTrainedModel):
                     options = hub | {n: kwargs[n] for n in ("variant", "dtype", "device_map") if n in kwargs}
                     options |= {"dtype": kwargs["torch_dtype"]} if kwargs.get("torch_dtype") is not None else {}
-                found[name] = part.from_pretrained(source, subfolder=folder, **options)
+                found[name] = _load_whole(part, source, folder, options)
             parts.append(found)
         return cls(*parts).eval()
 
@@ -152,6 +164,21 @@ def _class_of(where: str, kind: Any) -> type:
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         raise ValueError(f"{where}={shown(kind)} is no class of {kind[0]}'s that can be loaded")
     return found
+
+
+def _load_whole(part: Any, source: str | os.PathLike, folder: str, options: dict[str, Any]) -> Any:
+    """A model with all its weights, or what stands beside one.
+
+    Raises:
+        ValueError: if weights are missing, as in a folder of another class: libraries warn, and draw others.
+    """
+    if not issubclass(part, nn.Module):
+        return part.from_pretrained(source, subfolder=folder, **options)
+    model, loading = part.from_pretrained(source, subfolder=folder, output_loading_info=True, **options)
+    if missing := sorted(loading["missing_keys"]):
+        place = "/".join(filter(None, (str(source), folder)))
+        raise ValueError(f"{place} lacks {missing[0]!r} and {len(missing) - 1} more weights of a {part.__name__}")
+    return model
 
 
 def _accepted(function: Any, options: dict[str, Any]) -> dict[str, Any]:

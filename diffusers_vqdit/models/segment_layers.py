@@ -232,6 +232,50 @@ def unpatchify(values: torch.Tensor, shape: tuple[int, ...], patch: tuple[int, .
     return values.permute(0, *axes, -1).flatten(1, -2)
 
 
+def ordered_codes(
+    codes: Any, segments: dict[str, dict[str, Any]], argument: str, check_values: bool = True
+) -> dict[str, torch.Tensor]:
+    """Codes (B, *shape) and states (B, n, channels) by segment, checked and sorted by the segments' names: the order
+    in a dict has no meaning, and JSON loses it.
+
+    Raises:
+        ValueError: for an unknown segment, a wrong shape or dtype, or a code out of range.
+    """
+    if not isinstance(codes, dict) or not codes:
+        found = "an empty dict" if isinstance(codes, dict) else f"a {type(codes).__name__}"
+        raise ValueError(f"{argument} must be a dict of codes of one or more of {list(segments)}, got {found}")
+    for name, value in codes.items():
+        if name not in segments:
+            raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
+        check_type(argument, name, value)
+        if "channels" in segments[name]:
+            check_states(argument, name, value, segments[name]["channels"])
+            continue
+        shape, size = segments[name]["shape"], segments[name]["vocab_size"]
+        if value.ndim != 1 + len(shape):
+            raise ValueError(
+                f"{argument}[{name!r}] must have {1 + len(shape)} dimensions, (B, {', '.join(map(str, shape))}), "
+                f"got shape {tuple(value.shape)}"
+            )
+        check_divisible(f"{argument}[{name!r}]", value.shape[1:], segment_patch(segments, name))
+        if value.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
+        if not value.numel():
+            raise ValueError(f"{argument}[{name!r}] must not be empty, got shape {tuple(value.shape)}")
+        if not check_values or torch.compiler.is_compiling():
+            continue  # values are unknown while a graph is traced
+        # Checked here, as a wrong index on a GPU kills the process's whole context.
+        low, high = torch.stack(value.aminmax()).tolist()
+        limit = size - 1 if argument == "given" else size
+        if low < 0 or high > limit:
+            note = f"; {size} is the mask, and a segment with masked codes is generated" if limit < size else ""
+            raise ValueError(f"{argument}[{name!r}] must be in [0, {limit}], got {low} to {high}{note}")
+    sizes = {name: len(value) for name, value in codes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{argument} must have one batch size, got {sizes}")
+    return {name: codes[name] for name in sorted(codes)}
+
+
 def check_type(argument: str, name: str, value: Any) -> None:
     """Raise a ValueError unless it is a tensor."""
     if not isinstance(value, torch.Tensor):
@@ -257,12 +301,17 @@ def check_divisible(argument: str, shape: tuple[int, ...], patch: tuple[int, ...
         raise ValueError(f"{argument}: shape={list(shape)} must be divisible by the segment's patch {list(patch)}")
 
 
-def check_masked(masked: dict[str, torch.Tensor], codes: dict[str, torch.Tensor]) -> None:
+def check_masked(masked: Any, codes: dict[str, torch.Tensor]) -> None:
     """Raise a ValueError unless `masked` has a bool for each of the generated codes (B, *shape), flattened."""
+    if masked is None:
+        return
+    if not isinstance(masked, dict):
+        raise ValueError(f"masked must be a dict of bools by segment, got {type(masked).__name__}")
     if masked.keys() != codes.keys():
         raise ValueError(f"masked must have the generated segments {sorted(codes)}, got {sorted(masked)}")
     for name, value in masked.items():
         expected = tuple(codes[name].flatten(1).shape)
+        check_type("masked", name, value)
         if value.dtype != torch.bool or tuple(value.shape) != expected:
             raise ValueError(
                 f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"

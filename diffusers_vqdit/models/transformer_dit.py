@@ -17,7 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..utils.weight_files import check_converted
 from .attention_processor import DiTAttnProcessor
-from .layers import VQDiTPrefix, modulate, sincos_positions
+from .layers import VQDiTPrefix, check_timestep, modulate, sincos_positions
 
 
 class DiTBlock(BasicTransformerBlock):
@@ -218,6 +218,7 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
             )
         if timestep is None:
             raise ValueError("timestep is None; give timesteps (B,), in the scheduler's units")
+        check_timestep(timestep, len(latents))
         if class_labels is not None and class_labels.numel() and not torch.compiler.is_compiling():
             # Checked here, as a wrong index on a GPU kills the process's whole context.
             low, high = torch.stack(class_labels.aminmax()).tolist()

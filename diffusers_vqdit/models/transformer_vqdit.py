@@ -18,8 +18,8 @@ from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .attention_processor import VQDiTAttention
 from .config_checks import check_transformer
 from .growth_mixin import GrowthMixin
-from .layers import VQDiTModulation, VQDiTPrefix, join_masks, modulate
-from .segment_layers import SegmentLayers, check_divisible, check_masked, check_states, check_type, segment_patch
+from .layers import VQDiTModulation, VQDiTPrefix, check_kind, check_timestep, join_masks, modulate
+from .segment_layers import SegmentLayers, check_masked, ordered_codes
 from .transformer_dit import LatentDiT
 
 
@@ -227,58 +227,20 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the forward pass
 
-    def _ordered(
-        self, codes: dict[str, torch.Tensor], argument: str, check_values: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Checked codes, sorted by the segments' names: the order in a dict has no meaning, and JSON loses it."""
-        segments = self.config.segments
-        if not isinstance(codes, dict) or not codes:
-            found = "an empty dict" if isinstance(codes, dict) else f"a {type(codes).__name__}"
-            raise ValueError(f"{argument} must be a dict of codes of one or more of {list(segments)}, got {found}")
-        for name, value in codes.items():
-            if name not in segments:
-                raise ValueError(f"{argument} has the segment {name!r}; this model has {list(segments)}")
-            check_type(argument, name, value)
-            if "channels" in segments[name]:
-                check_states(argument, name, value, segments[name]["channels"])
-                continue
-            shape, size = segments[name]["shape"], segments[name]["vocab_size"]
-            if value.ndim != 1 + len(shape):
-                raise ValueError(
-                    f"{argument}[{name!r}] must have {1 + len(shape)} dimensions, (B, {', '.join(map(str, shape))}), "
-                    f"got shape {tuple(value.shape)}"
-                )
-            check_divisible(f"{argument}[{name!r}]", value.shape[1:], segment_patch(segments, name))
-            if value.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{argument}[{name!r}] must be int64 or int32 codes, got {value.dtype}")
-            if not value.numel():
-                raise ValueError(f"{argument}[{name!r}] must not be empty, got shape {tuple(value.shape)}")
-            if not check_values or torch.compiler.is_compiling():
-                continue  # values are unknown while a graph is traced
-            # Checked here, as a wrong index on a GPU kills the process's whole context.
-            low, high = torch.stack(value.aminmax()).tolist()
-            limit = size - 1 if argument == "given" else size
-            if low < 0 or high > limit:
-                note = f"; {size} is the mask, and a segment with masked codes is generated" if limit < size else ""
-                raise ValueError(f"{argument}[{name!r}] must be in [0, {limit}], got {low} to {high}{note}")
-        sizes = {name: len(value) for name, value in codes.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"{argument} must have one batch size, got {sizes}")
-        return {name: codes[name] for name in sorted(codes)}
-
     def _conditioning(
         self, codes: dict[str, torch.Tensor], generated: bool, timestep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """SiLU of the conditioning (1 or B, segments, D), as adaLN takes it."""
         order = sorted(self.config.segments)
-        rows = [order.index(name) + len(order) * generated for name in codes]
+        size, device = next((len(value), value.device) for value in codes.values())
         # The codes' device, as offloaded weights are elsewhere until the layer is called.
-        rows = torch.tensor(rows, device=next(iter(codes.values())).device)
+        rows = torch.tensor([order.index(name) + len(order) * generated for name in codes], device=device)
         conditioning = self.segment_embedding(rows)[None]  # (1, segments, D)
         if self.config.time_conditioned and generated:
             if timestep is None:
                 raise ValueError("timestep is None, but this model is time_conditioned: give times (B,) in [0, 1]")
-            frequencies = self.time_proj(1000.0 * timestep.reshape(-1).float()).to(conditioning)
+            times = check_timestep(timestep, size).to(device).float()
+            frequencies = self.time_proj(1000.0 * times).to(conditioning)
             conditioning = conditioning + self.time_embedding(frequencies)[:, None]  # (B, segments, D)
         return F.silu(conditioning)
 
@@ -302,9 +264,11 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         Raises:
             ValueError: for no segment or an unknown one, a wrong shape or dtype, or a code out of range.
         """
-        given = self._ordered(given, "given")
+        given = ordered_codes(given, self.config.segments, "given")
         hidden_states, lengths, rotary = self._embed(given)  # (B, S, D)
-        mask = join_masks(given_mask or {}, tuple(given), lengths, hidden_states)  # (B, 1, 1, S), or None
+        mask = join_masks(
+            {} if given_mask is None else given_mask, tuple(given), lengths, hidden_states
+        )  # (B, 1, 1, S), or None
         within = None
         if mask is not None:
             # Padding sees itself as well: a row of the softmax must not be empty.
@@ -332,7 +296,7 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         """
         if self.config.time_conditioned:
             raise ValueError("encode_modulation: the model is time_conditioned, so that adaLN is another at each time")
-        codes = self._ordered(hidden_states, "hidden_states", check_values=False)
+        codes = ordered_codes(hidden_states, self.config.segments, "hidden_states", check_values=False)
         conditioning = self._conditioning(codes, generated=True)  # (1, segments, D)
         # Through the blocks' own calls, as weights that are offloaded by blocks are elsewhere until then.
         blocks = [block(None, conditioning) for block in self.transformer_blocks]
@@ -403,11 +367,12 @@ class VQDiTTransformer2DModel(ModelCheckpointMixin, GrowthMixin, SegmentLayers, 
         has_given = given is not None and len(given) > 0
         if has_given and prefix is not None:
             raise ValueError("give given or prefix, not both")
-        if given_mask and not has_given:
+        if given_mask is not None and len(given_mask) and not has_given:
             raise ValueError("given_mask needs given; a prefix has its own")
-        codes = self._ordered(hidden_states, "hidden_states", check_values)
-        if masked is not None:
-            check_masked(masked, codes)
+        check_kind("prefix", prefix, VQDiTPrefix, "encode_prefix")
+        check_kind("modulation", modulation, VQDiTModulation, "encode_modulation")
+        codes = ordered_codes(hidden_states, self.config.segments, "hidden_states", check_values)
+        check_masked(masked, codes)
 
         # 1. Given segments
         if has_given:

@@ -35,7 +35,7 @@ from .segment_processors import (
     check_label_names,
     check_segment_entries,
     check_segment_tokenizers,
-    warn_of_unused_tokenizers,
+    warn_of_tokenizers,
 )
 
 
@@ -131,8 +131,10 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         )
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
         more = check_segment_tokenizers(segment_tokenizers, named)
-        segments = check_segment_entries(segments or {}, known, [*named, *more])
-        warn_of_unused_tokenizers(more, segments)
+        # Where the container is left out, what its tokenizers are for is refused at use, as where a component is.
+        tokenizers = None if segment_tokenizers is None else [*named, *more]
+        segments = check_segment_entries(segments or {}, known, tokenizers)
+        warn_of_tokenizers(named, more, segments)
         if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
             deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")
         labels = check_label_names(id2label, labels, segments, known)

@@ -111,9 +111,16 @@ def check_segment_tokenizers(several: Any, components: Sequence[str]) -> list[st
     return list(several.tokenizers)
 
 
-def warn_of_unused_tokenizers(tokenizers: Sequence[str], entries: Mapping[str, dict]) -> None:
-    """Tokenizers of a container that no segment has would be missed where its codes are decoded by another one."""
-    if unused := sorted(set(tokenizers) - {entry.get("tokenizer") for entry in entries.values()}):
+def warn_of_tokenizers(components: Sequence[str], tokenizers: Sequence[str], entries: Mapping[str, dict]) -> None:
+    """Tokenizers of a container that no segment has would be missed where its codes are decoded by another one, and
+    those of a container that is left out where values are encoded."""
+    used = {entry["tokenizer"] for entry in entries.values() if "tokenizer" in entry}
+    if missing := sorted(used - {*components, *tokenizers}):
+        _segments_logger.warning(
+            f"segments name the tokenizers {missing}, which are not there: their segments are codes only "
+            '(output_type="latent") until segment_tokenizers has them'
+        )
+    if unused := sorted(set(tokenizers) - used):
         _segments_logger.warning(
             f"segment_tokenizers has {unused}, which no entry of segments names, so that they are not used. To make a "
             "pipeline of another's components, pass segments=pipe.config.segments too"

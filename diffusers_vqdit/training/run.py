@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from ..utils.checks import shown
-from ..utils.weight_files import fsync
+from ..utils.weight_files import fsync, is_dangling
 from .checkpoints import check_identity, load_checkpoint, read_manifest, set_aside
 from .files import (
     SCRATCH_PREFIX,
@@ -104,6 +104,8 @@ def prepare_output_dir(output_dir: str | Path, *, folders: Sequence[str] = (), f
 
 def _unusable(output_dir: Path, error: OSError) -> ValueError:
     reason, where = error.strerror or error, error.filename or output_dir
+    if is_dangling(where):
+        reason = "it is a link to what is not there"
     return ValueError(f"output_dir={shown(str(output_dir))} can't be written: {reason} ({where})")
 
 

@@ -139,6 +139,11 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def is_dangling(path: str | os.PathLike) -> bool:
+    """Whether a path is a link whose target is not there, of which systems say that it exists."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 @contextmanager
 def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to save to, whose files are moved into `folder` at the end, with [`remove_replaced_weights`].
@@ -146,10 +151,12 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[Path]:
     Whatever fails before that, `folder` stays as it was.
 
     Raises:
-        ValueError: if `folder` is a file.
+        ValueError: if `folder` is a file, or a link to what is not there.
         OSError: if it can't be written; the message says that what it held is still whole.
     """
     folder = Path(folder).absolute()
+    if is_dangling(folder):
+        raise ValueError(f"save_directory={str(folder)!r} is a link to what is not there; make that first")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder, which may be a new one")
     folder.mkdir(parents=True, exist_ok=True)

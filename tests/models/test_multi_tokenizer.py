@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DacConfig, DacModel
 
 from diffusers_vqdit import MultiTokenizerModel
@@ -55,6 +56,12 @@ def test_a_model_of_transformers_is_a_tokenizer_too(several, tmp_path):
     with torch.no_grad():
         codes = [one.tokenizers["speech"].encode(sound).audio_codes for one in (more, loaded)]
     assert torch.equal(*codes)
+    # What a file lacks, as where it is another class's, the library would draw, with a warning.
+    file = tmp_path / "speech.tokenizer" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in sorted(weights)[3:]}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"speech\.tokenizer lacks '.*' and 2 more weights of a DacModel"):
+        MultiTokenizerModel.from_pretrained(tmp_path)
 
 
 def test_what_does_not_fit_is_named(several, tmp_path):
@@ -70,6 +77,11 @@ def test_what_does_not_fit_is_named(several, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             MultiTokenizerModel(*arguments)
+    with pytest.raises(ValueError, match='load it with device_map="cuda"'):
+        MultiTokenizerModel.from_config(several.config)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="save_directory='.*dangling' is a link to what is not there"):
+        several.save_pretrained(tmp_path / "dangling")
     several.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())

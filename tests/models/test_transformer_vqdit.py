@@ -455,6 +455,20 @@ def test_ten_samples_are_learned_by_heart():
 
 
 ONES = {"image": torch.ones(1, 4, 4, dtype=torch.int64)}
+TEXT = {"text": torch.zeros(1, 6, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("timestep", ["0.5", True, [0.5], torch.rand(3), torch.rand(0)])
+def test_times_that_do_not_fit_are_named(timestep):
+    with pytest.raises(ValueError, match="timestep"):
+        make(time_conditioned=True)({"image": ONES["image"].expand(2, 4, 4)}, timestep)
+
+
+def test_one_time_is_all_samples_time(codes):
+    model, image = make(time_conditioned=True), {"image": codes["image"]}
+    expected = model(image, torch.full((len(codes["image"]),), 0.3)).sample["image"]
+    for timestep in (0.3, torch.tensor(0.3), torch.tensor([0.3])):
+        torch.testing.assert_close(model(image, timestep).sample["image"], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +480,11 @@ ONES = {"image": torch.ones(1, 4, 4, dtype=torch.int64)}
         ({"class_labels": torch.zeros(1, dtype=torch.int64)}, "labels in given"),
         ({"given": {"text": torch.full((1, 6), 20)}}, r"\[0, 19\], got 20 to 20; 20 is the mask"),
         ({"given": torch.zeros(1, 6)}, "given must be a dict .* got a Tensor"),
+        ({"masked": torch.ones(1, 16)}, "masked must be a dict of bools by segment, got Tensor"),
+        ({"masked": {"image": [True] * 16}}, r"masked\['image'\]=.* must be a tensor, got list"),
+        ({"given": TEXT, "given_mask": torch.ones(1, 6)}, "given_mask must be a dict .* got Tensor"),
+        ({"prefix": {}}, "prefix must be a VQDiTPrefix, as encode_prefix makes it, got dict"),
+        ({"modulation": [1]}, "modulation must be a VQDiTModulation, as encode_modulation makes it, got list"),
     ],
 )
 def test_bad_options_are_named(options, message):

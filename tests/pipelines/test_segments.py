@@ -212,7 +212,6 @@ def test_an_entry_may_tell_an_old_name_anew(image_vq, text_vq, tokenizer):
         ({"style": {"modality": "image"}}, "needs a grid of 2 or 3 dimensions"),
         ({"sketch": {"modality": "image", "name": 3}}, "the option='name' must be one of"),
         ({"style": {"modality": "label", "tokenizer": "text_vq"}}, "the option='tokenizer'"),
-        ({"sketch": {"modality": "image", "tokenizer": "vq"}}, r"\['tokenizer'\]='vq' must be one of .*image_vq"),
         ({"small": {"modality": "image", "lowres_of": "style"}}, r"\['lowres_of'\]='style' must be one of .*sketch"),
         ({"small": {"modality": "image", "lowres_of": "small"}}, r"\['lowres_of'\]='small'"),
         ({"small": {"modality": "image", "lowres_of": "sketch", "factor": 1}}, r"\['factor'\]=1 must be an integer"),
@@ -243,6 +242,19 @@ def test_tokenizers_of_a_container_are_used_by_name_only(image_vq, text_vq, toke
         pipe.segment_tokenizers = wrong
         with pytest.raises(ValueError, match=message):
             pipe(output="sketch", num_inference_steps=1)
+
+
+def test_a_container_that_is_left_out_is_missed_at_use_only(image_vq, text_vq, tokenizer, tmp_path, caplog):
+    several, own = MultiTokenizerModel({"own": image_vq}), {"sketch": {"modality": "image", "tokenizer": "own"}}
+    make(image_vq, text_vq, tokenizer, segments=own, segment_tokenizers=several).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\['tokenizer'\]='own' must be one of .*image_vq.*'other'"):
+        VQDiTPipeline.from_pretrained(tmp_path, segment_tokenizers=MultiTokenizerModel({"other": image_vq}))
+    with caplog.at_level("WARNING", "diffusers_vqdit"):
+        pipe = VQDiTPipeline.from_pretrained(tmp_path, segment_tokenizers=None)
+    assert "segments name the tokenizers ['own'], which are not there" in caplog.text
+    assert pipe(output="sketch", num_inference_steps=1, output_type="latent").segments["sketch"].shape == (1, 4, 4)
+    with pytest.raises(ValueError, match="needs the component own, which is None"):
+        pipe(output="sketch", num_inference_steps=1)
 
 
 def test_codes_that_are_none_are_not_decoded(pipe):

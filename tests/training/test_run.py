@@ -54,8 +54,9 @@ def test_folders_that_can_not_be_written_are_named_at_the_start(accelerator, tmp
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "x")
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "dangling"):
-        with pytest.raises(ValueError, match=f"output_dir='{path}' can't be written: "):
+        with pytest.raises(ValueError, match=f"output_dir='{path}' can't be written: ") as error:
             prepare_output_dir(path)
+        assert ("it is a link to what is not there" in str(error.value)) == (path.name == "dangling")
     (tmp_path / "README.md").mkdir()
     for _ in range(2):  # what refuses gives the folder back
         with pytest.raises(ValueError, match="has a folder 'README.md'"):
