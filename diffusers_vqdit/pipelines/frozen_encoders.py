@@ -1,5 +1,6 @@
 """Frozen encoders of transformers: loading them, and the states that they make of texts and of pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import tokenize_to_length
 
 
+# One of which every tokenizer has
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 MAX_SEQUENCE_LENGTH = 512  # where neither the encoder nor its tokenizer says less
 
 
@@ -44,11 +54,10 @@ def load_text_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any
     beside = [f"tokenizer{number}"]
     if not number and find_beside(source, folder, "text_encoder_2", "config.json", cache_dir) is None:
         beside.insert(0, "tokenizer_2")  # of a VQDiTPipeline, whose `tokenizer` is its text_vq's
-    source, folder = _own_or_beside(source, folder, beside, "tokenizer_config.json", cache_dir)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it") from error
+    place = _own_or_beside(source, folder, beside, TOKENIZER_FILES, cache_dir)
+    if place is None:  # where transformers makes some an empty one
+        raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it")
+    tokenizer = AutoTokenizer.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return encoder.eval().requires_grad_(False), tokenizer
@@ -66,24 +75,24 @@ def load_image_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, An
     config = AutoConfig.from_pretrained(source, **options)
     config = getattr(config, "vision_config", config)
     encoder = AutoModel.from_pretrained(source, config=config, **options)
-    source, folder = _own_or_beside(source, folder, ["feature_extractor"], "preprocessor_config.json", cache_dir)
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    file = "preprocessor_config.json"
+    place = _own_or_beside(source, folder, ["feature_extractor"], [file], cache_dir)
+    if place is None:
         raise ValueError(
-            f"image_encoder={name!r} has no feature extractor (preprocessor_config.json), neither in its folder nor "
-            "beside it"
-        ) from error
+            f"image_encoder={name!r} has no feature extractor ({file}), neither in its folder nor beside it"
+        )
+    processor = AutoImageProcessor.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
     return encoder.eval().requires_grad_(False), processor
 
 
-def _own_or_beside(source: str, folder: str, beside: list[str], file: str, cache_dir: str | None) -> tuple[str, str]:
-    """Where a file is: in a model's own folder, or in one of those beside it; its own where it is in none."""
-    if not has_file(source, f"{folder}/{file}" if folder else file, cache_dir):
-        for name in beside:
-            if (place := find_beside(source, folder, name, file, cache_dir)) is not None:
-                return place
-    return source, folder
+def _own_or_beside(
+    source: str, folder: str, beside: Sequence[str], files: Sequence[str], cache_dir: str | None
+) -> tuple[str, str] | None:
+    """Where one of some files is: in a model's own folder, or in one of those beside it."""
+    if any(has_file(source, f"{folder}/{file}" if folder else file, cache_dir) for file in files):
+        return source, folder
+    places = (find_beside(source, folder, name, file, cache_dir) for name in beside for file in files)
+    return next((place for place in places if place is not None), None)
 
 
 def state_channels(encoder: PreTrainedModel) -> int:
