@@ -36,6 +36,7 @@ NAMED = {
     "pipelines.segment_processors": "the table of modalities",
     "pipelines.label_segment": "the modality's own word in messages",
     "pipelines.text_segment": "the modality's own word in messages",
+    "pipelines.states_segment": "the modality's own word in messages",
     "pipelines.latent_inputs_mixin": "a public argument in a message",
     "utils.images": "a public argument in a message",
     "utils.provenance": "an attribute of Pillow's pictures",

@@ -29,9 +29,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.frozen_encoders import check_sequence_length, load_text_encoder
 from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.alignment import AlignedTransformer, cache_features
@@ -40,9 +40,17 @@ from diffusers_vqdit.training.arguments import (
     add_training_arguments,
     add_transformer_arguments,
 )
+from diffusers_vqdit.training.caption_states import caption_channels
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators
-from diffusers_vqdit.training.latent_data import draw_conditions, load_data, normalized_latents
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.latent_data import (
+    STATES_FILE,
+    draw_conditions,
+    encode_captions_of,
+    load_data,
+    normalized_latents,
+)
 from diffusers_vqdit.training.latent_files import cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure
@@ -83,6 +91,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, for captions, in the same way."
     )
     models.add_argument("--text_encoder", type=model_name, help="Frozen transformers text encoder, for captions.")
+    models.add_argument(
+        "--max_sequence_length",
+        type=positive_integer,
+        help="Tokens of a caption for --text_encoder; by default the pretrained pipeline's, or as many as it takes, "
+        "512 at most.",
+    )
     models.add_argument("--num_layers", type=positive_integer, default=12)
     models.add_argument("--num_attention_heads", type=positive_integer, default=6)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
@@ -122,6 +136,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
     data.add_argument("--latents_file", type=Path, help="safetensors file: read if it is there, else written.")
+    data.add_argument(
+        "--states_file",
+        type=Path,
+        help="Arrow file of the captions' states: read if it is there, else written. By default in the output folder.",
+    )
     data.add_argument("--max_train_samples", type=positive_integer)
     data.add_argument("--cache_dir")
 
@@ -164,19 +183,22 @@ def load_components(args: argparse.Namespace) -> dict:
     if args.pretrained_model_name_or_path is not None:
         pipeline = VQDiTLatentPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
         labels = {int(number): name for number, name in pipeline.config.id2label.items()}
+        length = pipeline.config.max_sequence_length
+        if args.max_sequence_length is not None and pipeline.text_encoder is not None:
+            length = pipeline._length_of_texts(args.max_sequence_length)
         return {
             **pipeline.components,
             "transformer": as_trainable(pipeline.transformer),
             "id2label": labels,
-            "max_sequence_length": pipeline.config.max_sequence_length,
+            "max_sequence_length": length,
             "resize_mode": args.resize_mode or pipeline.config.resize_mode,
         }
-    text_encoder, tokenizer = None, None
+    text_encoder, tokenizer, length = None, None, 77
     if args.text_vq is not None:
         text_encoder, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir)
     elif args.text_encoder is not None:
-        text_encoder = AutoModelForTextEncoding.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
-        tokenizer = AutoTokenizer.from_pretrained(args.text_encoder, cache_dir=args.cache_dir)
+        text_encoder, tokenizer = load_text_encoder(args.text_encoder, args.cache_dir)
+        length = check_sequence_length(args.max_sequence_length, text_encoder, tokenizer)
     return {
         "transformer": None,
         "vae": load_image_vq(args.image_vq, cache_dir=args.cache_dir),
@@ -184,7 +206,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
         "id2label": {},
-        "max_sequence_length": 77,
+        "max_sequence_length": length,
         "resize_mode": args.resize_mode or "crop",
     }
 
@@ -222,10 +244,6 @@ def build_transformer(
     """The transformer that is trained: a new one for latents (N, variants, C, h, w), or the pretrained one."""
     transformer = parts["transformer"]
     if transformer is None:
-        caption_channels = None
-        if args.caption_columns:
-            config = parts["text_encoder"].config
-            caption_channels = config.code_dim if args.text_vq is not None else config.hidden_size
         transformer = VQDiTTransformer2DModel(
             num_attention_heads=args.num_attention_heads,
             attention_head_dim=args.attention_head_dim,
@@ -238,7 +256,7 @@ def build_transformer(
             num_embeds_ada_norm=max(1, len(id2label)),
             norm_eps=1e-6,
             freq_shift=0.0,
-            caption_channels=caption_channels,
+            caption_channels=caption_channels(parts["text_encoder"]) if args.caption_columns else None,
         ).share_embedder()
     else:
         known = transformer.config.num_embeds_ada_norm
@@ -276,10 +294,12 @@ def main(args: argparse.Namespace) -> None:
         accelerator,
         project=PROJECT,
         folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
-        files=["README.md", "model_index.json", "pipeline.py"],
+        files=["README.md", "model_index.json", "pipeline.py", STATES_FILE, f"{STATES_FILE}.json"],
     ) as run:
         if args.latents_file is not None and accelerator.is_main_process:
             check_latents_file(args.latents_file)
+        if args.states_file is not None and accelerator.is_main_process and not args.states_file.is_file():
+            check_output_file("states_file", args.states_file)
         train(args, accelerator, run)
 
 
@@ -296,6 +316,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Latents, normalised by their own statistics unless the VQ's config has some
     with accelerator.main_process_first():  # the others read the file, if there is to be one
         latents = cache_latents(vae, pictures, args.latents_file, random_flip=args.random_flip, device=device)
+        states = encode_captions_of(args, parts, captions, device)
     latents = normalized_latents(vae, latents, measure=args.pretrained_model_name_or_path is None)
 
     # 3. Transformer, optimizer, learning rate
@@ -309,7 +330,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     def build_pipeline() -> VQDiTLatentPipeline:
         return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
 
-    encoder_pipeline = build_pipeline()
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, len(latents), scale_lr=args.scale_lr
     )
@@ -337,7 +357,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 5. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(latents), step)
-    progress = setup.progress_bar(accelerator, max_steps, step)
+    progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         rows = next(batches)
@@ -345,7 +365,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = latents[rows, variant].to(device)
-        class_labels, conditions = draw_conditions(args, encoder_pipeline, captions, labels, rows, generator)
+        class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
         with accelerator.accumulate(model):
             loss = latent_diffusion_loss(
                 model,

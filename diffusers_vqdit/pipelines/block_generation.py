@@ -14,7 +14,7 @@ from ..tasks import Task
 from ..utils.checks import check_flag, check_integer, check_number
 from .check_inputs import either
 from .denoising_mixin import DenoisingMixin
-from .prompt_mixin import GuidedPrefix
+from .negative_prompt import GuidedPrefix
 
 
 MAX_TEXT_LENGTH = 2**20  # codes

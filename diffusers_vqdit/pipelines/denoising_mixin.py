@@ -10,8 +10,8 @@ from ..likelihood.bounds import are_possible, constant_modulation
 from ..models.layers import VQDiTPrefix
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
 from .check_inputs import FiniteChecks, codes_of_callback
+from .negative_prompt import predict_halves
 from .pipeline_utils import guided_logits
-from .prompt_mixin import predict_halves
 
 
 class DenoisingMixin:

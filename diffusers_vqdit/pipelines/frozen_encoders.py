@@ -1,5 +1,7 @@
 """Frozen encoders of transformers: loading them, and the states that they make of texts and of pictures."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +16,27 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..models.config_checks import MAX_CODES
+from ..models.text_vq import TextVQModel
 from ..utils.checks import check_integer
-from ..utils.components import find_beside, find_component
+from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import tokenize_to_length
 
 
+# One of which every tokenizer has
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 MAX_SEQUENCE_LENGTH = 512  # where neither the encoder nor its tokenizer says less
 
 
-def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """The text encoder in a folder or Hub repository and its tokenizer: its own, a pipeline's (`component` and
-    `beside` there), or the text side of CLIP and the like.
+def load_text_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The text encoder in a folder or Hub repository and its tokenizer: its own, a pipeline's (``text_encoder``, or
+    another that is named, such as ``user/model/text_encoder_2``), or the text side of CLIP and the like.
 
     A decoder (GPT-2, Qwen, ...) is a text encoder too: its last hidden states. A tokenizer without a token for padding
     gets that of the end.
@@ -32,44 +44,55 @@ def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | N
     Raises:
         ValueError: if there is no tokenizer.
     """
-    source, folder = find_component(name, component, cache_dir)
+    source, folder = find_component(name, "text_encoder", cache_dir)
     options = {"subfolder": folder, "cache_dir": cache_dir}
-    config = AutoConfig.from_pretrained(source, **options).get_text_config(encoder=True)
+    config = AutoConfig.from_pretrained(source, **options)
+    config = getattr(config, "text_config", config)
     known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     encoder = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(source, config=config, **options)
-    place = find_beside(source, folder, beside, "tokenizer_config.json", cache_dir)
-    source, folder = place if place is not None else (source, folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it") from error
+    number = (folder or Path(source).name).rpartition("text_encoder")[2]  # of the second of a pipeline "_2"
+    beside = [f"tokenizer{number}"]
+    if not number and find_beside(source, folder, "text_encoder_2", "config.json", cache_dir) is None:
+        beside.insert(0, "tokenizer_2")  # of a VQDiTPipeline, whose `tokenizer` is its text_vq's
+    place = _own_or_beside(source, folder, beside, TOKENIZER_FILES, cache_dir)
+    if place is None:  # where transformers makes some an empty one
+        raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it")
+    tokenizer = AutoTokenizer.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_image_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """The vision encoder in a folder or Hub repository and its feature extractor: its own, a pipeline's (`component`
-    and `beside` there), or the vision side of CLIP and the like.
+def load_image_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The vision encoder in a folder or Hub repository and its feature extractor: its own, a pipeline's
+    (``image_encoder`` there), or the vision side of CLIP and the like.
 
     Raises:
         ValueError: if there is no feature extractor.
     """
-    source, folder = find_component(name, component, cache_dir)
+    source, folder = find_component(name, "image_encoder", cache_dir)
     options = {"subfolder": folder, "cache_dir": cache_dir}
     config = AutoConfig.from_pretrained(source, **options)
     config = getattr(config, "vision_config", config)
     encoder = AutoModel.from_pretrained(source, config=config, **options)
-    place = find_beside(source, folder, beside, "preprocessor_config.json", cache_dir)
-    source, folder = place if place is not None else (source, folder)
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+    file = "preprocessor_config.json"
+    place = _own_or_beside(source, folder, ["feature_extractor"], [file], cache_dir)
+    if place is None:
         raise ValueError(
-            f"image_encoder={name!r} has no feature extractor (preprocessor_config.json), neither in its folder nor "
-            "beside it"
-        ) from error
+            f"image_encoder={name!r} has no feature extractor ({file}), neither in its folder nor beside it"
+        )
+    processor = AutoImageProcessor.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
     return encoder.eval().requires_grad_(False), processor
+
+
+def _own_or_beside(
+    source: str, folder: str, beside: Sequence[str], files: Sequence[str], cache_dir: str | None
+) -> tuple[str, str] | None:
+    """Where one of some files is: in a model's own folder, or in one of those beside it."""
+    if any(has_file(source, f"{folder}/{file}" if folder else file, cache_dir) for file in files):
+        return source, folder
+    places = (find_beside(source, folder, name, file, cache_dir) for name in beside for file in files)
+    return next((place for place in places if place is not None), None)
 
 
 def state_channels(encoder: PreTrainedModel) -> int:
@@ -104,6 +127,17 @@ def encode_texts_to_states(
     ids, mask, counts = tokenize_to_length(tokenizer, texts, length, "longest")
     ids, mask = ids.to(device), mask.to(device)
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool(), counts
+
+
+def encode_captions(
+    encoder: Any, tokenizer: Any, texts: list[str], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.BoolTensor, list[int]]:
+    """[`encode_texts_to_states`] by an encoder of transformers, or by a [`TextVQModel`], whose states are those of its
+    codes."""
+    if not isinstance(encoder, TextVQModel):
+        return encode_texts_to_states(encoder, tokenizer, texts, length, device)
+    ids, mask, counts = tokenize_to_length(tokenizer, texts, length)
+    return *encoder.encode_states(ids.to(device), mask.to(device)), counts
 
 
 def pixel_size(encoder: Any, feature_extractor: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from ..utils.checks import check_flag, check_integer, check_number
 from ..utils.images import own_size, read_images, read_mask
 from ..utils.texts import check_texts
 from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents, either
+from .padded_states import PaddedStates
 
 
 class LatentInputsMixin:
@@ -21,9 +22,8 @@ class LatentInputsMixin:
     transformer: Any
     vae: Any
     scheduler: Any
-    text_encoder: Any
-    tokenizer: Any
     labels: dict[str, int]
+    _check_encoder: Any
     _callback_tensor_inputs: list[str]
 
     def check_inputs(
@@ -41,8 +41,9 @@ class LatentInputsMixin:
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         **options: Any,
-    ) -> tuple[list[str] | None, list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
-        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides.
+    ) -> tuple[Any, list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
+        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and the prompt
+        may be [`PaddedStates`].
 
         Returns:
             the texts, the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size and their masks (B, 1,
@@ -74,9 +75,10 @@ class LatentInputsMixin:
         texts = labels = None
         pixels: Any = None
         if prompt is not None:
-            texts = check_texts("prompt", prompt)
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
+            texts = prompt
+            if not isinstance(prompt, PaddedStates):
+                texts = check_texts("prompt", prompt)
+                self._check_encoder(None)
         if class_labels is not None:
             num_labels = self.transformer.config.num_embeds_ada_norm
             labels = check_labels("class_labels", class_labels, self.labels, num_labels)

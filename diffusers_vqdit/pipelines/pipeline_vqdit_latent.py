@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, I
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,13 +27,13 @@ from ..utils.images import (
     resize_pixels,
     touched_patches,
 )
-from ..utils.texts import check_texts, tokenize_to_length
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
 from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures
+from .latent_prompts_mixin import LatentPromptsMixin
+from .negative_prompt import GuidedPrefix
+from .padded_states import PaddedStates
 from .pipeline_utils import PluginPipelineMixin, check_components, in_cache, with_own_state
 
-
-logger = logging.get_logger(__name__)
 
 EXAMPLE_DOC_STRING = """
         Examples:
@@ -48,7 +48,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipeline):
+class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineMixin, DiffusionPipeline):
     """Generate pictures by diffusion over the continuous latents of a VQ model, or of another VAE.
 
     Components have the names that they have in `DiTPipeline`, so that its checkpoints load.
@@ -119,28 +119,6 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         numbers = check_labels("class_labels", class_labels, self.labels, size)
         return torch.tensor(numbers, device=self._execution_device)
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.BoolTensor]:
-        """States (B, S, caption_channels) of texts and which of them count (B, S).
-
-        Raises:
-            ValueError: if a text is empty, or the pipeline has no text encoder.
-        """
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
-        prompt, ours = check_texts("prompt", prompt), isinstance(self.text_encoder, TextVQModel)
-        length = self.text_encoder.config.max_length if ours else self.config.max_sequence_length
-        ids, mask, counts = tokenize_to_length(self.tokenizer, prompt, length, "max_length" if ours else "longest")
-        for text, count in zip(prompt, counts, strict=True):
-            if not count:
-                raise ValueError(f"prompt {shown(text)} has nothing to read")
-            if count > length:
-                logger.warning(f"prompt {text!r} has {count} tokens; only the first {length} are used")
-        ids, mask = ids.to(self._execution_device), mask.to(self._execution_device)
-        if ours:
-            return self.text_encoder.encode_states(ids, mask)
-        return self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()
-
     # -----------------------------------------------------------------------------------------------------------------
     # Parts of the sampling
 
@@ -182,11 +160,13 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
                 ).sample
             conditional, unconditional = both.float().chunk(2)
         else:
-            # The half without a caption has no prefix to attend to.
+            # The half without a caption has no prefix to attend to; one with another caption has all else as it is.
             with in_cache(self.transformer, "hooks_context", "cond"):
                 conditional = self.transformer(latents, times, labels, **given).sample.float()
+            negative = prefix.negative if isinstance(prefix, GuidedPrefix) else None
+            other, given = (free, {}) if negative is None else (labels, {"prefix": negative})
             with in_cache(self.transformer, "hooks_context", "uncond"):
-                unconditional = self.transformer(latents, times, free).sample.float()
+                unconditional = self.transformer(latents, times, other, **given).sample.float()
         channels = latents.shape[1]
         guided = unconditional[:, :channels] + guidance_scale * (conditional - unconditional)[:, :channels]
         parts = conditional.isfinite().all() & unconditional.isfinite().all()
@@ -206,14 +186,19 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         return value.to(self._execution_device).repeat_interleave(total // len(value), dim=0)
 
     def _encode_inputs(
-        self, texts: list[str] | None, numbers: list[int] | None, total: int
+        self,
+        texts: list[str] | PaddedStates | None,
+        numbers: list[int] | None,
+        total: int,
+        negative: list[str] | PaddedStates | None = None,
+        max_sequence_length: int | None = None,
     ) -> tuple[torch.LongTensor, VQDiTPrefix | None]:
-        """Labels (total,), the one for none where there are none, and the texts as a prefix."""
+        """Labels (total,), the one for none where there are none, and the texts as a prefix, with the negative ones.
+        Both may be states already."""
         free = [self.transformer.config.num_embeds_ada_norm]
         labels = self._repeated(torch.tensor(free if numbers is None else numbers), total)
-        if texts is None:
-            return labels, None
-        return labels, self.transformer.encode_caption(*(self._repeated(v, total) for v in self.encode_prompt(texts)))
+        prefix, other = (self._encode_caption(one, total, max_sequence_length) for one in (texts, negative))
+        return labels, prefix if prefix is None or other is None else GuidedPrefix(**vars(prefix), negative=other)
 
     def _finish(self, drawn: torch.Tensor, pixels: torch.Tensor | None, mask: torch.Tensor | None, kind: str) -> Any:
         """Pictures of drawn pixels (B, C, H, W) in [-1, 1], pasted into those that were repainted."""
@@ -325,6 +310,12 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate pictures.
 
@@ -348,6 +339,12 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": latents})`` after each
                 step; may return other latents. Setting ``pipeline._interrupt`` ends the sampling.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
+            negative_prompt: text or texts that guidance leads away from, e_n + g (e_c - e_n), with the labels of the
+                other half.
+            prompt_embeds: states (B, S, caption_channels) in place of `prompt` ([`encode_prompt`]).
+            prompt_attention_mask: (B, S), zero at their padding.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
+            max_sequence_length: tokens of a prompt for a transformers encoder; by default the config's.
 
         Raises:
             ValueError: for an argument that doesn't fit.
@@ -361,8 +358,14 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         factor = downsample_factor(self.vae)
         trained = self.transformer.config.sample_size * factor
         height, width = (trained if side is None else side for side in (height, width))
+        texts, negative = self._read_prompts(
+            {"prompt": prompt, "negative_prompt": negative_prompt},
+            {"prompt": prompt_embeds, "negative_prompt": negative_prompt_embeds},
+            {"prompt": prompt_attention_mask, "negative_prompt": negative_prompt_attention_mask},
+            max_sequence_length,
+        )
         texts, numbers, pixels, mask, total = self.check_inputs(
-            prompt,
+            texts,
             class_labels,
             image,
             mask_image,
@@ -384,7 +387,7 @@ class VQDiTLatentPipeline(LatentInputsMixin, PluginPipelineMixin, DiffusionPipel
         self._guidance_scale, device = guidance_scale, self._execution_device
 
         # 2. Encode what is given
-        labels, prefix = self._encode_inputs(texts, numbers, total)
+        labels, prefix = self._encode_inputs(texts, numbers, total, negative, max_sequence_length)
 
         # 3. Noise, a scheduler of the call's own with its times, and the picture to begin from
         shape = (total, self.transformer.config.in_channels, height // factor, width // factor)

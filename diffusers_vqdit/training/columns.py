@@ -26,7 +26,7 @@ def draw_captions(
     return [texts[int(share * len(texts))] for texts, share in zip(chosen, shares, strict=True)]
 
 
-def warn_of_cut(texts: list[str], tokenizer, length: int) -> None:
-    """One warning, with the count, where texts have more than `length` tokens."""
-    if warning := cut_texts(texts, tokenizer, length):
+def warn_of_cut(texts: list[str], tokenizer, length: int, argument: str = "max_length") -> None:
+    """One warning, with the count, where texts have more than `length` tokens; `argument` is what says it."""
+    if warning := cut_texts(texts, tokenizer, length, argument):
         logger.warning(warning)

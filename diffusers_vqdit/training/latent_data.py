@@ -8,10 +8,13 @@ from accelerate.utils import broadcast_object_list
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
-from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
+from .caption_states import CaptionStates, cache_captions
 from .columns import caption_lists, draw_captions, encode_labels, warn_of_cut
 from .data import decode_images, load_training_dataset
 from .latent_loss import drawn_to_drop
+
+
+STATES_FILE = "caption_states.arrow"  # in a run's folder
 
 
 def load_data(
@@ -40,7 +43,7 @@ def load_data(
         every = [text for lists in captions.values() for row in lists for text in row]
         ours = isinstance(parts["text_encoder"], TextVQModel)
         length = parts["text_encoder"].config.max_length if ours else parts["max_sequence_length"]
-        warn_of_cut(every, parts["tokenizer"], length)
+        warn_of_cut(every, parts["tokenizer"], length, "max_length" if ours else "max_sequence_length")
     labels, id2label = None, parts["id2label"]
     if args.label_column is not None:
         known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
@@ -65,28 +68,45 @@ def normalized_latents(vae: torch.nn.Module, latents: torch.Tensor, *, measure: 
     return (latents - mean) / deviation
 
 
+def encode_captions_of(
+    args: argparse.Namespace, parts: dict[str, Any], captions: dict[str, list[list[str]]], device: torch.device
+) -> CaptionStates | None:
+    """The states of all captions, on disk; None where there are none. The text encoder isn't needed after that."""
+    if not captions:
+        return None
+    encoder, length = parts["text_encoder"], parts["max_sequence_length"]
+    return cache_captions(
+        encoder,
+        parts["tokenizer"],
+        (text for lists in captions.values() for row in lists for text in row),
+        encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
+        args.states_file or args.output_dir / STATES_FILE,
+        kept=args.states_file is not None,
+        device=device,
+    )
+
+
 def draw_conditions(
     args: argparse.Namespace,
-    pipeline: VQDiTLatentPipeline,
+    null_label: int,
+    states: CaptionStates | None,
     captions: dict[str, list[list[str]]],
     labels: torch.Tensor | None,
     rows: torch.Tensor,
     generator: list[torch.Generator],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The labels (B,) of a batch and its encoded captions, where there are some, each dropped on its own.
+    """The labels (B,) of a batch, `null_label` for none, and its captions' states, where there are some, each dropped
+    on its own.
 
     So either alone, both and neither are trained.
     """
-    null_label = pipeline.transformer.config.num_embeds_ada_norm
     drop = drawn_to_drop(len(rows), args.label_dropout, generator)
     class_labels = torch.full((len(rows),), null_label)
     if labels is not None:
         class_labels = torch.where(drop, null_label, labels[rows])
-    if not captions:
+    if states is None:
         return class_labels, {}
-    states, mask = pipeline.encode_prompt(draw_captions(captions, rows, generator))
+    drawn = states.batch(draw_captions(captions, rows, generator))
     drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
-    return class_labels, {
-        "encoder_hidden_states": states,
-        "encoder_attention_mask": mask & ~drop[:, None].to(mask.device),
-    }
+    mask = torch.ones(drawn.states.shape[:2], dtype=torch.bool) if drawn.mask is None else drawn.mask
+    return class_labels, {"encoder_hidden_states": drawn.states, "encoder_attention_mask": mask & ~drop[:, None]}

@@ -20,7 +20,7 @@ from .quantizer_arguments import quantizer_options
 
 # Arguments that say where things are, or are secrets, and not how the model was trained.
 _NOT_HYPERPARAMETERS = {
-    *("output_dir", "logging_dir", "cache_dir", "latents_file", "report_to"),
+    *("output_dir", "logging_dir", "cache_dir", "latents_file", "states_file", "report_to"),
     *("hub_token", "hub_model_id", "hub_strategy", "push_to_hub", "license", "data_license", "language"),
     *("resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps"),
     *("validation_prompts", "validation_labels"),
@@ -29,7 +29,7 @@ _NOT_HYPERPARAMETERS = {
 # Arguments that make a new model, which a pretrained one has no use for.
 _OF_NEW_MODELS = {
     *("num_layers", "num_attention_heads", "attention_head_dim", "patch", "patch_size", "masking", "shift"),
-    *("image_vq", "text_vq", "text_encoder"),
+    *("image_vq", "text_vq", "text_encoder", "image_encoder"),
     *("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_attention", "latent_channels"),
     *("num_vq_embeddings", "vq_embed_dim", "fsq_levels", "quantizer_type", *sum(QUANTIZER_OPTIONS.values(), ())),
     *("tokenizer_vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_codes", "code_dim"),
@@ -202,7 +202,7 @@ def _is_hub_id(name: str | None) -> bool:
 
 
 def _base_models(args: argparse.Namespace) -> list[str]:
-    keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder")
+    keys = ("pretrained_model_name_or_path", "image_vq", "text_vq", "text_encoder", "image_encoder")
     names = [getattr(args, key, None) for key in keys]
     names += [flag.tokenizer for flag in getattr(args, "segment", ())]
     return [name for name in names if name is not None and _is_hub_id(name)]

@@ -58,6 +58,7 @@ def find_beside(
 
 
 def has_file(source: str, file: str, cache_dir: str | None) -> bool:
+    """Whether a folder or Hub repository has a file."""
     if os.path.isdir(source):
         return (Path(source) / file).is_file()
     try:

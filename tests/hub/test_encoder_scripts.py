@@ -109,13 +109,11 @@ def test_captions_as_states_of_t5(run, places, hub, client):
     own = f"--codes_dir {places / 'codes'} --image_vq {places / 'image_vq'} {encoder} {tasks}"
     own = own.replace("--prompt_columns other ", "")
     run("train_vqdit", f"{own} {TINY} --output_dir {places / 'out'}")
+    again = f"{data} {encoder} {tasks} {TINY} --output_dir {places / 'again'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers_vqdit.training.run.TrainingRun.stop_requested", lambda run: run.step == 2)
-        run("train_vqdit", f"{data} {encoder} {tasks} {TINY} --output_dir {places / 'again'}")
-    run(
-        "train_vqdit",
-        f"{data} {encoder} {tasks} {TINY} --output_dir {places / 'again'} --resume_from_checkpoint latest",
-    )
+        run("train_vqdit", again)
+    run("train_vqdit", f"{again} --resume_from_checkpoint latest")
     assert same(places / "out", places / "again")
 
     saved = VQDiTPipeline.from_pretrained(places / "out")
@@ -158,10 +156,8 @@ def test_both_sides_of_clip_and_dinov2(run, places, hub, client):
     tasks = "--tasks prompt->image,reference->image,prompt+second->image,image->text,reference->text"
     run("encode_dataset", f"{data} {flags} --output_dir {places / 'codes'}")
     codes = CodeDataset(places / "codes")
-    assert codes.entries["prompt"]["tokenizer"] == "text_encoder"
-    assert (
-        codes.entries["reference"]["tokenizer"] == "image_encoder" and codes.entries["second"]["tokenizer"] == "second"
-    )
+    names = {name: codes.entries[name]["tokenizer"] for name in ("prompt", "reference", "second")}
+    assert names == {"prompt": "text_encoder", "reference": "image_encoder", "second": "second"}
     assert codes.segments["reference"] == {"channels": 16, "shape": [5]} and codes.segments["prompt"]["shape"] == [14]
     assert len(list((places / "codes").glob("states-*.arrow"))) == 1
     own = f"--codes_dir {places / 'codes'} --image_vq {places / 'image_vq'} --text_vq {places / 'text_vq'}"

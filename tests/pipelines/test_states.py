@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.pipelines.states_segment import PaddedStates
+from diffusers_vqdit.pipelines.padded_states import PaddedStates
 
 
 LONG, SHORT = "a blue box and a yellow dot", "green"

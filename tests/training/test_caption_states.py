@@ -1,0 +1,104 @@
+"""States of captions on disk: what they were made of, and that a run over latents needs no encoder after the start."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_vqdit import VQDiTLatentPipeline
+from diffusers_vqdit.training.caption_states import cache_captions
+
+
+WORDS = ["a red box", "a blue box and a green dot", "pink", "a dot in a box", "green"]
+
+
+@pytest.fixture
+def made(encoders, tmp_path):
+    """Makes a cache; by default of the same captions, encoder and file."""
+    tokenizer = encoders.text_tokenizer(WORDS * 3)
+
+    def make(texts=WORDS, kind="t5", length=9, kept=True):
+        path, encoder = tmp_path / "states.arrow", encoders.text_encoder(kind)
+        return cache_captions(encoder, tokenizer, texts, length, path, kept=kept, device="cpu", batch_size=2)
+
+    make.tokenizer = tokenizer
+    return make
+
+
+def test_states_are_those_of_each_text_alone(made, encoders, tmp_path):
+    states, encoder = made([*WORDS, *WORDS]), encoders.text_encoder("t5")
+    assert len(states.column) == len(WORDS)
+    batch = states.batch([WORDS[1], WORDS[2]])
+    assert batch.states.dtype == torch.float16 and batch.mask.sum(1).tolist() == [9, batch.mask[1].sum()]
+    for row, text in enumerate((WORDS[1], WORDS[2])):
+        ids = made.tokenizer(text, truncation=True, max_length=9, return_tensors="pt").input_ids
+        alone = encoder(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(batch.states[row][batch.mask[row]].float(), alone, atol=2e-3, rtol=2e-3)
+    # Read again, not made again.
+    before = (tmp_path / "states.arrow").stat().st_mtime_ns
+    assert torch.equal(made().batch(WORDS).states, states.batch(WORDS).states)
+    assert (tmp_path / "states.arrow").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "bert"}, "was made with other text encoder"),
+        ({"texts": WORDS[1:]}, "was made with other captions"),
+        ({"length": 8}, "was made with other max_sequence_length"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_where_it_is_to_be_kept(made, changes, message):
+    made()
+    with pytest.raises(ValueError, match=f"states_file=.* {message}; delete it or name another"):
+        made(**changes)
+    assert made(**changes, kept=False).batch(WORDS[1:2]).states.ndim == 3
+
+
+def test_a_damaged_or_unfinished_file_is_refused(made, tmp_path):
+    made()
+    path, index = tmp_path / "states.arrow", tmp_path / "states.arrow.json"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: its SHA-256"):
+        made()
+    index.unlink()
+    with pytest.raises(ValueError, match="is not complete"):
+        made()
+    made(kept=False)
+    assert json.loads(index.read_text())["max_sequence_length"] == "9"
+    made()
+
+
+def test_a_run_over_latents_reads_states(script, encoders, image_vq, picture_folder, tmp_path, caplog):
+    """From an encoder of transformers; cut captions are told once; encoded or read, the weights are the same."""
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    encoders.save(tmp_path / "clip", encoders.whole_clip(), encoders.text_tokenizer(WORDS * 3))
+    arguments = (
+        f"--train_data_dir {picture_folder} --image_vq {tmp_path / 'image_vq'} --text_encoder {tmp_path / 'clip'} "
+        "--caption_columns text --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 --patch_size 1 "
+        "--report_to none --train_batch_size 4 --max_train_steps 3 --max_sequence_length 5 --validation_steps 0"
+    )
+    module = script("train_latent_dit")
+    for name, more in (("one", ""), ("two", f"--states_file {tmp_path / 's.arrow'}")):
+        module.main(module.parse_args(f"{arguments} {more} --output_dir {tmp_path / name}".split()))
+    assert (tmp_path / "one" / "caption_states.arrow").is_file()
+    told = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    assert len(told) == 2 and all("captions have more than max_sequence_length=5" in one for one in told)
+    with pytest.MonkeyPatch.context() as patch:  # read, so that nothing is encoded
+        patch.setattr("diffusers_vqdit.training.caption_states.encode_captions", None)
+        more = f"--states_file {tmp_path / 's.arrow'} --output_dir {tmp_path / 'three'}"
+        module.main(module.parse_args(f"{arguments} {more}".split()))
+    weights = [
+        load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("one", "two", "three")
+    ]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    pipe = VQDiTLatentPipeline.from_pretrained(tmp_path / "one")
+    assert pipe.config.max_sequence_length == 5 and type(pipe.text_encoder).__name__ == "CLIPTextModel"
+    assert pipe("a red box", negative_prompt="green", num_inference_steps=1).images[0].size == (16, 16)
+    changed = arguments.replace("length 5", f"length 6 --states_file {tmp_path / 's.arrow'}")
+    with pytest.raises(ValueError, match="states_file=.* was made with other max_sequence_length"):
+        module.main(module.parse_args(f"{changed} --output_dir {tmp_path / 'x'}".split()))
