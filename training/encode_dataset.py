@@ -13,15 +13,18 @@ import argparse
 
 import torch
 
-from diffusers_vqdit.pipelines.segment_base import IMAGE, TEXT, SegmentColumn
+from diffusers_vqdit.pipelines.segment_base import ENCODERS, IMAGE, TEXT, SegmentColumn
 from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_splits, take_split
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
+    add_encoder_arguments,
     add_segment_argument,
     files_of,
+    has_captions,
+    load_encoders,
     load_tokenizers,
 )
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
@@ -50,6 +53,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, or a pipeline. Without, no captions."
     )
+    add_encoder_arguments(parser)
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--prompt_columns", nargs="*", default=[], help="More wordings, used where the text is given.")
@@ -97,11 +101,12 @@ def main(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     named = {flag.name for flag in args.segment}
     image_column = args.image_column if args.image_vq and IMAGE not in named else None
-    caption_column = args.caption_column if args.text_vq and TEXT not in named else None
+    text = has_captions(args)
+    caption_column = args.caption_column if text and TEXT not in named else None
     source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
     source |= {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "output_dir": args.output_dir}
     files, others = files_of(args.segment)
-    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if args.text_vq else ([], [])
+    prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if text else ([], [])
     others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted)
@@ -122,9 +127,15 @@ def encode(args: argparse.Namespace) -> None:
     text_vq, tokenizer = load_text_vq(args.text_vq, cache_dir=args.cache_dir) if args.text_vq else (None, None)
     if text_vq is not None:
         text_vq.to(args.device).eval()
+    encoders = load_encoders(args)
     known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
+    known |= {
+        (name, getattr(args, name)): (encoders[name], encoders[beside])
+        for name, beside in zip(ENCODERS[::2], ENCODERS[1::2], strict=True)
+        if encoders[name] is not None
+    }
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
-    for model, _ in loaded.values():
+    for model in [*(encoders[name] for name in ENCODERS[::2] if encoders[name]), *(one for one, _ in loaded.values())]:
         model.to(args.device)
     sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
     sizes = {} if args.resolution is None else {"resolution": args.resolution}
@@ -135,6 +146,8 @@ def encode(args: argparse.Namespace) -> None:
         image_vq=image_vq,
         text_vq=text_vq,
         tokenizer=tokenizer,
+        **encoders,
+        max_sequence_length=args.max_sequence_length,
         image_column=image_column,
         caption_column=caption_column,
         prompt_columns=prompt_columns,

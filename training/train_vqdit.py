@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.pipelines.segment_base import LABEL
+from diffusers_vqdit.pipelines.segment_base import ENCODERS, LABEL
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -46,7 +46,12 @@ from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
-from diffusers_vqdit.training.segment_columns import add_bucket_argument, add_segment_argument
+from diffusers_vqdit.training.segment_columns import (
+    add_bucket_argument,
+    add_encoder_arguments,
+    add_segment_argument,
+    load_encoders,
+)
 from diffusers_vqdit.training.task_codes import load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
@@ -81,6 +86,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
     )
     models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer, in the same way.")
+    add_encoder_arguments(models)
     models.add_argument("--num_layers", type=positive_integer, default=8)
     models.add_argument("--num_attention_heads", type=positive_integer, default=4)
     models.add_argument("--attention_head_dim", type=positive_integer, default=64)
@@ -155,7 +161,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
-    tokenizers = [args.image_vq, args.text_vq, *args.segment]
+    tokenizers = [args.image_vq, args.text_vq, args.text_encoder, *args.segment]
     if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
@@ -176,6 +182,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "image_vq": load_image_vq(args.image_vq, cache_dir=args.cache_dir) if args.image_vq else None,
         "text_vq": text_vq,
         "tokenizer": tokenizer,
+        **load_encoders(args),
         "transformer": None,
         "segment_tokenizers": None,
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
@@ -260,6 +267,7 @@ def run_identity(
         "scheduler": plain_config(parts["scheduler"]),
         "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
+        **{name: codes.fingerprints[name] for name in ENCODERS if name in codes.fingerprints},
         **{f"tokenizer {name}": fingerprint(one) for name, one in several.items()},
         "labels": labels,
     }

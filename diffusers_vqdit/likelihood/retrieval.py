@@ -88,7 +88,10 @@ def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
 
 @torch.no_grad()
 def all_masked(
-    transformer: VQDiTTransformer2DModel, segment: str, given: dict[str, torch.LongTensor] | None = None
+    transformer: VQDiTTransformer2DModel,
+    segment: str,
+    given: dict[str, torch.Tensor] | None = None,
+    given_mask: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32.
 
@@ -109,7 +112,7 @@ def all_masked(
     handle = transformer.heads[config.get("shared_with", segment)].register_forward_pre_hook(record)
     try:
         timestep = torch.ones(size, device=device) if transformer.config.time_conditioned else None
-        logits = transformer({segment: codes}, timestep=timestep, given=given).sample[segment]
+        logits = transformer({segment: codes}, timestep=timestep, given=given, given_mask=given_mask).sample[segment]
     finally:
         handle.remove()
     check_logits(logits)
@@ -239,8 +242,11 @@ def retrieve(
     top_k: int,
     shortlist: int,
     batch_size: int = 64,
+    query_mask: torch.Tensor | None = None,
 ) -> RetrievalOutput:
     """Rank a gallery for queries (B, *shape): a shortlist by features, then PMI in all [`directions`] together.
+
+    Queries may be states (B, n, channels) of an encoder, too, with `query_mask` (B, n) that is zero at padding.
 
     A query's log p at all codes is one forward pass, for any number of candidates. Where candidates are given, each
     that stands on any shortlist is computed once for all queries.
@@ -262,8 +268,9 @@ def retrieve(
         )
     if gallery.model != transformer_digest(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
-    check_items("query", query, transformer, gallery.query)
-    query = query.long()
+    if "channels" not in segments[gallery.query]:
+        check_items("query", query, transformer, gallery.query)
+        query = query.long()
     batch_size = check_integer("batch_size", batch_size, 1)
     top_k = check_integer("top_k", top_k, 1, len(gallery))
     shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
@@ -291,8 +298,10 @@ def retrieve(
     # 1. Shortlist, and the query's own log p while its states are at hand
     forward = Task((gallery.query,), (gallery.segment,))
     places, scores = [], []
-    for part in query.split(batch_size):
-        states, table = all_masked(transformer, gallery.segment, {gallery.query: part}) if forward in ways else (0, 0)
+    masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
+    for part, mask in zip(query.split(batch_size), masks, strict=False):
+        given = [{gallery.query: one} for one in (part, mask) if one is not None]
+        states, table = all_masked(transformer, gallery.segment, *given) if forward in ways else (0, 0)
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import deprecate
 
 from ..models.segment_layers import segment_patch
@@ -14,7 +13,8 @@ from ..tasks import Task, check_task
 from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
-from .segment_base import ARGUMENTS, IMAGE, LABEL, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
+from .prompt_mixin import PromptMixin, needs_encoder
+from .segment_base import ARGUMENTS, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
@@ -22,7 +22,7 @@ from .task_table import TaskRow, TaskTable, hub_task_of
 Codes: TypeAlias = torch.LongTensor | dict[str, torch.LongTensor]
 
 
-class InputsMixin:
+class InputsMixin(PromptMixin):
     """The part of [`VQDiTPipeline`] that checks what is passed and plans the task, before any work."""
 
     # The pipeline's, of its components and of diffusers
@@ -68,12 +68,6 @@ class InputsMixin:
             components |= several.parts
         return components
 
-    def _segment(self, name: str) -> SegmentProcessor:
-        segments = self._segments
-        if name not in segments:
-            raise ValueError(f"this checkpoint has no segment {name!r}; it has {sorted(segments)}")
-        return segments[name]
-
     def check_inputs(
         self,
         passed: dict[str, Any],
@@ -89,9 +83,11 @@ class InputsMixin:
         generator: torch.Generator | list[torch.Generator] | None,
         height: int | None = None,
         width: int | None = None,
+        negative: bool = False,
         **options: Any,
     ) -> tuple[Task, dict[str, list], torch.Tensor | None, int, dict[str, tuple[int, ...]]]:
-        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides.
+        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `negative`
+        is whether guidance has a negative prompt.
 
         Returns:
             the task, what is passed by segment ([`_read`]), the masks, the number of samples without tiles, and the
@@ -113,10 +109,12 @@ class InputsMixin:
             check_temperature("temperature", temperature)
         self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
-        if guidance_scale not in (None, 1.0) and not self._can_guide(task):
+        if guidance_scale not in (None, 1.0) and not self._can_guide(task, negative):
             unconditional = str(Task((), task.generated))
             reason = (
-                f"the task {unconditional!r}, which this checkpoint doesn't know" if task.given else "a given segment"
+                f"the task {unconditional!r}, which this checkpoint doesn't know, or a negative_prompt"
+                if task.given
+                else "a given segment"
             )
             raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
         passed, segments = self._read(passed), self._segments
@@ -187,13 +185,19 @@ class InputsMixin:
             )
 
     def _defaults(
-        self, task: Task, guidance_scale: float | None, num_inference_steps: int | None, temperature: float | None
+        self,
+        task: Task,
+        guidance_scale: float | None,
+        num_inference_steps: int | None,
+        temperature: float | None,
+        negative: bool = False,
     ) -> tuple[float, int, float | None]:
         """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
         segments = self._segments
         generated = [segments[name] for name in task.generated]
         if guidance_scale is None:
-            guidance_scale = max(one.guidance_scale for one in generated) if self._can_guide(task) else 1.0
+            guided = self._can_guide(task, negative)
+            guidance_scale = max(one.guidance_scale for one in generated) if guided else 1.0
         if num_inference_steps is None:
             steps = [one.num_inference_steps for one in generated if one.num_inference_steps is not None]
             num_inference_steps = max(steps) if steps else sum(math.prod(one.shape) for one in generated)
@@ -202,8 +206,8 @@ class InputsMixin:
             temperature = max(temperatures)
         return guidance_scale, int(num_inference_steps), temperature
 
-    def _can_guide(self, task: Task) -> bool:
-        return bool(task.given) and str(Task((), task.generated)) in (self.transformer.config.tasks or [])
+    def _can_guide(self, task: Task, negative: bool = False) -> bool:
+        return negative or bool(task.given) and str(Task((), task.generated)) in (self.transformer.config.tasks or [])
 
     def _passed(
         self, prompt: Any, image: Any, class_labels: Any, inputs: dict[str, Any] | None, class_label: Any = None
@@ -212,15 +216,18 @@ class InputsMixin:
         if class_label is not None:
             deprecate("class_label", "1.0.0", "Pass class_labels.")
         class_labels = either("class_labels", class_labels, "class_label", class_label)
-        named = dict(zip(ARGUMENTS.values(), (prompt, image, class_labels), strict=True))
+        own = {TEXT: self._prompt_segment()}
+        arguments = {own.get(name, name): argument for argument, name in ARGUMENTS.items()}
+        named = dict(zip(arguments, (prompt, image, class_labels), strict=True))
         if inputs is not None and not isinstance(inputs, dict):
             raise ValueError(f"inputs must be a dict of what to pass by segment, got {type(inputs).__name__}")
         for name in inputs or {}:
-            others = sorted(set(self.transformer.config.segments) - set(named))
+            others = sorted(set(self.transformer.config.segments) - set(ARGUMENTS.values()))
             if name not in others:
                 raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
+            if named.get(name) is not None:
+                raise ValueError(f"inputs has {name!r}, which {arguments[name]} says too; give one of them")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
-        arguments = dict(zip(named, ARGUMENTS, strict=True))
         passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
         for name, value in passed.items():
             if isinstance(value, list) and not value:
@@ -231,45 +238,6 @@ class InputsMixin:
         """Lists of what was passed, by segment: texts and labels that are checked, and pictures that are read."""
         segments = self._segments
         return {name: segments[name].read(value) for name, value in passed.items()}
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Values to codes and back
-
-    def encode_prompt(self, prompt: list[str], segment: str = TEXT) -> torch.LongTensor:
-        """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning."""
-        return self._segment(segment).encode(prompt)
-
-    def encode_image(self, image: PipelineImageInput, segment: str = IMAGE) -> torch.LongTensor:
-        """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion; where
-        there were several, the first.
-
-        What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
-        """
-        return self._segment(segment).encode(image)
-
-    def encode_label(self, class_labels: list[int | str], segment: str = LABEL) -> torch.LongTensor:
-        """Codes (B, 1) of labels, given by number or by name."""
-        return self._segment(segment).encode(class_labels)
-
-    @torch.no_grad()
-    def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
-        """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
-        return self._segment(segment).decode(codes, output_type)
-
-    def decode_text(
-        self,
-        codes: torch.LongTensor,
-        tokens: torch.LongTensor | None = None,
-        known: torch.BoolTensor | None = None,
-        segment: str = TEXT,
-    ) -> list[str]:
-        """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
-        texts: Any = self._segment(segment)
-        return texts.decode(codes, tokens=tokens, known=known)
-
-    def decode_label(self, codes: torch.LongTensor, segment: str = LABEL) -> list[str]:
-        """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
-        return self._segment(segment).decode(codes)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The task
@@ -328,8 +296,9 @@ class InputsMixin:
                     f"{shown(passed[name])} has <mask>, which is for texts to fill in: ask for output={name!r}"
                 )
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
-        # What comes out as codes needs no tokenizer, unless it is partly known.
-        self._check_task(task, tuple(passed) if output_type == "latent" else task.segments)
+        # What comes out as codes needs no tokenizer, unless it is partly known, and ready states no encoder.
+        tokenized = tuple(passed) if output_type == "latent" else task.segments
+        self._check_task(task, tuple(n for n in tokenized if needs_encoder(segments[n], passed.get(n))))
         return task, passed
 
     def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
@@ -374,7 +343,7 @@ class InputsMixin:
     @property
     def hub_task(self) -> str:
         """The Hub's name of what the checkpoint does, for its card."""
-        kinds = {name: segment.output_field for name, segment in self._segments.items()}
+        kinds = {name: one.given_field or one.output_field for name, one in self._segments.items()}
         return hub_task_of(self.transformer.config.tasks or [], kinds)
 
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:

@@ -22,6 +22,7 @@ from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
+from .prompt_mixin import encode_given
 from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
 from .text_segment import TextSegment
 
@@ -97,14 +98,11 @@ class LikelihoodMixin(InputsMixin):
             )
         passed = self._read(passed)
         size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
-        codes = {name: self._segment(name).encode(value) for name, value in passed.items()}
-        given = {name: codes[name] for name in arrow.given}
-        prefix = None
-        if given:
-            # What is the same for all is encoded once.
-            shared = max(len(value) for value in given.values())
-            prefix = self.transformer.encode_prefix({n: v.expand(shared, *v.shape[1:]) for n, v in given.items()})
-        generated = {name: codes[name].expand(size, *codes[name].shape[1:]) for name in arrow.generated}
+        # What is the same for all is encoded once.
+        given = {name: self._segment(name).encode_given(passed[name]) for name in arrow.given}
+        prefix = encode_given(self.transformer, given) if given else None
+        codes = {name: self._segment(name).encode(passed[name]) for name in arrow.generated}
+        generated = {name: value.expand(size, *value.shape[1:]) for name, value in codes.items()}
         num_codes = sum(value[0].numel() for value in generated.values())
         masks, ratios = stratified_masks(num_codes, num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
@@ -183,8 +181,10 @@ class LikelihoodMixin(InputsMixin):
             _, passed = self._plan(passed, segment.name)
             passed = self._read(passed)
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
-            given = {name: self._segment(name).encode(value) for name, value in passed.items()}
-            scores = all_masked(self.transformer, segment.name, given)[1][:, 0]  # (B, K)
+            given = {name: self._segment(name).encode_given(value) for name, value in passed.items()}
+            codes = {name: value.codes for name, value in given.items()}
+            masks = {name: value.mask for name, value in given.items() if value.mask is not None}
+            scores = all_masked(self.transformer, segment.name, codes, masks)[1][:, 0]  # (B, K)
             names = segment.decode(torch.arange(scores.shape[1])[:, None])
         self.maybe_free_model_hooks()
         probabilities = scores.softmax(-1).float().cpu()
@@ -218,13 +218,12 @@ class LikelihoodMixin(InputsMixin):
         passed = self._read(passed)
         check_batch({one: len(value) for one, value in passed.items()}, 1, None)
         text = segment.encode(labels)
-        given = {one: self._segment(one).encode(value) for one, value in passed.items()}
         masks, ratios = stratified_masks(text[0].numel(), num_samples, generator)
         times = self.scheduler.time_of_mask_ratio(ratios) if self.transformer.config.time_conditioned else None
         options = {"times": times, "batch_size": batch_size}
-        prefixes = self.transformer.encode_prefix(given)
+        prefixes = encode_given(self.transformer, {n: self._segment(n).encode_given(v) for n, v in passed.items()})
         # A sample's keys and values serve all texts.
-        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(next(iter(given.values()))))]
+        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
         nll = torch.stack([negative_elbo(self.transformer, {name: text}, row, masks, **options).nll for row in rows])
         if str(Task((), (name,))) in (self.transformer.config.tasks or []):
             nll = nll - negative_elbo(self.transformer, {name: text}, None, masks, **options).nll
@@ -266,6 +265,8 @@ class LikelihoodMixin(InputsMixin):
         query = self._query_segment(segment) if query is None else self._segment(query).name
         self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)
+        if processor.given_only:
+            raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
         if not processor.takes_mask:  # pictures are read part by part, as they may be many
             values = processor.read(values)
         if isinstance(values, list) and values:
@@ -349,8 +350,10 @@ class LikelihoodMixin(InputsMixin):
                 f"query must be {processor.noun}s, as the gallery holds {gallery.segment} codes, got "
                 f"{shown(query)}: {error}"
             ) from error
-        codes = processor.encode(queries)
-        output = retrieve(self.transformer, codes, gallery, top_k=top_k, shortlist=shortlist, batch_size=batch_size)
+        value, sizes = processor.encode_given(queries), {"top_k": top_k, "shortlist": shortlist}
+        output = retrieve(
+            self.transformer, value.codes, gallery, **sizes, batch_size=batch_size, query_mask=value.mask
+        )
         self.maybe_free_model_hooks()
         return output
 

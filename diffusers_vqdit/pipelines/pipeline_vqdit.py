@@ -9,9 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.loaders import Mochi1LoraLoaderMixin
 from diffusers.utils import deprecate, replace_example_docstring
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..likelihood.bounds import are_possible, constant_modulation
 from ..models.image_vq import ImageVQModel
@@ -25,9 +24,11 @@ from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
+from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
-from .pipeline_utils import PluginPipelineMixin, check_components, check_lora, guided_logits, with_own_state
-from .segment_base import EncodedValue
+from .pipeline_utils import PluginPipelineMixin, check_components, guided_logits, with_own_state
+from .prompt_mixin import encode_given, predict_halves
+from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
     check_label_names,
@@ -51,8 +52,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-# Of diffusers' mixins for LoRA this is one for pipelines with a transformer and nothing else to adapt.
-class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Mochi1LoraLoaderMixin):
+class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     Args:
@@ -64,7 +64,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
-        segments: what the segments are, by name: ``"modality"``, which is ``"image"``, ``"text"`` or ``"label"``;
+        segments: what the segments are, by name: ``"modality"``: ``"image"``, ``"text"``, ``"label"``, or of
+            encoders ``"states"`` and ``"image_states"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
             `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; a picture's ``"buckets"``, the grids
             [[h, w], ...] of all aspect ratios trained on, the transformer's first; and ``"lowres_of"`` for pictures
@@ -72,6 +73,9 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
             codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
         segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
+        text_encoder: a frozen text encoder of transformers, with its `tokenizer_2`: for a segment of the modality
+            ``"states"``, given as what it makes of a text.
+        image_encoder: a frozen vision encoder of transformers, with its `feature_extractor`: for ``"image_states"``.
 
     Raises:
         ValueError: if `segments` has a segment that the transformer doesn't have, an unknown modality or option, or
@@ -83,8 +87,8 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
     ends all the calls that run.
     """
 
-    model_cpu_offload_seq = "text_vq->transformer->image_vq"
-    _optional_components = ["image_vq", "text_vq", "tokenizer", "segment_tokenizers"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->text_vq->transformer->image_vq"
+    _optional_components = ["image_vq", "text_vq", "tokenizer", *ENCODERS, "segment_tokenizers"]
     # Its parts are called, and not itself, so that no hook would bring it to the device.
     _exclude_from_cpu_offload = ["segment_tokenizers"]
     _callback_tensor_inputs = ["latents"]
@@ -102,6 +106,10 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         segments: dict[str, dict[str, Any]] | None = None,
         segment_tokenizers: MultiTokenizerModel | None = None,
         id2label: dict[int | str, str] | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
         super().__init__()
         check_components(transformer=transformer, scheduler=scheduler)
@@ -114,6 +122,10 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             image_vq=image_vq,
             text_vq=text_vq,
             tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
             segment_tokenizers=segment_tokenizers,
         )
         named = [name for name in self._optional_components if name != "segment_tokenizers"]
@@ -131,28 +143,13 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         # Pictures as they are, for pasting: in [0, 1], at their own size.
         self.pixel_processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False)
 
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Load a LoRA of the transformer, as diffusers' pipelines do.
-
-        Raises:
-            ValueError: if a layer or a shape is not this transformer's, or a value is not finite.
-        """
-        options = {name: value for name, value in kwargs.items() if name != "low_cpu_mem_usage"}
-        check_lora(self.lora_state_dict(pretrained_model_name_or_path_or_dict, **options), self.transformer)
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs)
-
     def to_json_string(self) -> str:
         """The config as it is saved: without `labels`, as `DiffusionPipeline.download` takes lists for components."""
         config = json.loads(super().to_json_string())
         del config["labels"]
-        if config.get("segment_tokenizers") == [None, None]:  # as version 0.1 wrote it, which doesn't know them
-            del config["segment_tokenizers"]
+        for name in (*ENCODERS, "segment_tokenizers"):
+            if config.get(name) == [None, None]:  # as version 0.1 wrote it, which doesn't know them
+                del config[name]
         return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _encode_inputs(
@@ -187,14 +184,14 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                     f"{name!r} is so large that it makes {one.tiles} tiles, which only make {one.finishes!r}, "
                     f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
                 )
-        given = {n: v.codes.repeat_interleave(tiles // v.tiles, dim=0) for n, v in encoded.items() if n not in known}
-        prefix = self.transformer.encode_prefix(given) if given else None
+        given = {name: value for name, value in encoded.items() if name not in known}
+        prefix = encode_given(self.transformer, given) if given else None
         if strength is not None:
             name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
         if repeats > 1 and passed:
             # Each sample's tiles stay together.
-            size = len(next(iter((given | known).values())))
+            size = len(prefix) if prefix is not None else len(next(iter(known.values())))
             rows = torch.arange(size).unflatten(0, (-1, 1, tiles)).expand(-1, repeats, -1).flatten()
             prefix = prefix.select(rows) if prefix is not None else None
             known = {name: codes[rows] for name, codes in known.items()}
@@ -272,9 +269,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
             prefix = prefix if prefix is None else prefix.select(rows)
             scale = scale if scale is None else scale[rows]
-        logits = self.transformer(
-            codes, timestep=timesteps, prefix=prefix, with_unconditional=scale is not None, **options
-        ).sample  # (R, N, K), or (2R, N, K) with and without what is given
+        logits = predict_halves(self.transformer, codes, prefix, scale is not None, timestep=timesteps, **options)
         finite = parts = are_possible(*logits.values())
         if scale is not None:
             logits = {name: guided_logits(value, scale) for name, value in logits.items()}
@@ -315,12 +310,19 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         class_label: int | str | list[int | str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
     ) -> VQDiTPipelineOutput | tuple:
         """Generate.
 
         Args:
-            prompt: given text or texts. Where text is generated, one with blanks to fill in: each ``<mask>`` is one
-                token, and what else it says stays.
+            prompt: given text or texts, of the segment ``text``, or without one of the only segment that has a text
+                encoder. Where text is generated, one with blanks to fill in: each ``<mask>`` is one token, and what
+                else it says stays.
             image: given pictures: PIL, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1]. Where a picture is
                 generated, one to repaint (with `mask_image`), to repair (with `strength`), or else to enlarge, of any
                 size, by a checkpoint that has ``image_lowres``.
@@ -353,6 +355,12 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
                 step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
                 codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
+            negative_prompt: text or texts that guidance leads away from, l_n + g (l_c - l_n): given in place of
+                `prompt`, with all else that is given, where else nothing is. No unconditional task is needed.
+            prompt_embeds: states (B, n, channels) of the text encoder in place of `prompt` ([`encode_prompt`]).
+            prompt_attention_mask: (B, n), zero at their padding.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
+            max_sequence_length: tokens of a text for its text encoder; the rest is cut off. By default the training's.
 
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
@@ -362,8 +370,13 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments, and choose those left to us
+        embeds = (prompt_embeds, prompt_attention_mask)
+        against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+        given, negative = self._prompts(
+            self._passed(prompt, image, class_labels, inputs, class_label), *embeds, *against
+        )
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
-            self._passed(prompt, image, class_labels, inputs, class_label),
+            given,
             output,
             mask_image=mask_image,
             strength=strength,
@@ -377,11 +390,14 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
             generator=generator,
             height=height,
             width=width,
+            negative=bool(negative),
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
+        negative = self._read_negative(task, passed, negative)
+        shapes = shapes | self._sequence_shapes(passed, max_sequence_length)
         guidance_scale, num_inference_steps, temperature = self._defaults(
-            task, guidance_scale, num_inference_steps, temperature
+            task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
         self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
@@ -389,6 +405,7 @@ class VQDiTPipeline(LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline, Moc
         prefix, known, finish, tiles = self._encode_inputs(
             task, passed, mask_image, strength, num_images_per_prompt, shapes
         )
+        prefix = self._with_negative(prefix, task, passed, negative, num_images_per_prompt, shapes)
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(tiles)]
 

@@ -20,6 +20,8 @@ TEXT, IMAGE, LABEL = "text", "image", "label"
 ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_labels": LABEL}
 # Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
 LOWRES = "image_lowres"
+# The components of encoders, whose states are given, and what stands beside each.
+ENCODERS = ("text_encoder", "tokenizer_2", "image_encoder", "feature_extractor")
 # What a pipeline has beside its components to tokenize with.
 PROCESSORS = ("image_processor", "pixel_processor")
 
@@ -29,17 +31,19 @@ class EncodedValue:
     """A value as codes, and what it tells of a generated one.
 
     Args:
-        codes: int64 (B * tiles, *shape), the vocabulary size where unknown.
+        codes: int64 (B * tiles, *shape), the vocabulary size where unknown; or states (B, n, channels) of an encoder.
         finishes: name of the generated segment that `finish` makes values of.
         finish: values of generated codes, `(codes, repeats, output_type)`, in place of the segment's ``decode``;
             `repeats` samples were drawn for each value.
         tiles: how many samples stand for one value.
+        mask: (B, n) of states, false at padding; None where nothing is.
     """
 
     codes: torch.LongTensor
     finishes: str | None = None
     finish: Callable[[torch.LongTensor, int, str], Any] | None = None
     tiles: int = 1
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ class ColumnReader(ABC):
         settings (`dict`): how values are read, where that is to be known.
         num_groups (`int`): of a column that sorts the rows into groups, whose codes have other shapes; 0 of another.
         group (`int`): that of the rows which are read and encoded now.
+        state_channels (`int`, *optional*): of an encoder's states, which the values become in place of codes.
     """
 
     feature: str | None = None  # of `datasets`, which the column is cast to, undecoded
     shape: list[int] | None = None
     num_groups = 0
     group = 0
+    state_channels: int | None = None  # of states, where these are made in place of codes
 
     def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
         self.column, self.tokenizer, self.beside = column, tokenizer, beside
@@ -140,8 +146,9 @@ class ColumnReader(ABC):
         """What tells these values from others, for the fingerprint of the data."""
 
     @abstractmethod
-    def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
-        """Codes (V, *shape) of each value, on the CPU; V > 1 where it has variants, of which one is drawn."""
+    def encode(self, values: list, batch_size: int) -> list[Any]:
+        """Codes (V, *shape) of each value, on the CPU; V > 1 where it has variants, of which one is drawn. Or a list
+        of V states (n, channels), float16."""
 
     def moved(self, values: list, batch_size: int) -> list[list[torch.LongTensor]]:
         """Codes (1, *shape) of changed copies of each value, for use where it is given."""
@@ -159,7 +166,7 @@ class SegmentProcessor(ABC):
         name: of the segment.
         entry: what the pipeline's config says of it, without ``"modality"``: ``"tokenizer"``, and the modality's
             options.
-        geometry: what the transformer's config says of it: ``"vocab_size"`` and ``"shape"``.
+        geometry: what the transformer's config says of it: ``"vocab_size"`` or ``"channels"``, and ``"shape"``.
         components: the pipeline's components that tokenize, by name, None for those that it lacks, with the
             tokenizers of its `MultiTokenizerModel`; and its ``image_processor`` and ``pixel_processor``.
         resize_mode: how pictures are read that are not of the grid's aspect ratio.
@@ -173,6 +180,8 @@ class SegmentProcessor(ABC):
     reader: type[ColumnReader]  # of a dataset's column
     noun = "value"  # for messages
     output_field = ""  # of the pipeline's output, where it has one
+    given_only = False  # whether it has states of an encoder, and no codes
+    given_field: str | None = None  # that of the output which its values would be of, where they are given only
     takes_mask = False  # whether a mask says what of a value is unknown
     tiled = False  # whether a value is made of several samples
     has_size = False  # whether a value has a height and a width, which may be chosen
@@ -192,7 +201,8 @@ class SegmentProcessor(ABC):
         device: Callable[[], torch.device],
     ) -> None:
         self.name, self.entry, self.resize_mode, self.device = name, entry, resize_mode, device
-        self.vocab_size, self.shape = geometry["vocab_size"], tuple(geometry["shape"])
+        self.vocab_size, self.channels = geometry.get("vocab_size", 0), geometry.get("channels", 0)
+        self.shape = tuple(geometry["shape"])
         self.components = components
         self.argument = next((a for a, segment in ARGUMENTS.items() if segment == name), f"inputs[{name!r}]")
 
@@ -240,6 +250,9 @@ class SegmentProcessor(ABC):
             ValueError: for an option that doesn't fit.
         """
         shape, residual = segments[name]["shape"], cls.tokenizer is not None and has_codebooks(segments, name)
+        if ("channels" in segments[name]) != cls.given_only:
+            has = ("codes", "states of an encoder")["channels" in segments[name]]
+            raise ValueError(f"{where}['modality']={entry['modality']!r}: the transformer has {name!r} as {has}")
         if len(shape) not in cls.ndims or len(shape) > cls.ndims[0] and not residual:
             raise ValueError(
                 f"{where}['modality']={entry['modality']!r} needs a grid of {' or '.join(map(str, cls.ndims))} "
@@ -277,8 +290,12 @@ class SegmentProcessor(ABC):
             ValueError: naming the argument.
         """
 
+    def read_negative(self, value: Any) -> list:
+        """One or several values to be guided away from, as [`read`] gives them."""
+        return self.read(value)
+
     @abstractmethod
-    def encode(self, values: Any) -> torch.LongTensor:
+    def encode(self, values: Any) -> torch.Tensor:
         """Codes (B, *shape) of values."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from ..utils.checks import check_choice, shown
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
 from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
+from .states_segment import ImageStatesSegment, TextStatesSegment
 from .text_segment import TextSegment
 
 
@@ -21,6 +22,8 @@ MODALITIES: dict[str, type[SegmentProcessor]] = {
     "image": ImageSegment,
     "text": TextSegment,
     "label": LabelSegment,
+    "states": TextStatesSegment,
+    "image_states": ImageStatesSegment,
 }
 
 
@@ -31,6 +34,8 @@ def modality_of(kind: type[SegmentProcessor]) -> str:
 
 def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
     """What a segment is in a checkpoint that doesn't say it: known by its name and by its grid of positions."""
+    if "channels" in segments[name]:
+        return {"modality": modality_of(TextStatesSegment)}
     if name == LABEL:
         return {"modality": modality_of(LabelSegment), "names": labels}
     if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndims[0]:
@@ -46,11 +51,9 @@ def output_by_name(passed: Mapping[str, Any], blanks: list[str], repainted: bool
 
 
 def check_code_segments(segments: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """A transformer's segments, which must all be of codes."""
+    """A transformer's segments, of which there must be some."""
     if not segments:
         raise ValueError("transformer has no segments; VQDiTLatentPipeline is for those with segments=None")
-    if states := [name for name, segment in segments.items() if "channels" in segment]:
-        raise ValueError(f"transformer has {states}, states of an encoder, which this pipeline can't be given")
     return segments
 
 

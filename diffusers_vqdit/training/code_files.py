@@ -26,6 +26,7 @@ from .image_folder import first_of
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "segments.json"
+FILES = ("codes-*.parquet", "states-*.arrow")  # of the shards
 # Beside a segment's codes: several variants a row, for use where it is given and where it is generated.
 SUFFIXES = ("", "_prompts", "_variants")
 
@@ -80,7 +81,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         entry = f"segments[{name!r}]"
         need(SEGMENT_NAME.fullmatch(name) is not None, "segments", name, "named with letters, digits and underscores")
         need(isinstance(segment, dict), entry, segment, "an object with vocab_size and shape")
-        shape, size = segment.get("shape"), segment.get("vocab_size")
+        shape, size = segment.get("shape"), segment.get("vocab_size", segment.get("channels"))
         need(isinstance(shape, list) and len(shape) in (1, 2, 3), f"{entry}.shape", shape, "[n], [h, w] or [t, h, w]")
         for number in (size, *shape):
             need(type(number) is int and 0 < number < 2**31, entry, segment, "of positive integers")
@@ -120,11 +121,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     )
     need(isinstance(settings, dict), "settings", settings, "an object")
     need(isinstance(shards, list) and len(shards) > 0, "shards", shards, "a list of one or more shards")
+    states = any("channels" in segment for segment in segments.values())
     for shard in shards:
-        whole = isinstance(shard, dict) and type(shard.get("file")) is str and type(shard.get("sha256")) is str
-        need(whole and type(shard.get("rows")) is int and shard["rows"] > 0, "shards", shard, "file, rows and sha256")
-        need(Path(shard["file"]).name == shard["file"], "shards", shard, "files in this folder")
-    need(len({shard["file"] for shard in shards}) == len(shards), "shards", shards, "different files")
+        whole = isinstance(shard, dict) and type(shard.get("rows")) is int and shard["rows"] > 0
+        need(whole and ("states" in shard) == states, "shards", shard, "file, rows and sha256")
+        for file in _files_of(shard):
+            whole = isinstance(file, dict) and type(file.get("file")) is str and type(file.get("sha256")) is str
+            need(whole and Path(file["file"]).name == file["file"], "shards", shard, "files in this folder")
+    names = [file["file"] for shard in shards for file in _files_of(shard)]
+    need(len(set(names)) == len(names), "shards", shards, "different files")
     counts = {len(entry["buckets"]) for entry in entries.values() if "buckets" in entry}
     need(len(counts) < 2, "segments", index["entries"], "of one number of buckets")
     for shard in shards if counts else []:
@@ -133,6 +138,11 @@ def read_index(folder: Path) -> dict[str, Any]:
             type(bucket) is int and 0 <= bucket < max(counts), "shards", shard, f"with a bucket in [0, {max(counts)})"
         )
     return index
+
+
+def _files_of(shard: Mapping[str, Any]) -> list[Any]:
+    """What an index says of a shard's files: of codes, and of states where there are some."""
+    return [shard, *([shard["states"]] if "states" in shard else [])]
 
 
 def bucket_segments(index: Mapping[str, Any], bucket: int) -> dict[str, dict[str, Any]]:
@@ -145,32 +155,35 @@ def bucket_segments(index: Mapping[str, Any], bucket: int) -> dict[str, dict[str
 
 
 def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path]:
-    """The shards' paths, which must be the listed ones, whole; None lists those of an older version.
+    """The paths of the shards' codes, which must be the listed ones, whole, as must be their states; None lists those
+    of an older version.
 
     Raises:
         ValueError: that names the shards that are missing, not listed, or changed.
     """
-    there = sorted(path.name for path in folder.glob("codes-*.parquet"))
+    there = sorted(path.name for kind in FILES for path in folder.glob(kind))
     if shards is None:
         if not there:
             raise ValueError(f"{str(folder)!r} is no complete folder of codes: there is no shard in it")
         return [folder / name for name in there]
-    listed = [shard["file"] for shard in shards]
+    files = [file for shard in shards for file in _files_of(shard)]
+    listed = [file["file"] for file in files]
     if missing := [name for name in listed if not (folder / name).is_file()]:
         raise ValueError(f"{str(folder)!r}: the shards {first_of(missing)} are missing, which {INDEX_FILE} lists")
     if extra := sorted(set(there) - set(listed)):
         raise ValueError(f"{str(folder)!r}: the shards {first_of(extra)} are not listed in {INDEX_FILE}")
-    changed = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
+    changed = [file["file"] for file in files if file_sha256(folder / file["file"]) != file["sha256"]]
     if changed:
         raise ValueError(
             f"{str(folder)!r}: the shards {first_of(changed)} are damaged or were changed: their SHA-256 is not the "
             f"one in {INDEX_FILE}; encode the data again"
         )
-    return [folder / name for name in listed]
+    return [folder / shard["file"] for shard in shards]
 
 
 def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
-    """Each column's codes (M, *shape), int16 or int32, and how many variants a row has, (rows,).
+    """Each column's codes (M, *shape), int16 or int32, and how many variants a row has, (rows,); `segments` are those
+    of codes.
 
     Raises:
         ValueError: that names the file and the column, if codes are missing, no integers or out of range.

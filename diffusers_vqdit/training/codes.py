@@ -8,14 +8,19 @@ what it is (``modality``, ``tokenizer`` and options, as the pipeline takes them)
 times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the data and the tokenizers
 (``fingerprints``) and the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
 
+Segments of an encoder's states have ``channels`` in place of ``vocab_size``; their states lie beside each shard's
+codes in ``states-00000.arrow`` ([`~training.state_files`]), and are read row by row.
+
 Where pictures were sorted into buckets by aspect ratio, ``buckets`` of a segment tells their grids [h, w], the first
 that of ``shape``, and ``bucket`` of a shard that of all of its rows.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
@@ -25,16 +30,18 @@ from ..tasks import Task
 from ..utils.fingerprints import file_sha256
 from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
 from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
+from .state_files import StatesColumn, read_states
 
 
 class CodeDataset:
-    """The codes of a folder written by [`encode_dataset`], in memory (2 to 4 bytes a code).
+    """The codes of a folder written by [`encode_dataset`], in memory (2 to 4 bytes a code); states stay on disk.
 
     Args:
         folder: the folder.
 
     Attributes:
-        segments (`dict`): name -> ``{"vocab_size", "shape"}``.
+        segments (`dict`): name -> ``{"vocab_size", "shape"}``, or ``{"channels", "shape"}`` of an encoder's states.
+        states (`dict[str, StatesColumn]`): of the latter.
         entries (`dict`): name -> what the segment is, as [`VQDiTPipeline`] takes it: ``{"modality", "tokenizer"}`` and
             options. Empty in folders of older versions.
         labels (`list[str]`): names of the label codes.
@@ -64,7 +71,10 @@ class CodeDataset:
         paths = check_shards(folder, index["shards"])
         listed = index["shards"] if index["shards"] is not None else [{} for _ in paths]
         count = max((len(entry["buckets"]) for entry in self.entries.values() if "buckets" in entry), default=1)
-        self._segments = [bucket_segments(index, bucket) for bucket in range(count)]  # of each bucket
+        every = [bucket_segments(index, bucket) for bucket in range(count)]
+        # Those of codes, of each bucket
+        self._segments = [{n: one for n, one in segments.items() if "channels" not in one} for segments in every]
+        self.states = self._open_states(listed)
         shards = [
             read_shard(path, self._segments[shard.get("bucket", 0)], shard.get("rows"))
             for path, shard in zip(paths, listed, strict=True)
@@ -77,15 +87,24 @@ class CodeDataset:
         for name, parts in columns.items():
             if len(parts) < len(shards):
                 raise ValueError(f"{str(folder)!r}: some of the shards have a column {name!r} and others don't")
-        self.codes = {name: torch.cat([codes for codes, _ in columns[name]]) for name in self.segments}
+        self.codes = {name: torch.cat([codes for codes, _ in columns[name]]) for name in self._segments[0]}
         # Rows with fewer variants than others are filled up with zeros; `counts` says how many are real.
         self.prompts: dict[str, torch.Tensor] = {}
         self.variants: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
         for suffix, kept in (("_prompts", self.prompts), ("_variants", self.variants)):
-            for name in self.segments:
+            for name in self.codes:
                 if name + suffix in columns:
                     kept[name], self._counts[name + suffix] = _padded(columns[name + suffix])
+
+    def _open_states(self, shards: list[dict]) -> dict[str, StatesColumn]:
+        channels = {name: one["channels"] for name, one in self.segments.items() if "channels" in one}
+        if not channels:
+            return {}
+        files = [(self.folder / shard["states"]["file"], shard["rows"]) for shard in shards]
+        tables = [read_states(path, channels, rows)[0] for path, rows in files]
+        chunks = {name: [chunk for table in tables for chunk in table[name].chunks] for name in channels}
+        return {name: StatesColumn(pa.chunked_array(chunks[name]), channels[name]) for name in channels}
 
     def _flattened(
         self, shard: dict[str, tuple[torch.Tensor, np.ndarray]]
@@ -104,13 +123,15 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(next(iter(self.codes.values())))
 
-    def check_tokenizers(self, image_vq=None, text_vq=None, tokenizer=None, segment_tokenizers=None) -> None:
+    def check_tokenizers(
+        self, image_vq=None, text_vq=None, tokenizer=None, segment_tokenizers=None, **encoders
+    ) -> None:
         """Raise a ValueError that names the tokenizers that did not make these codes; None is not checked.
 
         Args:
-            image_vq, text_vq, tokenizer, segment_tokenizers: the pipeline's components of these names.
+            image_vq, text_vq, tokenizer, segment_tokenizers, encoders: the pipeline's components of these names.
         """
-        found = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+        found = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer, **encoders}
         found |= segment_tokenizers.parts if segment_tokenizers is not None else {}
         found = tokenizer_fingerprints(found)
         other = [name for name, value in found.items() if self.fingerprints.get(name, value) != value]
@@ -122,8 +143,9 @@ class CodeDataset:
 
     def batch(
         self, rows: torch.Tensor, task: Task, *, generator: Generators = None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The given and the generated codes of `rows` for `task`: two dicts of name -> (B, *shape) int64.
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The given and the generated codes of `rows` for `task`: two dicts of name -> (B, *shape) int64. What is
+        given as an encoder's states is [`PaddedStates`], which have a ``to`` of their own.
 
         A given segment with several variants is drawn from them, by `generator` or by one a row. A generated one is
         always the first, but for a text whose rows have several captions, of which one is drawn.
@@ -134,7 +156,7 @@ class CodeDataset:
         found = [0] if self.buckets is None else self.buckets[rows].unique().tolist()
         if len(found) > 1:
             raise ValueError(f"rows={rows.tolist()} are of the buckets {found}: a batch has rows of one")
-        segments = self._segments[found[0]] if found else self.segments
+        segments = self._segments[found[0] if found else 0]
         for name in task.segments:
             if name not in self.segments:
                 raise ValueError(f"task {str(task)!r}: the data has no segment {name!r}, only {sorted(self.segments)}")
@@ -152,7 +174,14 @@ class CodeDataset:
             shape = segments[name]["shape"]
             return codes.flatten(1)[:, : math.prod(shape)].view(-1, *shape).long()
 
-        given = {name: drawn(name, ("_prompts", "_variants")) for name in task.given}
+        if states := sorted(set(self.states) & set(task.generated)):
+            raise ValueError(f"task {str(task)!r} generates {states}: states of an encoder are given, never generated")
+        given = {
+            name: self.states[name].draw(rows, generator)
+            if name in self.states
+            else drawn(name, ("_prompts", "_variants"))
+            for name in task.given
+        }
         return given, {name: drawn(name, ("_variants",)) for name in task.generated}
 
 

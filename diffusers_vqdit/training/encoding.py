@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
-from ..pipelines.segment_base import LABEL, ColumnReader, SegmentColumn, bucket_shape
+from ..pipelines.segment_base import ENCODERS, LABEL, ColumnReader, SegmentColumn, bucket_shape
 from ..pipelines.segment_processors import MODALITIES, check_segment_entries
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_integer
-from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from ..utils.fingerprints import file_sha256, model_fingerprint, tokenizer_fingerprint
 from ..utils.weight_files import move_into_place
-from .code_files import INDEX_FILE, write_index, write_shard
+from .code_files import FILES, INDEX_FILE, write_index, write_shard
 from .data import read_rows
 from .files import scratch_folder
 from .segment_columns import columns_of_flags, name_tokenizers
+from .state_files import StateRows, write_states
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ def encode_dataset(
     label_column: str | None = None,
     labels: list[str] | None = None,
     segments: Mapping[str, SegmentColumn] | None = None,
+    text_encoder: PreTrainedModel | None = None,
+    tokenizer_2=None,
+    image_encoder: PreTrainedModel | None = None,
+    feature_extractor=None,
+    max_sequence_length: int | None = None,
     image_augmentations: int = 0,
     lowres_factor: int | None = None,
     resize_mode: str = "crop",
@@ -61,7 +68,8 @@ def encode_dataset(
         image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given.
         image_column: becomes the segment ``image``.
         caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
-            list of captions, of which one is drawn each time; so it is with the other columns of texts.
+            list of captions, of which one is drawn each time; so it is with the other columns of texts. Without
+            `text_vq` it has the states of `text_encoder`, and is only given.
         prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
         text_columns: more texts, each a segment of its column's name.
         label_column: becomes the segment ``label``.
@@ -69,6 +77,11 @@ def encode_dataset(
             [`~utils.labels.label_names`].
         segments: segments of any names, beside those: what each is and what makes its codes. A tokenizer that is
             neither `image_vq` nor `text_vq` has the name of the first segment that it makes the codes of.
+        text_encoder, tokenizer_2: a frozen text encoder of transformers, for captions without `text_vq` and for
+            `segments` of the modality ``"states"``. States are kept in float16, of each text's own length.
+        image_encoder, feature_extractor: a frozen vision encoder, for `segments` of ``"image_states"``.
+        max_sequence_length: tokens of a text for `text_encoder`; the rest is cut off. By default as many as it takes,
+            512 at most.
         image_augmentations: so many copies of each picture, slightly moved and scaled
             ([`~utils.images.shift_and_scale`]), are used beside it where the picture is given.
         lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
@@ -88,6 +101,7 @@ def encode_dataset(
             a bucket is not of whole codes, or no row can be read.
     """
     options: dict[str, Any] = {"resize_mode": resize_mode, "augmentations": image_augmentations}
+    options["max_sequence_length"] = max_sequence_length
     if aspect_ratio_buckets is not None:
         options["buckets"] = check_buckets("aspect_ratio_buckets", aspect_ratio_buckets)
         if resolution:
@@ -98,6 +112,7 @@ def encode_dataset(
         image_vq=image_vq,
         text_vq=text_vq,
         tokenizer=tokenizer,
+        text_encoder=text_encoder,
         image_column=image_column,
         caption_column=caption_column,
         prompt_columns=prompt_columns,
@@ -108,6 +123,7 @@ def encode_dataset(
         segments=segments,
     )
     named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+    named |= dict(zip(ENCODERS, (text_encoder, tokenizer_2, image_encoder, feature_extractor), strict=True))
     columns, tokenizers = name_tokenizers(columns, named)
     encoder = _Encoder(dataset, columns, batch_size, **options)
     if aspect_ratio_buckets is not None and encoder.grouping is None:
@@ -124,8 +140,7 @@ def encode_dataset(
                 values, kept = encoder.read(rows, skipped)
                 skipped += len(rows) - len(kept)
                 if kept:
-                    path = scratch / f"codes-{len(shards):05d}.parquet"
-                    shards.append({**write_shard(path, encoder.encode(values)), **said})
+                    shards.append({**encoder.write(scratch, len(shards), values), **said})
         if not shards:
             raise ValueError(
                 f"column {encoder.skipping.column!r}: none of the {len(dataset)} {encoder.noun}s could be read"
@@ -179,9 +194,14 @@ class _Encoder:
                 self.of[name].append(self.readers[key])
             if (shape := self.of[name][0].shape) is not None:
                 self.shapes[name] = shape
+        self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]
+        if len(self.states) == len(self.of):
+            raise ValueError(f"segments={self.states} are states of encoders, which are only given: add one of codes")
         self.grouping = next((reader for reader in self.readers.values() if reader.num_groups), None)
         self.notes = [note for reader in self.readers.values() for note in reader.notes]
-        self.settings = next((reader.settings for reader in self.readers.values() if reader.settings), {})
+        self.settings: dict[str, Any] = {}
+        for reader in reversed(self.readers.values()):  # the first overrules
+            self.settings |= reader.settings
         # The first whose values are files, and may be broken.
         readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
         first = min(readers, key=lambda one: one[0])[1]
@@ -217,6 +237,32 @@ class _Encoder:
                     del found[reader.reads]
         return whole, rows
 
+    def write(self, folder: Path, index: int, values: dict[tuple, list]) -> dict[str, Any]:
+        """Write a shard's codes and states, and return its entry in the index."""
+        entry = write_shard(folder / f"codes-{index:05d}.parquet", self.encode(values))
+        if self.states:
+            path = folder / f"states-{index:05d}.arrow"
+            write_states(path, self.states, self.encode_states(values), {})
+            entry["states"] = {"file": path.name, "sha256": file_sha256(path)}
+        return entry
+
+    def encode_states(self, values: dict[tuple, list]) -> Iterator[dict[str, StateRows]]:
+        """The states of a shard's values, some rows at a time: all would not fit into memory."""
+
+        def encoded(reader: ColumnReader, rows: slice) -> list[list[torch.Tensor]]:
+            return reader.encode(values[reader.reads][rows], self.batch_size)
+
+        count = len(next(iter(values.values())))
+        for start in range(0, count, self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield {
+                name: [
+                    [states for variants in row for states in variants]
+                    for row in zip(*(encoded(one, part) for one in self.of[name]), strict=True)
+                ]
+                for name in self.states
+            }
+
     def encode(self, values: dict[tuple, list]) -> dict[str, list[torch.Tensor]]:
         """Columns of codes of a shard's values."""
         done: dict[int, list[torch.Tensor]] = {}
@@ -230,6 +276,8 @@ class _Encoder:
         wordings: dict[str, list[torch.Tensor]] = {}
         modality = None
         for name, column in self.columns.items():
+            if name in self.states:
+                continue
             if column.modality != modality:
                 # After all segments of a modality, where they have always stood.
                 shard, wordings, modality = {**shard, **wordings}, {}, column.modality
@@ -245,13 +293,17 @@ class _Encoder:
         return {**shard, **wordings}
 
     def geometry(self) -> dict[str, dict[str, Any]]:
-        """Vocabulary size and shape of each segment, and the patch of residual codes, which share a position. Segments
-        of one tokenizer and one shape share their embeddings."""
+        """Vocabulary size, or channels, and shape of each segment, and the patch of residual codes, which share a
+        position. Segments of one tokenizer and one shape share their embeddings."""
         found: dict[str, dict[str, Any]] = {}
         first: dict[tuple, str] = {}
         for name, shape in self.shapes.items():
-            found[name] = {"vocab_size": self.of[name][0].vocab_size, "shape": shape}
+            reader = self.of[name][0]
+            size = {"channels": reader.state_channels} if name in self.states else {"vocab_size": reader.vocab_size}
+            found[name] = {**size, "shape": shape}
         for name, column in self.columns.items():
+            if name in self.states:
+                continue
             shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
             if column.tokenizer_name is not None:
                 other = first.setdefault((column.modality, column.tokenizer_name, *shape), name)
@@ -280,5 +332,6 @@ def tokenizer_fingerprints(tokenizers: Mapping[str, Any]) -> dict[str, str]:
 
 def _remove_codes(folder: Path) -> None:
     """Remove an earlier index and its shards, the index first, so that what is left is never read."""
-    for old in [folder / INDEX_FILE, *folder.glob(f"codes-{'[0-9]' * 5}.parquet")]:
+    kinds = [kind.replace("*", "[0-9]" * 5) for kind in FILES]
+    for old in [folder / INDEX_FILE, *(path for kind in kinds for path in folder.glob(kind))]:
         old.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Masked diffusion over codes: the draws of a training step, and its loss."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +9,7 @@ from ..tasks import Task
 from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
 from .optimization import unwrap
+from .state_files import split_padded
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
@@ -35,7 +38,7 @@ def stratified_timesteps(
 def masked_diffusion_loss(
     transformer: torch.nn.Module,
     scheduler,
-    given: dict[str, torch.Tensor],
+    given: dict[str, Any],
     generated: dict[str, torch.Tensor],
     *,
     weighting: str = "flat",
@@ -47,7 +50,7 @@ def masked_diffusion_loss(
     Args:
         transformer: a `VQDiTTransformer2DModel` with segments, possibly wrapped.
         scheduler: the `MaskedDiffusionScheduler` that masks.
-        given, generated: name -> (B, *shape) int64 codes.
+        given, generated: name -> (B, *shape) int64 codes; of what is given also the [`PaddedStates`] of an encoder.
         weighting: ``"nelbo"`` weighs each row by -alpha'(t) / (1 - alpha(t)), so that the mean is the exact bound in
             nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
             the masked codes (MaskGIT).
@@ -74,7 +77,8 @@ def masked_diffusion_loss(
         masked[name] = corrupted == vocab_sizes[name]
         noised[name] = corrupted.view_as(codes)
     timesteps = timesteps.to(device)
-    logits = transformer(noised, timestep=timesteps, given=given, masked=masked).sample
+    given, padding = split_padded(given)
+    logits = transformer(noised, timestep=timesteps, given=given, given_mask=padding or None, masked=masked).sample
     weights = scheduler.loss_weight(timesteps)  # (B,)
     total, count = 0.0, 0
     for name, codes in generated.items():

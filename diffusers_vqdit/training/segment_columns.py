@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment
-from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentColumn
+from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentColumn
 from ..pipelines.segment_processors import MODALITIES, modality_of
+from ..pipelines.states_segment import ImageStatesSegment, TextStatesSegment
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
-from ..utils.arguments import model_name
+from ..utils.arguments import model_name, positive_integer
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
 from .code_files import SUFFIXES
@@ -62,8 +63,43 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
         default=[],
         metavar="NAME=MODALITY:COLUMN[:TOKENIZER]",
         help=f"A segment of any name, and the column it is made from; the modality is one of {', '.join(MODALITIES)}. "
-        "The tokenizer is a folder or a Hub id; without, that of --image_vq or --text_vq. May be given several times.",
+        "The tokenizer or encoder is a folder or a Hub id; without, that of --image_vq, --text_vq, --text_encoder or "
+        "--image_encoder. May be given several times.",
     )
+
+
+def add_encoder_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags of frozen encoders, whose states are given."""
+    group.add_argument(
+        "--text_encoder",
+        type=model_name,
+        help="Frozen text encoder of transformers, for --segment NAME=states:COLUMN; without --text_vq for captions.",
+    )
+    group.add_argument(
+        "--max_sequence_length",
+        type=positive_integer,
+        help="Tokens of a text for its encoder; by default as many as it takes, 512 at most.",
+    )
+    group.add_argument(
+        "--image_encoder",
+        type=model_name,
+        help="Frozen vision encoder of transformers, for --segment NAME=image_states:COLUMN.",
+    )
+
+
+def load_encoders(args: argparse.Namespace) -> dict[str, Any]:
+    """The encoders of the flags, with what stands beside each, by component; None where there is none."""
+    found: dict[str, Any] = dict.fromkeys(ENCODERS)
+    for kind in (TextStatesSegment, ImageStatesSegment):
+        if name := getattr(args, kind.tokenizer):
+            found[kind.tokenizer], found[kind.named_beside] = kind.load_tokenizer(name, cache_dir=args.cache_dir)
+    return found
+
+
+def has_captions(args: argparse.Namespace) -> bool:
+    """Whether captions become codes, or states where ``--segment`` makes none."""
+    states = modality_of(TextStatesSegment)
+    return bool(args.text_vq or args.text_encoder and all(flag.modality != states for flag in args.segment))
 
 
 def bucket_sizes(text: str) -> list[list[int]]:
@@ -136,6 +172,7 @@ def columns_of_flags(
     image_vq: Any,
     text_vq: Any,
     tokenizer: Any,
+    text_encoder: Any,
     image_column: str | None,
     caption_column: str | None,
     prompt_columns: Sequence[str] | None,
@@ -155,8 +192,9 @@ def columns_of_flags(
         raise ValueError("give image_column, caption_column or both: there is nothing to encode")
     if image_column is not None and image_vq is None:
         raise ValueError(f"image_column={image_column!r} needs image_vq")
-    if caption_column is not None and (text_vq is None or tokenizer is None):
-        raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer")
+    encoded = text_vq is None and text_encoder is not None
+    if caption_column is not None and not encoded and (text_vq is None or tokenizer is None):
+        raise ValueError(f"caption_column={caption_column!r} needs text_vq and tokenizer, or text_encoder")
     if text_columns and caption_column is None:
         raise ValueError(f"text_columns={text_columns!r} need caption_column: they share the codes of its segment")
     for title in text_columns:
@@ -174,6 +212,7 @@ def columns_of_flags(
             found[LOWRES] = replace(picture, options=lowres)
     if caption_column is not None:
         text = SegmentColumn(modality_of(TextSegment), caption_column, text_vq, tokenizer)
+        text = SegmentColumn(modality_of(TextStatesSegment), caption_column) if encoded else text
         found[TEXT] = replace(text, prompt_columns=tuple(prompt_columns or ()))
         found |= {column: replace(text, column=column) for column in text_columns}
     if label_column is not None:
@@ -218,8 +257,9 @@ def name_tokenizers(
             default = f", or {kind.tokenizer}" if kind.tokenizer else ""
             raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")
         known = next((one for one, other in {**named, **used}.items() if other is model), None)
-        title = known or column.tokenizer_name or name
-        if known is None and title in {*named, *used, *PROCESSORS}:
+        free = kind.given_only and {**named, **used}.get(kind.tokenizer) is None  # the component of encoders
+        title = known or column.tokenizer_name or (kind.tokenizer if free else name)
+        if known is None and title in {*named, *used, *PROCESSORS} and not (free and title == kind.tokenizer):
             raise ValueError(f"segments[{name!r}]: its tokenizer can't be called {title!r}, as another component is")
         used[title] = model
         beside, place = column.beside, kind.place_beside(title)

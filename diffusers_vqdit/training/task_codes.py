@@ -11,8 +11,10 @@ from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import segment_patch
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment, names_by_code
-from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
+from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
 from ..pipelines.segment_processors import MODALITIES, entry_by_name, modality_of
+from ..pipelines.states_segment import TextStatesSegment
+from ..tasks import parse_tasks
 from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
@@ -20,7 +22,10 @@ from .data import load_training_dataset
 from .segment_columns import RESERVED, files_of, load_tokenizers
 
 
-NAMED = ("image_vq", "text_vq", "tokenizer")  # the pipeline's components that make codes
+NAMED = ("image_vq", "text_vq", "tokenizer", *ENCODERS)  # the pipeline's components that make codes, or states
+
+
+OWN = ("image_vq", "text_vq", "text_encoder", "image_encoder")  # those that have a flag
 
 
 def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeDataset | None) -> None:
@@ -70,10 +75,17 @@ def load_codes(
         ValueError: if the codes are other tokenizers' or labels' than those there are.
     """
     flags = [flag for flag in args.segment if flag.name in segments]
+    check_given_only(args, parts)
     available = _available(parts)
-    own = {} if args.pretrained_model_name_or_path else {"image_vq": args.image_vq, "text_vq": args.text_vq}
+    own = {} if args.pretrained_model_name_or_path else {name: getattr(args, name) for name in OWN}
     paths = {(name, path): available[name] for name, path in own.items() if path}
     loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
+    for flag in flags:
+        kind = MODALITIES[flag.modality]
+        component, beside = kind.tokenizer or "", kind.named_beside or ""
+        if kind.given_only and flag.name in loaded and parts[component] is None:
+            parts[component], parts[beside] = loaded[flag.name]
+    available = _available(parts)
     available = loaded | available  # what the pretrained pipeline has under a name goes on
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
@@ -104,6 +116,22 @@ def load_codes(
     codes = CodeDataset(folder)
     _take_tokenizers(codes, parts, available, segments)
     return codes
+
+
+def check_given_only(args: argparse.Namespace, parts: Mapping[str, Any]) -> None:
+    """See, before anything is encoded, that no task generates states of an encoder.
+
+    Raises:
+        ValueError: that names the task.
+    """
+    states = {flag.name for flag in args.segment if MODALITIES[flag.modality].given_only}
+    states |= {TEXT} if parts["text_vq"] is None and parts["text_encoder"] is not None else set()
+    for task, _ in parse_tasks(args.tasks):
+        if wrong := sorted(states & set(task.generated)):
+            raise ValueError(
+                f"tasks={args.tasks!r}: {str(task)!r} generates {wrong}, but states of an encoder are given, never "
+                "generated"
+            )
 
 
 def _settle_buckets(
@@ -175,8 +203,17 @@ def segment_columns(
             title = entry.get("tokenizer")
             model, beside = available.get(title or "", (None, None))
             options = MODALITIES[modality].known_options(entry, known[name], model)
+            _check_length(args, name, options)
         columns[name] = SegmentColumn(modality, column, model, beside, title, options=options)
     return columns
+
+
+def _check_length(args: argparse.Namespace, name: str, options: Mapping[str, Any]) -> None:
+    known = options.get("max_sequence_length")
+    if known is not None and args.max_sequence_length not in (None, known):
+        raise ValueError(
+            f"max_sequence_length={args.max_sequence_length}, but that of the pretrained pipeline's {name!r} is {known}"
+        )
 
 
 def _read_dataset(
@@ -204,8 +241,14 @@ def _read_dataset(
         resolution = image_vq.config.sample_size
         if IMAGE in known:
             resolution = known[IMAGE]["shape"][0] * image_vq.downsample_factor
+    length = args.max_sequence_length
+    if caption_column is not None and "channels" in known.get(TEXT, ()):
+        options = TextStatesSegment.known_options({}, known[TEXT], None)
+        _check_length(args, TEXT, options)
+        length = options["max_sequence_length"]
     return dataset, {
         "resolution": resolution,
+        "max_sequence_length": length,
         **{name: parts[name] for name in NAMED},
         "image_column": image_column,
         "caption_column": caption_column,
@@ -222,7 +265,9 @@ def _read_dataset(
 
 def _available(parts: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The tokenizers that there are, by name, with what stands beside them."""
-    found = {"image_vq": (parts["image_vq"], None), "text_vq": (parts["text_vq"], parts["tokenizer"])}
+    beside = {"image_vq": None, "text_vq": parts["tokenizer"]}
+    beside |= {"text_encoder": parts["tokenizer_2"], "image_encoder": parts["feature_extractor"]}
+    found = {name: (parts[name], beside[name]) for name in OWN}
     several = parts["segment_tokenizers"]
     if several is not None:
         found |= {name: (model, several.beside.get(name)) for name, model in several.tokenizers.items()}

@@ -59,6 +59,7 @@ def tokenize_to_length(
         padding: ``"max_length"`` to `length`, or ``"longest"`` to the longest text that is left.
     """
     options = {"padding": padding, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    options |= {"padding_side": "right", "return_attention_mask": True}  # those of decoders pad on the left
     with _tokenizer_lock:
         tokens = tokenizer(texts, **options)
         if tokens.encodings is None:  # a tokenizer in Python
@@ -119,10 +120,12 @@ def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
     return [[value] if isinstance(value, str) else list(value) for value in captions]
 
 
-def cut_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:
-    """A warning with the count where texts have more than `length` tokens, else None."""
+def cut_texts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "max_length"
+) -> str | None:
+    """A warning with the count where texts have more than `length` tokens, else None; `argument` is what says it."""
     cut = 0
     for start in range(0, len(texts), 1024):
         counts = tokenize_to_length(tokenizer, texts[start : start + 1024], length)[2]
         cut += sum(count > length for count in counts)
-    return f"{cut} of {len(texts)} captions have more than max_length={length} tokens and are cut" if cut else None
+    return f"{cut} of {len(texts)} captions have more than {argument}={length} tokens and are cut" if cut else None

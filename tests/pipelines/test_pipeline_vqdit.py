@@ -322,7 +322,9 @@ def test_bad_arguments_of_a_score_are_named(pipeline, task, arguments, message):
 
 
 def test_sequential_parts_run_where_the_hooks_put_them(pipeline):
-    assert set(pipeline.model_cpu_offload_seq.split("->")) == {"text_vq", "transformer", "image_vq"}
+    assert set(pipeline.model_cpu_offload_seq.split("->")) == {
+        *("text_encoder", "image_encoder", "text_vq", "transformer", "image_vq")
+    }
     for model, method in (("text_vq", "encode_codes"), ("image_vq", "decode_codes"), ("transformer", "encode_prefix")):
         moved = []
 

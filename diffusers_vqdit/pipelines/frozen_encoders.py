@@ -1,0 +1,129 @@
+"""Frozen encoders of transformers: loading them, and the states that they make of texts and of pictures."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+from ..models.config_checks import MAX_CODES
+from ..utils.checks import check_integer
+from ..utils.components import find_beside, find_component
+from ..utils.texts import tokenize_to_length
+
+
+MAX_SEQUENCE_LENGTH = 512  # where neither the encoder nor its tokenizer says less
+
+
+def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The text encoder in a folder or Hub repository and its tokenizer: its own, a pipeline's (`component` and
+    `beside` there), or the text side of CLIP and the like.
+
+    A decoder (GPT-2, Qwen, ...) is a text encoder too: its last hidden states. A tokenizer without a token for padding
+    gets that of the end.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
+    source, folder = find_component(name, component, cache_dir)
+    options = {"subfolder": folder, "cache_dir": cache_dir}
+    config = AutoConfig.from_pretrained(source, **options).get_text_config(encoder=True)
+    known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    encoder = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(source, config=config, **options)
+    place = find_beside(source, folder, beside, "tokenizer_config.json", cache_dir)
+    source, folder = place if place is not None else (source, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return encoder.eval().requires_grad_(False), tokenizer
+
+
+def load_image_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The vision encoder in a folder or Hub repository and its feature extractor: its own, a pipeline's (`component`
+    and `beside` there), or the vision side of CLIP and the like.
+
+    Raises:
+        ValueError: if there is no feature extractor.
+    """
+    source, folder = find_component(name, component, cache_dir)
+    options = {"subfolder": folder, "cache_dir": cache_dir}
+    config = AutoConfig.from_pretrained(source, **options)
+    config = getattr(config, "vision_config", config)
+    encoder = AutoModel.from_pretrained(source, config=config, **options)
+    place = find_beside(source, folder, beside, "preprocessor_config.json", cache_dir)
+    source, folder = place if place is not None else (source, folder)
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"image_encoder={name!r} has no feature extractor (preprocessor_config.json), neither in its folder nor "
+            "beside it"
+        ) from error
+    return encoder.eval().requires_grad_(False), processor
+
+
+def state_channels(encoder: PreTrainedModel) -> int:
+    """Channels of an encoder's states."""
+    config = encoder.config
+    return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
+
+
+def check_sequence_length(length: Any, encoder: Any, tokenizer: Any) -> int:
+    """`length` as ``max_sequence_length`` of a text encoder; None is the most tokens that it takes, or
+    `MAX_SEQUENCE_LENGTH` where that is more or nothing says it.
+
+    Raises:
+        ValueError: if it is no positive integer, or more than the encoder has positions for.
+    """
+    positions = getattr(encoder.config, "max_position_embeddings", None)  # None: relative ones
+    limit = min(tokenizer.model_max_length, positions or MAX_CODES)
+    if length is None:
+        return min(limit, MAX_SEQUENCE_LENGTH)
+    return check_integer("max_sequence_length", length, 1, limit if positions else MAX_CODES)
+
+
+@torch.no_grad()
+def encode_texts_to_states(
+    encoder: Any, tokenizer: Any, texts: list[str], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.BoolTensor, list[int]]:
+    """Last hidden states (B, S, C) of texts, in the encoder's dtype, S tokens of the longest; which of them count
+    (B, S), the first of each row; and how many tokens each text has uncut.
+
+    What is padding has no say: a text's states are those that it has alone.
+    """
+    ids, mask, counts = tokenize_to_length(tokenizer, texts, length, "longest")
+    ids, mask = ids.to(device), mask.to(device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool(), counts
+
+
+def pixel_size(encoder: Any, feature_extractor: Any) -> tuple[int, int]:
+    """Height and width of the pictures that a vision encoder sees."""
+    for name in ("crop_size", "size"):
+        size = dict(getattr(feature_extractor, name, None) or {})
+        if {"height", "width"} <= set(size):
+            return size["height"], size["width"]
+        if "shortest_edge" in size:
+            return size["shortest_edge"], size["shortest_edge"]
+    size = encoder.config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@torch.no_grad()
+def encode_images_to_states(
+    encoder: Any, feature_extractor: Any, pixels: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Last hidden states (B, S, C), in the encoder's dtype, of pictures (B, 3, H, W) in [0, 1], of its size."""
+    ready = {"do_resize": False, "do_center_crop": False, "do_rescale": False}
+    inputs = feature_extractor(images=list(pixels.cpu()), return_tensors="pt", **ready).pixel_values
+    states = encoder(pixel_values=inputs.to(device, encoder.dtype)).last_hidden_state
+    return states if states.ndim == 3 else states.flatten(2).transpose(1, 2)  # of a convolutional one, (B, C, h, w)

@@ -1,0 +1,305 @@
+"""States of frozen encoders as segments, which are given and never generated: of texts, and of pictures."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from ..utils.checks import shown
+from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
+from ..utils.fingerprints import tensor_sha256
+from ..utils.images import fit_images, read_images
+from ..utils.texts import caption_lists, check_texts, cut_texts
+from .frozen_encoders import (
+    check_sequence_length,
+    encode_images_to_states,
+    encode_texts_to_states,
+    load_image_encoder,
+    load_text_encoder,
+    pixel_size,
+    state_channels,
+)
+from .segment_base import ColumnReader, EncodedValue, SegmentProcessor
+
+
+_states_logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PaddedStates:
+    """States of an encoder, filled up to those of the longest sample.
+
+    Args:
+        states: (B, n, channels) of any float type.
+        mask: (B, n), zero at padding; None where nothing is.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def to(self, device: torch.device | str) -> "PaddedStates":
+        return PaddedStates(self.states.to(device), None if self.mask is None else self.mask.to(device))
+
+    def rows(self) -> list["PaddedStates"]:
+        """Each sample on its own, without padding where that is at its end."""
+        masks = [None] * len(self) if self.mask is None else self.mask.split(1)
+        return [PaddedStates(states, mask) for states, mask in zip(self.states.split(1), masks, strict=True)]
+
+
+def join_states(rows: list[PaddedStates]) -> PaddedStates:
+    """Samples, filled up to the longest."""
+    lengths = [row.states.shape[1] for row in rows]
+    longest, first = max(lengths), rows[0].states
+    if len(set(lengths)) == 1 and all(row.mask is None for row in rows):
+        return PaddedStates(torch.cat([row.states for row in rows]))
+    states = first.new_zeros(len(rows), longest, first.shape[2])
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=first.device)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        states[index, :length] = row.states[0]
+        mask[index, :length] = True if row.mask is None else row.mask[0].bool()
+    return PaddedStates(states, mask)
+
+
+def check_states_of(name: str, value: Any, channels: int, mask: Any = None, mask_name: str = "mask") -> PaddedStates:
+    """States that a pipeline is passed, and their mask.
+
+    Raises:
+        ValueError: unless they are finite floats (B, n, channels), with a mask (B, n) of zeros and ones or None.
+    """
+    fits = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3 and value.numel() > 0
+    if not fits or value.shape[2] != channels:
+        got = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+        raise ValueError(f"{name} must be states (B, n, {channels}) of an encoder, got {got}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} has states that are not finite")
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.shape != value.shape[:2]:
+            got = str(tuple(mask.shape)) if isinstance(mask, torch.Tensor) else shown(mask)
+            raise ValueError(f"{mask_name} must be a tensor of shape {tuple(value.shape[:2])}, as {name}, got {got}")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{mask_name} must be 0 at padding and else 1, got {mask.min()} to {mask.max()}")
+    return PaddedStates(value, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns of a dataset
+
+
+class StatesReader(ColumnReader):
+    """A column that an encoder makes states of, in half precision. Each row has a list of variants (n, channels)."""
+
+    def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
+        super().__init__(dataset, column, tokenizer, beside)
+        self.state_channels = state_channels(tokenizer)
+
+    def halves(self, states: torch.Tensor) -> torch.Tensor:
+        """float16 on the CPU.
+
+        Raises:
+            ValueError: if they are beyond its range.
+        """
+        halves = states.half().cpu()
+        if not halves.isfinite().all():
+            raise ValueError(
+                f"column {self.column!r}: the encoder's states reach {states.abs().max():g} in {states.dtype}; they "
+                "are kept in float16, up to 65504"
+            )
+        return halves
+
+
+class TextStatesReader(StatesReader):
+    """A column of texts, or of lists of them. Takes ``"max_sequence_length"``."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        tokenizer: Any = None,
+        beside: Any = None,
+        *,
+        max_sequence_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, column, tokenizer, beside)
+        self.length = check_sequence_length(max_sequence_length, tokenizer, beside)
+        self.shape = [self.length]
+        self.lists = caption_lists(dataset[column], column)
+        warning = cut_texts(
+            [text for texts in self.lists for text in texts], beside, self.length, "max_sequence_length"
+        )
+        self.notes = [f"column {column!r}: {warning}"] if warning else []
+
+    def read(self, row: int) -> list[str]:
+        return self.lists[row]
+
+    def digest(self, values: list) -> bytes:
+        return json.dumps([self.column, values]).encode()
+
+    def encode(self, values: list, batch_size: int) -> list[Any]:
+        texts, parts = [text for row in values for text in row], []
+        for start in range(0, len(texts), batch_size):
+            states, mask, _ = encode_texts_to_states(
+                self.tokenizer, self.beside, texts[start : start + batch_size], self.length, self.tokenizer.device
+            )
+            parts += [one[:count] for one, count in zip(self.halves(states), mask.sum(1).tolist(), strict=True)]
+        found = iter(parts)
+        return [[next(found) for _ in row] for row in values]
+
+
+class ImageStatesReader(StatesReader):
+    """A column of pictures. Takes ``"resize_mode"``."""
+
+    feature = "Image"
+
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        tokenizer: Any = None,
+        beside: Any = None,
+        *,
+        resize_mode: str = "crop",
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, column, tokenizer, beside)
+        self.size, self.resize_mode = pixel_size(tokenizer, beside), resize_mode
+        blank = torch.zeros(1, 3, *self.size)
+        self.shape = [encode_images_to_states(tokenizer, beside, blank, tokenizer.device).shape[1]]
+
+    def cast(self, dataset: Any) -> Any:
+        return as_picture_column(dataset, self.column)
+
+    @property
+    def reads(self) -> tuple:
+        return (*super().reads, *self.size, self.resize_mode)
+
+    def read(self, row: int) -> torch.Tensor:
+        """uint8 (3, height, width)."""
+        return to_bytes(decode_image(self.dataset[row][self.column], self.size, self.resize_mode))
+
+    def placed(self, row: int) -> str:
+        return place(self.dataset[row][self.column], row)
+
+    def digest(self, values: list) -> bytes:
+        return tensor_sha256(torch.stack(values)).encode()
+
+    def encode(self, values: list, batch_size: int) -> list[Any]:
+        found = []
+        for start in range(0, len(values), batch_size):
+            pixels = torch.stack(values[start : start + batch_size]).float() / 255
+            states = encode_images_to_states(self.tokenizer, self.beside, pixels, self.tokenizer.device)
+            found += [[one] for one in self.halves(states)]
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+class StatesSegment(SegmentProcessor):
+    """States of an encoder; ``shape`` is about how many. Values may be such states themselves: [`PaddedStates`]."""
+
+    given_only = True
+    ndims = (1,)
+
+    def read(self, value: Any) -> list:
+        if isinstance(value, PaddedStates):
+            return check_states_of(self.argument, value.states, self.channels, value.mask).rows()
+        if isinstance(value, list) and value and isinstance(value[0], PaddedStates):  # read already
+            return value
+        return self.read_values(value)
+
+    def read_values(self, value: Any) -> list:
+        """What the encoder takes, checked."""
+        raise NotImplementedError
+
+    def states_of(self, values: list) -> PaddedStates:
+        """What the encoder makes of it."""
+        raise NotImplementedError
+
+    def encode(self, values: Any) -> torch.Tensor:
+        """States (B, n, channels)."""
+        return self.encode_given(self.read(values)).codes
+
+    def encode_given(self, values: list) -> EncodedValue:
+        ready = isinstance(values[0], PaddedStates)
+        found = join_states(values) if ready else self.states_of(values)
+        found = found.to(self.device())
+        return EncodedValue(found.states, mask=found.mask)
+
+    def decode(self, codes: torch.Tensor, output_type: str = "pil") -> Any:
+        raise ValueError(f"{self.name!r} has states of an encoder, which are given, never generated")
+
+
+class TextStatesSegment(StatesSegment):
+    """States of texts by a text encoder, with their mask; ``shape`` is how many tokens are read at most. Values may be
+    a tensor (B, n, channels) of such states, too."""
+
+    tokenizer = "text_encoder"
+    named_beside = "tokenizer_2"
+    reader = TextStatesReader
+    noun = "text"
+    given_field = "texts"
+
+    @classmethod
+    def load_tokenizer(cls, name: str, *, cache_dir: str | None = None, **options: Any) -> tuple[Any, Any]:
+        return load_text_encoder(name, cls.tokenizer, cls.named_beside, cache_dir)
+
+    @classmethod
+    def known_options(cls, entry: Mapping[str, Any], geometry: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        return {"max_sequence_length": geometry["shape"][0]}
+
+    def read_values(self, value: Any) -> list:
+        if isinstance(value, torch.Tensor):
+            return check_states_of(self.argument, value, self.channels).rows()
+        return check_texts(self.argument, value)
+
+    def read_negative(self, value: Any) -> list:
+        # An empty one is usual: it has the states of the tokens that a tokenizer adds.
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and texts and all(isinstance(text, str) and not text.strip() for text in texts):
+            return texts
+        return self.read(value)
+
+    def states_of(self, values: list) -> PaddedStates:
+        """As they are read; what is too long is cut off, with a warning."""
+        states, mask, counts = encode_texts_to_states(self.vq, self.beside, values, self.shape[0], self.device())
+        for text, count in zip(values, counts, strict=True):
+            if not count:
+                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
+            if count > self.shape[0]:
+                _states_logger.warning(
+                    f"{self.argument} {text!r} has {count} tokens; only the first {self.shape[0]} are used"
+                )
+        return PaddedStates(states, mask)
+
+
+class ImageStatesSegment(StatesSegment):
+    """States of pictures by a vision encoder, which sees them without distortion: cropped or padded by `resize_mode`,
+    of the size that its feature extractor says."""
+
+    tokenizer = "image_encoder"
+    named_beside = "feature_extractor"
+    reader = ImageStatesReader
+    noun = "picture"
+    given_field = "images"
+
+    @classmethod
+    def load_tokenizer(cls, name: str, *, cache_dir: str | None = None, **options: Any) -> tuple[Any, Any]:
+        return load_image_encoder(name, cls.tokenizer, cls.named_beside, cache_dir)
+
+    def read_values(self, value: Any) -> list:
+        try:
+            return read_images(value, 3)
+        except ValueError as error:
+            raise ValueError(f"{self.argument}: {error}") from error
+
+    def states_of(self, values: list) -> PaddedStates:
+        pixels = fit_images(values, pixel_size(self.vq, self.beside), self.resize_mode)  # (B, 3, H, W) in [0, 1]
+        return PaddedStates(encode_images_to_states(self.vq, self.beside, pixels, self.device()))

@@ -1,0 +1,60 @@
+"""Tiny frozen encoders with random weights, of the real classes, in folders as transformers writes them."""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+
+WIDTH = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT_WIDTH = {**WIDTH, "vocab_size": 300}
+
+
+def clip_text_config(tokenizer):
+    special = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {**TEXT_WIDTH, "max_position_embeddings": 14, **special}
+
+
+def text_encoder(kind, tokenizer):
+    """T5, CLIP's text model, BERT, or a decoder."""
+    torch.manual_seed(5)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+        return T5EncoderModel(T5Config(vocab_size=300, **sizes)).eval()
+    if kind == "clip":
+        return CLIPTextModel(CLIPTextConfig(**clip_text_config(tokenizer))).eval()
+    if kind == "bert":
+        return BertModel(BertConfig(**TEXT_WIDTH, max_position_embeddings=14)).eval()
+    return GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=14)).eval()
+
+
+def image_encoder(kind):
+    torch.manual_seed(6)
+    if kind == "dinov2":
+        return Dinov2Model(Dinov2Config(**{**WIDTH, "image_size": 16, "patch_size": 8})).eval()
+    return CLIPVisionModel(CLIPVisionConfig(**WIDTH, image_size=16, patch_size=8)).eval()
+
+
+def feature_extractor():
+    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def whole_clip(tokenizer):
+    """Both towers in one repository, as CLIP's are published."""
+    torch.manual_seed(7)
+    vision = {**WIDTH, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=clip_text_config(tokenizer), vision_config=vision)).eval()
