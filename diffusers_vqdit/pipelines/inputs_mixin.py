@@ -13,6 +13,7 @@ from ..tasks import Task, check_task
 from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
+from .guidance import Scales, check_guidance, check_scales, guidance_scales
 from .prompt_mixin import PromptMixin, needs_encoder
 from .segment_base import ARGUMENTS, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
@@ -75,7 +76,7 @@ class InputsMixin(PromptMixin):
         *,
         mask_image: Any,
         strength: float | None,
-        guidance_scale: float | None,
+        guidance_scale: Scales | None,
         temperature: float | None,
         latents: Codes | None,
         num_images_per_prompt: int,
@@ -84,6 +85,7 @@ class InputsMixin(PromptMixin):
         height: int | None = None,
         width: int | None = None,
         negative: bool = False,
+        image_guidance_scale: float | None = None,
         **options: Any,
     ) -> tuple[Task, dict[str, list], torch.Tensor | None, int, dict[str, tuple[int, ...]]]:
         """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `negative`
@@ -96,9 +98,10 @@ class InputsMixin(PromptMixin):
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
         """
+        check_scales(guidance_scale, image_guidance_scale)
         check_call(
             num_images_per_prompt=num_images_per_prompt,
-            guidance_scale=guidance_scale,
+            guidance_scale=None,
             strength=strength,
             output_type=output_type,
             generator=generator,
@@ -109,14 +112,9 @@ class InputsMixin(PromptMixin):
             check_temperature("temperature", temperature)
         self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
-        if guidance_scale not in (None, 1.0) and not self._can_guide(task, negative):
-            unconditional = str(Task((), task.generated))
-            reason = (
-                f"the task {unconditional!r}, which this checkpoint doesn't know, or a negative_prompt"
-                if task.given
-                else "a given segment"
-            )
-            raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
+        scale = self._defaults(task, guidance_scale, None, None, negative)[0]
+        scales = guidance_scales(task, scale, image_guidance_scale, self._segments)
+        check_guidance(task, scales, self.transformer.config.tasks or [], negative)
         passed, segments = self._read(passed), self._segments
         shapes = self._shapes(task, passed, height, width, latents)
         if mask_image is not None:
@@ -187,11 +185,11 @@ class InputsMixin(PromptMixin):
     def _defaults(
         self,
         task: Task,
-        guidance_scale: float | None,
+        guidance_scale: Scales | None,
         num_inference_steps: int | None,
         temperature: float | None,
         negative: bool = False,
-    ) -> tuple[float, int, float | None]:
+    ) -> tuple[Any, int, float | None]:
         """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
         segments = self._segments
         generated = [segments[name] for name in task.generated]

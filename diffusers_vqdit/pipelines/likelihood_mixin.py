@@ -20,9 +20,9 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
+from .guidance import encode_given
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .prompt_mixin import encode_given
 from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
 from .text_segment import TextSegment
 

@@ -12,22 +12,22 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import deprecate, replace_example_docstring
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..likelihood.bounds import are_possible, constant_modulation
+from ..likelihood.bounds import constant_modulation
 from ..models.image_vq import ImageVQModel
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
 from .check_inputs import FiniteChecks, callback_inputs, codes_of_callback
+from .guidance import Scales, encode_given, guidance_scales, guidance_steps, predict_event, scales_at
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
-from .pipeline_utils import PluginPipelineMixin, check_components, guided_logits, with_own_state
-from .prompt_mixin import encode_given, predict_halves
+from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
@@ -160,9 +160,11 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         strength: float | None,
         repeats: int,
         shapes: dict[str, tuple[int, ...]],
+        guidance_scale: Scales = 1.0,
     ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], dict[str, Callable], int]:
-        """The prefix of what is given, the codes of what is known of the generated side, what finishes its segments'
-        values ([`EncodedValue`]), and the tiles of each sample; for each sample `repeats` times."""
+        """The prefix of what is given, with those of its parts that guidance needs, the codes of what is known of the
+        generated side, what finishes its segments' values ([`EncodedValue`]), and the tiles of each sample; for each
+        sample `repeats` times."""
         segments, known = self._segments_of(shapes), {}
         encoded: dict[str, EncodedValue] = {}
         for name, value in passed.items():
@@ -185,7 +187,8 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
                     f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
                 )
         given = {name: value for name, value in encoded.items() if name not in known}
-        prefix = encode_given(self.transformer, given) if given else None
+        parts = [names for names in guidance_steps(task.given, guidance_scale)[0][:-1] if names]
+        prefix = encode_given(self.transformer, given, parts) if given else None
         if strength is not None:
             name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
@@ -203,7 +206,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         prefix: VQDiTPrefix | None,
         scheduler: MaskedDiffusionScheduler,
         *,
-        guidance_scale: float,
+        guidance_scale: Scales,
         temperature: float | None,
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable | None,
@@ -223,10 +226,12 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
                 masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
                 event = scheduler.next_event(timestep, masked, event, generator=generator)
                 if event.needs_model:
-                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
-                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
-                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
+                    prefixes, steps = guidance_steps(prefix.names if prefix is not None else (), guidance_scale)
+                    scales = scales_at(scheduler, steps, event, masked)
+                    logits, finite, parts = predict_event(
+                        self.transformer, codes, event, prefix, prefixes, scales, **options
+                    )
+                    checks.add(finite, parts, guidance_scale)
                     revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
                     for (name, value), reveal in zip(codes.items(), revealed, strict=True):
                         step = scheduler.step(
@@ -251,34 +256,6 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         checks.read()
         return codes, predicted
 
-    def _predict(
-        self,
-        codes: dict[str, torch.LongTensor],
-        event: MaskedDiffusionEvent,
-        prefix: VQDiTPrefix | None,
-        scale: torch.Tensor | None,
-        guidance_scale: float,
-        checks: FiniteChecks,
-        options: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
-        0 for rows that are done. `checks` note whether they are finite."""
-        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
-        if len(rows) < size:
-            rows = rows.to(timesteps.device)
-            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
-            prefix = prefix if prefix is None else prefix.select(rows)
-            scale = scale if scale is None else scale[rows]
-        logits = predict_halves(self.transformer, codes, prefix, scale is not None, timestep=timesteps, **options)
-        finite = parts = are_possible(*logits.values())
-        if scale is not None:
-            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
-            finite = are_possible(*logits.values())
-        checks.add(finite, parts, guidance_scale)
-        if len(rows) < size:
-            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
-        return logits
-
     # -----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -296,7 +273,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         inputs: dict[str, Any] | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scales | None = None,
         num_inference_steps: int | None = None,
         temperature: float | None = None,
         num_images_per_prompt: int = 1,
@@ -316,6 +293,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
+        image_guidance_scale: float | None = None,
     ) -> VQDiTPipelineOutput | tuple:
         """Generate.
 
@@ -340,7 +318,10 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
                 of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
                 passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
-                none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
+                none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1. Or
+                one a given segment, ``{"source": 1.5, "text": 3.0}``: l_u + 1.5 (l_s - l_u) + 3 (l_st - l_s) (Brooks
+                et al. 2023), pictures first, then the others, each as in the dict. That needs the tasks ``->image``
+                and ``source->image``, but for those that equal scales, or a first one of 1, leave out.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
                 codes for texts alone, whose codes hang together more.
             temperature: divides the logits. By default the scheduler's for pictures and for all that is generated
@@ -361,6 +342,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
             prompt_attention_mask: (B, n), zero at their padding.
             negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
             max_sequence_length: tokens of a text for its text encoder; the rest is cut off. By default the training's.
+            image_guidance_scale: that of given pictures on their own; `guidance_scale` is then that of the others.
 
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
@@ -391,6 +373,7 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
             height=height,
             width=width,
             negative=bool(negative),
+            image_guidance_scale=image_guidance_scale,
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
@@ -399,11 +382,12 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
+        guidance_scale = guidance_scales(task, guidance_scale, image_guidance_scale, self._segments)
         self._guidance_scale, self._num_timesteps = guidance_scale, num_inference_steps
 
         # 2. Encode what is given, and what is known of the generated side
         prefix, known, finish, tiles = self._encode_inputs(
-            task, passed, mask_image, strength, num_images_per_prompt, shapes
+            task, passed, mask_image, strength, num_images_per_prompt, shapes, guidance_scale
         )
         prefix = self._with_negative(prefix, task, passed, negative, num_images_per_prompt, shapes)
         if isinstance(generator, list):

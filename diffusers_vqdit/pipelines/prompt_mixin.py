@@ -1,64 +1,18 @@
 """Prompts of a pipeline over codes: which segment they are of, ready states in their place, and negative ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..models.layers import VQDiTPrefix
-from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task
 from ..utils.checks import shown
 from .coding_mixin import CodingMixin
 from .frozen_encoders import check_sequence_length
-from .segment_base import TEXT, EncodedValue, SegmentProcessor
+from .guidance import GuidedPrefix
+from .segment_base import TEXT, SegmentProcessor
 from .states_segment import PaddedStates, StatesSegment, TextStatesSegment, check_states_of
-
-
-@dataclass
-class GuidedPrefix(VQDiTPrefix):
-    """A prefix, and the one that takes the place of nothing in the other half of guidance.
-
-    Args:
-        negative: of as many samples.
-    """
-
-    negative: VQDiTPrefix | None = None
-
-    def _map(self, function: Any) -> "GuidedPrefix":
-        own = super()._map(function)
-        negative = None if self.negative is None else self.negative._map(function)
-        return GuidedPrefix(own.names, own.keys, own.values, own.mask, negative)
-
-
-def predict_halves(
-    transformer: VQDiTTransformer2DModel,
-    codes: dict[str, torch.LongTensor],
-    prefix: VQDiTPrefix | None,
-    guided: bool,
-    **options: Any,
-) -> dict[str, torch.Tensor]:
-    """Logits (B, N, K) by segment; of guidance (2B, N, K), those with the prefix first, and those without it, or with
-    its negative, after them.
-
-    A negative prefix has a pass of its own, of the same shape: equal prefixes so give equal logits, bit for bit.
-    """
-    negative = prefix.negative if guided and isinstance(prefix, GuidedPrefix) else None
-    logits = transformer(codes, prefix=prefix, with_unconditional=guided and negative is None, **options).sample
-    if negative is None:
-        return logits
-    other = transformer(codes, prefix=negative, **options).sample
-    return {name: torch.cat([value, other[name]]) for name, value in logits.items()}
-
-
-def encode_given(transformer: VQDiTTransformer2DModel, given: Mapping[str, EncodedValue]) -> VQDiTPrefix:
-    """The prefix of given values, of which there are some: each has as many rows as the others, or a part of so many,
-    each of which then stands for equally many next to one another."""
-    size = max(len(value.codes) for value in given.values())
-    codes = {n: v.codes.repeat_interleave(size // len(v.codes), dim=0) for n, v in given.items()}
-    masks = {n: v.mask.repeat_interleave(size // len(v.mask), dim=0) for n, v in given.items() if v.mask is not None}
-    return transformer.encode_prefix(codes, masks)
 
 
 class PromptMixin(CodingMixin):
