@@ -134,14 +134,23 @@ def make_pipeline(tokenizer):
     return make
 
 
-@pytest.fixture(scope="session")
-def hub_server():
-    """The module ``hub_server.py`` of this folder."""
-    name = "hub_server"
+def of_this_folder(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up there
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """The module ``hub_server.py`` of this folder."""
+    return of_this_folder("hub_server")
+
+
+@pytest.fixture(scope="session")
+def encoders():
+    """The module ``encoders.py`` of this folder."""
+    return of_this_folder("encoders")
 
 
 @pytest.fixture

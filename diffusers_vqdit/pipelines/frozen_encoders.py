@@ -1,5 +1,6 @@
 """Frozen encoders of transformers: loading them, and the states that they make of texts and of pictures."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from ..models.config_checks import MAX_CODES
 from ..utils.checks import check_integer
-from ..utils.components import find_beside, find_component
+from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import tokenize_to_length
 
 
 MAX_SEQUENCE_LENGTH = 512  # where neither the encoder nor its tokenizer says less
 
 
-def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """The text encoder in a folder or Hub repository and its tokenizer: its own, a pipeline's (`component` and
-    `beside` there), or the text side of CLIP and the like.
+def load_text_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The text encoder in a folder or Hub repository and its tokenizer: its own, a pipeline's (``text_encoder``, or
+    another that is named, such as ``user/model/text_encoder_2``), or the text side of CLIP and the like.
 
     A decoder (GPT-2, Qwen, ...) is a text encoder too: its last hidden states. A tokenizer without a token for padding
     gets that of the end.
@@ -32,13 +33,17 @@ def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | N
     Raises:
         ValueError: if there is no tokenizer.
     """
-    source, folder = find_component(name, component, cache_dir)
+    source, folder = find_component(name, "text_encoder", cache_dir)
     options = {"subfolder": folder, "cache_dir": cache_dir}
-    config = AutoConfig.from_pretrained(source, **options).get_text_config(encoder=True)
+    config = AutoConfig.from_pretrained(source, **options)
+    config = getattr(config, "text_config", config)
     known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
     encoder = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(source, config=config, **options)
-    place = find_beside(source, folder, beside, "tokenizer_config.json", cache_dir)
-    source, folder = place if place is not None else (source, folder)
+    number = (folder or Path(source).name).rpartition("text_encoder")[2]  # of the second of a pipeline "_2"
+    beside = [f"tokenizer{number}"]
+    if not number and find_beside(source, folder, "text_encoder_2", "config.json", cache_dir) is None:
+        beside.insert(0, "tokenizer_2")  # of a VQDiTPipeline, whose `tokenizer` is its text_vq's
+    source, folder = _own_or_beside(source, folder, beside, "tokenizer_config.json", cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -48,20 +53,19 @@ def load_text_encoder(name: str, component: str, beside: str, cache_dir: str | N
     return encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_image_encoder(name: str, component: str, beside: str, cache_dir: str | None = None) -> tuple[Any, Any]:
-    """The vision encoder in a folder or Hub repository and its feature extractor: its own, a pipeline's (`component`
-    and `beside` there), or the vision side of CLIP and the like.
+def load_image_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+    """The vision encoder in a folder or Hub repository and its feature extractor: its own, a pipeline's
+    (``image_encoder`` there), or the vision side of CLIP and the like.
 
     Raises:
         ValueError: if there is no feature extractor.
     """
-    source, folder = find_component(name, component, cache_dir)
+    source, folder = find_component(name, "image_encoder", cache_dir)
     options = {"subfolder": folder, "cache_dir": cache_dir}
     config = AutoConfig.from_pretrained(source, **options)
     config = getattr(config, "vision_config", config)
     encoder = AutoModel.from_pretrained(source, config=config, **options)
-    place = find_beside(source, folder, beside, "preprocessor_config.json", cache_dir)
-    source, folder = place if place is not None else (source, folder)
+    source, folder = _own_or_beside(source, folder, ["feature_extractor"], "preprocessor_config.json", cache_dir)
     try:
         processor = AutoImageProcessor.from_pretrained(source, subfolder=folder, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -70,6 +74,15 @@ def load_image_encoder(name: str, component: str, beside: str, cache_dir: str | 
             "beside it"
         ) from error
     return encoder.eval().requires_grad_(False), processor
+
+
+def _own_or_beside(source: str, folder: str, beside: list[str], file: str, cache_dir: str | None) -> tuple[str, str]:
+    """Where a file is: in a model's own folder, or in one of those beside it; its own where it is in none."""
+    if not has_file(source, f"{folder}/{file}" if folder else file, cache_dir):
+        for name in beside:
+            if (place := find_beside(source, folder, name, file, cache_dir)) is not None:
+                return place
+    return source, folder
 
 
 def state_channels(encoder: PreTrainedModel) -> int:

@@ -14,8 +14,8 @@ from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
 from .guidance import Scales, check_guidance, check_scales, guidance_scales
-from .prompt_mixin import PromptMixin, needs_encoder
-from .segment_base import ARGUMENTS, PROCESSORS, TEXT, SegmentProcessor, bucket_shape
+from .prompt_mixin import PromptMixin, needs_encoder, prompt_segment_of
+from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
 
@@ -47,7 +47,7 @@ class InputsMixin(PromptMixin):
         options = {"resize_mode": self.config.resize_mode, "device": lambda: self._execution_device}
         components = self._tokenizing_components
         segments, known = self.transformer.config.segments or {}, (list(self.config.labels), self.config.lowres_factor)
-        return {
+        found = {
             name: make_segment(
                 name,
                 said.get(name) or entry_by_name(name, segments, *known),
@@ -57,6 +57,9 @@ class InputsMixin(PromptMixin):
             )
             for name, geometry in segments.items()
         }
+        if (prompted := prompt_segment_of(found)) in found:
+            found[prompted].argument = PROMPT
+        return found
 
     @property
     def _tokenizing_components(self) -> dict[str, Any]:
@@ -270,6 +273,8 @@ class InputsMixin(PromptMixin):
             raise ValueError(
                 f"output={shown(output)} must name segments of {list(segments)}, each once, joined by '+'"
             )
+        if states := [name for name in generated if segments[name].given_only]:
+            raise ValueError(f"output={output!r}: {states} has states of an encoder, which are given, never generated")
         both = [name for name in passed if name in generated]
         repainted = [name for name in pictures if name in both and redrawn]
         if redrawn and len(repainted) != 1:

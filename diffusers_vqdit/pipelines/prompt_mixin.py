@@ -11,8 +11,20 @@ from ..utils.checks import shown
 from .coding_mixin import CodingMixin
 from .frozen_encoders import check_sequence_length
 from .guidance import GuidedPrefix
+from .padded_states import PaddedStates, check_states_of
 from .segment_base import TEXT, SegmentProcessor
-from .states_segment import PaddedStates, StatesSegment, TextStatesSegment, check_states_of
+from .states_segment import StatesSegment, TextStatesSegment
+
+
+def text_states_of(segments: Mapping[str, SegmentProcessor]) -> list[str]:
+    """The segments of states of texts."""
+    return [name for name, one in segments.items() if isinstance(one, TextStatesSegment)]
+
+
+def prompt_segment_of(segments: Mapping[str, SegmentProcessor]) -> str:
+    """The segment that ``prompt`` is of: ``text`` where there is one, else the only one of states of texts."""
+    states = text_states_of(segments)
+    return states[0] if TEXT not in segments and len(states) == 1 else TEXT
 
 
 class PromptMixin(CodingMixin):
@@ -21,13 +33,10 @@ class PromptMixin(CodingMixin):
     _encode_inputs: Any  # the pipeline's
 
     def _text_states(self) -> list[str]:
-        """The segments of states of texts."""
-        return [name for name, one in self._segments.items() if isinstance(one, TextStatesSegment)]
+        return text_states_of(self._segments)
 
     def _prompt_segment(self) -> str:
-        """The segment that ``prompt`` is of: ``text`` where there is one, else the only one of states of texts."""
-        states = self._text_states()
-        return states[0] if TEXT not in self._segments and len(states) == 1 else TEXT
+        return prompt_segment_of(self._segments)
 
     def _prompts(
         self,

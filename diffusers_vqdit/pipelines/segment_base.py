@@ -17,7 +17,8 @@ from ..models.segment_layers import has_codebooks
 
 # The segments that arguments of their own are for; all others are passed by name.
 TEXT, IMAGE, LABEL = "text", "image", "label"
-ARGUMENTS = {"prompt": TEXT, "image": IMAGE, "class_labels": LABEL}
+PROMPT = "prompt"
+ARGUMENTS = {PROMPT: TEXT, "image": IMAGE, "class_labels": LABEL}
 # Small pictures of IMAGE, in a checkpoint that doesn't say what its segments are.
 LOWRES = "image_lowres"
 # The components of encoders, whose states are given, and what stands beside each.

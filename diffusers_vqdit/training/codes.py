@@ -102,7 +102,7 @@ class CodeDataset:
         if not channels:
             return {}
         files = [(self.folder / shard["states"]["file"], shard["rows"]) for shard in shards]
-        tables = [read_states(path, channels, rows)[0] for path, rows in files]
+        tables = [read_states(path, channels, rows) for path, rows in files]
         chunks = {name: [chunk for table in tables for chunk in table[name].chunks] for name in channels}
         return {name: StatesColumn(pa.chunked_array(chunks[name]), channels[name]) for name in channels}
 

@@ -242,7 +242,7 @@ class _Encoder:
         entry = write_shard(folder / f"codes-{index:05d}.parquet", self.encode(values))
         if self.states:
             path = folder / f"states-{index:05d}.arrow"
-            write_states(path, self.states, self.encode_states(values), {})
+            write_states(path, self.states, self.encode_states(values))
             entry["states"] = {"file": path.name, "sha256": file_sha256(path)}
         return entry
 

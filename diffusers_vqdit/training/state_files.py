@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..pipelines.states_segment import PaddedStates, join_states
+from ..pipelines.padded_states import PaddedStates, join_states
 from ..schedulers.samplers import Generators, uniform
 from ..utils.weight_files import replacing_file
 
@@ -20,17 +20,14 @@ StateRows = list[list[torch.Tensor]]  # of each row its variants (n, channels), 
 _TYPE = pa.large_list(pa.large_list(pa.float16()))
 
 
-def write_states(
-    path: Path, names: Sequence[str], batches: Iterable[Mapping[str, StateRows]], identity: Mapping[str, str]
-) -> None:
+def write_states(path: Path, names: Sequence[str], batches: Iterable[Mapping[str, StateRows]]) -> None:
     """Write the rows of all batches, each batch as it comes.
 
     Args:
         names: of the columns.
         batches: some rows of each column.
-        identity: what they were made of, for [`read_identity`].
     """
-    schema = pa.schema([(name, _TYPE) for name in names], metadata=dict(identity))
+    schema = pa.schema([(name, _TYPE) for name in names])
     with replacing_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
         with pa.ipc.new_file(sink, schema) as writer:
             for batch in batches:
@@ -46,8 +43,8 @@ def _array(rows: StateRows) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(outer, pa.int64()), lists)
 
 
-def read_states(path: Path, channels: Mapping[str, int], rows: int | None = None) -> tuple[pa.Table, dict[str, str]]:
-    """The columns of a file, which stays on disk, and what they were made of.
+def read_states(path: Path, channels: Mapping[str, int], rows: int | None = None) -> pa.Table:
+    """The columns of a file, which stays on disk.
 
     Args:
         channels: by column.
@@ -65,8 +62,7 @@ def read_states(path: Path, channels: Mapping[str, int], rows: int | None = None
         raise ValueError(f"{str(path)!r} must have float16 states of {list(channels)}, it has {kinds}")
     if rows is not None and table.num_rows != rows:
         raise ValueError(f"{str(path)!r} has {table.num_rows} rows, not {rows}")
-    metadata = table.schema.metadata or {}
-    return table, {key.decode(): value.decode() for key, value in metadata.items()}
+    return table
 
 
 class StatesColumn:

@@ -212,7 +212,7 @@ def _check_length(args: argparse.Namespace, name: str, options: Mapping[str, Any
     known = options.get("max_sequence_length")
     if known is not None and args.max_sequence_length not in (None, known):
         raise ValueError(
-            f"max_sequence_length={args.max_sequence_length}, but that of the pretrained pipeline's {name!r} is {known}"
+            f"max_sequence_length={args.max_sequence_length}, but the pretrained pipeline's {name!r} has {known}"
         )
 
 

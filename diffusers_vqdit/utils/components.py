@@ -35,8 +35,8 @@ def find_component(name: str, component: str, cache_dir: str | None = None) -> t
             raise ValueError(f"{shown(name)} is no folder that is there: {shown(source)} has no folder {folder!r}")
     below = _below(folder, component)
     # A model of its own has a config beside its weights; a pipeline has one below.
-    own = _has_file(source, _below(folder, "config.json"), cache_dir)
-    return source, below if not own and _has_file(source, f"{below}/config.json", cache_dir) else folder
+    own = has_file(source, _below(folder, "config.json"), cache_dir)
+    return source, below if not own and has_file(source, f"{below}/config.json", cache_dir) else folder
 
 
 def find_beside(
@@ -52,12 +52,13 @@ def find_beside(
     if not folder and local.is_dir() and not (local / component).is_dir():
         source, folder = str(local.resolve().parent), local.resolve().name  # a pipeline's folder
     for place in dict.fromkeys([_below(folder, component), _below(os.path.dirname(folder), component)]):
-        if _has_file(source, f"{place}/{file}", cache_dir):
+        if has_file(source, f"{place}/{file}", cache_dir):
             return source, place
     return None
 
 
-def _has_file(source: str, file: str, cache_dir: str | None) -> bool:
+def has_file(source: str, file: str, cache_dir: str | None) -> bool:
+    """Whether a folder or Hub repository has a file."""
     if os.path.isdir(source):
         return (Path(source) / file).is_file()
     try:

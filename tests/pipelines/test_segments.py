@@ -134,11 +134,6 @@ def test_a_second_label_is_a_label(pipe, image_vq, text_vq, tokenizer):
         pipe(inputs={"style": "bald"})
 
 
-def test_states_of_an_encoder_are_no_segment_of_a_pipeline(image_vq, text_vq, tokenizer):
-    with pytest.raises(ValueError, match=r"transformer has \['states'\]"):
-        make(image_vq, text_vq, tokenizer, {**GEOMETRY, "states": {"channels": 4, "shape": [3]}}, ["states->sketch"])
-
-
 def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"document": "a dot"}).segments) == {"summary"}
     assert set(pipe(inputs={"document": "a dot", "sketch": PICTURE}).segments) == {"summary"}
@@ -248,12 +243,6 @@ def test_tokenizers_of_a_container_are_used_by_name_only(image_vq, text_vq, toke
         pipe.segment_tokenizers = wrong
         with pytest.raises(ValueError, match=message):
             pipe(output="sketch", num_inference_steps=1)
-
-
-def test_states_of_an_encoder_are_not_for_this_pipeline(image_vq, text_vq, tokenizer):
-    geometry = {**GEOMETRY, "clip": {"channels": 4, "shape": [3]}}
-    with pytest.raises(ValueError, match=r"transformer has \['clip'\], states of an encoder"):
-        make(image_vq, text_vq, tokenizer, geometry, ["clip->sketch"])
 
 
 def test_codes_that_are_none_are_not_decoded(pipe):
