@@ -154,7 +154,9 @@ def encode(args: argparse.Namespace) -> None:
         text_columns=text_columns,
         label_column=args.label_column,
         segments={
-            flag.name: SegmentColumn(flag.modality, flag.column, *loaded.get(flag.name, (None, None)), options=sizes)
+            flag.name: SegmentColumn(
+                flag.modality, flag.column, *loaded.get(flag.name, (None, None)), options=sizes | flag.options
+            )
             for flag in args.segment
         },
         image_augmentations=args.image_augmentations,

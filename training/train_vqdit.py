@@ -284,7 +284,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     missing = names - set(codes.segments)
     if missing:
         raise ValueError(
-            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
+            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}. Encode "
+            "others with encode_dataset.py --segment NAME=MODALITY:COLUMN"
         )
     known_labels = parts.pop("labels")
     labels = codes.labels if LABEL in names or not known_labels else known_labels

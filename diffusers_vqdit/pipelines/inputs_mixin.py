@@ -15,6 +15,7 @@ from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
 from .guidance import Scales, check_guidance, check_scales, guidance_scales
 from .prompt_mixin import PromptMixin, needs_encoder, prompt_segment_of
+from .ready_codes import are_codes, has_unknown, read_value
 from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
@@ -168,15 +169,21 @@ class InputsMixin(PromptMixin):
         seen = [name for name in segments if name in passed and segments[name].buckets]
         if not seen or any(segments[name].tiled for name in passed):
             return {}
-        grid, shapes = segments[seen[0]].bucket_of(passed[seen[0]]), {}
+        grid, shapes = self._bucket_of(segments[seen[0]], passed[seen[0]]), {}
         for name in task.segments:
             one = segments[name]
             if one.buckets and (name in passed or latents is None):
                 bucket = nearest_bucket(grid, one.buckets)
                 shapes[name] = tuple(bucket_shape(one.shape, one.entry, bucket))
         for name in seen[1:]:
-            segments[name].bucket_of(passed[name])
+            self._bucket_of(segments[name], passed[name])
         return shapes
+
+    @staticmethod
+    def _bucket_of(segment: SegmentProcessor, values: list) -> list[int]:
+        if not are_codes(segment, values):
+            return segment.bucket_of(values)
+        return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
 
     def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
@@ -235,10 +242,11 @@ class InputsMixin(PromptMixin):
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
         return passed
 
-    def _read(self, passed: dict[str, Any]) -> dict[str, list]:
-        """Lists of what was passed, by segment: texts and labels that are checked, and pictures that are read."""
+    def _read(self, passed: dict[str, Any], unknown: bool = True) -> dict[str, list]:
+        """Lists of what was passed, by segment: texts, labels and codes that are checked, and pictures that are read;
+        `unknown` is whether codes may be the mask."""
         segments = self._segments
-        return {name: segments[name].read(value) for name, value in passed.items()}
+        return {name: read_value(segments[name], value, unknown) for name, value in passed.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # The task
@@ -263,7 +271,10 @@ class InputsMixin(PromptMixin):
         if len(redrawn) > 1:
             raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
         pictures = [name for name in passed if name in segments and segments[name].takes_mask]
-        blanks = [name for name in passed if name in segments and segments[name].has_blanks(passed[name])]
+        blanks = [name for name in passed if name in segments and has_unknown(segments[name], passed[name])]
+        ready = [name for name in passed if name in segments and are_codes(segments[name], passed[name])]
+        if mask_image is not None and (masked := set(pictures) & set(ready)):
+            raise ValueError(f"mask_image is for pictures; {sorted(masked)} are codes: what is unknown is the mask")
         if output is None:
             output = self._default_output(passed, blanks, pictures if redrawn else [])
         elif not isinstance(output, str):
@@ -285,7 +296,7 @@ class InputsMixin(PromptMixin):
                 else f"{redrawn[0]} is for one picture, but {repainted} are passed and generated"
             )
         for name in both:
-            if name in blanks or name in repainted:
+            if name in blanks or name in repainted or name in ready:
                 continue
             lowres = next((one for one in segments.values() if one.entry.get("lowres_of") == name), None)
             if lowres is None or lowres.name in passed:
@@ -295,13 +306,16 @@ class InputsMixin(PromptMixin):
             passed[lowres.name] = passed.pop(name)
         for name in blanks:
             if name not in generated:
+                unknown = f"the code {segments[name].vocab_size}, the mask" if name in ready else "<mask>"
                 raise ValueError(
-                    f"{shown(passed[name])} has <mask>, which is for texts to fill in: ask for output={name!r}"
+                    f"{shown(passed[name])} has {unknown}, which is for what is to be filled in: ask for "
+                    f"output={name!r}"
                 )
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
-        # What comes out as codes needs no tokenizer, unless it is partly known, and ready states no encoder.
-        tokenized = tuple(passed) if output_type == "latent" else task.segments
-        self._check_task(task, tuple(n for n in tokenized if needs_encoder(segments[n], passed.get(n))))
+        # What comes out as codes needs no tokenizer, unless it is partly known, and ready states or codes no encoder.
+        latent = output_type == "latent"
+        tokenized = [n for n in (passed if latent else task.segments) if needs_encoder(segments[n], passed.get(n))]
+        self._check_task(task, tuple(n for n in tokenized if n not in ready or (n in generated and not latent)))
         return task, passed
 
     def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
@@ -318,7 +332,7 @@ class InputsMixin(PromptMixin):
                     fitting.append(task)
         if len(fitting) == 1:
             return "+".join(fitting[0].generated)
-        output = output_by_name(passed, blanks, bool(repainted))
+        output = output_by_name(passed, blanks, bool(repainted) or any(self._segments[n].takes_mask for n in blanks))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
             if missing := sorted(set(passed) - set(self._segments)):

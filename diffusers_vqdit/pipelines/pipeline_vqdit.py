@@ -28,6 +28,7 @@ from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
+from .ready_codes import encode_partial_value, encode_value
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
@@ -170,9 +171,9 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
         for name, value in passed.items():
             segment = segments[name]
             if name in task.given:
-                encoded[name] = segment.encode_given(value)
+                encoded[name] = encode_value(segment, value)
             else:
-                encoded[name] = segment.encode_partial(value, mask_image)
+                encoded[name] = encode_partial_value(segment, value, mask_image)
                 known[name] = encoded[name].codes
         # What a segment's own value says of it comes before what another's does.
         order = sorted(encoded, key=lambda name: name in known)
@@ -313,7 +314,9 @@ class VQDiTPipeline(LoraMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPi
                 went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
-            inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
+            inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``. Wherever a
+                value is passed, here or in `prompt`, `image` or `class_labels`, its codes may be: int64 (B, *shape),
+                the segment's ``vocab_size`` where a generated one is unknown.
             height, width: of generated pictures in pixels, and of given ones of a segment with buckets; multiples
                 of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
                 passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.

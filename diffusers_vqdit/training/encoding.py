@@ -308,7 +308,7 @@ class _Encoder:
             if column.tokenizer_name is not None:
                 other = first.setdefault((column.modality, column.tokenizer_name, *shape), name)
                 found[name] |= {"shared_with": other} if other != name else {}
-            if len(shape) > ndim and "shared_with" not in found[name]:
+            if column.tokenizer_name is not None and len(shape) > ndim and "shared_with" not in found[name]:
                 found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
         return found
 
