@@ -146,6 +146,7 @@ def encode(args: argparse.Namespace) -> None:
     for model in [*(encoders[name] for name in ENCODERS[::2] if encoders[name]), *(one for one, _ in loaded.values())]:
         model.to(args.device)
     sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
+    sizes = {} if args.resolution is None else {"resolution": args.resolution}
     encode_dataset(
         dataset,
         args.output_dir,
@@ -161,7 +162,9 @@ def encode(args: argparse.Namespace) -> None:
         text_columns=text_columns,
         label_column=args.label_column,
         segments={
-            flag.name: SegmentColumn(flag.modality, flag.column, *loaded.get(flag.name, (None, None)))
+            flag.name: SegmentColumn(
+                flag.modality, flag.column, *loaded.get(flag.name, (None, None)), options=sizes | flag.options
+            )
             for flag in args.segment
         },
         image_augmentations=args.image_augmentations,

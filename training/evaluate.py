@@ -3,6 +3,9 @@
 
     python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
+Any data with a training and a test split will do (``--dataset_name``): without columns ``emoji`` and ``held_out``,
+what needs them is left out, and all of the test split is measured where it says held-out compositions.
+
 ``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
 options are those of ``training/evaluate_tokenizer.py``.
 
@@ -23,8 +26,9 @@ from pathlib import Path
 import torch
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.evaluation import EmojiData, Roles
+from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles
 from diffusers_vqdit.training.evaluation_images import (
+    measure_image_to_image,
     measure_inpainting,
     measure_label_to_image,
     measure_repair,
@@ -67,6 +71,7 @@ MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dic
     "inpainting": measure_inpainting,
     "repair": measure_repair,
     "super-resolution": measure_super_resolution,
+    "image->image": measure_image_to_image,
     "image->text": measure_image_to_text,
     "text->text": measure_text_to_text,
     "plain text->text": measure_plain_text_to_text,
@@ -105,7 +110,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--caption_columns",
         type=titled_columns,
         nargs="+",
-        default=[("text", "English"), ("text_zh", "Chinese")],
+        default=list(CAPTIONS.items()),
         metavar="COLUMN=TITLE",
         help="Captions, tried as prompts, and what the report calls them; the first are those of the pipeline's.",
     )

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 def fetch(package: str, folder: Path) -> tarfile.TarFile:
     """Open the tarball of an npm package, fetching it into `folder` when it isn't there."""
     name, version = package.rsplit("@", 1)
-    path = folder / f"{name}-{version}.tgz"
+    path = folder / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not path.exists():
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
     return tarfile.open(path)

@@ -125,9 +125,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     keeping = add_keeping_arguments(parser)
     keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    keeping.add_argument(
+        "--validation_images",
+        nargs="*",
+        default=[],
+        metavar="[SEGMENT=]FILE",
+        help="Pictures to draw from in place of prompts, where tasks have pictures given.",
+    )
 
     args = parser.parse_args(input_args)
     check_source(parser, args)
+    if args.validation_prompts and args.validation_images:
+        parser.error("give one of --validation_prompts and --validation_images: samples are drawn from one of them")
     tokenizers = [args.image_vq, args.text_vq, args.text_tokenizer, args.text_encoder, *args.segment]
     if args.pretrained_model_name_or_path is None and not any(tokenizers):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq and/or --text_vq to start anew")
@@ -255,7 +264,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     missing = names - set(codes.segments)
     if missing:
         raise ValueError(
-            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}"
+            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}. Say "
+            f"what the others are made from: --segment {min(missing)}=MODALITY:COLUMN"
         )
     known_labels = parts.pop("labels")
     labels = codes.labels if LABEL in names or not known_labels else known_labels
@@ -278,8 +288,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         pipeline = VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "id2label": dict(enumerate(labels))})
         return pipeline.to(accelerator.device)  # the tokenizers too, which encoded nothing where codes were given
 
+    argument, flag = ("image", "validation_images") if args.validation_images else ("prompt", "validation_prompts")
+    wanted = getattr(args, flag)
     if accelerator.is_main_process:
-        check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
+        check_drawable(build_pipeline(), argument, flag, wanted)
 
     # 3. Resume
     identity = run_identity(args, parts, codes, unwrap(transformer), tasks, labels)
@@ -336,9 +348,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
         accelerator.log({f"loss/{task}": average, **logs, "images_per_second": speed}, step=step)
-        if args.validation_prompts and accelerator.is_main_process and due(step, args.validation_steps):
+        if wanted and accelerator.is_main_process and due(step, args.validation_steps):
             with evaluated(unwrap(transformer), ema, trained):
-                draw_validation(args, accelerator, build_pipeline(), args.validation_prompts, step)
+                draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses)
@@ -346,14 +358,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(unwrap(transformer), ema, trained):
                     measured = loss_measures(args, task_losses)
-                    publish_pipeline(args, build_pipeline(), measured, args.validation_prompts, step=step)
+                    publish_pipeline(args, build_pipeline(), measured, wanted, argument=argument, step=step)
     progress.close()
 
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
         with evaluated(unwrap(transformer), ema, trained):
-            publish_pipeline(args, build_pipeline(), loss_measures(args, task_losses), args.validation_prompts)
+            publish_pipeline(args, build_pipeline(), loss_measures(args, task_losses), wanted, argument=argument)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

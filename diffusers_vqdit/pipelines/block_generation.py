@@ -14,7 +14,8 @@ from ..tasks import Task
 from ..utils.checks import check_flag, check_integer, check_number
 from .check_inputs import either
 from .denoising_mixin import DenoisingMixin
-from .negative_prompt import GuidedPrefix
+from .guidance import Scales
+from .guided_prefix import GuidedPrefix
 
 
 MAX_TEXT_LENGTH = 2**20  # codes
@@ -87,7 +88,7 @@ class BlockGenerationMixin(DenoisingMixin):
         *,
         options: BlockOptions,
         whole: bool,
-        guidance_scale: float,
+        guidance_scale: Scales,
         temperature: float | None,
         generator: Generators,
         callback: Callable | None,
@@ -115,30 +116,34 @@ class BlockGenerationMixin(DenoisingMixin):
         self._num_timesteps = len(scheduler.timesteps)
         seeds = (uniform(used.shape, generator, start.device) * 2**53).long().tolist()
         rows = torch.arange(len(start), device=start.device)
-        own, free = (prefix, None) if not isinstance(prefix, GuidedPrefix) else (_plain(prefix), prefix.negative)
+        own = _plain(prefix)
+        # What stands in own's place in a step of guidance: nothing, or a negative, and parts of what is given.
+        fewer = {(): None} if not isinstance(prefix, GuidedPrefix) else {(): prefix.negative, **prefix.parts}
         guided = prefix is not None and (guidance_scale != 1.0 or callback is not None)
 
-        def extended(kept: torch.LongTensor, part: slice) -> tuple[VQDiTPrefix | None, VQDiTPrefix | None]:
-            """The two prefixes of these of the rows, with a part of the codes that they have now."""
-            before = [one if one is None else one.select(kept) for one in (own, free)]
+        def extended(kept: torch.LongTensor, part: slice) -> tuple[VQDiTPrefix, dict[tuple, VQDiTPrefix | None]]:
+            """The prefixes of these of the rows, with a part of the codes that they have now."""
             clean = {name: found[rows[kept], part]}
-            with_given, without = (
-                self.transformer.extend_prefix(one, clean, block_length=length) if one is not None or needed else None
-                for one, needed in zip(before, (True, guided), strict=True)
-            )
-            return with_given, without
+
+            def extend(one: VQDiTPrefix | None) -> VQDiTPrefix:
+                before = one if one is None else one.select(kept)
+                return self.transformer.extend_prefix(before, clean, block_length=length)
+
+            needed = {names: one is not None or guided for names, one in fewer.items()}
+            return extend(own), {names: extend(one) if needed[names] else None for names, one in fewer.items()}
 
         known = int((start != mask_id).long().cumprod(1).sum(1).min()) // length * length  # all have these
         known = min(known, start.shape[1] - length)
         if known:
-            own, free = extended(torch.arange(len(rows), device=rows.device), slice(0, known))
+            own, fewer = extended(torch.arange(len(rows), device=rows.device), slice(0, known))
         for block in range(known // length, start.shape[1] // length):
             part = slice(block * length, (block + 1) * length)
             chosen = (start[rows, part] == mask_id).any(1).nonzero()[:, 0]
             if len(chosen):
                 run = own if own is None or len(chosen) == len(rows) else own.select(chosen)
-                if free is not None and run is not None:
-                    run = GuidedPrefix(**vars(run), negative=free.select(chosen))
+                less = {names: one.select(chosen) for names, one in fewer.items() if one is not None}
+                if less and run is not None:
+                    run = GuidedPrefix(**vars(run), negative=less.pop((), None), parts=less)
                 generators = [torch.Generator().manual_seed(seeds[row] + block) for row in rows[chosen].tolist()]
                 done, last = self._denoise(
                     {name: start[rows[chosen], part]},
@@ -158,7 +163,7 @@ class BlockGenerationMixin(DenoisingMixin):
             kept = (~over).nonzero()[:, 0]
             if not len(kept) or self._interrupt:
                 break
-            own, free = extended(kept, part)
+            own, fewer = extended(kept, part)
             rows = rows[kept]
         ended = _after_end(found, segment.end, used, wanted, options.eos_early_stop) & (start == mask_id)
         return {name: found.masked_fill(ended, segment.end)}, {name: predicted.masked_fill(ended, segment.end)}
@@ -217,6 +222,8 @@ def _after_end(
     return (places >= wanted[:, None]) | (ends.long().cumsum(1) - ends.long() > 0)
 
 
-def _plain(prefix: GuidedPrefix) -> VQDiTPrefix:
-    """A prefix without its negative."""
+def _plain(prefix: VQDiTPrefix | None) -> VQDiTPrefix | None:
+    """A prefix without those that guidance compares it with."""
+    if not isinstance(prefix, GuidedPrefix):
+        return prefix
     return VQDiTPrefix(**{one.name: getattr(prefix, one.name) for one in fields(VQDiTPrefix)})

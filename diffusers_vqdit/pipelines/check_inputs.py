@@ -164,9 +164,9 @@ class FiniteChecks:
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self.found: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        self.found: list[tuple[torch.Tensor, torch.Tensor, float | dict[str, float]]] = []
 
-    def add(self, finite: torch.Tensor, parts: torch.Tensor, guidance_scale: float) -> None:
+    def add(self, finite: torch.Tensor, parts: torch.Tensor, guidance_scale: float | dict[str, float]) -> None:
         """Bools () on the device: whether a prediction is finite, and the parts that guidance combined it from."""
         self.found.append((finite, parts, guidance_scale))
 

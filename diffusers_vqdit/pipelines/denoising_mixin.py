@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from ..likelihood.bounds import are_possible, constant_modulation
+from ..likelihood.bounds import constant_modulation
 from ..models.layers import VQDiTPrefix
-from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionEvent, MaskedDiffusionScheduler
+from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from .check_inputs import FiniteChecks, codes_of_callback
-from .negative_prompt import predict_halves
-from .pipeline_utils import guided_logits
+from .guidance import Scales, guidance_steps, predict_event, scales_at
 
 
 class DenoisingMixin:
@@ -42,7 +41,7 @@ class DenoisingMixin:
         prefix: VQDiTPrefix | None,
         scheduler: MaskedDiffusionScheduler,
         *,
-        guidance_scale: float,
+        guidance_scale: Scales,
         temperature: float | None,
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable | None,
@@ -66,10 +65,14 @@ class DenoisingMixin:
                 if scheduler.until_done and not event.needs_model:
                     break
                 if event.needs_model:
-                    share = event.num_masked.double() / masked.shape[1]  # on the CPU
-                    guided = bool((scheduler.guidance_scale_at(share, guidance_scale) != 1.0).any())
-                    scale = scheduler.guidance_scale_at(masked.double().mean(1), guidance_scale) if guided else None
-                    logits = self._predict(codes, event, prefix, scale, guidance_scale, checks, options)
+                    if cache is not None:
+                        cache.keep(event.rows)
+                    prefixes, steps = guidance_steps(prefix.names if prefix is not None else (), guidance_scale)
+                    scales = scales_at(scheduler, steps, event, masked)
+                    logits, finite, parts = predict_event(
+                        self.transformer, codes, event, prefix, prefixes, scales, **options
+                    )
+                    checks.add(finite, parts, guidance_scale)
                     revealed = [None] * len(sizes) if event.revealed is None else event.revealed.split(sizes, 1)
                     for (name, value), reveal in zip(codes.items(), revealed, strict=True):
                         step = scheduler.step(
@@ -93,33 +96,3 @@ class DenoisingMixin:
                 progress_bar.update()
         checks.read()
         return codes, predicted
-
-    def _predict(
-        self,
-        codes: dict[str, torch.LongTensor],
-        event: MaskedDiffusionEvent,
-        prefix: VQDiTPrefix | None,
-        scale: torch.Tensor | None,
-        guidance_scale: float,
-        checks: FiniteChecks,
-        options: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        """The transformer's logits (B, N, K) by segment, with classifier-free guidance of `scale` (B,) or without;
-        0 for rows that are done. `checks` note whether they are finite."""
-        size, timesteps, rows = len(event.num_masked), event.timesteps, event.rows
-        if "cache" in options:
-            options["cache"].keep(rows)
-        if len(rows) < size:
-            rows = rows.to(timesteps.device)
-            codes, timesteps = {name: value[rows] for name, value in codes.items()}, timesteps[rows]
-            prefix = prefix if prefix is None else prefix.select(rows)
-            scale = scale if scale is None else scale[rows]
-        logits = predict_halves(self.transformer, codes, prefix, scale is not None, timestep=timesteps, **options)
-        finite = parts = are_possible(*logits.values())
-        if scale is not None:
-            logits = {name: guided_logits(value, scale) for name, value in logits.items()}
-            finite = are_possible(*logits.values())
-        checks.add(finite, parts, guidance_scale)
-        if len(rows) < size:
-            logits = {n: v.new_zeros(size, *v.shape[1:]).index_copy(0, rows, v) for n, v in logits.items()}
-        return logits

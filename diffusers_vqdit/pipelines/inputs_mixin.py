@@ -13,7 +13,9 @@ from ..tasks import Task, check_task
 from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
+from .guidance import Scales, check_guidance, check_scales, guidance_scales
 from .prompt_mixin import PromptMixin, needs_encoder, prompt_segment_of
+from .ready_codes import are_codes, has_unknown, read_value
 from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor, bucket_shape
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .task_table import TaskRow, TaskTable, hub_task_of
@@ -78,7 +80,7 @@ class InputsMixin(PromptMixin):
         *,
         mask_image: Any,
         strength: float | None,
-        guidance_scale: float | None,
+        guidance_scale: Scales | None,
         temperature: float | None,
         latents: Codes | None,
         num_images_per_prompt: int,
@@ -87,6 +89,7 @@ class InputsMixin(PromptMixin):
         height: int | None = None,
         width: int | None = None,
         negative: bool = False,
+        image_guidance_scale: float | None = None,
         **options: Any,
     ) -> tuple[Task, dict[str, list], torch.Tensor | None, int, dict[str, tuple[int, ...]]]:
         """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `negative`
@@ -99,9 +102,10 @@ class InputsMixin(PromptMixin):
         Raises:
             ValueError: for an argument that doesn't fit, or a task that the checkpoint was not trained for.
         """
+        check_scales(guidance_scale, image_guidance_scale)
         check_call(
             num_images_per_prompt=num_images_per_prompt,
-            guidance_scale=guidance_scale,
+            guidance_scale=None,
             strength=strength,
             output_type=output_type,
             generator=generator,
@@ -112,14 +116,9 @@ class InputsMixin(PromptMixin):
             check_temperature("temperature", temperature)
         self._check_scheduler(options["num_inference_steps"])
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
-        if guidance_scale not in (None, 1.0) and not self._can_guide(task, negative):
-            unconditional = str(Task((), task.generated))
-            reason = (
-                f"the task {unconditional!r}, which this checkpoint doesn't know, or a negative_prompt"
-                if task.given
-                else "a given segment"
-            )
-            raise ValueError(f"guidance_scale={guidance_scale} needs {reason}; use 1")
+        scale = self._defaults(task, guidance_scale, None, None, negative)[0]
+        scales = guidance_scales(task, scale, image_guidance_scale, self._segments)
+        check_guidance(task, scales, self.transformer.config.tasks or [], negative)
         passed, segments = self._read(passed), self._segments
         shapes = self._shapes(task, passed, height, width, latents)
         if mask_image is not None:
@@ -170,15 +169,21 @@ class InputsMixin(PromptMixin):
         seen = [name for name in segments if name in passed and segments[name].buckets]
         if not seen or any(segments[name].tiled for name in passed):
             return {}
-        grid, shapes = segments[seen[0]].bucket_of(passed[seen[0]]), {}
+        grid, shapes = self._bucket_of(segments[seen[0]], passed[seen[0]]), {}
         for name in task.segments:
             one = segments[name]
             if one.buckets and (name in passed or latents is None):
                 bucket = nearest_bucket(grid, one.buckets)
                 shapes[name] = tuple(bucket_shape(one.shape, one.entry, bucket))
         for name in seen[1:]:
-            segments[name].bucket_of(passed[name])
+            self._bucket_of(segments[name], passed[name])
         return shapes
+
+    @staticmethod
+    def _bucket_of(segment: SegmentProcessor, values: list) -> list[int]:
+        if not are_codes(segment, values):
+            return segment.bucket_of(values)
+        return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
 
     def _check_scheduler(self, num_inference_steps: int | str | None = None) -> None:
         if not hasattr(self.scheduler, "next_event"):
@@ -192,11 +197,11 @@ class InputsMixin(PromptMixin):
     def _defaults(
         self,
         task: Task,
-        guidance_scale: float | None,
+        guidance_scale: Scales | None,
         num_inference_steps: int | str | None,
         temperature: float | None,
         negative: bool = False,
-    ) -> tuple[float, int | str, float | None]:
+    ) -> tuple[Any, int | str, float | None]:
         """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
         segments = self._segments
         generated = [segments[name] for name in task.generated]
@@ -242,10 +247,11 @@ class InputsMixin(PromptMixin):
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
         return passed
 
-    def _read(self, passed: dict[str, Any]) -> dict[str, list]:
-        """Lists of what was passed, by segment: texts and labels that are checked, and pictures that are read."""
+    def _read(self, passed: dict[str, Any], unknown: bool = True) -> dict[str, list]:
+        """Lists of what was passed, by segment: texts, labels and codes that are checked, and pictures that are read;
+        `unknown` is whether codes may be the mask."""
         segments = self._segments
-        return {name: segments[name].read(value) for name, value in passed.items()}
+        return {name: read_value(segments[name], value, unknown) for name, value in passed.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # The task
@@ -270,7 +276,10 @@ class InputsMixin(PromptMixin):
         if len(redrawn) > 1:
             raise ValueError("give mask_image or strength, not both: one says what to repaint, the other finds it")
         pictures = [name for name in passed if name in segments and segments[name].takes_mask]
-        blanks = [name for name in passed if name in segments and segments[name].has_blanks(passed[name])]
+        blanks = [name for name in passed if name in segments and has_unknown(segments[name], passed[name])]
+        ready = [name for name in passed if name in segments and are_codes(segments[name], passed[name])]
+        if mask_image is not None and (masked := set(pictures) & set(ready)):
+            raise ValueError(f"mask_image is for pictures; {sorted(masked)} are codes: what is unknown is the mask")
         if output is None:
             output = self._default_output(passed, blanks, pictures if redrawn else [])
         elif not isinstance(output, str):
@@ -292,7 +301,7 @@ class InputsMixin(PromptMixin):
                 else f"{redrawn[0]} is for one picture, but {repainted} are passed and generated"
             )
         for name in both:
-            if name in blanks or name in repainted or segments[name].continues:
+            if name in blanks or name in repainted or name in ready or segments[name].continues:
                 continue
             lowres = next((one for one in segments.values() if one.entry.get("lowres_of") == name), None)
             if lowres is None or lowres.name in passed:
@@ -302,13 +311,16 @@ class InputsMixin(PromptMixin):
             passed[lowres.name] = passed.pop(name)
         for name in blanks:
             if name not in generated:
+                unknown = f"the code {segments[name].vocab_size}, the mask" if name in ready else "<mask>"
                 raise ValueError(
-                    f"{shown(passed[name])} has <mask>, which is for texts to fill in: ask for output={name!r}"
+                    f"{shown(passed[name])} has {unknown}, which is for what is to be filled in: ask for "
+                    f"output={name!r}"
                 )
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
-        # What comes out as codes needs no tokenizer, unless it is partly known, and ready states no encoder.
-        tokenized = tuple(passed) if output_type == "latent" else task.segments
-        self._check_task(task, tuple(n for n in tokenized if needs_encoder(segments[n], passed.get(n))))
+        # What comes out as codes needs no tokenizer, unless it is partly known, and ready states or codes no encoder.
+        latent = output_type == "latent"
+        tokenized = [n for n in (passed if latent else task.segments) if needs_encoder(segments[n], passed.get(n))]
+        self._check_task(task, tuple(n for n in tokenized if n not in ready or (n in generated and not latent)))
         return task, passed
 
     def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
@@ -325,7 +337,7 @@ class InputsMixin(PromptMixin):
                     fitting.append(task)
         if len(fitting) == 1:
             return "+".join(fitting[0].generated)
-        output = output_by_name(passed, blanks, bool(repainted))
+        output = output_by_name(passed, blanks, bool(repainted) or any(self._segments[n].takes_mask for n in blanks))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
             if missing := sorted(set(passed) - set(self._segments)):

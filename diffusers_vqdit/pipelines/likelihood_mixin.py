@@ -23,9 +23,10 @@ from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from ..utils.texts import check_texts
 from .check_inputs import check_batch, check_generator
+from .guidance import encode_given
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .prompt_mixin import encode_given
+from .ready_codes import are_codes, encode_value, read_value
 from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
 from .text_segment import TextSegment
 
@@ -99,12 +100,12 @@ class LikelihoodMixin(InputsMixin):
             raise ValueError(
                 f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
             )
-        passed = self._read(passed)
+        passed = self._read(passed, unknown=False)
         size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
         # What is the same for all is encoded once.
-        given = {name: self._segment(name).encode_given(passed[name]) for name in arrow.given}
+        given = {name: encode_value(self._segment(name), passed[name]) for name in arrow.given}
         prefix = encode_given(self.transformer, given) if given else None
-        codes = {name: self._segment(name).encode(passed[name]) for name in arrow.generated}
+        codes = {name: encode_value(self._segment(name), passed[name]).codes for name in arrow.generated}
         generated = {name: value.expand(size, *value.shape[1:]) for name, value in codes.items()}
         bound, num_samples = self._bound_of(generated, num_samples, generator)
         with self.progress_bar(total=num_samples * -(-size // batch_size)) as progress_bar:
@@ -192,9 +193,9 @@ class LikelihoodMixin(InputsMixin):
         else:
             segment = self._only_segment(LabelSegment, LABEL, output)
             _, passed = self._plan(passed, segment.name)
-            passed = self._read(passed)
+            passed = self._read(passed, unknown=False)
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
-            given = {name: self._segment(name).encode_given(value) for name, value in passed.items()}
+            given = {name: encode_value(self._segment(name), value) for name, value in passed.items()}
             codes = {name: value.codes for name, value in given.items()}
             masks = {name: value.mask for name, value in given.items() if value.mask is not None}
             scores = all_masked(self.transformer, segment.name, codes, masks)[1][:, 0]  # (B, K)
@@ -228,11 +229,11 @@ class LikelihoodMixin(InputsMixin):
         self._check_scheduler()
         name = segment.name
         self._check_task(Task(tuple(passed), (name,)))
-        passed = self._read(passed)
+        passed = self._read(passed, unknown=False)
         check_batch({one: len(value) for one, value in passed.items()}, 1, None)
         text = segment.encode(labels)
         bound, _ = self._bound_of({name: text}, num_samples, generator)
-        prefixes = encode_given(self.transformer, {n: self._segment(n).encode_given(v) for n, v in passed.items()})
+        prefixes = encode_given(self.transformer, {n: encode_value(self._segment(n), v) for n, v in passed.items()})
         # A sample's keys and values serve all texts.
         rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
         nll = torch.stack([bound(prefix=row, batch_size=batch_size).nll for row in rows])
@@ -283,13 +284,14 @@ class LikelihoodMixin(InputsMixin):
             )
         if processor.given_only:
             raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
-        if not processor.takes_mask:  # pictures are read part by part, as they may be many
-            values = processor.read(values)
+        if not processor.takes_mask or are_codes(processor, values):  # pictures are read part by part: may be many
+            values = read_value(processor, values, unknown=False)
         if isinstance(values, list) and values:
             parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
         else:
             parts = [values]
-        codes = torch.cat([processor.encode(part) for part in parts])
+        ready = are_codes(processor, values)
+        codes = torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts])
         output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
         output.tokenizers = self._tokenizers_digest(segment)
         self.maybe_free_model_hooks()
@@ -360,13 +362,13 @@ class LikelihoodMixin(InputsMixin):
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
         try:
-            queries = processor.read(query)
+            queries = read_value(processor, query, unknown=False)
         except ValueError as error:
             raise ValueError(
                 f"query must be {processor.noun}s, as the gallery holds {gallery.segment} codes, got "
                 f"{shown(query)}: {error}"
             ) from error
-        value, sizes = processor.encode_given(queries), {"top_k": top_k, "shortlist": shortlist}
+        value, sizes = encode_value(processor, queries), {"top_k": top_k, "shortlist": shortlist}
         output = retrieve(
             self.transformer, value.codes, gallery, **sizes, batch_size=batch_size, query_mask=value.mask
         )

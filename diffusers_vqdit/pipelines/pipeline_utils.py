@@ -75,12 +75,6 @@ def check_components(**components: Any) -> None:
             raise ValueError(f"{name}=None must be a component: the pipeline can't do without it")
 
 
-def guided_logits(both: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """l_u + g (l_c - l_u) of l_c and l_u one after the other (2B, N, K), g (B,). It is l_c exactly where g is 1."""
-    own, free = both.chunk(2)
-    return torch.lerp(free, own, scale.to(both)[:, None, None])
-
-
 def check_lora(state_dict: dict[str, torch.Tensor], transformer: torch.nn.Module) -> None:
     """Raise a ValueError unless each tensor of a LoRA is finite and belongs to a layer of the transformer, whose size
     it has. Names are those of PEFT behind ``transformer.``."""

@@ -21,12 +21,13 @@ from ..utils.checks import check_choice, check_integer
 from ..utils.images import RESIZE_MODES
 from .block_generation import BlockGenerationMixin
 from .check_inputs import callback_inputs
+from .guidance import Scales, encode_given, guidance_scales, guidance_steps
 from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
-from .prompt_mixin import encode_given
+from .ready_codes import encode_partial_value, encode_value
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
@@ -161,17 +162,19 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         strength: float | None,
         repeats: int,
         shapes: dict[str, tuple[int, ...]],
+        guidance_scale: Scales = 1.0,
     ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], dict[str, Callable], int]:
-        """The prefix of what is given, the codes of what is known of the generated side, what finishes its segments'
-        values ([`EncodedValue`]), and the tiles of each sample; for each sample `repeats` times."""
+        """The prefix of what is given, with those of its parts that guidance needs, the codes of what is known of the
+        generated side, what finishes its segments' values ([`EncodedValue`]), and the tiles of each sample; for each
+        sample `repeats` times."""
         segments, known = self._segments_of(shapes), {}
         encoded: dict[str, EncodedValue] = {}
         for name, value in passed.items():
             segment = segments[name]
             if name in task.given:
-                encoded[name] = segment.encode_given(value)
+                encoded[name] = encode_value(segment, value)
             else:
-                encoded[name] = segment.encode_partial(value, mask_image)
+                encoded[name] = encode_partial_value(segment, value, mask_image)
                 known[name] = encoded[name].codes
         # What a segment's own value says of it comes before what another's does.
         order = sorted(encoded, key=lambda name: name in known)
@@ -186,7 +189,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                     f"not {'+'.join(task.generated)!r}, and nothing that is partly known"
                 )
         given = {name: value for name, value in encoded.items() if name not in known}
-        prefix = encode_given(self.transformer, given) if given else None
+        parts = [names for names in guidance_steps(task.given, guidance_scale)[0][:-1] if names]
+        prefix = encode_given(self.transformer, given, parts) if given else None
         if strength is not None:
             name = next(name for name in known if segments[name].takes_mask)
             known[name] = self._forget(known[name], strength, prefix, name)
@@ -215,7 +219,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         inputs: dict[str, Any] | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scales | None = None,
         num_inference_steps: int | str | None = None,
         temperature: float | None = None,
         num_images_per_prompt: int = 1,
@@ -235,6 +239,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int | None = None,
+        image_guidance_scale: float | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
         threshold: float | None = None,
@@ -261,12 +266,17 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 went in, and so does the size.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
-            inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``.
+            inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``. Wherever a
+                value is passed, here or in `prompt`, `image` or `class_labels`, its codes may be: int64 (B, *shape),
+                the segment's ``vocab_size`` where a generated one is unknown.
             height, width: of generated pictures in pixels, and of given ones of a segment with buckets; multiples
                 of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
                 passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.
             guidance_scale: g of classifier-free guidance l_u + g (l_c - l_u) on the logits (Ho & Salimans 2022); 1 is
-                none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1.
+                none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1. Or
+                one a given segment, ``{"source": 1.5, "text": 3.0}``: l_u + 1.5 (l_s - l_u) + 3 (l_st - l_s) (Brooks
+                et al. 2023), pictures first, then the others, each as in the dict. That needs the tasks ``->image``
+                and ``source->image``, but for those that equal scales, or a first one of 1, leave out.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
                 codes for texts alone, whose codes hang together more. ``"auto"`` takes as many as the `threshold` or
                 the `entropy_bound` of the scheduler's sampler asks for: [`MaskedDiffusionScheduler.set_timesteps`].
@@ -288,6 +298,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             prompt_attention_mask: (B, n), zero at their padding.
             negative_prompt_embeds, negative_prompt_attention_mask: the same in place of `negative_prompt`.
             max_sequence_length: tokens of a text for its text encoder; the rest is cut off. By default the training's.
+            image_guidance_scale: that of given pictures on their own; `guidance_scale` is then that of the others.
 
             gen_length: of texts that are generated by blocks, the most codes after what is known, the end among them;
                 by default up to the training's longest. `max_new_tokens` is transformers' name of it.
@@ -327,6 +338,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             height=height,
             width=width,
             negative=bool(negative),
+            image_guidance_scale=image_guidance_scale,
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
@@ -340,11 +352,12 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
+        guidance_scale = guidance_scales(task, guidance_scale, image_guidance_scale, self._segments)
         self._guidance_scale = guidance_scale
 
         # 2. Encode what is given, and what is known of the generated side
         prefix, known, finish, tiles = self._encode_inputs(
-            task, passed, mask_image, strength, num_images_per_prompt, shapes
+            task, passed, mask_image, strength, num_images_per_prompt, shapes, guidance_scale
         )
         prefix = self._with_negative(prefix, task, passed, negative, num_images_per_prompt, shapes)
         if isinstance(generator, list):

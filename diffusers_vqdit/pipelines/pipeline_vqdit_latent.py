@@ -28,9 +28,9 @@ from ..utils.images import (
     touched_patches,
 )
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
+from .guided_prefix import GuidedPrefix
 from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures
 from .latent_prompts_mixin import LatentPromptsMixin
-from .negative_prompt import GuidedPrefix
 from .padded_states import PaddedStates
 from .pipeline_utils import PluginPipelineMixin, check_components, in_cache, with_own_state
 

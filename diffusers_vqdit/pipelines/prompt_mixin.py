@@ -6,24 +6,14 @@ from typing import Any
 import torch
 
 from ..models.layers import VQDiTPrefix
-from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task
 from ..utils.checks import shown
 from .coding_mixin import CodingMixin
 from .frozen_encoders import check_sequence_length
-from .negative_prompt import GuidedPrefix
+from .guided_prefix import GuidedPrefix
 from .padded_states import PaddedStates, check_states_of
-from .segment_base import TEXT, EncodedValue, SegmentProcessor
+from .segment_base import TEXT, SegmentProcessor
 from .states_segment import StatesSegment, TextStatesSegment
-
-
-def encode_given(transformer: VQDiTTransformer2DModel, given: Mapping[str, EncodedValue]) -> VQDiTPrefix:
-    """The prefix of given values, of which there are some: each has as many rows as the others, or a part of so many,
-    each of which then stands for equally many next to one another."""
-    size = max(len(value.codes) for value in given.values())
-    codes = {n: v.codes.repeat_interleave(size // len(v.codes), dim=0) for n, v in given.items()}
-    masks = {n: v.mask.repeat_interleave(size // len(v.mask), dim=0) for n, v in given.items() if v.mask is not None}
-    return transformer.encode_prefix(codes, masks)
 
 
 def text_states_of(segments: Mapping[str, SegmentProcessor]) -> list[str]:

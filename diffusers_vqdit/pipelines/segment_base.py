@@ -265,7 +265,7 @@ class SegmentProcessor(ABC):
         if ("channels" in segments[name]) != cls.given_only:
             has = ("codes", "states of an encoder")["channels" in segments[name]]
             raise ValueError(f"{where}['modality']={entry['modality']!r}: the transformer has {name!r} as {has}")
-        if len(shape) not in cls.ndims or len(shape) > cls.ndims[0] and not residual:
+        if len(shape) not in cls.ndims or cls.tokenizer is not None and len(shape) > cls.ndims[0] and not residual:
             raise ValueError(
                 f"{where}['modality']={entry['modality']!r} needs a grid of {' or '.join(map(str, cls.ndims))} "
                 f"dimensions, but the transformer has {name!r} of shape {list(shape)}"

@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
+from .codes_segment import CodesSegment
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
 from .segment_base import IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentProcessor
@@ -25,6 +26,7 @@ MODALITIES: dict[str, type[SegmentProcessor]] = {
     "label": LabelSegment,
     "states": TextStatesSegment,
     "image_states": ImageStatesSegment,
+    "codes": CodesSegment,
 }
 
 
@@ -45,7 +47,10 @@ def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], low
         return {"modality": modality_of(TextStatesSegment)}
     if name == LABEL:
         return {"modality": modality_of(LabelSegment), "names": labels}
-    if len(segments[name]["shape"]) - has_codebooks(segments, name) == ImageSegment.ndims[0]:
+    ndim = len(segments[name]["shape"]) - has_codebooks(segments, name)
+    if ndim > ImageSegment.ndims[0]:
+        return {"modality": modality_of(CodesSegment)}
+    if ndim == ImageSegment.ndims[0]:
         lowres = {"lowres_of": IMAGE, "factor": lowres_factor} if name == LOWRES else {}
         return {"modality": modality_of(ImageSegment), **lowres}
     made_by = {"tokenizer": TokenSegment.tokenizer} if "block_length" in segments[name] else {}

@@ -317,7 +317,7 @@ class _Encoder:
                 alike = shape if "block_length" not in found[name] else ()  # its places count from the start
                 other = first.setdefault((column.modality, column.tokenizer_name, *alike), name)
                 found[name] |= {"shared_with": other} if other != name else {}
-            if len(shape) > ndim and "shared_with" not in found[name]:
+            if column.tokenizer_name is not None and len(shape) > ndim and "shared_with" not in found[name]:
                 found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
         return found
 

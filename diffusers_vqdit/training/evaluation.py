@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Image
 from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS
 from ..tasks import Task
+from ..utils.decoding import as_picture_column, decode_image
 from .data import decode_images, load_training_dataset, to_pixels
+
+
+CAPTIONS = {"text": "English", "text_zh": "Chinese"}  # columns, by default, where the data has them
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ def tasks_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str
     return [task for task in pairs if task.given[0] in given and task.generated[0] in generated]
 
 
+def image_tasks(pipeline: VQDiTPipeline, roles: Roles) -> dict[Task, list[str]]:
+    """The tasks of pictures from other pictures, with texts beside them or without, and which these others are."""
+    segments, found = pipeline._segments, {}
+    for task in map(Task.parse, pipeline.transformer.config.tasks):
+        others = [name for name in task.given if name not in roles.texts]
+        pictures = all(segments[name].output_field == "images" and not segments[name].tiled for name in others)
+        if others and pictures and task.generated == (roles.image,):
+            found[task] = others
+    return found
+
+
 @dataclass
 class EmojiData:
     """The dataset and the sets of rows that are measured.
@@ -86,10 +102,13 @@ class EmojiData:
         pictures: (N, 3, H, W) uint8, the training split first.
         columns: each column's N values.
         train, composition, test: rows: some of the training split, the held-out compositions, the whole test split.
-        plain: rows of the training split whose emoji has no variants, so that no rule tells their texts.
+            Without a column ``held_out`` that says so, all of the test split are called compositions.
+        plain: rows of the training split whose emoji has no variants, so that no rule tells their texts; none without
+            a column ``emoji``.
         codes, decoded: codes (N, h, w) of all pictures, and what they decode to, in [-1, 1].
         captions: what the report calls the captions of a column, by column; the first is the captions' own.
         label_column: the labels'.
+        splits: both, with their pictures undecoded, for columns of other pictures.
     """
 
     pictures: torch.Tensor
@@ -102,27 +121,30 @@ class EmojiData:
     decoded: torch.Tensor
     captions: dict[str, str]
     label_column: str
+    splits: Any = None
 
     @classmethod
     def load(cls, image_vq: ImageVQModel, resolution: int, args: argparse.Namespace) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
         ``batch_size`` of `args`."""
-        needed = [*args.caption_columns, args.label_column, "emoji", "held_out"]
         train, test = (
-            load_training_dataset(
-                dataset_name=args.dataset_name, split=split, image_column=args.image_column, columns=needed
-            )
+            load_training_dataset(dataset_name=args.dataset_name, split=split, image_column=args.image_column)
             for split in ("train", "test")
         )
         pictures = torch.cat([decode_images(part, args.image_column, resolution)[0] for part in (train, test)])
-        names = [name for name in train.column_names if name != args.image_column]
+        names = [name for name, feature in train.features.items() if not isinstance(feature, Image)]
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
-        composition = [row for row in test_rows if columns["held_out"][row] == "composition"]
+        held = columns.get("held_out", ["composition"] * len(pictures))
+        composition = [row for row in test_rows if held[row] == "composition"]
         random.Random(args.seed).shuffle(composition)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
-        variants = Counter(columns["emoji"])
-        plain = [row for row in range(len(train)) if variants[columns["emoji"][row]] == 1]
+        captions = {name: title for name, title in args.caption_columns.items() if name in columns}
+        if captions != args.caption_columns and args.caption_columns != CAPTIONS:
+            raise ValueError(f"caption_columns={list(args.caption_columns)}: the data has {sorted(columns)}")
+        emoji = columns.get("emoji", [])
+        variants = Counter(emoji)
+        plain = [row for row, one in enumerate(emoji[: len(train)]) if variants[one] == 1]
         plain = random.Random(args.seed).sample(plain, min(args.num_samples, len(plain)))
         codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
         return cls(
@@ -134,13 +156,14 @@ class EmojiData:
             plain,
             codes,
             decoded,
-            args.caption_columns,
+            captions,
             args.label_column,
+            [train, test],
         )
 
     @property
     def caption_column(self) -> str:
-        return next(iter(self.captions))
+        return next(iter(self.captions), "text")
 
     def title(self, column: str) -> str:
         """What the report calls the texts of a column."""
@@ -151,8 +174,30 @@ class EmojiData:
         return self.pictures[rows].float() / 255
 
     def texts(self, rows: list[int], column: str | None = None) -> list[str]:
-        """Of a column, by default the captions'."""
-        return [self.columns[column or self.caption_column][row] for row in rows]
+        """Of a column, by default the captions'.
+
+        Raises:
+            ValueError: if the data has no such column.
+        """
+        column = column or self.caption_column
+        if column not in self.columns:
+            raise ValueError(f"column {column!r} is not in the data, which has {sorted(self.columns)}")
+        return [self.columns[column][row] for row in rows]
+
+    def others(self, rows: list[int], column: str) -> torch.Tensor:
+        """Pictures of another column, in [0, 1], of the size of `pictures`.
+
+        Raises:
+            ValueError: if the data has no such column, or one of them can't be read.
+        """
+        if column not in self.splits[0].features:
+            raise ValueError(f"column {column!r} is not in the data, which has {self.splits[0].column_names}")
+        first, found = len(self.splits[0]), []
+        for row in rows:
+            split, place = (self.splits[0], row) if row < first else (self.splits[1], row - first)
+            value = as_picture_column(split.select_columns(column), column)[place][column]
+            found.append(decode_image(value, self.pictures.shape[-1]))
+        return torch.stack(found) / 2 + 0.5
 
     def labels(self, rows: list[int]) -> list[str]:
         return self.texts(rows, self.label_column)

@@ -10,7 +10,7 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import lower_resolution, resize
 from .codes import encode_texts
 from .data import to_pixels
-from .evaluation import EmojiData, Roles, label_names, mean, sample, share, task_between, tasks_between
+from .evaluation import EmojiData, Roles, image_tasks, label_names, mean, sample, share, task_between, tasks_between
 from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
 
@@ -122,6 +122,18 @@ def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Name
             psnr(2 * fixed - 1, 2 * real - 1), "dB"
         ),
     }
+
+
+def measure_image_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Of tasks from other pictures, and a text beside them: those pictures are columns of their segments' names."""
+    roles, figures = Roles.of(pipeline), {}
+    for task, others in image_tasks(pipeline, roles).items():
+        for title, rows in (("training pictures", data.train), ("held-out compositions", data.composition)):
+            passed = {name: data.others(rows, name) for name in others}
+            passed |= {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
+            drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
+            figures[f"{task}, {title}, nearest picture is the right one"] = share(data.nearest(drawn, rows))
+    return figures
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import resize
-from .evaluation import EmojiData, Roles, label_names, sample, task_between, tasks_between
+from .evaluation import EmojiData, Roles, image_tasks, label_names, sample, task_between, tasks_between
 from .evaluation_images import central_hole, damage
 from .evaluation_texts import blanked
 
@@ -39,7 +39,7 @@ def as_table(report: dict) -> str:
 def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> list[tuple[str, list[tuple]]]:
     """Rows of a title and cells; a cell is a picture (C, H, W) in [0, 1] or a text, and the caption below it."""
     roles, rows = Roles.of(pipeline), data.composition[:8]
-    real, captions = data.real(rows), data.texts(rows)
+    real, captions = data.real(rows), data.texts(rows) if roles.caption else []
     image, caption, label = roles.image, roles.caption, roles.label
     result: list[tuple[str, list[tuple]]] = []
 
@@ -63,6 +63,12 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         add(arrow, draw(image, {label: labels}), labels)
     if arrow := known([], [image]):
         add(arrow, draw(image))
+    for task, others in image_tasks(pipeline, roles).items():
+        sources = {name: data.others(rows, name) for name in others}
+        for name, pictures in sources.items():
+            add(name, pictures)
+        words = {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
+        add(f"... {task}", draw(image, {**sources, **words}), next(iter(words.values()), None))
     for task in tasks_between(pipeline, [image], roles.texts):
         add(str(task), real, draw(task.generated[0], {image: real}))
     if known([caption], [image]):

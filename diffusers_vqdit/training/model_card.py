@@ -23,7 +23,7 @@ _NOT_HYPERPARAMETERS = {
     *("output_dir", "logging_dir", "cache_dir", "latents_file", "states_file", "report_to"),
     *("hub_token", "hub_model_id", "hub_strategy", "push_to_hub", "license", "data_license", "language"),
     *("resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps"),
-    *("validation_prompts", "validation_labels"),
+    *("validation_prompts", "validation_images", "validation_labels"),
 }
 
 # Arguments that make a new model, which a pretrained one has no use for.

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
+from ..pipelines.segment_base import ARGUMENTS, IMAGE
 from ..utils.arguments import hub_token as hub_token_type
 from ..utils.arguments import repository
 from ..utils.hub import push_folder, saved_files
@@ -69,7 +70,8 @@ def draw_gallery(
         images = pipeline(**passing(pipeline, argument, prompts), **options, generator=generators).images
         if images is None:  # texts, which a gallery doesn't show
             return gallery
-        for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        named = [Path(prompt).name for prompt in prompts] if ARGUMENTS.get(argument) == IMAGE else prompts
+        for index, (image, prompt) in enumerate(zip(images, named, strict=True)):
             path = f"samples/{index}.png"
             shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))
             save_generated(image, folder / path, model_id=shown_id, description=shown_prompt)

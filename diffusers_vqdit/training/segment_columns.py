@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..pipelines.codes_segment import CodesSegment
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment
 from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentColumn
@@ -30,9 +31,17 @@ class SegmentFlag(NamedTuple):
     modality: str
     column: str
     tokenizer: str | None = None
+    grid: tuple[int, ...] | None = None  # of ready codes
+    num_codes: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The reader's."""
+        return {name: value for name, value in (("grid", self.grid), ("num_codes", self.num_codes)) if value}
 
     def __str__(self) -> str:
-        return f"{self.name}={':'.join(part for part in self[1:] if part is not None)}"
+        grid, size = "x".join(map(str, self.grid or ())), str(self.num_codes or "")
+        return f"{self.name}={':'.join(part for part in (*self[1:4], grid, size) if part)}"
 
 
 def segment_flag(text: str) -> SegmentFlag:
@@ -51,7 +60,7 @@ def segment_flag(text: str) -> SegmentFlag:
         raise argparse.ArgumentTypeError(str(error)) from None
     if MODALITIES[modality].tokenizer is None and len(parts) > 1:
         raise argparse.ArgumentTypeError(f"value={shown(text)} has a tokenizer, which a {modality} doesn't need")
-    return SegmentFlag(name, modality, parts[0], *map(model_name, parts[1:]))
+    return SegmentFlag(name, modality, parts[0], model_name(parts[1]) if len(parts) > 1 else None)
 
 
 def add_segment_argument(group: argparse._ActionsContainer) -> None:
@@ -65,6 +74,16 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
         help=f"A segment of any name, and the column it is made from; the modality is one of {', '.join(MODALITIES)}. "
         "The tokenizer or encoder is a folder or a Hub id; without, that of --image_vq, --text_vq, --text_encoder or "
         "--image_encoder. May be given several times.",
+    )
+    group.add_argument(
+        "--code_columns",
+        type=code_column,
+        action="extend",
+        nargs="+",
+        dest="segment",
+        metavar="NAME[=COLUMN[:SHAPE[:SIZE]]]",
+        help="Segments of ready codes, which need no tokenizer, and their columns: nested lists of integers, or flat "
+        "ones with their SHAPE, such as 4x16x16. SIZE is how many codes there are; without, those in the data.",
     )
 
 
@@ -105,6 +124,25 @@ def has_captions(args: argparse.Namespace) -> bool:
         or args.text_encoder
         and all(flag.modality != states for flag in args.segment)
     )
+
+
+def code_column(text: str) -> SegmentFlag:
+    """The type of ``--code_columns``."""
+    match = re.fullmatch(r"(\w+)(?:=([^:]+))?(?::(\d+(?:x\d+){0,2}))?(?::(\d+))?", text)
+    if match is None or not SEGMENT_NAME.fullmatch(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"value={shown(text)} must be NAME, NAME=COLUMN, NAME=COLUMN:SHAPE or NAME=COLUMN:SHAPE:SIZE, such as "
+            "video=codes:4x16x16:1024"
+        )
+    grid = tuple(int(size) for size in match[3].split("x")) if match[3] else None
+    size = int(match[4]) if match[4] else None
+    if 0 in (*(grid or ()), size):
+        raise argparse.ArgumentTypeError(f"value={shown(text)} must have a shape and a size of positive integers")
+    try:
+        check_module_name(f"value={shown(text)}", match[1])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return SegmentFlag(match[1], modality_of(CodesSegment), match[2] or match[1], None, grid, size)
 
 
 def bucket_sizes(text: str) -> list[list[int]]:

@@ -225,6 +225,7 @@ def segment_columns(
     """
     known, available = known_segments(parts), _available(parts)
     flags = [(flag.name, flag.modality, flag.column) for flag in args.segment if flag.name in segments]
+    said = {flag.name: flag.options for flag in args.segment}
     if LABEL in segments and args.label_column is not None:
         if LABEL in [name for name, *_ in flags]:
             raise ValueError(
@@ -235,7 +236,7 @@ def segment_columns(
     columns = {}
     for name, modality, column in flags:
         model, beside = loaded.get(name, (None, None))
-        title, options = None, {}
+        title, options = None, said.get(name, {})
         if model is not None:
             # One that the pipeline has already goes by its name there.
             own = tokenizer_fingerprints({name: model})[name]

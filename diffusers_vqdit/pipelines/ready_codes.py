@@ -1,0 +1,68 @@
+"""Codes in place of the values that they stand for: wherever a segment takes a value, it takes its codes."""
+
+from typing import Any
+
+import torch
+
+from ..utils.checks import shown
+from .segment_base import EncodedValue, SegmentProcessor
+
+
+def are_codes(segment: SegmentProcessor, value: Any) -> bool:
+    """Whether what is passed for a segment is codes: an int64 tensor (B, *shape), or a list of such of one sample."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, torch.Tensor) and first.dtype == torch.int64 and not segment.given_only
+
+
+def has_unknown(segment: SegmentProcessor, value: Any) -> bool:
+    """Whether some of what is passed is to be filled in: codes that are the mask, or blanks of a text."""
+    if not are_codes(segment, value):
+        return segment.has_blanks(value)
+    codes = value if isinstance(value, list) else [value]
+    return any(isinstance(one, torch.Tensor) and bool((one == segment.vocab_size).any()) for one in codes)
+
+
+def read_value(segment: SegmentProcessor, value: Any, unknown: bool = True) -> list:
+    """One or several values, or their codes, as a list that is checked.
+
+    Args:
+        unknown: whether codes may be the mask.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not are_codes(segment, value):
+        return segment.read(value)
+    name, size = segment.argument, segment.vocab_size
+    rows = value if isinstance(value, list) else list(value)
+    fits = bool(rows) and all(isinstance(row, torch.Tensor) and row.dtype == torch.int64 for row in rows)
+    if not fits or len({row.shape for row in rows}) > 1 or rows[0].ndim != len(segment.shape) or not rows[0].numel():
+        got = f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
+        raise ValueError(f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {got}")
+    if not segment.has_size and tuple(rows[0].shape) != segment.shape:
+        raise ValueError(
+            f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {(len(rows), *rows[0].shape)}"
+        )
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    if low < 0 or high > (size if unknown else size - 1):
+        raise ValueError(
+            f"{name} must be codes in [0, {size}), or {size} where they are generated and unknown; got values from "
+            f"{low} to {high}"
+        )
+    return rows
+
+
+def encode_value(segment: SegmentProcessor, values: list) -> EncodedValue:
+    """Codes of values that others are generated from, as [`read_value`] gives them; ready ones as they are."""
+    if are_codes(segment, values):
+        return EncodedValue(torch.stack(values).to(segment.device()))
+    return segment.encode_given(values)
+
+
+def encode_partial_value(
+    segment: SegmentProcessor, values: list, mask_image: torch.Tensor | None = None
+) -> EncodedValue:
+    """Codes of values of which a part is known; ready ones say themselves what is not."""
+    if are_codes(segment, values):
+        return EncodedValue(torch.stack(values).to(segment.device()))
+    return segment.encode_partial(values, mask_image)

@@ -1,0 +1,184 @@
+"""Codes wherever a value is: given, partly known, scored, indexed; and segments that have nothing but codes."""
+
+import pytest
+import torch
+
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.codes_segment import CodesReader
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture
+def values(pipeline):
+    """A value of each argument, and its codes."""
+    picture = torch.rand(2, 3, 16, 16)
+    texts, labels = ["a red apple", "a blue box"], [0, 1]
+    return {
+        "prompt": (texts, pipeline.encode_prompt(texts)),
+        "image": (picture, pipeline.encode_image(picture)),
+        "class_labels": (labels, pipeline.encode_label(labels)),
+    }
+
+
+@pytest.mark.parametrize("argument, output", [("prompt", "image"), ("class_labels", "image"), ("image", "text")])
+@pytest.mark.parametrize("guidance_scale", [None, 1.0])
+def test_codes_give_what_their_value_gives(pipeline, values, argument, output, guidance_scale):
+    value, codes = values[argument]
+    options = {"output": output, "output_type": "latent", "num_inference_steps": 4, "guidance_scale": guidance_scale}
+    options |= {"num_images_per_prompt": 2} if output == "image" else {"guidance_scale": None}
+    drawn = [pipeline(**{argument: one}, generator=seed(), **options).segments[output] for one in (value, codes)]
+    assert torch.equal(*drawn)
+    rows = pipeline(**{argument: list(codes)}, generator=seed(), **options).segments[output]
+    assert torch.equal(rows, drawn[0])
+
+
+def test_codes_are_scored_classified_and_searched_as_their_values(pipeline, values):
+    (texts, text_codes), (pictures, image_codes), _ = values.values()
+    scores = [
+        pipeline.score("text->image", a, b, num_samples=2, generator=seed()).nll
+        for a, b in ((texts, pictures), (text_codes, image_codes))
+    ]
+    assert torch.equal(*scores)
+    labels = [pipeline.classify(image=one).probabilities for one in (pictures, image_codes)]
+    assert torch.equal(*labels)
+    galleries = [pipeline.index(image=one) for one in (pictures, image_codes)]
+    found = [
+        pipeline.retrieve(query, gallery, 2).scores
+        for query, gallery in zip((texts, text_codes), galleries, strict=True)
+    ]
+    assert torch.equal(*found)
+    for call in (
+        lambda codes: pipeline.score("text->image", texts, codes, num_samples=2),
+        lambda codes: pipeline.classify(image=codes),
+        lambda codes: pipeline.index(image=codes),
+    ):
+        with pytest.raises(ValueError, match="32"):
+            call(torch.full((2, 4, 4), 32))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "confidence", "halton"])
+@pytest.mark.parametrize("argument, name, size", [("image", "image", 32), ("prompt", "text", 64)])
+def test_known_codes_stay_and_the_mask_is_filled_in(pipeline, values, argument, name, size, sampler):
+    pipeline.scheduler = MaskedDiffusionScheduler(sampler=sampler)
+    codes = values[argument][1].clone()
+    unknown = torch.rand(codes.shape) < 0.5
+    codes[unknown] = size
+    options = {"output": "image" if name == "image" else "image+text", "output_type": "latent", "generator": seed()}
+    drawn = pipeline(**{argument: codes}, **options).segments[name]
+    assert torch.equal(drawn[~unknown], codes[~unknown]) and drawn.max() < size
+    if name == "image":
+        options = {"num_inference_steps": 3, "output_type": "latent"}
+        by_value = pipeline(image=codes[:1], generator=seed(), **options).images  # the only task that fits
+        assert torch.equal(pipeline(latents=codes[:1], generator=seed(), **options).images, by_value)
+        whole = values[argument][1]
+        assert torch.equal(pipeline(image=whole, output="image", **options).images, whole)
+        repaired = pipeline(image=whole, output="image", strength=0.25, **options).images
+        assert (repaired != whole).sum() <= 8
+
+
+def test_codes_need_no_tokenizer(pipeline, values):
+    codes = values["prompt"][1]
+    expected = pipeline(codes, output_type="latent", generator=seed(), num_inference_steps=2).images
+    pipeline.text_vq = None
+    assert torch.equal(pipeline(codes, output_type="latent", generator=seed(), num_inference_steps=2).images, expected)
+    with pytest.raises(ValueError, match="needs the component text_vq, which is None"):
+        pipeline("a red apple")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": torch.zeros(2, 11).long()}, r"prompt must be int64 codes of shape \('B', 12\), got \(2, 11\)"),
+        (
+            {"prompt": torch.full((2, 12), 64), "output": "image"},
+            r"has the code 64, the mask, .*: ask for output='text'",
+        ),
+        ({"prompt": torch.full((1, 12), 65), "output": "image"}, r"codes in \[0, 64\), .* got values from 65 to 65"),
+        ({"prompt": torch.full((1, 12), -1)}, "got values from -1 to -1"),
+        ({"image": torch.zeros(2, 4).long(), "output": "text"}, r"image must be int64 codes of shape \('B', 4, 4\)"),
+        ({"image": torch.zeros(0, 4, 4).long(), "output": "text"}, r"image must be int64 codes of shape"),
+        ({"image": [torch.zeros(4, 4).long(), "x"], "output": "text"}, r"image must be int64 codes of shape"),
+        ({"class_labels": torch.full((1, 1), 9)}, "class_labels must be codes in"),
+        (
+            {"image": torch.zeros(1, 4, 4).long(), "mask_image": torch.ones(1, 1, 16, 16), "output": "image"},
+            r"mask_image is for pictures; \['image'\] are codes",
+        ),
+    ],
+)
+def test_codes_that_cannot_be(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+GEOMETRY = {
+    "video": {"vocab_size": 20, "shape": [2, 4, 4], "patch": [1, 2, 2]},
+    "motion": {"vocab_size": 7, "shape": [5]},
+    "plan": {"vocab_size": 9, "shape": [2, 3]},
+}
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_segments_of_nothing_but_codes(said, tmp_path):
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        segments=GEOMETRY if said else {"video": GEOMETRY["video"]},
+        tasks=["->video", "motion+plan->video", "video->motion", "->motion+plan"] if said else ["->video"],
+    )
+    entries = {name: {"modality": "codes"} for name in GEOMETRY} if said else None
+    VQDiTPipeline(transformer.eval(), MaskedDiffusionScheduler(), segments=entries).save_pretrained(tmp_path)
+    pipe = VQDiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    codes = torch.randint(20, (2, 2, 4, 4))
+    codes[:, :, 2:] = 20
+    drawn = pipe(inputs={"video": codes}, output="video").segments["video"]
+    assert drawn.shape == codes.shape and drawn.max() < 20 and torch.equal(drawn[:, :, :2], codes[:, :, :2])
+    first, *_ = pipe(output="video", return_dict=False, num_images_per_prompt=3)
+    assert first is None
+    if said:
+        out = pipe(inputs={"motion": torch.zeros(2, 5).long(), "plan": torch.zeros(2, 2, 3).long()})
+        assert out.segments["video"].shape == (2, 2, 4, 4)
+        both = pipe(output="motion+plan").segments
+        assert both["motion"].shape == (1, 5) and both["plan"].shape == (1, 2, 3)
+        with pytest.raises(ValueError, match=r"inputs\['video'\]=\[1, 2\] must be an int64 tensor of codes of shape"):
+            pipe(inputs={"video": [1, 2]}, output="motion")
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([[1, 2], [3, 4]], {}, None),
+        ([[[1, 2]], [[3, 4]]], {}, None),
+        ([[1, 2, 3, 4]] * 2, {"grid": (2, 2), "num_codes": 5}, None),
+        ([[[[1, 2], [3, 4]]]] * 2, {"grid": (1, 2, 2)}, None),
+        (
+            [[1, 2], [3]],
+            {},
+            r"'c', row 1: must be lists of whole codes of shape \[2\], got int64 of shape \[1\]",
+        ),
+        ([[1, 2, 3]] * 2, {"grid": (2, 2)}, r"row 0: .* of shape \[2, 2\], got int64 of shape \[3\]"),
+        ([[1.5, 2.0]], {}, "row 0: .* got float"),
+        ([[1, 5]], {"num_codes": 5}, r"codes from 0 to 5; they must be in \[0, 5\)"),
+        ([[-1, 5]], {}, r"codes from -1 to 5"),
+        ([[[[[1]]]]], {}, "of 1 to 3 axes"),
+        ([1, 2], {}, "of 1 to 3 axes"),
+        ([["a"]], {}, "row 0: must be lists of whole codes"),
+    ],
+)
+def test_columns_of_codes(rows, options, message):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"c": rows})
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            CodesReader(data, "c", **options)
+        return
+    reader = CodesReader(data, "c", **options)
+    codes = torch.cat(reader.encode([reader.read(row) for row in range(len(rows))], 1))
+    assert (
+        codes.shape == (len(rows), *reader.shape) and codes.flatten().tolist() == torch.tensor(rows).flatten().tolist()
+    )
+    assert reader.vocab_size == options.get("num_codes", int(codes.max()) + 1)
