@@ -23,7 +23,7 @@ from ..utils.texts import tokenize_to_length
 
 
 # One of which every tokenizer has
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
     "vocab.json",
@@ -54,7 +54,7 @@ def load_text_encoder(name: str, cache_dir: str | None = None) -> tuple[Any, Any
     beside = [f"tokenizer{number}"]
     if not number and find_beside(source, folder, "text_encoder_2", "config.json", cache_dir) is None:
         beside.insert(0, "tokenizer_2")  # of a VQDiTPipeline, whose `tokenizer` is its text_vq's
-    place = _own_or_beside(source, folder, beside, TOKENIZER_FILES, cache_dir)
+    place = _own_or_beside(source, folder, beside, VOCABULARY_FILES, cache_dir)
     if place is None:  # where transformers makes some an empty one
         raise ValueError(f"text_encoder={name!r} has no tokenizer, neither in its folder nor beside it")
     tokenizer = AutoTokenizer.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
