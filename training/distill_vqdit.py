@@ -117,11 +117,14 @@ def how_drawn(
     """The teacher's guidance scale and temperature, by task.
 
     Raises:
-        ValueError: for a task that the teacher doesn't know, or that is guided by another one of them.
+        ValueError: for a task that the teacher doesn't know, that makes texts by blocks, or that is guided by another
+            one of them.
     """
     found = {}
     for task, _ in tasks:
         check_task(task, pipeline.transformer.config.tasks or [])
+        if any("block_length" in pipeline.transformer.config.segments[name] for name in task.generated):
+            raise ValueError(f"tasks={args.tasks!r}: {str(task)!r} makes texts by blocks, which can't be distilled")
         guidance_scale, _, temperature = pipeline._defaults(
             task, args.guidance_scale if task.given else 1.0, None, None
         )

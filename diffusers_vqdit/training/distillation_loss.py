@@ -5,6 +5,8 @@ few. A teacher that takes several small steps sees what it has revealed so far; 
 step what the teacher predicts on this way.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
@@ -15,13 +17,14 @@ from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..utils.checks import check_integer
 from ..utils.distributed import mean_over_processes
 from .optimization import unwrap
+from .state_files import PaddedStates, split_padded
 
 
 @torch.no_grad()
 def teacher_probabilities(
     teacher: VQDiTTransformer2DModel,
     scheduler: MaskedDiffusionScheduler,
-    given: dict[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor | PaddedStates],
     noised: dict[str, torch.LongTensor],
     steps_left: torch.LongTensor,
     *,
@@ -51,7 +54,8 @@ def teacher_probabilities(
     sizes = {name: teacher.config.segments[name]["vocab_size"] for name in noised}
     device, steps_left = next(iter(noised.values())).device, steps_left.cpu()
     ratios = scheduler.mask_ratio(torch.arange(num_inference_steps + 1, dtype=torch.float64) / num_inference_steps)
-    prefix = teacher.encode_prefix(given) if given else None
+    given, padding = split_padded(given)
+    prefix = teacher.encode_prefix(given, padding) if given else None
     options = {"check_values": False, **constant_modulation(teacher, noised)}
     first = {name: codes.flatten(1) == sizes[name] for name, codes in noised.items()}  # (B, N)
     found: dict[str, torch.Tensor] = {}
@@ -93,7 +97,7 @@ def distillation_loss(
     student: torch.nn.Module,
     teacher: VQDiTTransformer2DModel,
     scheduler: MaskedDiffusionScheduler,
-    given: dict[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor | PaddedStates],
     generated: dict[str, torch.LongTensor],
     *,
     timesteps: torch.Tensor,
@@ -145,7 +149,9 @@ def distillation_loss(
         generator=generator,
     )
     device = next(iter(noised.values())).device
-    logits = student(noised, timestep=times.to(device), given=given, masked=masked).sample
+    given, padding = split_padded(given)
+    options = {"given": given, "given_mask": padding or None, "masked": masked}
+    logits = student(noised, timestep=times.to(device), **options).sample
     total, count = 0.0, 0
     for name, probabilities in wanted.items():
         total = total + F.kl_div(F.log_softmax(logits[name].float(), dim=-1), probabilities, reduction="sum")

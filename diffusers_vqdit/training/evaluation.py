@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from ..pipelines.segment_base import ARGUMENTS
+from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.decoding import as_picture_column, decode_image
 from .data import decode_images, load_training_dataset, to_pixels
 
 
-CAPTIONS = {"text": "English", "text_zh": "Chinese"}  # columns, by default, where the data has them
+CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class EmojiData:
 
     @property
     def caption_column(self) -> str:
-        return next(iter(self.captions), "text")
+        return next(iter(self.captions), TEXT)
 
     def title(self, column: str) -> str:
         """What the report calls the texts of a column."""

@@ -60,7 +60,8 @@ def _pictures(pipeline: DiffusionPipeline, wanted: Sequence[str]) -> dict[str, A
         pictures = [to_rgb(Image.open(file)) for file in files]
     except OSError as error:
         raise ValueError(f"{files} must be files of pictures: {error}") from error
-    return {"image": pictures} if name == IMAGE else {"inputs": {name: pictures}}
+    argument = next((argument for argument, segment in ARGUMENTS.items() if segment == name), None)
+    return {"inputs": {name: pictures}} if argument is None else {argument: pictures}
 
 
 def save_grid(images: Sequence[Image.Image], columns: int, output_dir: Path, step: int) -> Image.Image:

@@ -271,7 +271,7 @@ def test_texts_take_a_step_a_code_and_the_likeliest_where_something_is_given(pip
             r"one size here, got \[\(9, 9\), \(16, 16\)\]",
         ),
         ({"image": picture(), "mask_image": hole(), "latents": torch.full((1, 4, 4), 32)}, "partly known"),
-        ({"prompt": "a <mask>", "output": "image"}, "<mask>, which is for texts to fill in"),
+        ({"prompt": "a <mask>", "output": "image"}, "<mask>, which is for what is to be filled in"),
         ({"prompt": "a dot", "output": "text"}, "Put <mask>"),
         ({"prompt": "a dot", "temperature": -1}, "temperature=-1 must be a finite number in .0, "),
         ({"inputs": {"text": "a dot"}}, "inputs has 'text'; it takes"),
