@@ -64,11 +64,11 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
     if arrow := known([], [image]):
         add(arrow, draw(image))
     for task, others in image_tasks(pipeline, roles).items():
-        given = {name: data.others(rows, name) for name in others}
-        for name, pictures in given.items():
-            add(name, pictures)
-        texts = {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
-        add(f"... {task}", draw(image, {**given, **texts}), next(iter(texts.values()), None))
+        pictures = {name: data.others(rows, name) for name in others}
+        for name, one in pictures.items():
+            add(name, one)
+        beside = {name: data.texts(rows, roles.column(name, data)) for name in task.given if name not in others}
+        add(f"... {task}", draw(image, {**pictures, **beside}), next(iter(beside.values()), None))
     for task in tasks_between(pipeline, [image], roles.texts):
         add(str(task), real, draw(task.generated[0], {image: real}))
     if known([caption], [image]):
