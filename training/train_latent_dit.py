@@ -37,6 +37,7 @@ from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.alignment import AlignedTransformer, cache_features
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
+    add_model_arguments,
     add_training_arguments,
     add_transformer_arguments,
 )
@@ -79,14 +80,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train a DiT over VQ latents.")
 
     models = parser.add_argument_group("models")
-    models.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, help="Latent pipeline to finetune: a folder or a Hub id."
-    )
-    models.add_argument(
-        "--image_vq",
-        type=model_name,
-        help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
-    )
+    size = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64}
+    add_model_arguments(models, "Latent pipeline to finetune", **size)
     models.add_argument(
         "--text_vq", type=model_name, help="TextVQModel with its tokenizer, for captions, in the same way."
     )
@@ -97,9 +92,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Tokens of a caption for --text_encoder; by default the pretrained pipeline's, or as many as it takes, "
         "512 at most.",
     )
-    models.add_argument("--num_layers", type=positive_integer, default=12)
-    models.add_argument("--num_attention_heads", type=positive_integer, default=6)
-    models.add_argument("--attention_head_dim", type=positive_integer, default=64)
     models.add_argument("--patch_size", type=positive_integer, default=2)
     models.add_argument("--dropout", type=share, default=0.0)
 

@@ -31,6 +31,7 @@ from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
+    add_model_arguments,
     add_patch_argument,
     add_training_arguments,
     add_transformer_arguments,
@@ -57,7 +58,6 @@ from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
-    positive_integer,
     share,
 )
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
@@ -72,22 +72,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train a VQ diffusion transformer.")
 
     models = parser.add_argument_group("models")
-    models.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, help="Pipeline to finetune: a folder or a Hub id."
-    )
+    size = {"num_layers": 8, "num_attention_heads": 4, "attention_head_dim": 64}
+    add_model_arguments(models, "Pipeline to finetune", **size)
     models.add_argument("--revision", help="Revision of the pretrained pipeline.")
     models.add_argument("--variant", help="Variant of the pretrained pipeline's files, such as fp16.")
-    models.add_argument(
-        "--image_vq",
-        type=model_name,
-        help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
-    )
     models.add_argument("--text_vq", type=model_name, help="TextVQModel with its tokenizer, in the same way.")
     add_text_tokenizer_argument(models)
     add_encoder_arguments(models)
-    models.add_argument("--num_layers", type=positive_integer, default=8)
-    models.add_argument("--num_attention_heads", type=positive_integer, default=4)
-    models.add_argument("--attention_head_dim", type=positive_integer, default=64)
     add_patch_argument(models)
     models.add_argument(
         "--use_rotary_positional_embeddings",

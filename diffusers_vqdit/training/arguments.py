@@ -9,6 +9,7 @@ from diffusers.optimization import SchedulerType
 
 from ..utils.arguments import (
     decay,
+    model_name,
     non_negative_integer,
     non_negative_number,
     output_path,
@@ -79,6 +80,19 @@ def add_transformer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add what only the training of transformers has."""
     group.add_argument("--scale_lr", action="store_true", help="Multiply the rate by devices and accumulation.")
     group.add_argument("--allow_tf32", action="store_true")
+
+
+def add_model_arguments(group: argparse._ArgumentGroup, pretrained: str, **size: int) -> None:
+    """Add what is trained: a pretrained one, which `pretrained` describes, or a new one of `size` by default over an
+    image tokenizer."""
+    group.add_argument("--pretrained_model_name_or_path", type=model_name, help=f"{pretrained}: a folder or a Hub id.")
+    group.add_argument(
+        "--image_vq",
+        type=model_name,
+        help="ImageVQModel for training from scratch: a folder or a Hub id of its own or of a pipeline.",
+    )
+    for name in ("num_layers", "num_attention_heads", "attention_head_dim"):
+        group.add_argument(f"--{name}", type=positive_integer, default=size[name])
 
 
 def add_patch_argument(group: argparse._ArgumentGroup) -> None:
