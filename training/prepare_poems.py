@@ -8,9 +8,9 @@ Takes a minute and needs ``npm`` and ``datasets``. The poems are those of the np
 dynasty and 254,000 of the Song. ``--data_dir`` takes the package, or the repository that it is made of, where it is
 already.
 
-Columns: ``title``, ``poem`` (a couplet a line), ``author``, ``dynasty`` and ``split``, which depends on the poem
-alone: 1 in 50 goes to ``test``, unless one of its lines is another poem's, too. Poems that are there twice, have no title, or have gaps or editors' notes in them are
-left out.
+Columns: ``title``, ``poem`` (a couplet a line), ``author``, ``dynasty`` and ``split``: by the poem alone 1 in 50 goes
+to ``test``, unless one of its lines is another poem's, too. Poems that are there twice, have no title, or have gaps or
+editors' notes in them are left out.
 """
 
 import argparse
