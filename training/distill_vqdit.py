@@ -36,9 +36,8 @@ from diffusers_vqdit.training.arguments import (
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.distillation_loss import distillation_loss
-from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.finetuning import check_same_segments
-from diffusers_vqdit.training.masked_loss import draw_task, stratified_timesteps
+from diffusers_vqdit.training.masked_loss import draw_batch, track_loss
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
@@ -246,14 +245,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             begin_round(unwrap(student), teacher, ema, trained)
             task_losses = {}
         rows = next(batches)
-        # Drawn for the global batch, however many processes share it: one task, so that all train the same parameters,
-        # and each row's time, wording, masks and way of the teacher.
-        rank, generator = accelerator.process_index, step_generator(args.seed, micro_step)
-        task = draw_task(tasks, generator)
-        times = stratified_timesteps(len(rows), generator, rank=rank, world_size=accelerator.num_processes)
-        generators = row_generators(args.seed, micro_step, len(rows), rank=rank)
-        given, generated = codes.batch(rows, task, generator=generators)
-        guidance_scale, temperature = drawn[task]
+        batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
+        guidance_scale, temperature = drawn[batch.task]
         if this_round:  # distilled in
             guidance_scale, temperature = 1.0, float(temperature > 0)
         with accelerator.accumulate(student):
@@ -262,20 +255,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     student,
                     teacher,
                     scheduler,
-                    {name: value.to(accelerator.device) for name, value in given.items()},
-                    {name: value.to(accelerator.device) for name, value in generated.items()},
-                    timesteps=times,
+                    batch.given,
+                    batch.generated,
+                    timesteps=batch.timesteps,
                     num_inference_steps=args.num_teacher_steps >> this_round,
                     guidance_scale=guidance_scale,
                     temperature=temperature,
-                    generator=generators,
+                    generator=batch.generators,
                 )
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
-        average = accelerator.reduce(loss.detach(), "mean").item()
-        if math.isfinite(average):
-            task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
+        average = track_loss(accelerator, task_losses, batch.task, loss)
         if norm is None:
             continue
 
@@ -286,7 +277,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         progress.set_postfix({"round": this_round + 1, **{name: f"{x:.4f}" for name, x in task_losses.items()}})
         speed = seen / (time.time() - started)
         accelerator.log(
-            {f"loss/{task}": average, "round": this_round + 1, **logs, "images_per_second": speed}, step=step
+            {f"loss/{batch.task}": average, "round": this_round + 1, **logs, "images_per_second": speed}, step=step
         )
         if args.validation_prompts and accelerator.is_main_process and due(step, args.validation_steps):
             with evaluated(unwrap(student), ema, trained):

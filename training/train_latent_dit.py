@@ -281,13 +281,9 @@ def loss_measures(args: argparse.Namespace, loss: float | None) -> list[Measure]
 def main(args: argparse.Namespace) -> None:
     # Without captions in a batch, their projection gets no gradient.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
-    with setup.open_run(
-        args,
-        accelerator,
-        project=PROJECT,
-        folders=["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"],
-        files=["README.md", "model_index.json", "pipeline.py", STATES_FILE, f"{STATES_FILE}.json"],
-    ) as run:
+    folders = ["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
+    files = ["README.md", "model_index.json", "pipeline.py", STATES_FILE, f"{STATES_FILE}.json"]
+    with setup.open_run(args, accelerator, project=PROJECT, folders=folders, files=files) as run:
         if args.latents_file is not None and accelerator.is_main_process:
             check_latents_file(args.latents_file)
         if args.states_file is not None and accelerator.is_main_process and not args.states_file.is_file():

@@ -18,7 +18,6 @@ running time and figures stand in its model card.
 """
 
 import argparse
-import math
 import time
 
 import torch
@@ -39,10 +38,9 @@ from diffusers_vqdit.training.arguments import (
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
-from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
+from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
@@ -299,36 +297,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         rows = next(batches)
-        # Drawn for the global batch, however many processes share it: one task, so that all train the same parameters,
-        # and each row's time, wording and masks.
-        rank, generator = accelerator.process_index, step_generator(args.seed, micro_step)
-        task = draw_task(tasks, generator)
-        times = stratified_timesteps(len(rows), generator, rank=rank, world_size=accelerator.num_processes)
-        generators = row_generators(args.seed, micro_step, len(rows), rank=rank)
-        given, generated = codes.batch(rows, task, generator=generators)
-        given = {name: value.to(accelerator.device) for name, value in given.items()}
-        generated = {name: value.to(accelerator.device) for name, value in generated.items()}
+        batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
         with accelerator.accumulate(transformer):
             loss = masked_diffusion_loss(
                 transformer,
                 scheduler,
-                given,
-                generated,
+                batch.given,
+                batch.generated,
                 weighting=args.loss_weighting,
-                timesteps=times,
-                generator=generators,
+                timesteps=batch.timesteps,
+                generator=batch.generators,
             )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
-                if ema is not None and stepped:
-                    ema.step(trained)
-            optimizer.zero_grad()
+            norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
-        average = accelerator.reduce(loss.detach(), "mean").item()
-        if math.isfinite(average):
-            task_losses[str(task)] = 0.95 * task_losses.get(str(task), average) + 0.05 * average
+        average = track_loss(accelerator, task_losses, batch.task, loss)
         if not accelerator.sync_gradients:
             continue
 
@@ -338,7 +321,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
-        accelerator.log({f"loss/{task}": average, **logs, "images_per_second": speed}, step=step)
+        accelerator.log({f"loss/{batch.task}": average, **logs, "images_per_second": speed}, step=step)
         if wanted and accelerator.is_main_process and due(step, args.validation_steps):
             with evaluated(unwrap(transformer), ema, trained):
                 draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)

@@ -1,16 +1,21 @@
 """Masked diffusion over codes: the draws of a training step, and its loss."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
+from .codes import CodeDataset
+from .draws import row_generators, step_generator
 from .optimization import unwrap
-from .state_files import split_padded
+from .state_files import PaddedStates, split_padded
 
 
 def draw_task(tasks: list[tuple[Task, float]], generator: torch.Generator) -> Task:
@@ -34,6 +39,55 @@ def stratified_timesteps(
     offset = torch.rand(count, generator=generator)
     times = (torch.randperm(count, generator=generator) + 1.0 - offset) / count
     return times[rank * batch_size : (rank + 1) * batch_size]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one task, on the device.
+
+    Args:
+        task: what is given and what is generated.
+        given, generated: name -> codes (B, *shape) int64; of what is given also states.
+        timesteps: times (B,) in (0, 1], on the CPU.
+        generators: one a row, on the CPU, which draw its masks.
+    """
+
+    task: Task
+    given: dict[str, torch.Tensor | PaddedStates]
+    generated: dict[str, torch.Tensor]
+    timesteps: torch.Tensor
+    generators: list[torch.Generator]
+
+
+def draw_batch(
+    codes: CodeDataset,
+    tasks: list[tuple[Task, float]],
+    rows: torch.LongTensor,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    step: int,
+) -> Batch:
+    """What is drawn for rows of a micro-step, as for the global batch, however many processes share it: one task, so
+    that all train the same parameters, and each row's time, wording and masks."""
+    rank, generator = accelerator.process_index, step_generator(seed, step)
+    task = draw_task(tasks, generator)
+    times = stratified_timesteps(len(rows), generator, rank=rank, world_size=accelerator.num_processes)
+    generators = row_generators(seed, step, len(rows), rank=rank)
+    given, generated = codes.batch(rows, task, generator=generators)
+    given, generated = (
+        {name: value.to(accelerator.device) for name, value in side.items()} for side in (given, generated)
+    )
+    return Batch(task, given, generated, times, generators)
+
+
+def track_loss(accelerator: Accelerator, losses: dict[str, float], task: Task, loss: torch.Tensor) -> float:
+    """The mean of all processes' losses of a micro-batch, by which the running mean of its task in `losses` goes on,
+    unless it is not finite."""
+    average = accelerator.reduce(loss.detach(), "mean").item()
+    if math.isfinite(average):
+        losses[str(task)] = 0.95 * losses.get(str(task), average) + 0.05 * average
+    return average
 
 
 def block_timesteps(timesteps: torch.Tensor, blocks: int, generator: Generators = None) -> torch.Tensor:
