@@ -145,11 +145,11 @@ def load_codes(
         _take_tokenizers(codes, parts, available, segments)
         codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
         made_by = {codes.entries[name].get("tokenizer") for name in segments & set(codes.entries)}
-        if missing := sorted(name for name in made_by & set(parts) if parts[name] is None):
-            flags = ", ".join(f"--{'text_' * (name == 'tokenizer')}{name}" for name in missing)
+        if missing := [name for name in NAMED if name in made_by and parts[name] is None]:
+            needed = ", ".join(f"--{'text_' * (name == 'tokenizer')}{name}" for name in missing)
             logger.warning(
                 f"the codes or states in {args.codes_dir!r} were made by {missing}, without which the saved pipeline "
-                f"takes and gives these alone: give {flags}"
+                f"takes and gives these alone: give {needed}"
             )
         _check_labels(args, parts, codes, segments)
         settle_reading(args, parts, codes)
