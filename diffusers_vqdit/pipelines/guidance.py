@@ -113,7 +113,7 @@ def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: b
     prefixes, steps = guidance_steps(task.given, scales)
     if not task.given and scales != 1.0:
         raise ValueError(f"guidance_scale={scales} needs a given segment; use 1")
-    if negative and len(steps) > 1:
+    if negative and isinstance(scales, dict) and len(set(scales.values())) > 1:  # one of 1 is no step, but a scale
         raise ValueError(f"negative_prompt with guidance_scale={scales}: it needs one scale of all that is given")
     tasks = {str(Task.parse(arrow)) for arrow in known}
     needed = [str(Task(names, task.generated)) for names in prefixes[:-1] if names or not negative]

@@ -320,7 +320,8 @@ class InputsMixin(PromptMixin):
         # What comes out as codes needs no tokenizer, unless it is partly known, and ready states or codes no encoder.
         latent = output_type == "latent"
         tokenized = [n for n in (passed if latent else task.segments) if needs_encoder(segments[n], passed.get(n))]
-        self._check_task(task, tuple(n for n in tokenized if n not in ready or (n in generated and not latent)))
+        known = [n for n in ready if not segments[n].has_length and (latent or n not in generated)]
+        self._check_task(task, tuple(n for n in tokenized if n not in known))
         return task, passed
 
     def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
