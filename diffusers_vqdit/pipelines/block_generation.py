@@ -57,12 +57,12 @@ class BlockGenerationMixin(DenoisingMixin):
         Raises:
             ValueError: for one out of range, or given for another task.
         """
-        gen_length = either("gen_length", gen_length, "max_new_tokens", max_new_tokens)
         check_flag("eos_early_stop", eos_early_stop)
-        found = {"gen_length": gen_length, "block_length": block_length, "top_k": top_k}
-        for name, value in found.items():
+        found: dict[str, Any] = {"gen_length": gen_length, "block_length": block_length, "top_k": top_k}
+        for name, value in (*found.items(), ("max_new_tokens", max_new_tokens)):
             if value is not None:
                 check_integer(name, value, 1, MAX_TEXT_LENGTH)
+        found["gen_length"] = either("gen_length", gen_length, "max_new_tokens", max_new_tokens)
         for name, value, above in (("threshold", threshold, False), ("top_p", top_p, True)):
             if value is not None:
                 check_number(name, value, 0, 1, above=above)

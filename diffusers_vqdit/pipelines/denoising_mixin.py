@@ -68,7 +68,8 @@ class DenoisingMixin:
                     if cache is not None:
                         cache.keep(event.rows)
                     prefixes, steps = guidance_steps(prefix.names if prefix is not None else (), guidance_scale)
-                    scales = scales_at(scheduler, steps, event, masked)
+                    # A cache begins anew with guidance, which must not depend on the other rows.
+                    scales = scales_at(scheduler, steps, event, masked, leave_out=cache is None)
                     logits, finite, parts = predict_event(
                         self.transformer, codes, event, prefix, prefixes, scales, **options
                     )

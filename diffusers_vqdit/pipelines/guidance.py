@@ -113,7 +113,7 @@ def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: b
     prefixes, steps = guidance_steps(task.given, scales)
     if not task.given and scales != 1.0:
         raise ValueError(f"guidance_scale={scales} needs a given segment; use 1")
-    if negative and len(steps) > 1:
+    if negative and isinstance(scales, dict) and len(set(scales.values())) > 1:  # one of 1 is no step, but a scale
         raise ValueError(f"negative_prompt with guidance_scale={scales}: it needs one scale of all that is given")
     tasks = {str(Task.parse(arrow)) for arrow in known}
     needed = [str(Task(names, task.generated)) for names in prefixes[:-1] if names or not negative]
@@ -132,11 +132,17 @@ def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: b
 
 
 def scales_at(
-    scheduler: MaskedDiffusionScheduler, steps: Sequence[float], event: MaskedDiffusionEvent, masked: torch.Tensor
+    scheduler: MaskedDiffusionScheduler,
+    steps: Sequence[float],
+    event: MaskedDiffusionEvent,
+    masked: torch.Tensor,
+    *,
+    leave_out: bool = True,
 ) -> list[torch.Tensor]:
-    """The scales (B,) of steps where the codes `masked` (B, N) are left; none where all rows have 1 of each."""
+    """The scales (B,) of steps where the codes `masked` (B, N) are left; with `leave_out` none where all rows have 1
+    of each."""
     share = event.num_masked.double() / masked.shape[1]  # on the CPU
-    if all(bool((scheduler.guidance_scale_at(share, scale) == 1.0).all()) for scale in steps):
+    if leave_out and all(bool((scheduler.guidance_scale_at(share, scale) == 1.0).all()) for scale in steps):
         return []
     ratio = masked.double().mean(1)
     return [scheduler.guidance_scale_at(ratio, scale) for scale in steps]

@@ -1,7 +1,7 @@
 """What a call of a pipeline over codes asks for: its arguments checked and read, and the task they mean."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -280,6 +280,10 @@ class InputsMixin(PromptMixin):
         ready = [name for name in passed if name in segments and are_codes(segments[name], passed[name])]
         if mask_image is not None and (masked := set(pictures) & set(ready)):
             raise ValueError(f"mask_image is for pictures; {sorted(masked)} are codes: what is unknown is the mask")
+        if strength is not None and (partial := set(pictures) & set(blanks)):
+            raise ValueError(
+                f"strength={strength} redraws what is known; {sorted(partial)} has codes that are the mask"
+            )
         if output is None:
             output = self._default_output(passed, blanks, pictures if redrawn else [])
         elif not isinstance(output, str):
@@ -319,9 +323,15 @@ class InputsMixin(PromptMixin):
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
         # What comes out as codes needs no tokenizer, unless it is partly known, and ready states or codes no encoder.
         latent = output_type == "latent"
-        tokenized = [n for n in (passed if latent else task.segments) if needs_encoder(segments[n], passed.get(n))]
-        self._check_task(task, tuple(n for n in tokenized if n not in ready or (n in generated and not latent)))
+        tokenized = self._tokenized(passed, passed if latent else task.segments)
+        self._check_task(task, (*tokenized, *(n for n in ready if n in generated and not latent)))
         return task, passed
+
+    def _tokenized(self, passed: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the segments whose tokenizer or encoder makes what is passed, or tells where it ends."""
+        segments = {name: self._segments[name] for name in names}
+        ready = [n for n, one in segments.items() if are_codes(one, passed.get(n)) and not one.has_length]
+        return tuple(n for n, one in segments.items() if n not in ready and needs_encoder(one, passed.get(n)))
 
     def _default_output(self, passed: dict[str, Any], blanks: list[str], repainted: list[str]) -> str:
         """The output of the one known task that what was passed fits; else what its segments' names tell.

@@ -94,12 +94,13 @@ class LikelihoodMixin(InputsMixin):
         check_generator(generator, cpu_only=True)
         self._check_scheduler()
         arrow = Task.parse(task)
-        self._check_task(arrow)
         passed = self._passed(prompt, image, class_labels, inputs, class_label)
+        self._check_task(arrow, ())
         if sorted(passed) != sorted(arrow.segments):
             raise ValueError(
                 f"task={task!r} has the segments {sorted(arrow.segments)}, but {sorted(passed)} were passed"
             )
+        self._check_task(arrow, self._tokenized(passed, passed))
         passed = self._read(passed, unknown=False)
         size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
         # What is the same for all is encoded once.
@@ -228,7 +229,9 @@ class LikelihoodMixin(InputsMixin):
         """Bounds (B, L) on -log p(text | given), less those on -log p(text) where the checkpoint knows them."""
         self._check_scheduler()
         name = segment.name
-        self._check_task(Task(tuple(passed), (name,)))
+        task = Task(tuple(passed), (name,))
+        self._check_task(task, ())
+        self._check_task(task, (name, *self._tokenized(passed, passed)))
         passed = self._read(passed, unknown=False)
         check_batch({one: len(value) for one, value in passed.items()}, 1, None)
         text = segment.encode(labels)
@@ -275,8 +278,9 @@ class LikelihoodMixin(InputsMixin):
         batch_size = check_integer("batch_size", batch_size, 1)
         ((segment, values),) = items.items()
         query = self._query_segment(segment) if query is None else self._segment(query).name
-        self._check_components(segment, f"a gallery of {segment} codes")
         processor = self._segment(segment)
+        if not are_codes(processor, values):
+            self._check_components(segment, f"a gallery of {segment} codes")
         if processor.block_length is not None:
             raise ValueError(
                 f"{segment!r} has texts of any length, which a gallery can't hold; they can be queries of one, and "
@@ -313,8 +317,10 @@ class LikelihoodMixin(InputsMixin):
         return found[0]
 
     def _tokenizers_digest(self, segment: str) -> str:
+        """Empty where its tokenizer isn't there, so that it can't be told from others."""
         processor = self._segment(segment)
-        return tokenizers_digest([processor.vq] if processor.needs else [])
+        found = [processor.components.get(name) for name in processor.needs[:1]]
+        return "" if None in found else tokenizers_digest(found)
 
     @torch.no_grad()
     def retrieve(
@@ -352,7 +358,7 @@ class LikelihoodMixin(InputsMixin):
         """
         if not isinstance(gallery, GalleryIndex):
             raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
-        if gallery.tokenizers and gallery.tokenizers != self._tokenizers_digest(gallery.segment):
+        if gallery.tokenizers and self._tokenizers_digest(gallery.segment) not in ("", gallery.tokenizers):
             raise ValueError(
                 f"gallery was indexed with another tokenizer of {gallery.segment!r} than this pipeline's, or in "
                 "another dtype; index it with this one"

@@ -12,6 +12,7 @@ from .coding_mixin import CodingMixin
 from .frozen_encoders import check_sequence_length
 from .guided_prefix import GuidedPrefix
 from .padded_states import PaddedStates, check_states_of
+from .ready_codes import are_codes, read_value
 from .segment_base import TEXT, SegmentProcessor
 from .states_segment import StatesSegment, TextStatesSegment
 
@@ -30,7 +31,9 @@ def prompt_segment_of(segments: Mapping[str, SegmentProcessor]) -> str:
 class PromptMixin(CodingMixin):
     """The part of [`VQDiTPipeline`] that knows which segment a prompt is of."""
 
-    _encode_inputs: Any  # the pipeline's
+    # The pipeline's
+    _encode_inputs: Any
+    _check_components: Any
 
     def _text_states(self) -> list[str]:
         return text_states_of(self._segments)
@@ -100,8 +103,13 @@ class PromptMixin(CodingMixin):
                 raise ValueError(
                     f"negative_prompt is for a prompt that is given; the task {str(task)!r} makes {name!r}"
                 )
+            segment = self._segments[name]
+            if not are_codes(segment, value) and needs_encoder(segment, value):  # the prompt's may be ready
+                self._check_components(name, "negative_prompt")
             try:
-                values = self._segments[name].read_negative(value)
+                values = (
+                    read_value(segment, value, False) if are_codes(segment, value) else segment.read_negative(value)
+                )
             except ValueError as error:
                 raise ValueError(f"negative_prompt={shown(value)}: {error}") from error
             if len(values) not in (1, len(passed[name])):

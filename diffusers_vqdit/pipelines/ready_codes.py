@@ -39,7 +39,7 @@ def read_value(segment: SegmentProcessor, value: Any, unknown: bool = True) -> l
     if not fits or len({row.shape for row in rows}) > 1 or rows[0].ndim != len(segment.shape) or not rows[0].numel():
         got = f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
         raise ValueError(f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {got}")
-    if not segment.has_size and tuple(rows[0].shape) != segment.shape:
+    if not segment.has_size and not segment.has_length and tuple(rows[0].shape) != segment.shape:
         raise ValueError(
             f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {(len(rows), *rows[0].shape)}"
         )
@@ -55,7 +55,7 @@ def read_value(segment: SegmentProcessor, value: Any, unknown: bool = True) -> l
 def encode_value(segment: SegmentProcessor, values: list) -> EncodedValue:
     """Codes of values that others are generated from, as [`read_value`] gives them; ready ones as they are."""
     if are_codes(segment, values):
-        return EncodedValue(torch.stack(values).to(segment.device()))
+        return segment.given_codes(torch.stack(values).to(segment.device()))
     return segment.encode_given(values)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
@@ -79,6 +80,7 @@ class TokenSegment(TextSegment):
     named_beside = None
     reader = TokenReader
     continues = True
+    has_length = True
     temperature = None  # a long text of the likeliest codes repeats itself
 
     @classmethod
@@ -124,12 +126,17 @@ class TokenSegment(TextSegment):
         return self._padded(rows, self.end)
 
     def lengths(self, codes: torch.LongTensor) -> torch.LongTensor:
-        """The codes (B,) of each text of [`encode`], in whole blocks."""
+        """The codes (B,) of each text of [`encode`], in whole blocks; of one without an end all of them."""
         size = self.block_length or 1
-        return ((codes != self.end).long().cumprod(1).sum(1) // size + 1) * size
+        ended = ((codes != self.end).long().cumprod(1).sum(1) // size + 1) * size
+        return ended.clamp_max(codes.shape[1])
 
     def encode_given(self, values: list) -> EncodedValue:
-        codes = self.encode(values)
+        return self.given_codes(self.encode(values))
+
+    def given_codes(self, codes: torch.LongTensor) -> EncodedValue:
+        """Codes (B, n) of texts, filled up to whole blocks; what comes after a text's last block is padding."""
+        codes = F.pad(codes, (0, -codes.shape[1] % (self.block_length or 1)), value=self.end)
         mask = torch.arange(codes.shape[1], device=codes.device) < self.lengths(codes)[:, None]
         return EncodedValue(codes, mask=None if mask.all() else mask)
 

@@ -216,6 +216,7 @@ def test_a_callback_sees_the_block_and_an_interrupt_ends_the_text(pipe, words):
     [
         ({"gen_length": 0}, "gen_length=0"),
         ({"gen_length": 3, "max_new_tokens": 3}, "give gen_length or max_new_tokens"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3'"),
         ({"block_length": 1.5}, "block_length=1.5"),
         ({"threshold": 2}, "threshold=2"),
         ({"top_k": 0}, "top_k=0"),
@@ -281,3 +282,33 @@ def test_scores_and_candidates_of_texts_of_any_length(pipe):
     assert (both.bits_per_code > 0).all() and (both.standard_error >= 0).all()
     probabilities = pipe.classify(inputs={"title": "the end"}, labels=poems, output="poem", **options).probabilities
     assert probabilities.shape == (1, 2) and float(probabilities.sum()) == pytest.approx(1)
+
+
+def test_codes_of_texts_stand_for_them_in_any_length(pipe, words):
+    """A text's padding is no part of it, whichever way it comes; and what is drawn goes in again."""
+    titles, poems = ["a king", "the end of a time and a king"], ["once upon a time there was", "a"]
+    title, poem = (pipe._segment(name).encode(texts) for name, texts in (("title", titles), ("poem", poems)))
+    assert (title[0] == words.eos_token_id).sum() > 4  # more than a block of padding
+    options = {"output": "poem", "output_type": "latent", "guidance_scale": 2.0, "gen_length": 8}
+    drawn = [
+        pipe(inputs={"title": one}, generator=seeds(1, 2), **options).segments["poem"]
+        for one in (titles, title, list(title))
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    scores = [
+        pipe.score("title->poem", inputs={"title": a, "poem": b}, num_samples=2, generator=seeds(0)[0])
+        for a, b in ((titles, poems), (title, poem))
+    ]
+    assert torch.equal(scores[0].nll, scores[1].nll) and torch.equal(scores[0].num_codes, scores[1].num_codes)
+    assert torch.equal(
+        pipe.classify(inputs={"poem": poems}, output="kind").probabilities,
+        pipe.classify(inputs={"poem": poem}, output="kind").probabilities,
+    )
+    again = pipe.score("title->poem", inputs={"title": titles, "poem": drawn[0]}, num_samples=2)
+    assert (again.num_codes <= drawn[0].shape[1]).all() and again.nll.isfinite().all()
+    pipe(inputs={"poem": drawn[0][:, :7]}, output="title")  # no whole blocks
+    endless = torch.full((1, 12), 11)  # a text that was cut has no end
+    assert pipe.score("->poem", inputs={"poem": endless}, num_samples=2).num_codes.tolist() == [12]
+    pipe.tokenizer = None
+    with pytest.raises(ValueError, match="needs the component tokenizer"):
+        pipe(inputs={"poem": poem}, output="kind")

@@ -82,6 +82,23 @@ def test_with_a_cache_a_row_is_as_alone_and_known_codes_stay(pipeline, options, 
     assert seen == list(range(6))
 
 
+def test_with_a_cache_guidance_that_rises_is_each_rows_own(make_pipeline):
+    """A row that is wholly masked has no guidance yet, whatever the others of its batch have."""
+    for seed in range(3):
+        pipeline = make_pipeline(seed)
+        for parameter in pipeline.transformer.parameters():
+            parameter.data *= 3.0
+        pipeline.scheduler = MaskedDiffusionScheduler(guidance_schedule="linear")
+        plain = draw(pipeline, guidance_scale=4.0)
+        pipeline.transformer.enable_cache(GenerationCacheConfig(refresh_interval=1))
+        assert torch.equal(draw(pipeline, guidance_scale=4.0), plain)
+        pipeline.transformer.disable_cache()
+        pipeline.transformer.enable_cache(GenerationCacheConfig(refresh_interval=3, cache_ratio=0.5))
+        batch = draw(pipeline, guidance_scale=4.0)
+        for row in range(3):
+            assert torch.equal(draw(pipeline, [row], guidance_scale=4.0)[0], batch[row])
+
+
 def test_calls_of_several_threads_have_caches_of_their_own(pipeline):
     pipeline.transformer.enable_cache(GenerationCacheConfig(refresh_interval=3, cache_ratio=0.5))
     alone, found = [draw(pipeline, [row]) for row in range(3)], {}

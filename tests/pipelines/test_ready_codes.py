@@ -88,6 +88,42 @@ def test_codes_need_no_tokenizer(pipeline, values):
         pipeline("a red apple")
 
 
+def test_likelihoods_of_codes_need_no_tokenizer(pipeline, values):
+    (texts, text_codes), (pictures, image_codes), _ = values.values()
+
+    def found():
+        score = pipeline.score("text->image", text_codes, image_codes, num_samples=2, generator=seed()).nll
+        gallery = pipeline.index(image=image_codes)
+        return (
+            score,
+            pipeline.classify(image=image_codes).probabilities,
+            pipeline.retrieve(text_codes, gallery, 2).scores,
+        )
+
+    expected, gallery = found(), pipeline.index(image=pictures)
+    pipeline.image_vq = pipeline.text_vq = None
+    assert all(torch.equal(*pair) for pair in zip(found(), expected, strict=True))
+    assert torch.equal(pipeline.retrieve(text_codes, gallery, 2).scores, expected[2])
+    for call in (
+        lambda: pipeline.score("text->image", texts, image_codes),
+        lambda: pipeline.index(image=pictures),
+        lambda: pipeline.classify(image=image_codes, labels=texts),
+    ):
+        with pytest.raises(ValueError, match="needs the component .*_vq, which is None"):
+            call()
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 5.0])
+def test_a_negative_prompt_of_codes_is_that_of_their_text(pipeline, values, guidance_scale):
+    texts, codes = values["prompt"]
+    options = {"guidance_scale": guidance_scale, "output_type": "latent", "num_inference_steps": 3}
+    by_text, by_codes = (
+        pipeline(texts, negative_prompt=one, generator=seed(), **options).images for one in ("green", codes[:1])
+    )
+    expected = pipeline(texts, negative_prompt=texts[0], generator=seed(), **options).images
+    assert torch.equal(by_codes, expected) and not torch.equal(by_text, by_codes)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -101,6 +137,10 @@ def test_codes_need_no_tokenizer(pipeline, values):
         ({"image": torch.zeros(2, 4).long(), "output": "text"}, r"image must be int64 codes of shape \('B', 4, 4\)"),
         ({"image": torch.zeros(0, 4, 4).long(), "output": "text"}, r"image must be int64 codes of shape"),
         ({"image": [torch.zeros(4, 4).long(), "x"], "output": "text"}, r"image must be int64 codes of shape"),
+        (
+            {"image": torch.arange(17, 33).view(1, 4, 4), "output": "image", "strength": 0.5},
+            r"strength=0.5 redraws what is known; \['image'\] has codes that are the mask",
+        ),
         ({"class_labels": torch.full((1, 1), 9)}, "class_labels must be codes in"),
         (
             {"image": torch.zeros(1, 4, 4).long(), "mask_image": torch.ones(1, 1, 16, 16), "output": "image"},
