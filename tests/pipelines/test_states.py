@@ -137,6 +137,9 @@ def test_negative_prompts_are_one_or_as_many_and_may_be_embeds(pipe):
     assert torch.equal(one, expected[:2])  # and each sample as alone
     both = codes(pipe, [SHORT, LONG], negative_prompt="white", **options)
     assert torch.equal(both[:2], expected[:2]) and not torch.equal(both[2:], expected[2:])
+    some = codes(pipe, [SHORT, LONG], negative_prompt=["white", ""], **options)  # an empty one beside another
+    assert torch.equal(some[:2], expected[:2])
+    assert torch.equal(some[2:], codes(pipe, [SHORT, LONG], negative_prompt="", **options)[2:])
 
 
 def test_the_negative_of_a_text_of_codes(pipeline):
