@@ -352,6 +352,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
+        scheduler = self.scheduler if blocks is None else self._scheduler_of(blocks, temperature)
+        scheduler.check_steps(num_inference_steps)
         guidance_scale = guidance_scales(task, guidance_scale, image_guidance_scale, self._segments)
         self._guidance_scale = guidance_scale
 

@@ -20,7 +20,7 @@ _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\xad\u200b\u2060\ufeff]")
 
 
 def check_texts(name: str, texts: Any, empty: bool = False) -> list[str]:
-    """One or several texts as a list: each a string that UTF-8 can hold, and that isn't blank unless it may be `empty`.
+    """One or several texts as a list: each a string that UTF-8 can hold, not blank unless `empty` is allowed.
 
     Raises:
         ValueError: for an empty list, what is no string, a blank string, or one with lone surrogates.
