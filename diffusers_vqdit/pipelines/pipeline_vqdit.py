@@ -317,11 +317,9 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments, and choose those left to us
-        embeds = (prompt_embeds, prompt_attention_mask)
+        given = self._passed(prompt, image, class_labels, inputs, class_label)
         against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-        given, negative = self._prompts(
-            self._passed(prompt, image, class_labels, inputs, class_label), *embeds, *against
-        )
+        given, negative = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
             given,
             output,
