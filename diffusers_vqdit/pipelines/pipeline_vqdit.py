@@ -341,7 +341,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             tensor_inputs=tensor_inputs,
         )
         negative = self._read_negative(task, passed, negative)
-        shapes = shapes | self._sequence_shapes(passed, max_sequence_length)
+        shapes = shapes | self._sequence_shapes(passed, negative, max_sequence_length)
         blocks = self._block_options(
             task, gen_length, max_new_tokens, block_length, threshold, top_k, top_p, eos_early_stop
         )

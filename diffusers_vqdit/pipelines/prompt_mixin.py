@@ -30,7 +30,9 @@ def prompt_segment_of(segments: Mapping[str, SegmentProcessor]) -> str:
 class PromptMixin(CodingMixin):
     """The part of [`VQDiTPipeline`] that knows which segment a prompt is of."""
 
-    _encode_inputs: Any  # the pipeline's
+    # The pipeline's
+    _encode_inputs: Any
+    _check_components: Any
 
     def _text_states(self) -> list[str]:
         return text_states_of(self._segments)
@@ -100,6 +102,8 @@ class PromptMixin(CodingMixin):
                 raise ValueError(
                     f"negative_prompt is for a prompt that is given; the task {str(task)!r} makes {name!r}"
                 )
+            if needs_encoder(self._segments[name], value):
+                self._check_components(name, f"negative_prompt={shown(value)}")
             try:
                 values = self._segments[name].read_negative(value)
             except ValueError as error:
@@ -128,9 +132,9 @@ class PromptMixin(CodingMixin):
         return GuidedPrefix(**vars(prefix), negative=other)
 
     def _sequence_shapes(
-        self, passed: Mapping[str, Any], max_sequence_length: int | None
+        self, passed: dict[str, list], negative: dict[str, list], max_sequence_length: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes that ``max_sequence_length`` gives to states of texts that are passed.
+        """The shapes that ``max_sequence_length`` gives to states of texts that are passed, negative ones too.
 
         Raises:
             ValueError: if there is none, or their encoder takes fewer tokens.
@@ -138,17 +142,16 @@ class PromptMixin(CodingMixin):
         if max_sequence_length is None:
             return {}
         segments = self._segments
-        found = [name for name in self._text_states() if name in passed]
+        read = [name for side in (passed, negative) for name in side if not isinstance(side[name][0], PaddedStates)]
+        found = [name for name in self._text_states() if name in read]
         if not found:
             raise ValueError(
                 f"max_sequence_length={max_sequence_length} is for texts that a text encoder reads; none was passed"
             )
-        encoded = [name for name in found if not isinstance(passed[name][0], PaddedStates)]
-        lengths = {
-            name: check_sequence_length(max_sequence_length, segments[name].vq, segments[name].beside)
-            for name in encoded
+        return {
+            name: (check_sequence_length(max_sequence_length, segments[name].vq, segments[name].beside),)
+            for name in found
         }
-        return {name: (length,) for name, length in lengths.items()}
 
 
 def needs_encoder(segment: SegmentProcessor, value: Any) -> bool:
