@@ -114,7 +114,7 @@ class InputsMixin(PromptMixin):
         )
         if temperature is not None:
             check_temperature("temperature", temperature)
-        self._check_scheduler(options["num_inference_steps"])
+        self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
         scale = self._defaults(task, guidance_scale, None, None, negative)[0]
         scales = guidance_scales(task, scale, image_guidance_scale, self._segments)
@@ -185,14 +185,12 @@ class InputsMixin(PromptMixin):
             return segment.bucket_of(values)
         return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
 
-    def _check_scheduler(self, num_inference_steps: int | str | None = None) -> None:
+    def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
-        if num_inference_steps is not None:
-            self.scheduler.check_steps(num_inference_steps)
 
     def _defaults(
         self,

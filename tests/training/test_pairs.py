@@ -18,15 +18,6 @@ TINY += " --max_train_steps 2"
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def prepare(script, root, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "training"))
     return script("prepare_pairs")

@@ -20,17 +20,6 @@ from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 
 
 @pytest.fixture(scope="session")
-def run(script):
-    """Run a script's main with arguments given as a string."""
-
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def tokenizers(run, root, tmp_path_factory):
     """Both tokenizers, trained to give ten pictures and their captions back, and the codes."""
     folder = tmp_path_factory.mktemp("tokenizers")
