@@ -105,7 +105,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         resize_mode: str = "crop",
         segments: dict[str, dict[str, Any]] | None = None,
         segment_tokenizers: MultiTokenizerModel | None = None,
-        id2label: dict[int | str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         image_encoder: PreTrainedModel | None = None,
