@@ -269,6 +269,11 @@ class InputsMixin(PromptMixin):
         its low resolution: the second of what is returned is `passed` so changed.
         """
         segments, passed = self._segments, dict(passed)
+        if missing := sorted(set(passed) - set(segments)):
+            raise ValueError(
+                f"{missing} was passed, but this checkpoint has the segments {sorted(segments)}, which are passed by "
+                f"name (inputs=...); it knows {', '.join(self.transformer.config.tasks or [])}"
+            )
         ways = {"mask_image": mask_image, "strength": strength}
         redrawn = [name for name, value in ways.items() if value is not None]
         if len(redrawn) > 1:
@@ -348,11 +353,6 @@ class InputsMixin(PromptMixin):
         output = output_by_name(passed, blanks, bool(repainted) or any(self._segments[n].takes_mask for n in blanks))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
-            if missing := sorted(set(passed) - set(self._segments)):
-                raise ValueError(
-                    f"{missing} was passed, but this checkpoint has the segments {sorted(self._segments)}, which are "
-                    f"passed by name (inputs=...); it knows {known}"
-                )
             raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")
         return output
 
