@@ -104,7 +104,7 @@ def test_embeds_are_as_good_as_the_prompt(pipe):
 def test_a_negative_prompt_is_checked_as_the_prompt_is(pipe):
     states, mask = pipe.encode_prompt([LONG])
     ready = {"prompt_embeds": states, "prompt_attention_mask": mask, "output": "image", "guidance_scale": 2.0}
-    with pytest.raises(ValueError, match="negative_prompt needs the component text_encoder, which is None"):
+    with pytest.raises(ValueError, match="negative_prompt=.green. needs the component text_encoder, which is None"):
         make_like(pipe, text_encoder=None, tokenizer_2=None)(**ready, negative_prompt=SHORT)
     scales = {"prompt": 3.0, "reference": 1.0}  # the first of which is no step
     with pytest.raises(ValueError, match="negative_prompt with guidance_scale=.*needs one scale"):
