@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Bits per character of held-out texts: a checkpoint by its NELBO, an n-gram model, a causal transformer.
 
-    python -m benchmarks.text_baselines --dataset_name training/data/poems.parquet --text_column poem \
+    python -m benchmarks.text_baselines --dataset_name outputs/poems.parquet --text_column poem \
         --given_column title --checkpoint outputs/poems --minutes 120
 
 All are measured on the same texts of the test split, an end after each, and their bits are divided by the same

@@ -52,6 +52,17 @@ def script(root):
     return load
 
 
+@pytest.fixture(scope="session")
+def run(script):
+    """Run a script's main with arguments given as a string."""
+
+    def run(name, arguments):
+        module = script(name)
+        module.main(module.parse_args(arguments.split()))
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -258,10 +258,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     batch.given,
                     batch.generated,
                     timesteps=batch.timesteps,
+                    generator=batch.generators,
                     num_inference_steps=args.num_teacher_steps >> this_round,
                     guidance_scale=guidance_scale,
                     temperature=temperature,
-                    generator=batch.generators,
                 )
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1

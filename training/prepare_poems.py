@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Build a dataset of Chinese poems with their titles, as one parquet file.
 
-    python training/prepare_poems.py --output_file training/data/poems.parquet
+    python training/prepare_poems.py --output_file outputs/poems.parquet
 
 Takes a minute and needs ``npm`` and ``datasets``. The poems are those of the npm package ``chinese-poetry`` 2.0.1
 (MIT; the poems themselves are of the 7th to 13th centuries), in traditional characters: some 57,000 of the Tang
@@ -40,7 +40,7 @@ HELD_OUT = 1 / 50
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Build a dataset of Chinese poems from an npm package.")
-    parser.add_argument("--output_file", type=output_path, default=Path("training/data/poems.parquet"))
+    parser.add_argument("--output_file", type=output_path, default=Path("outputs/poems.parquet"))
     parser.add_argument("--dynasties", nargs="+", choices=DYNASTIES, default=["tang"])
     parser.add_argument("--max_poems", type=positive_integer, help="Of each dynasty; by default all.")
     parser.add_argument(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a byte-level BPE tokenizer on one's own texts, whose ids then are the codes of texts of any length.
 
-    python training/train_tokenizer.py --dataset_name training/data/poems.parquet --text_columns title poem \
+    python training/train_tokenizer.py --dataset_name outputs/poems.parquet --text_columns title poem \
         --vocab_size 8192 --output_dir outputs/tokenizer
 
 Some seconds for 50,000 poems. It has an end of texts, ``<|endoftext|>``, and ``<mask>``, and gives texts back as they

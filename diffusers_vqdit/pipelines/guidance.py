@@ -110,13 +110,13 @@ def guidance_steps(given: Sequence[str], scales: Scales) -> tuple[list[tuple[str
 
 def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: bool) -> None:
     """Raise a ValueError unless a checkpoint with the tasks `known` can be guided by these scales."""
-    prefixes, steps = guidance_steps(task.given, scales)
+    prefixes, _ = guidance_steps(task.given, scales)
     if not task.given and scales != 1.0:
         raise ValueError(f"guidance_scale={scales} needs a given segment; use 1")
-    if negative and isinstance(scales, dict) and len(set(scales.values())) > 1:  # one of 1 is no step, but a scale
+    if negative and any(prefixes[:-1]):
         raise ValueError(f"negative_prompt with guidance_scale={scales}: it needs one scale of all that is given")
     tasks = {str(Task.parse(arrow)) for arrow in known}
-    needed = [str(Task(names, task.generated)) for names in prefixes[:-1] if names or not negative]
+    needed = [str(Task(names, task.generated)) for names in prefixes[:-1] if not negative]
     missing = [arrow for arrow in needed if arrow not in tasks]
     if not missing:
         return

@@ -114,7 +114,7 @@ class InputsMixin(PromptMixin):
         )
         if temperature is not None:
             check_temperature("temperature", temperature)
-        self._check_scheduler(options["num_inference_steps"])
+        self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
         scale = self._defaults(task, guidance_scale, None, None, negative)[0]
         scales = guidance_scales(task, scale, image_guidance_scale, self._segments)
@@ -185,14 +185,12 @@ class InputsMixin(PromptMixin):
             return segment.bucket_of(values)
         return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
 
-    def _check_scheduler(self, num_inference_steps: int | str | None = None) -> None:
+    def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
-        if num_inference_steps is not None:
-            self.scheduler.check_steps(num_inference_steps)
 
     def _defaults(
         self,
@@ -271,6 +269,11 @@ class InputsMixin(PromptMixin):
         its low resolution: the second of what is returned is `passed` so changed.
         """
         segments, passed = self._segments, dict(passed)
+        if missing := sorted(set(passed) - set(segments)):
+            raise ValueError(
+                f"{missing} was passed, but this checkpoint has the segments {sorted(segments)}, which are passed by "
+                f"name (inputs=...); it knows {', '.join(self.transformer.config.tasks or [])}"
+            )
         ways = {"mask_image": mask_image, "strength": strength}
         redrawn = [name for name, value in ways.items() if value is not None]
         if len(redrawn) > 1:
@@ -350,11 +353,6 @@ class InputsMixin(PromptMixin):
         output = output_by_name(passed, blanks, bool(repainted) or any(self._segments[n].takes_mask for n in blanks))
         if output not in self._segments:
             known = ", ".join(str(task) for task in fitting or tasks)
-            if missing := sorted(set(passed) - set(self._segments)):
-                raise ValueError(
-                    f"{missing} was passed, but this checkpoint has the segments {sorted(self._segments)}, which are "
-                    f"passed by name (inputs=...); it knows {known}"
-                )
             raise ValueError(f"output=None: {sorted(passed)} was passed; say what to generate, for one of {known}")
         return output
 

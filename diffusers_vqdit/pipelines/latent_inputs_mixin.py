@@ -10,7 +10,6 @@ from diffusers.utils import deprecate
 from ..models.vae_latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
 from ..utils.images import own_size, read_images, read_mask
-from ..utils.texts import check_texts
 from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents, either
 from .padded_states import PaddedStates
 
@@ -23,12 +22,11 @@ class LatentInputsMixin:
     vae: Any
     scheduler: Any
     labels: dict[str, int]
-    _check_encoder: Any
     _callback_tensor_inputs: list[str]
 
     def check_inputs(
         self,
-        prompt: Any,
+        texts: list[str] | PaddedStates | None,
         class_labels: Any,
         image: Any,
         mask_image: Any,
@@ -41,12 +39,12 @@ class LatentInputsMixin:
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         **options: Any,
-    ) -> tuple[Any, list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
-        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and the prompt
-        may be [`PaddedStates`].
+    ) -> tuple[list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
+        """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `texts` the
+        prompt as [`~latent_prompts_mixin.LatentPromptsMixin._read_prompts`] reads it.
 
         Returns:
-            the texts, the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size and their masks (B, 1,
+            the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size and their masks (B, 1,
             H, W), each None where not passed, and the number of samples.
 
         Raises:
@@ -72,13 +70,8 @@ class LatentInputsMixin:
         if image is None and (mask_image is not None or strength is not None):
             given = "mask_image" if mask_image is not None else f"strength={strength}"
             raise ValueError(f"{given} needs an image")
-        texts = labels = None
+        labels = None
         pixels: Any = None
-        if prompt is not None:
-            texts = prompt
-            if not isinstance(prompt, PaddedStates):
-                texts = check_texts("prompt", prompt)
-                self._check_encoder(None)
         if class_labels is not None:
             num_labels = self.transformer.config.num_embeds_ada_norm
             labels = check_labels("class_labels", class_labels, self.labels, num_labels)
@@ -92,7 +85,7 @@ class LatentInputsMixin:
         if latents is not None:
             channels = self.transformer.config.in_channels
             check_latents(latents, (total, channels, size[0] // factor, size[1] // factor))
-        return texts, labels, pixels, mask_image, total
+        return labels, pixels, mask_image, total
 
 
 def labels_before_pictures(image: Any, class_labels: Any, names: Mapping[str, int]) -> tuple[Any, Any]:

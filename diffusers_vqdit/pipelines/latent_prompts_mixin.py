@@ -102,8 +102,8 @@ class LatentPromptsMixin:
             elif text is not None:
                 self._check_encoder(max_sequence_length)
                 # An empty negative prompt is usual: it has the states of the tokens that a tokenizer adds.
-                blank = text == "" and found and not isinstance(self.text_encoder, TextVQModel)
-                found.append([""] if blank else check_texts(name, text))
+                empty = name == "negative_prompt" and not isinstance(self.text_encoder, TextVQModel)
+                found.append(check_texts(name, text, empty))
             else:
                 found.append(None)
         prompt, negative = found

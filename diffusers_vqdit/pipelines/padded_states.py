@@ -27,7 +27,7 @@ class PaddedStates:
         return PaddedStates(self.states.to(device), None if self.mask is None else self.mask.to(device))
 
     def rows(self) -> list["PaddedStates"]:
-        """Each sample on its own, without padding where that is at its end."""
+        """Each sample on its own, with its padding."""
         masks = [None] * len(self) if self.mask is None else self.mask.split(1)
         return [PaddedStates(states, mask) for states, mask in zip(self.states.split(1), masks, strict=True)]
 

@@ -105,7 +105,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         resize_mode: str = "crop",
         segments: dict[str, dict[str, Any]] | None = None,
         segment_tokenizers: MultiTokenizerModel | None = None,
-        id2label: dict[int | str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         image_encoder: PreTrainedModel | None = None,
@@ -317,11 +317,9 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Check the arguments, and choose those left to us
-        embeds = (prompt_embeds, prompt_attention_mask)
+        given = self._passed(prompt, image, class_labels, inputs, class_label)
         against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-        given, negative = self._prompts(
-            self._passed(prompt, image, class_labels, inputs, class_label), *embeds, *against
-        )
+        given, negative = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
             given,
             output,
@@ -343,7 +341,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             tensor_inputs=tensor_inputs,
         )
         negative = self._read_negative(task, passed, negative)
-        shapes = shapes | self._sequence_shapes(passed, max_sequence_length)
+        shapes = shapes | self._sequence_shapes(passed, negative, max_sequence_length)
         blocks = self._block_options(
             task, gen_length, max_new_tokens, block_length, threshold, top_k, top_p, eos_early_stop
         )
@@ -352,6 +350,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         guidance_scale, num_inference_steps, temperature = self._defaults(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
+        scheduler = self.scheduler if blocks is None else self._scheduler_of(blocks, temperature)
+        scheduler.check_steps(num_inference_steps)
         guidance_scale = guidance_scales(task, guidance_scale, image_guidance_scale, self._segments)
         self._guidance_scale = guidance_scale
 

@@ -364,7 +364,7 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
             {"prompt": prompt_attention_mask, "negative_prompt": negative_prompt_attention_mask},
             max_sequence_length,
         )
-        texts, numbers, pixels, mask, total = self.check_inputs(
+        numbers, pixels, mask, total = self.check_inputs(
             texts,
             class_labels,
             image,

@@ -105,7 +105,7 @@ class PromptMixin(CodingMixin):
                 )
             segment = self._segments[name]
             if not are_codes(segment, value) and needs_encoder(segment, value):  # the prompt's may be ready
-                self._check_components(name, "negative_prompt")
+                self._check_components(name, f"negative_prompt={shown(value)}")
             try:
                 values = (
                     read_value(segment, value, False) if are_codes(segment, value) else segment.read_negative(value)
@@ -136,9 +136,9 @@ class PromptMixin(CodingMixin):
         return GuidedPrefix(**vars(prefix), negative=other)
 
     def _sequence_shapes(
-        self, passed: Mapping[str, Any], max_sequence_length: int | None
+        self, passed: dict[str, list], negative: dict[str, list], max_sequence_length: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes that ``max_sequence_length`` gives to states of texts that are passed.
+        """The shapes that ``max_sequence_length`` gives to states of texts that are passed, negative ones too.
 
         Raises:
             ValueError: if there is none, or their encoder takes fewer tokens.
@@ -146,17 +146,16 @@ class PromptMixin(CodingMixin):
         if max_sequence_length is None:
             return {}
         segments = self._segments
-        found = [name for name in self._text_states() if name in passed]
+        read = [name for side in (passed, negative) for name in side if not isinstance(side[name][0], PaddedStates)]
+        found = [name for name in self._text_states() if name in read]
         if not found:
             raise ValueError(
                 f"max_sequence_length={max_sequence_length} is for texts that a text encoder reads; none was passed"
             )
-        encoded = [name for name in found if not isinstance(passed[name][0], PaddedStates)]
-        lengths = {
-            name: check_sequence_length(max_sequence_length, segments[name].vq, segments[name].beside)
-            for name in encoded
+        return {
+            name: (check_sequence_length(max_sequence_length, segments[name].vq, segments[name].beside),)
+            for name in found
         }
-        return {name: (length,) for name, length in lengths.items()}
 
 
 def needs_encoder(segment: SegmentProcessor, value: Any) -> bool:

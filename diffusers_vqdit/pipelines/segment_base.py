@@ -32,15 +32,16 @@ class EncodedValue:
     """A value as codes, and what it tells of a generated one.
 
     Args:
-        codes: int64 (B * tiles, *shape), the vocabulary size where unknown; or states (B, n, channels) of an encoder.
+        codes: int64 (B * tiles, *shape), the vocabulary size where unknown; or floats, the states (B, n, channels) of
+            an encoder.
         finishes: name of the generated segment that `finish` makes values of.
         finish: values of generated codes, `(codes, repeats, output_type)`, in place of the segment's ``decode``;
             `repeats` samples were drawn for each value.
         tiles: how many samples stand for one value.
-        mask: (B, n) of states, false at padding; None where nothing is.
+        mask: (B, n), zero at the padding of states or of texts of any length; None where nothing is.
     """
 
-    codes: torch.LongTensor
+    codes: torch.Tensor
     finishes: str | None = None
     finish: Callable[[torch.LongTensor, int, str], Any] | None = None
     tiles: int = 1

@@ -191,10 +191,8 @@ class TextStatesSegment(StatesSegment):
 
     def read_negative(self, value: Any) -> list:
         # An empty one is usual: it has the states of the tokens that a tokenizer adds.
-        texts = [value] if isinstance(value, str) else value
-        if isinstance(texts, list) and texts and all(isinstance(text, str) and not text.strip() for text in texts):
-            return texts
-        return self.read(value)
+        ready = isinstance(value, torch.Tensor | PaddedStates)
+        return self.read(value) if ready else check_texts(self.argument, value, empty=True)
 
     def states_of(self, values: list) -> PaddedStates:
         """As they are read; what is too long is cut off, with a warning."""

@@ -136,7 +136,7 @@ class EmojiData:
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
         held = columns.get("held_out", ["composition"] * len(pictures))
-        composition = [row for row in test_rows if held[row] == "composition"]
+        composition = [row for row in test_rows if held[row] == "composition"] or list(test_rows)
         random.Random(args.seed).shuffle(composition)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
         captions = {name: title for name, title in args.caption_columns.items() if name in columns}

@@ -106,7 +106,7 @@ def block_timesteps(timesteps: torch.Tensor, blocks: int, generator: Generators 
 def masked_diffusion_loss(
     transformer: torch.nn.Module,
     scheduler,
-    given: dict[str, Any],
+    given: dict[str, torch.Tensor | PaddedStates],
     generated: dict[str, torch.Tensor],
     *,
     weighting: str = "flat",

@@ -95,11 +95,6 @@ def add_encoder_arguments(group: argparse._ActionsContainer) -> None:
         help="Frozen text encoder of transformers, for --segment NAME=states:COLUMN; without --text_vq for captions.",
     )
     group.add_argument(
-        "--max_sequence_length",
-        type=positive_integer,
-        help="Tokens of a text for its encoder; by default as many as it takes, 512 at most.",
-    )
-    group.add_argument(
         "--image_encoder",
         type=model_name,
         help="Frozen vision encoder of transformers, for --segment NAME=image_states:COLUMN.",
@@ -184,7 +179,7 @@ def add_text_tokenizer_argument(group: argparse._ActionsContainer) -> None:
 
 
 def add_text_arguments(group: argparse._ActionsContainer) -> None:
-    """Add the flags that say how texts become token ids."""
+    """Add the flags that say how texts become token ids, or an encoder's states."""
     group.add_argument(
         "--block_length",
         type=positive_integer,
@@ -196,6 +191,11 @@ def add_text_arguments(group: argparse._ActionsContainer) -> None:
         type=positive_integer,
         default=512,
         help="Of such texts: tokens at most. Longer texts are cut, and counted in a warning.",
+    )
+    group.add_argument(
+        "--max_sequence_length",
+        type=positive_integer,
+        help="Tokens of a text for its encoder; by default as many as it takes, 512 at most.",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import segment_patch
@@ -31,9 +32,10 @@ from .segment_columns import (
 
 
 NAMED = ("image_vq", "text_vq", "tokenizer", *ENCODERS)  # the pipeline's components that make codes, or states
-
-
 OWN = ("image_vq", "text_vq", "text_encoder", "image_encoder")  # those that have a flag
+
+
+logger = get_logger(__name__)
 
 
 def add_codes_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -142,6 +144,13 @@ def load_codes(
         codes = CodeDataset(args.codes_dir)
         _take_tokenizers(codes, parts, available, segments)
         codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
+        made_by = {codes.entries[name].get("tokenizer") for name in segments & set(codes.entries)}
+        if missing := [name for name in NAMED if name in made_by and parts[name] is None]:
+            needed = ", ".join(f"--{'text_' * (name == 'tokenizer')}{name}" for name in missing)
+            logger.warning(
+                f"the codes or states in {args.codes_dir!r} were made by {missing}, without which the saved pipeline "
+                f"takes and gives these alone: give {needed}"
+            )
         _check_labels(args, parts, codes, segments)
         settle_reading(args, parts, codes)
         found = codes.settings.get("aspect_ratio_buckets")

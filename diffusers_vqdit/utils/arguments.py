@@ -114,8 +114,9 @@ def model_name(text: str) -> str:
 class _ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
-        # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing.
-        self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$")
+        # argparse of Python before 3.14 takes -1e-3 and -inf for flags, and says that a value is missing; any version
+        # so takes a task that nothing is given to, as in --tasks "->image".
+        self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?$|-(?:inf|nan)$|->")
 
     def format_help(self) -> str:
         """The help, with the default of each flag that has one and doesn't tell it."""

@@ -19,17 +19,17 @@ tokenizer_lock = threading.Lock()
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f\xad\u200b\u2060\ufeff]")
 
 
-def check_texts(name: str, texts: Any) -> list[str]:
-    """One or several texts as a list: each a string that isn't blank and that UTF-8 can hold.
+def check_texts(name: str, texts: Any, empty: bool = False) -> list[str]:
+    """One or several texts as a list: each a string that UTF-8 can hold, not blank unless `empty` is allowed.
 
     Raises:
-        ValueError: for an empty list, what is no string, an empty string, or one with lone surrogates.
+        ValueError: for an empty list, what is no string, a blank string, or one with lone surrogates.
     """
     texts = list(texts) if isinstance(texts, list | tuple) else [texts]
     if not texts:
         raise ValueError(f"{name}=[] is an empty list; give at least one, or None")
     for text in texts:
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not (empty or text.strip()):
             raise ValueError(f"{name} must be a non-empty string or a list of them, got {shown(text)}")
         lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
         if lone is not None:

@@ -35,15 +35,6 @@ assert pipe("a red box", height=20, width=12).images[0].size == (12, 20)
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def places(image_vq, text_vq, tokenizer, tmp_path):
     """Tokenizers, and a folder of tall, wide and square pictures."""
     image_vq.save_pretrained(tmp_path / "image_vq")

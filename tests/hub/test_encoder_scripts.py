@@ -42,15 +42,6 @@ with open(output, "w") as file:
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def places(image_vq, text_vq, tokenizer, encoders, tmp_path):
     """Tokenizers, encoders, and data with two wordings of some captions."""
     image_vq.save_pretrained(tmp_path / "image_vq")

@@ -24,15 +24,6 @@ STYLES = ["flat", "round", "bold"]
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def places(image_vq, text_vq, tokenizer, tmp_path):
     """Folders of tokenizers, one of grey pictures on a grid of another size among them, and the data."""
     torch.manual_seed(1)

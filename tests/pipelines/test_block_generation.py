@@ -92,6 +92,17 @@ def test_known_codes_stay_and_the_length_is_the_one_asked_for(pipe, words):
     )
 
 
+def test_a_threshold_says_the_number_of_steps(pipe):
+    """Whatever the scheduler's own sampler is; from one call a block to one a token."""
+    with pytest.raises(ValueError, match="'auto' needs one of the samplers"):
+        pipe(output="poem", num_inference_steps="auto")
+    options = {"output": "poem", "num_inference_steps": "auto", "gen_length": 8, "eos_early_stop": False}
+    for threshold, calls in ((0.0, 2), (1.0, 8)):
+        times = []
+        pipe(**options, threshold=threshold, callback_on_step_end=lambda *args, times=times: times.append(1) or {})
+        assert len(times) == calls
+
+
 def test_guidance_of_one_is_none_and_of_two_sees_the_earlier_blocks(pipe):
     options = {"inputs": {"title": "a king"}, "output": "poem", "output_type": "latent", "gen_length": 12}
     plain = pipe(**options, generator=seeds(3)).segments["poem"]

@@ -162,7 +162,8 @@ def test_tasks_that_scales_need(build):
     draw(build([*alone, "source->image"]), 1.0, 6.0)  # nothing is taken away whole
     draw(build([*alone, "->image"]), 3.0, 3.0)
     draw(build(alone), 1.0, 1.0)
-    assert "one scale of all" in refused(TASKS, 1.5, 6.0, negative_prompt="red")
+    for scales in ((1.5, 6.0), (1.0, 6.0), (6.0, 1.0)):
+        assert "one scale of all" in refused(TASKS, *scales, negative_prompt="red")
     assert "must have a scale of each given segment" in refused(TASKS, {"source": 2.0})
     assert "must have a scale of each given segment" in refused(TASKS, {"source": 2.0, "text": 1.0, "image": 1.0})
     assert "guidance_scale['text']=nan" in refused(TASKS, 1.0, float("nan"))

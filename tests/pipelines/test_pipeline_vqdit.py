@@ -213,7 +213,7 @@ def test_images_may_come_in_any_form_and_size(pipeline):
     assert torch.equal(pipeline.encode_image(clear), pipeline.encode_image(Image.new("RGB", (16, 16), "white")))
 
 
-def test_save_and_load_give_the_same_pictures(pipeline, tmp_path):
+def test_save_and_load_give_the_same_pictures(pipeline, tmp_path, caplog, monkeypatch):
     expected = pipeline("a red apple", generator=generators(0), output_type="latent").images
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -227,7 +227,9 @@ def test_save_and_load_give_the_same_pictures(pipeline, tmp_path):
     assert {name for name, value in index.items() if isinstance(value, list)} == {
         name for name, part in pipeline.components.items() if part is not None
     }
+    monkeypatch.setattr(logging.get_logger("diffusers"), "propagate", True)
     for loaded in (VQDiTPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
+        assert "Expected types" not in caplog.text  # what is saved is of the signature's types
         assert type(loaded) is VQDiTPipeline and list(loaded.config.labels) == ["fruit", "box", "dot"]
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(loaded("a red apple", generator=generators(0), output_type="latent").images, expected)

@@ -141,8 +141,11 @@ def test_the_output_is_that_of_the_only_task_from_what_was_passed(pipe):
     assert set(pipe(inputs={"small": PICTURE.resize((4, 4))}).segments) == {"sketch"}
     assert set(pipe(inputs={"summary": "a <mask>"}).segments) == {"summary"}
     assert set(pipe(inputs={"sketch": PICTURE}, mask_image=MASK).segments) == {"sketch"}
-    with pytest.raises(ValueError, match=r"\['text'\] was passed, but .* segments \['document', .*; it knows "):
-        pipe("a dot")  # a segment that it lacks
+    message = r"\['(text|image)'\] was passed, but .* segments \['document', .*; it knows "
+    for words in ({}, {"output": "summary"}):
+        for lacking in ({"prompt": "a dot"}, {"image": PICTURE}):
+            with pytest.raises(ValueError, match=message):
+                pipe(**lacking, **words)
     with pytest.raises(ValueError, match="say what to generate, for one of ->sketch, ->summary"):
         pipe()  # two tasks
     with pytest.raises(ValueError, match=r"\['document', 'style'\] was passed; .* document->summary, style->sketch"):

@@ -153,6 +153,9 @@ def test_negative_prompts_are_one_or_as_many_and_may_be_embeds(pipe):
     assert torch.equal(one, expected[:2])  # and each sample as alone
     both = codes(pipe, [SHORT, LONG], negative_prompt="white", **options)
     assert torch.equal(both[:2], expected[:2]) and not torch.equal(both[2:], expected[2:])
+    some = codes(pipe, [SHORT, LONG], negative_prompt=["white", ""], **options)  # an empty one beside another
+    assert torch.equal(some[:2], expected[:2])
+    assert torch.equal(some[2:], codes(pipe, [SHORT, LONG], negative_prompt="", **options)[2:])
 
 
 def test_the_negative_of_a_text_of_codes(pipeline):
@@ -278,6 +281,14 @@ def test_a_longer_text_is_cut_where_it_is_asked_for(pipe):
     ids = tokenizer(LONG, truncation=True, max_length=4, return_tensors="pt").input_ids
     states = pipe.text_encoder(input_ids=ids).last_hidden_state
     assert torch.equal(short, codes(pipe, prompt_embeds=states))
+    embeds, mask = pipe.encode_prompt([LONG])
+    given = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 0.0}
+    away = codes(pipe, **given, negative_prompt=LONG, max_sequence_length=4)
+    assert torch.equal(away, codes(pipe, prompt_embeds=states, guidance_scale=1.0))  # of the negative text alone
+    with pytest.raises(ValueError, match="max_sequence_length=4 is for texts that a text encoder reads; none"):
+        codes(pipe, **given, negative_prompt_embeds=states, max_sequence_length=4)
+    with pytest.raises(ValueError, match="negative_prompt='green' needs the component text_encoder, which is None"):
+        codes(make_like(pipe, text_encoder=None), **given, negative_prompt="green")
 
 
 def test_nothing_of_the_encoders_is_changed(pipe):

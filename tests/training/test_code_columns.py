@@ -15,15 +15,6 @@ TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --report_t
 TINY += " --max_train_steps 2"
 
 
-@pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def vidtok():
     with warnings.catch_warnings():

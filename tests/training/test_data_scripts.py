@@ -15,15 +15,6 @@ from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def tokenizers(image_vq, text_vq, tokenizer, tmp_path):
     image_vq.save_pretrained(tmp_path / "image_vq")
     text_vq.save_pretrained(tmp_path / "text_vq")

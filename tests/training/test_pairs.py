@@ -18,15 +18,6 @@ TINY += " --max_train_steps 2"
 
 
 @pytest.fixture
-def run(script):
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture
 def prepare(script, root, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "training"))
     return script("prepare_pairs")
@@ -83,7 +74,7 @@ def pairs(tmp_path, image_vq, text_vq, tokenizer):
         name: [Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(10)]
         for name in columns
     }
-    rows |= {"text": ["a red apple", "a blue box"] * 5, "split": ["train"] * 7 + ["test"] * 3}
+    rows |= {"text": ["a red apple", "a blue box"] * 5, "split": ["train"] * 7 + ["test"] * 3, "held_out": [""] * 10}
     features = datasets.Features({n: datasets.Image() if n in columns else datasets.Value("string") for n in rows})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "pairs.parquet"))
     return tmp_path
@@ -138,7 +129,7 @@ def test_pairs_from_the_data_to_guided_pictures_and_figures(run, pairs, monkeypa
         name.replace("text+source", "source+text") for name in found
     }
     assert Image.open(pairs / "out" / "evaluation.png").size[0] > 300
-    with pytest.raises(ValueError, match=r"caption_columns=\['none'\]: the data has \['split', 'text'\]"):
+    with pytest.raises(ValueError, match=r"caption_columns=\['none'\]: the data has \['held_out', 'split', 'text'\]"):
         run(
             "evaluate",
             f"--pretrained_model_name_or_path {pairs / 'out'} --dataset_name {pairs / 'pairs.parquet'} "

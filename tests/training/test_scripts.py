@@ -20,17 +20,6 @@ from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 
 
 @pytest.fixture(scope="session")
-def run(script):
-    """Run a script's main with arguments given as a string."""
-
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def tokenizers(run, root, tmp_path_factory):
     """Both tokenizers, trained to give ten pictures and their captions back, and the codes."""
     folder = tmp_path_factory.mktemp("tokenizers")
@@ -344,3 +333,12 @@ def test_a_tokenizer_is_measured_on_any_pictures(root, image_vq, picture_folder,
 def test_the_starter_dataset_can_be_loaded_as_a_user_would(root):
     data = load_dataset("parquet", data_files=str(root / "training/data/emoji.parquet"), split="train")
     assert data[0]["image"].size == (64, 64) and data[0]["text"] == "grinning face" and data[0]["text_zh"] == "嘿嘿"
+
+
+def test_codes_without_what_made_them_are_told(run, tokenizers, tmp_path, caplog):
+    codes = f"--codes_dir {tokenizers / 'codes'} --tasks label->image --output_dir {tmp_path}"
+    with caplog.at_level("WARNING", "diffusers_vqdit"):
+        run("train_vqdit", f"{codes} --text_vq {tokenizers / 'text_vq'} {TINY} --max_train_steps 1")
+    assert "were made by ['image_vq'], without which" in caplog.text and "give --image_vq" in caplog.text
+    pipe = VQDiTPipeline.from_pretrained(tmp_path)
+    assert pipe(class_labels=0, output_type="latent", num_inference_steps=1).images.shape[1:] == (8, 8)

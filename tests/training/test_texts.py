@@ -28,17 +28,6 @@ POEMS = ["once upon a time", "a king  had\na daughter, and she had a king", "the
 
 
 @pytest.fixture(scope="module")
-def run(script):
-    """Run a script's main with arguments given as a string."""
-
-    def run(name, arguments):
-        module = script(name)
-        module.main(module.parse_args(arguments.split()))
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def words():
     return train_text_tokenizer([*TITLES, *POEMS] * 3, 300)
 

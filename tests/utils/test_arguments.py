@@ -56,6 +56,11 @@ def test_a_refusal_names_flag_value_and_range(value, capsys):
     assert len(told) < 400
 
 
+@pytest.mark.parametrize("tasks", ["->image", "->image,text->image:4", "->a+b:0.5"])
+def test_a_task_that_nothing_is_given_to_is_no_flag(tasks):
+    assert parsed(str, tasks) == tasks
+
+
 @pytest.mark.parametrize(
     "words", [["--hub_tok", "hf_x"], ["--hub_tok=hf_x"], ["--hub_t", "hf_x"], ["hf_" + "a1" * 15]]
 )
