@@ -144,6 +144,7 @@ class TokenSegment(TextSegment):
         """Codes (B, n) of texts that begin so, or of whole ones with blanks: each ``<mask>`` is one token, and takes
         the place of the space before it."""
         blank, end = blank_of(self.vq), self.end
+        check_vocabulary(self.vq, self.vocab_size)
         rows = []
         for text in self.read(values):
             if blank not in text:
@@ -170,6 +171,7 @@ class TokenSegment(TextSegment):
     ) -> list[str]:
         """Strings of codes (B, n), each up to its end. An end among the first `used` codes, of which more is known, is
         none."""
+        check_vocabulary(self.vq, self.vocab_size)
         codes = codes if tokens is None else torch.where(known, tokens, codes)
         texts = []
         for row, size in zip(codes.tolist(), used or [0] * len(codes), strict=True):
