@@ -124,6 +124,12 @@ def test_guidance_of_one_is_none_and_of_two_sees_the_earlier_blocks(pipe):
     ]
 
 
+@pytest.mark.parametrize("inputs", [None, {"poem": "one"}, {"poem": "one <mask>"}])
+def test_another_tokenizer_than_the_codes_is_refused(words, inputs):
+    with pytest.raises(ValueError, match="but the transformer 3 codes: .* is not the one that made the codes"):
+        make(words, size=3)(inputs=inputs, output="poem", num_inference_steps=1)
+
+
 def test_samples_have_the_distribution_of_the_blocks(words):
     """Against the chain rule over blocks, and in a block over all orders, as the exact ancestral sampler has it."""
     pipe = make(words, size=3, sampler="ancestral", masking="linear")
