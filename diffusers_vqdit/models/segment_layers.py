@@ -140,15 +140,16 @@ class SegmentLayers:
                     tuple(length // size for length, size in zip(shape, patch, strict=True))
                     for shape in (value.shape[1:], segments[name]["shape"])
                 )
-            own = slice(None)
+            own = None  # all of the grid's
             if "block_length" in segments[name]:
                 start = (offsets or {}).get(name, 0)
                 own = slice(start, start + grid[0])
                 grid = trained = (max(own.stop, *trained),)  # one table for all blocks
             if self.config.use_rotary_positional_embeddings:
                 tables = rotary_positions(grid, self.config.attention_head_dim, embedded.device)
-                rotations.append(tuple(table[own] for table in tables))
-            parts.append(embedded + sincos_positions(grid, trained, self.inner_dim, embedded)[own])
+                rotations.append(tables if own is None else tuple(table[own] for table in tables))
+            positions = sincos_positions(grid, trained, self.inner_dim, embedded)
+            parts.append(embedded + (positions if own is None else positions[own]))
         rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
 

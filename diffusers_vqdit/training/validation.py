@@ -105,7 +105,7 @@ def draw_validation(
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(wanted))]
     drawn = pipeline(**passing(pipeline, argument, wanted), **steps_of(args), generator=generators)
     images = drawn.images
-    written = drawn.texts or drawn.labels
+    written = drawn.get("texts") or drawn.get("labels")  # of the latent pipeline there are neither
     if images is None and written is None:  # codes
         return
     if images is None:
