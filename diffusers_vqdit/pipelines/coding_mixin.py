@@ -1,5 +1,6 @@
 """Values of a pipeline's segments to codes, or to an encoder's states, and back."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ class CodingMixin:
 
     # The pipeline's
     @property
-    def _segments(self) -> dict[str, SegmentProcessor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _segments(self) -> dict[str, SegmentProcessor]: ...
 
-    def _prompt_segment(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _prompt_segment(self) -> str: ...
 
     def _segment(self, name: str) -> SegmentProcessor:
         segments = self._segments

@@ -1,6 +1,7 @@
 """States of frozen encoders as segments, which are given and never generated: of texts, and of pictures."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,13 +145,13 @@ class StatesSegment(SegmentProcessor):
             return value
         return self.read_values(value)
 
+    @abstractmethod
     def read_values(self, value: Any) -> list:
         """What the encoder takes, checked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def states_of(self, values: list) -> PaddedStates:
         """What the encoder makes of it."""
-        raise NotImplementedError
 
     def encode(self, values: Any) -> torch.Tensor:
         """States (B, n, channels)."""
