@@ -5,8 +5,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from benchmarks.common import flops
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.check_inputs import FiniteChecks
 
@@ -29,20 +29,6 @@ class Operators(TorchDispatchMode):
             devices = {value.device for value in (*args, result) if isinstance(value, torch.Tensor) and value.ndim}
             self.copies += len(devices) > 1
         return result
-
-
-def attention_flops(query, key, value, *args, out_val=None, **kwargs):
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-attention_flops._get_raw = True  # takes tensors, not shapes
-
-
-def flops(function):
-    counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def adaln_flops(segments):
