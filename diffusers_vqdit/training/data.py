@@ -250,7 +250,7 @@ def _without_magic(source: str, cache_dir: str | None) -> str:
 
 
 def decode_images(
-    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop"
+    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop", interpolation: str = "lanczos"
 ) -> tuple[torch.Tensor, list[int]]:
     """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
 
@@ -258,7 +258,7 @@ def decode_images(
         dataset: with an undecoded picture column.
         image_column: the column's name.
         resolution: side of the pictures in pixels.
-        resize_mode: ``"crop"`` or ``"pad"``, as in [`decode_image`].
+        resize_mode, interpolation: as in [`decode_image`].
 
     Returns:
         a uint8 tensor (N, 3, resolution, resolution) and the row numbers it holds.
@@ -266,26 +266,18 @@ def decode_images(
     Raises:
         ValueError: if no picture could be read.
     """
-    pictures, rows = decode_rows(dataset, range(len(dataset)), image_column, resolution, resize_mode)
+    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+
+    def read(row: int) -> torch.Tensor:
+        options = {"resize_mode": resize_mode, "interpolation": interpolation}
+        return to_bytes(decode_image(column[row][image_column], resolution, **options))
+
+    pictures, rows = read_rows(read, lambda row: place(column[row][image_column], row), range(len(dataset)), "picture")
     if not rows:
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
     if len(rows) < len(dataset):
         logger.warning(f"skipped {len(dataset) - len(rows)} of {len(dataset)} pictures that could not be read")
-    return pictures, rows
-
-
-def decode_rows(
-    dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
-) -> tuple[torch.Tensor, list[int]]:
-    """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
-    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
-
-    def read(row: int) -> torch.Tensor:
-        picture = decode_image(column[row][image_column], resolution, resize_mode=resize_mode)
-        return to_bytes(picture)
-
-    pictures, kept = read_rows(read, lambda row: place(column[row][image_column], row), rows, "picture", skipped)
-    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), kept
+    return torch.stack(pictures), rows
 
 
 def read_rows(

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .arguments import tracker_config
 from .checkpoints import OLDER
 from .data import bucket_batches, shuffled_batches
+from .image_dataset import ImageDataset, load_batches
 from .launch import check_launch
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
@@ -154,6 +155,16 @@ def run_batches(
     if buckets is None:
         return shuffled_batches(num_samples, args.train_batch_size, **options)
     return bucket_batches(buckets, args.train_batch_size, **options)
+
+
+def image_batches(
+    args: argparse.Namespace, accelerator: Accelerator, images: ImageDataset, step: int
+) -> Iterator[torch.Tensor]:
+    """This process's batches of pictures (B, 3, H, W) uint8, from those of optimizer step `step` on."""
+    stride = args.train_batch_size * accelerator.num_processes
+    first = step * args.gradient_accumulation_steps * stride + accelerator.process_index * args.train_batch_size
+    batches = run_batches(args, accelerator, len(images), step)
+    return load_batches(images, batches, first=first, stride=stride, num_workers=args.dataloader_num_workers)
 
 
 def progress_bar(accelerator: Accelerator, max_steps: int, step: int) -> tqdm:
