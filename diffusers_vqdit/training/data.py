@@ -269,10 +269,12 @@ def decode_images(
     column = dataset.select_columns(image_column)  # the others need not be read, or decoded
 
     def read(row: int) -> torch.Tensor:
-        options = {"resize_mode": resize_mode, "interpolation": interpolation}
-        return to_bytes(decode_image(column[row][image_column], resolution, **options))
+        value = column[row][image_column]
+        return to_bytes(decode_image(value, resolution, resize_mode, interpolation=interpolation))
 
-    pictures, rows = read_rows(read, lambda row: place(column[row][image_column], row), range(len(dataset)), "picture")
+    pictures, rows, problems = try_rows(read, lambda row: place(column[row][image_column], row), range(len(dataset)))
+    for problem in problems[:MAX_NAMED]:
+        logger.warning(f"skipped picture {problem}")
     if not rows:
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
     if len(rows) < len(dataset):
@@ -280,28 +282,20 @@ def decode_images(
     return torch.stack(pictures), rows
 
 
-def read_rows(
-    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int], noun: str, skipped: int = 0
-) -> tuple[list, list[int]]:
-    """What `read` gives for each row, and these rows, without those where it raises: they are named, the first of all.
-
-    Args:
-        placed: says where a row's value is, for the warning.
-        noun: what it is.
-        skipped: how many were left out before.
-    """
-    values, kept = [], []
+def try_rows(
+    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int]
+) -> tuple[list, list[int], list[str]]:
+    """What `read` gives for each row, these rows, and where and why it raised for the others."""
+    values, kept, problems = [], [], []
     for row in rows:
         try:
             value = read(row)
         except Exception as error:  # whatever a value raises: it is one of many
-            if skipped < MAX_NAMED:
-                logger.warning(f"skipped {noun} {_placed(placed, row)}: {type(error).__name__}: {error}")
-            skipped += 1
+            problems.append(f"{_placed(placed, row)}: {type(error).__name__}: {error}")
             continue
         values.append(value)
         kept.append(row)
-    return values, kept
+    return values, kept, problems
 
 
 def _placed(placed: Callable[[int], str], row: int) -> str:

@@ -71,8 +71,9 @@ class ImageDataset(Dataset):
         self.column = dataset.select_columns(image_column)  # the others need not be read, or decoded
         self.pictures: torch.Tensor | None = None
         if not random_crop and len(dataset) * 3 * resolution**2 <= CACHED_BYTES:
-            options = {"resize_mode": resize_mode, "interpolation": interpolation}
-            self.pictures, _ = decode_images(dataset, image_column, resolution, **options)
+            self.pictures, _ = decode_images(
+                dataset, image_column, resolution, resize_mode=resize_mode, interpolation=interpolation
+            )
         else:
             self[0, 0]
 
@@ -84,8 +85,9 @@ class ImageDataset(Dataset):
         if self.pictures is not None:
             return self.pictures[row]
         value = self.column[row][self.image_column]
-        options = {"interpolation": self.interpolation, "centering": centering}
-        return to_bytes(decode_image(value, self.resolution, self.resize_mode, **options))
+        mode = self.resize_mode
+        picture = decode_image(value, self.resolution, mode, interpolation=self.interpolation, centering=centering)
+        return to_bytes(picture)
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[torch.Tensor, list[Problem]]:
         """The picture of a row at a position of the run's order, and the rows it stands in for, with the reasons."""
@@ -146,10 +148,11 @@ def load_batches(
     )
     loader: Iterable[Any] = DataLoader(
         images,
-        batch_sampler=places,  # type: ignore[arg-type]
+        batch_sampler=places,
         num_workers=0 if images.pictures is not None else num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from that of the models' weights
     )
     told: set[int] = set()
     for pictures, problems in loader:

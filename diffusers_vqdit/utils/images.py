@@ -242,14 +242,20 @@ def lower_resolution(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     return resize(resize(pixels, (height // factor, width // factor)), (height, width))
 
 
-def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
     """Pictures (B, C, H, W), each moved by up to 1/16 of its side and made up to 10 % smaller or larger.
 
     What this uncovers takes the colour of the nearest border pixel.
+
+    Args:
+        generator: one, or one a picture.
     """
-    batch_size = len(pixels)
-    scale = 1.0 + 0.1 * (2.0 * torch.rand(batch_size, 1, 1, generator=generator) - 1.0)
-    shift = 0.125 * (2.0 * torch.rand(batch_size, 2, 1, generator=generator) - 1.0)  # the side is 2 here
+    if isinstance(generator, list):
+        scale, shift = torch.stack([torch.rand(3, 1, generator=one) for one in generator]).split([1, 2], dim=1)
+    else:
+        scale, shift = (torch.rand(len(pixels), count, 1, generator=generator) for count in (1, 2))
+    scale = 1.0 + 0.1 * (2.0 * scale - 1.0)
+    shift = 0.125 * (2.0 * shift - 1.0)  # the side is 2 here
     theta = torch.cat([scale * torch.eye(2), shift], dim=2).to(pixels)  # (B, 2, 3)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
