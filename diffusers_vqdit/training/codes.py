@@ -29,6 +29,7 @@ from ..pipelines.text_segment import encode_texts  # noqa: F401
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
+from .checkpoints import fingerprint
 from .code_columns import CodeColumn, LoadedCodes
 from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
 from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
@@ -157,6 +158,15 @@ class CodeDataset:
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
+
+    def identity(self) -> dict[str, str]:
+        """What tells the data from others, for the identity of a run."""
+        if "data" not in self.fingerprints:
+            return {"training data": fingerprint([dict(self.codes), dict(self.prompts), dict(self.variants)])}
+        # Encoded again on a GPU, the same data may give some other codes. Older versions had another digest of them.
+        return {
+            "encoded data" if self.source else "training data": fingerprint([self.fingerprints["data"], self.settings])
+        }
 
     def check_tokenizers(
         self, image_vq=None, text_vq=None, tokenizer=None, segment_tokenizers=None, **encoders

@@ -17,7 +17,7 @@ def _padding(text: str) -> str:
 
 
 def add_image_arguments(
-    group: argparse._ArgumentGroup, *, resize_mode: str | None, default: str, augmented: bool = False
+    group: argparse._ActionsContainer, *, resize_mode: str | None, default: str, augmented: bool = False
 ) -> None:
     """Add the flags of how pictures become squares, or of a bucket's aspect ratio, and of who decodes them.
 
