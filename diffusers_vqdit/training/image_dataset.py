@@ -48,6 +48,7 @@ class ImageDataset(Dataset):
 
     Attributes:
         pictures (`torch.Tensor`, *optional*): all of them, (N, 3, resolution, resolution) uint8, where they are kept.
+        rows (`Sequence[int]`): those of the dataset that it has.
 
     Raises:
         ValueError: if no picture of a small dataset, or none of the first thousand of another, can be read.
@@ -70,8 +71,9 @@ class ImageDataset(Dataset):
         self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
         self.column = dataset.select_columns(image_column)  # the others need not be read, or decoded
         self.pictures: torch.Tensor | None = None
+        self.rows: Sequence[int] = range(len(dataset))
         if not random_crop and len(dataset) * 3 * resolution**2 <= CACHED_BYTES:
-            self.pictures, _ = decode_images(
+            self.pictures, self.rows = decode_images(
                 dataset, image_column, resolution, resize_mode=resize_mode, interpolation=interpolation
             )
         else:
