@@ -15,6 +15,7 @@ from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
+from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, picture_folder, with_paths
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def load_splits(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
-    own = None if output_dir is None else Path(output_dir)
+    own, folder = None if output_dir is None else Path(output_dir), None
     if dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
@@ -54,21 +55,27 @@ def load_splits(
         table = read_image_folder(train_data_dir, columns, own)
     elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
         table = read_image_folder(dataset_name, columns, own)
-    elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
-        if not Path(dataset_name).is_file():
-            raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
-        features = check_parquet(dataset_name, columns)
-        file = glob.escape(_without_magic(dataset_name, cache_dir))
-        with _loading(dataset_name, "is no parquet file that can be read"):
-            table = load_dataset(
-                "parquet", data_files=file, cache_dir=cache_dir, features=features, columns=features and list(features)
-            )
+    elif files := find_table_files(dataset_name):
+        kind = Path(files[0]).suffix.lower()
+        features = check_parquet(files[0], columns) if kind == ".parquet" else None
+        options = {} if features is None else {"features": features, "columns": list(features)}
+        paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
+        with _loading(dataset_name, f"is no {kind} file that can be read"):
+            table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, cache_dir=cache_dir, **options)
+        folder = picture_folder(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
         with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
             table = load_dataset(source, dataset_config_name, cache_dir=cache_dir)
 
+    splits = Splits(_by_column(table))
+    splits.folder = folder
+    return splits
+
+
+def _by_column(table: dict) -> dict:
+    """The splits of one table with a column ``split``, or those that there are already."""
     everything = next(iter(table.values()))
     if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
@@ -95,11 +102,13 @@ def load_training_dataset(
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
 ):
-    """Load a `datasets.Dataset` from a Hub name, a local parquet file, or a folder of pictures.
+    """Load a `datasets.Dataset` from a Hub name, local files of tables, or a folder of pictures.
 
     Args:
-        dataset_name: a Hub dataset, a folder that `datasets` can load or one of pictures, or the path of a
-            ``.parquet`` file.
+        dataset_name: a Hub dataset; a folder of pictures, or one that `datasets` can load, of parquet files or of
+            webdataset's tars; the path of a ``.parquet``, ``.arrow``, ``.tar``, ``.csv``, ``.json`` or ``.jsonl``
+            file, or a pattern of several, such as ``data/*.tar``. Paths of pictures in the last three are relative to
+            their folder.
         dataset_config_name: the dataset's configuration, if it has several.
         train_data_dir: a folder of pictures, with metadata or class folders for captions and labels
             ([`~training.image_folder.read_image_folder`]).
@@ -146,6 +155,8 @@ def take_split(
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
     for column in image_columns:
+        if (folder := getattr(splits, "folder", None)) is not None:
+            dataset = with_paths(dataset, column, folder)
         dataset = as_picture_column(dataset, column)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
