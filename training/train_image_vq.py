@@ -93,6 +93,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--resolution", type=positive_integer, default=32)
     add_image_arguments(data, resize_mode="auto", default="The default.", augmented=True)
     data.add_argument("--max_train_samples", type=positive_integer)
+    data.add_argument(
+        "--streaming", action="store_true", help="Read --dataset_name as it is needed; needs --max_train_steps."
+    )
     data.add_argument("--cache_dir")
 
     add_training_arguments(
@@ -140,6 +143,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
+    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.max_train_samples):
+        parser.error("--streaming needs --dataset_name and --max_train_steps, and can't take --max_train_samples")
     if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
         parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
     return args
@@ -293,7 +298,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 2. Optimizers and learning rates
-    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(pictures))
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(
+        args, accelerator, model, 0 if args.streaming else len(pictures)
+    )
     if perceptual is not None:
         perceptual.to(accelerator.device)
     if adversarial:
@@ -306,7 +313,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
     named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
     named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
-    named += ("random_crop", "random_flip")
+    named += ("random_crop", "random_flip", "streaming")
     identity = {
         "script": "train_image_vq",
         **{name: getattr(args, name) for name in named},
@@ -314,7 +321,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         **pictures.identity(),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    states = {"ema": ema, "lecam": lecam if adversarial else None}
+    states = {"ema": ema, "lecam": lecam if adversarial else None, "stream": pictures if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
 

@@ -53,6 +53,7 @@ from diffusers_vqdit.training.latent_data import (
     encode_captions_of,
     load_data,
     settle_statistics,
+    take_rows,
 )
 from diffusers_vqdit.training.latent_files import LATENTS_FILE, cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
@@ -308,11 +309,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     images, captions, labels, id2label = load_data(args, parts)
 
     # 2. Latents, normalised by their own statistics unless the VQ's config has some
-    options = {"output_dir": args.output_dir, "num_workers": args.dataloader_num_workers}
-    cached = cache_latents(vae, images, args.latents_file, random_flip=args.random_flip, device=device, **options)
+    cached = cache_latents(args, vae, images, device)
     latents = cached.tensor
-    captions = {column: [lists[row] for row in cached.rows] for column, lists in captions.items()}
-    labels = labels[torch.as_tensor(cached.rows)] if labels is not None else None
+    captions, labels = take_rows(cached.rows, captions, labels)
     with accelerator.main_process_first():  # the others read the file
         states = encode_captions_of(args, parts, captions, device)
     mean, deviation = settle_statistics(vae, cached, measure=args.pretrained_model_name_or_path is None)

@@ -35,10 +35,14 @@ def load_splits(
     columns: Iterable[str] = (),
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
+    streaming: bool = False,
 ) -> dict:
     """All splits of a source, each a `datasets.Dataset`; the arguments are those of [`load_training_dataset`].
 
     Where the data comes as one table with a ``split`` column, its values are the splits.
+
+    Args:
+        streaming: read nothing before it is asked for: each split is a `datasets.IterableDataset`.
     """
     from datasets import load_dataset
 
@@ -47,6 +51,10 @@ def load_splits(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
+    if streaming and (
+        dataset_name is None or (Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)))
+    ):
+        raise ValueError("streaming needs dataset_name: a dataset of the Hub, or files of tables or tars")
     own, folder = None if output_dir is None else Path(output_dir), None
     if dataset_name is None:
         assert train_data_dir is not None
@@ -58,18 +66,19 @@ def load_splits(
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
         features = check_parquet(files[0], columns) if kind == ".parquet" else None
-        options = {} if features is None else {"features": features, "columns": list(features)}
+        options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
+        options |= {} if features is None else {"features": features, "columns": list(features)}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
         with _loading(dataset_name, f"is no {kind} file that can be read"):
-            table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, cache_dir=cache_dir, **options)
+            table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, **options)
         folder = picture_folder(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
         with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
-            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir)
+            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir, streaming=streaming)
 
-    splits = Splits(_by_column(table))
+    splits = Splits(table if streaming else _by_column(table))
     splits.folder = folder
     return splits
 

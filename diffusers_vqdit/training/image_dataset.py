@@ -10,14 +10,16 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..utils.decoding import decode_image, place, to_bytes
+from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from .checkpoints import fingerprint
-from .data import MAX_NAMED, choose_validation_split, decode_images, load_splits, take_split
+from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
 from .draws import step_generator
+from .image_stream import ImageStream, picture_stream
 
 
 logger = logging.getLogger(__name__)
@@ -176,7 +178,7 @@ def first_batches(count: int, batch_size: int) -> Iterator[torch.Tensor]:
     yield from torch.arange(count).split(batch_size)
 
 
-def load_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, ImageDataset]:
     """The pictures of a script's training split, and the first of those that validation measures.
 
     ``args.validation_split`` is then the split's name, or ``"none"``.
@@ -188,16 +190,23 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
         columns=[args.image_column],
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
+        streaming=args.streaming,
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
     held_out = "train" if args.validation_split == "none" else args.validation_split
-
-    def read(split: str, count: int | None, **augmentation: Any) -> ImageDataset:
-        options = {"resize_mode": args.resize_mode, "interpolation": args.image_interpolation_mode, **augmentation}
-        dataset = take_split(splits, split, image_column=args.image_column, max_samples=count)
-        return ImageDataset(dataset, args.image_column, args.resolution, **options)
-
-    augmentation = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed}
-    pictures = read("train", args.max_train_samples, **augmentation)
     limit = VALIDATION_PICTURES[held_out == "train"]
-    return pictures, read(held_out, min(limit, args.max_train_samples or limit))
+    limit = min(limit, args.max_train_samples or limit)
+    plain: dict[str, Any] = {"resize_mode": args.resize_mode, "interpolation": args.image_interpolation_mode}
+    own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}
+    read, column = (args.image_column, args.resolution), args.image_column
+    if args.streaming:
+        if "train" not in splits:
+            raise MissingSplitError(f"split='train' is not in the data: it has {sorted(map(str, splits))}")
+        measured = datasets.Dataset.from_list(list(picture_stream(splits[held_out], column).take(limit)))
+        pictures = ImageStream(picture_stream(splits["train"], column), *read, **own)
+        return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
+    train, measured = (
+        take_split(splits, name, image_column=column, max_samples=count)
+        for name, count in (("train", args.max_train_samples), (held_out, limit))
+    )
+    return ImageDataset(train, *read, **own), ImageDataset(measured, *read, **plain)

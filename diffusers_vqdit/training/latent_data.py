@@ -56,6 +56,14 @@ def load_data(
     return ImageDataset(dataset, args.image_column, resolution, **options), captions, labels, id2label
 
 
+def take_rows(
+    rows: Any, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
+) -> tuple[dict[str, list[list[str]]], torch.Tensor | None]:
+    """The captions and labels of some rows (N,) of the data."""
+    captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
+    return captions, labels[torch.as_tensor(rows)] if labels is not None else None
+
+
 def data_identity(
     images: ImageDataset, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
 ) -> dict[str, str]:

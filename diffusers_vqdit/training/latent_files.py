@@ -1,5 +1,6 @@
 """A file of latents for the next run, which says what they were made from."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +63,15 @@ def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
 
 @torch.no_grad()
 def cache_latents(
-    vae: torch.nn.Module,
-    images: ImageDataset,
-    path: Path | None,
-    *,
-    random_flip: bool,
-    device: torch.device,
-    output_dir: Path,
-    num_workers: int = 0,
+    args: argparse.Namespace, vae: torch.nn.Module, images: ImageDataset, device: torch.device
 ) -> PictureTensors:
-    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from a file if it is there. All processes must call
-    it.
+    """Raw latents (N, variants, C, h, w) on the CPU, float32, of a run's pictures; with ``--random_flip`` each one's
+    mirror image is a second variant. All processes must call it.
 
-    Those of pictures that are kept in memory are, too, and each process makes them, unless it finds the file. Others
-    are made by all processes, in a file of `output_dir` unless `path` names one.
-
-    Args:
-        path: the file, which is written if it isn't there; None for no such file.
-        random_flip: whether each picture's mirror image is a second variant.
+    They are read from ``--latents_file`` if it is there, else written into it. Without, those of pictures that are
+    kept in memory are made by each process, and others by all in a file of the run's folder.
     """
+    path, random_flip = args.latents_file, args.random_flip
 
     def encode(pictures: torch.Tensor) -> torch.Tensor:
         pixels = to_pixels(pictures.to(device))
@@ -91,8 +82,10 @@ def cache_latents(
         identity = {name: str(value) for name, value in images.identity().items()}
         identity |= {"resolution": str(images.resolution), "random_flip": str(random_flip)}
         identity["vae"] = model_fingerprint(vae)
-        options: dict[str, Any] = {"argument": None if path is None else "latents_file", "num_workers": num_workers}
-        return encode_pictures(images, encode, path or output_dir / LATENTS_FILE, "latents", identity, **options)
+        own, argument = args.output_dir / LATENTS_FILE, None if path is None else "latents_file"
+        workers = args.dataloader_num_workers
+        options: dict[str, Any] = {"argument": argument, "num_workers": workers}
+        return encode_pictures(images, encode, path or own, "latents", identity, **options)
     with PartialState().main_process_first():  # the others read the file, if there is to be one
         latents_of = latents_identity(vae, images.pictures, random_flip) if path is not None else {}
         if path is not None and path.exists():
