@@ -39,6 +39,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--counts", type=positive_integer, nargs="+", default=[1000, 20_000], help="Pictures.")
     parser.add_argument("--code_counts", type=positive_integer, nargs="+", default=[10_000, 1_000_000])
     parser.add_argument("--max_train_steps", type=positive_integer, default=10)
+    parser.add_argument(
+        "--encoding_resolution",
+        type=positive_integer,
+        default=SIDE,
+        help="That pictures are encoded at, a multiple of 32.",
+    )
     parser.add_argument("--dataloader_num_workers", type=non_negative_integer, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/data_memory"))
     return parser.parse_args(input_args)
@@ -125,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
             write_pictures(path, args.photographs, count)
         data = f"--dataset_name {path} --cache_dir {out / 'cache'}"
         data += f" --dataloader_num_workers {args.dataloader_num_workers}"
-        vq = f"--image_vq {out / 'image_vq'}"
+        vq = f"--image_vq {out / 'image_vq'} --resolution {args.encoding_resolution}"
         more = f"--report_to none --train_batch_size 4 --resolution {SIDE} --validation_split none"
         measure("train_image_vq", count, f"{data} {model} {more} {steps}")
         measure("encode_dataset", count, f"{data} {vq} --batch_size 16")
