@@ -156,6 +156,8 @@ def encode_dataset(
     source = encoder.source([prints, lowres_factor, options])
     if from_main_process(process_rank()[0] == 0 and _is_made(folder, source)):
         logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
+        if process_rank()[0] == 0:  # of a run that was killed at its very end
+            shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
         return folder
     unfinished = folder / PARTS_FOLDER
     parts = make_parts(unfinished, source, encoder.num_shards, partial(encoder.make_shards, unfinished))

@@ -34,12 +34,13 @@ def make_parts(
         what is known of all parts, in order.
     """
     rank, world_size = process_rank()
+    done: set[int] = set()
     if rank == 0:
         _begin(folder, identity)
-    wait_for_processes()
-    done = from_main_process({number for number in range(count) if _finished(folder, number) is not None})
-    if done and rank == 0:
-        logger.info(f"{len(done)} of {count} parts in {str(folder)!r} are there already")
+        done = {number for number in range(count) if _is_whole(folder, number)}
+        if done:
+            logger.info(f"{len(done)} of {count} parts in {str(folder)!r} are there already")
+    done = from_main_process(done)
     for number, entry in make([number for number in range(rank, count, world_size) if number not in done]):
         with replacing_file(folder / _name(number)) as unfinished:
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
@@ -61,11 +62,10 @@ def _begin(folder: Path, identity: str) -> None:
         unfinished.write_bytes(identity.encode())
 
 
-def _finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """What is known of a part whose files are whole."""
+def _is_whole(folder: Path, number: int) -> bool:
+    """Whether a part is there, with all of its files."""
     try:
         entry = json.loads((folder / _name(number)).read_bytes())
-        whole = all(file_sha256(folder / name) == digest for name, digest in entry["files"].items())
+        return all(file_sha256(folder / name) == digest for name, digest in entry["files"].items())
     except (OSError, ValueError, KeyError):
-        return None
-    return entry if whole else None
+        return False
