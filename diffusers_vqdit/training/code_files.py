@@ -25,8 +25,8 @@ from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
-from .code_columns import CodeChunk
 from .image_folder import first_of
+from .mapped_codes import CodeChunk
 
 
 logger = logging.getLogger(__name__)
@@ -263,7 +263,8 @@ def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[
             segment, named = segments[known[column]], f"{str(path)!r}: segment {column!r}"
             chunk = _check_codes(batch.column(column), named, segment["vocab_size"])
             _check_sizes(np.diff(chunk.offsets), named, segment, count, several=column not in segments)
-            found[column].append(chunk)
+            if path.suffix != ".arrow":  # which is mapped below, and only checked here
+                found[column].append(chunk)
         count += batch.num_rows
     if rows is not None:
         check_integer(f"rows of {str(path)!r}", count, rows, rows)
@@ -271,7 +272,7 @@ def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[
         raise ValueError(f"{str(path)!r} has no rows")
     if path.suffix != ".arrow":
         return found
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))  # in place of what was read to be checked
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
     every = [reader.get_batch(index) for index in range(reader.num_record_batches)]
     return {
         name: [CodeChunk(one.column(name).values.to_numpy(), one.column(name).offsets.to_numpy()) for one in every]

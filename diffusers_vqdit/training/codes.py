@@ -30,9 +30,9 @@ from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
 from .checkpoints import fingerprint
-from .code_columns import CodeColumn, LoadedCodes
 from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
 from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
+from .mapped_codes import CodeColumn, LoadedCodes
 from .state_files import StatesColumn, read_states
 
 

@@ -1,0 +1,215 @@
+"""One process and two with the same global batch train the same weights; so do two runs with the same seed.
+
+What makes the same sums in another order differ by more than rounding, and is kept out of these runs:
+
+- Adam's first step is g / (|g| + eps): gradients of about eps = 1e-8 are rounding, which becomes a step of any size
+  up to the learning rate. The warm-up's first rate is 0, and with more steps in the averages hardly one is left.
+- A vector exactly between two codes falls to either by rounding, and a codebook of moving averages then differs by
+  1e-4 to 1e-3. Of the few vectors of these runs none does; should one elsewhere, take another --seed.
+- A softmax at a temperature of 0.01, the default of the entropy loss, multiplies differences by 100 at each step.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_vqdit import (
+    ImageVQModel,
+    MaskedDiffusionScheduler,
+    TextVQModel,
+    VQDiTPipeline,
+    VQDiTTransformer2DModel,
+)
+from diffusers_vqdit.training.codes import encode_dataset
+from diffusers_vqdit.training.data import load_training_dataset
+
+
+STEPS = 6
+CASES = {
+    "image_vq": (
+        "train_image_vq",
+        8,
+        "--resolution 16 --block_out_channels 8 8 16 --norm_num_groups 4 --latent_channels 8 --num_vq_embeddings 32 "
+        "--vq_embed_dim 4 --restart_threshold 0.9 --use_ema --adversarial_weight 0.5 --adaptive_weight "
+        "--lecam_weight 0.1 --discriminator_channels 8 --discriminator_layers 2 --entropy_weight 0.1 "
+        "--entropy_temperature 0.5 --validation_split none",
+    ),
+    "text_vq": (
+        "train_text_vq",
+        16,
+        "--caption_columns text phrase --tokenizer_vocab_size 300 --num_codes 400 --max_length 12 --hidden_size 16 "
+        "--code_dim 8 --restart_threshold 0.9 --use_ema --validation_split none",
+    ),
+    "vqdit": (
+        "train_vqdit",
+        4,
+        "--codes_dir {codes} --image_vq {image_vq} --text_vq {text_vq} --num_layers 2 --num_attention_heads 2 "
+        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema "
+        "--tasks=text->image:2,image->text:2,->image:1",
+    ),
+    "vqdit, buckets": (
+        "train_vqdit",
+        4,
+        "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
+        "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --tasks=->image",
+    ),
+    "distilled": (
+        "distill_vqdit",
+        4,
+        "--pretrained_model_name_or_path {teacher} --codes_dir {codes} --num_teacher_steps 4 --num_student_steps 1 "
+        "--tasks text->image:2,image->text:1 --gradient_accumulation_steps 2 --use_ema --guidance_scale 2",
+    ),
+    "latent_dit": (
+        "train_latent_dit",
+        8,
+        "--image_vq {image_vq} --text_vq {text_vq} --caption_columns text phrase --label_column label --random_flip "
+        "--num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --caption_dropout 0.5 --label_dropout 0.5",
+    ),
+    "latent_dit, epsilon": (
+        "train_latent_dit",
+        8,
+        "--image_vq {image_vq} --objective epsilon --learn_sigma --num_layers 1 --num_attention_heads 2 "
+        "--attention_head_dim 16",
+    ),
+}
+
+
+CASES = {name: CASES[name] for name in ("image_vq", "latent_dit")}
+
+
+@pytest.fixture(scope="module")
+def trained(root, script, tmp_path_factory):
+    """Every case in one process twice and in two once: run -> case -> its folder, reports and placed codes."""
+    folder = tmp_path_factory.mktemp("processes")
+    data = str(root / "training/data/emoji.parquet")
+    torch.manual_seed(0)
+    image_vq = ImageVQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=64,
+        sample_size=16,
+    ).eval()
+    dataset = load_training_dataset(dataset_name=data, image_column="image", max_samples=40)
+    tokenizer = script("train_text_vq").train_tokenizer(list(dataset["text"]), vocab_size=300, max_length=12)
+    text_vq = TextVQModel(vocab_size=len(tokenizer), max_length=12, num_codes=64, hidden_size=16, code_dim=4).eval()
+    image_vq.save_pretrained(folder / "image_vq")
+    text_vq.save_pretrained(folder / "text_vq")
+    tokenizer.save_pretrained(folder / "text_vq" / "tokenizer")
+    encode_dataset(
+        dataset,
+        folder / "codes",
+        resolution=16,
+        image_vq=image_vq,
+        text_vq=text_vq,
+        tokenizer=tokenizer,
+        image_column="image",
+        caption_column="text",
+        prompt_columns=["phrase"],
+    )
+    cuts = [(24, 24), (40, 20), (20, 40)]
+    pictures = [Image.open(io.BytesIO(one["bytes"])).resize(cuts[row % 3]) for row, one in enumerate(dataset["image"])]
+    pictures = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    encode_dataset(
+        pictures.cast_column("image", datasets.Image(decode=False)),
+        folder / "buckets",
+        aspect_ratio_buckets=[[16, 16], [24, 12], [12, 24]],
+        image_vq=image_vq,
+        image_column="image",
+    )
+    segments = {"image": {"vocab_size": 64, "shape": [8, 8]}, "text": {"vocab_size": 64, "shape": [12]}}
+    teacher = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        segments=segments,
+        tasks=["text->image", "image->text"],
+    )
+    for parameter in teacher.parameters():  # zero heads know nothing
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    teacher = VQDiTPipeline(teacher, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer)
+    parts = {name: folder / name for name in ("codes", "buckets", "image_vq", "text_vq", "teacher")}
+
+    def jobs(run, processes):
+        for case, (name, batch, arguments) in CASES.items():
+            source = "" if "codes_dir" in arguments else f"--dataset_name {data} --max_train_samples 40 "
+            options = (
+                f"{source}{arguments.format(**parts)} --output_dir {folder / run / case.replace(', ', '_')} "
+                f"--train_batch_size {batch // processes} --max_train_steps {STEPS} --lr_warmup_steps 10 "
+                "--mixed_precision no --report_to none --checkpointing_steps 6"
+            )
+            log = str(folder / f"{run}-{case}.json")
+            yield {"script": str(root / f"training/{name}.py"), "arguments": options.split(), "log": log}
+
+    runs = {"one": 1, "again": 1, "two": 2}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    started = []
+    for processes in (1, 2):
+        path = folder / f"{processes}.json"
+        path.write_text(json.dumps([job for run, n in runs.items() if n == processes for job in jobs(run, n)]))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+        command = [sys.executable, "-W", "ignore", *launcher, str(Path(__file__).with_name("run_jobs.py")), str(path)]
+        with open(folder / f"{processes}.txt", "w") as output:
+            started.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder))
+    for processes, process in enumerate(started, 1):
+        assert process.wait(timeout=600) == 0, (folder / f"{processes}.txt").read_text()[-3000:]
+    return {
+        run: {
+            case: (folder / run / case.replace(", ", "_"), json.loads((folder / f"{run}-{case}.json").read_text()))
+            for case in CASES
+        }
+        for run in runs
+    }
+
+
+def weights(folder):
+    """Every tensor of the last checkpoint and of what was saved."""
+    files = {path.relative_to(folder): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    assert any("checkpoint" in str(path) for path in files) and any("checkpoint" not in str(path) for path in files)
+    return {f"{path}: {name}": value for path, tensors in files.items() for name, value in tensors.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_the_same_weights_as_one(trained, case):
+    (folder, one), (other, two) = trained["one"][case], trained["two"][case]
+    steps = [report for report in one["reports"] if "lr" in report]
+    assert len(steps) == STEPS
+    for step, (report, expected) in enumerate(zip([r for r in two["reports"] if "lr" in r], steps, strict=True)):
+        assert report == pytest.approx(expected, rel=1e-4, abs=1e-6), step
+    assert one["placed"] == two["placed"]
+    if "restart_threshold" in CASES[case][2]:
+        assert len(one["placed"]) > 1  # restarts, beside the first batch
+    found, expected = weights(other), weights(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_runs_with_the_same_seed_are_bit_identical(trained, case):
+    (folder, one), (other, again) = trained["one"][case], trained["again"][case]
+    assert one == again
+    found, expected = weights(other), weights(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
