@@ -22,8 +22,8 @@ from ..utils.weight_files import move_into_place
 from .code_files import FILES, INDEX_FILE, check_shards, read_index, write_index
 from .dataset_encoder import DatasetEncoder
 from .files import scratch_folder
+from .parts import make_parts
 from .segment_columns import columns_of_flags, name_tokenizers
-from .sharding import make_parts
 
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
 from .data import MAX_NAMED, try_rows
 from .image_dataset import ImageDataset
-from .sharding import make_parts
+from .parts import make_parts
 
 
 logger = logging.getLogger(__name__)
