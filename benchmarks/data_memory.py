@@ -36,8 +36,8 @@ SIDE = 256
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Measure the peak memory of the training scripts.")
     parser.add_argument("--photographs", type=Path, help="Folder of pictures of at least 256 px to cut others out of.")
-    parser.add_argument("--counts", type=positive_integer, nargs="+", default=[1000, 20_000], help="Pictures.")
-    parser.add_argument("--code_counts", type=positive_integer, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
+    parser.add_argument("--code_counts", type=positive_integer, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--max_train_steps", type=positive_integer, default=10)
     parser.add_argument(
         "--encoding_resolution",

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
-from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, picture_folder, with_paths
+from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, kinds_of_tables, picture_folder, with_paths
 
 
 logger = logging.getLogger(__name__)
 
+# Else each file is read whole before its first rows are there.
+_PARQUET: dict[str, Any] = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)}
 MAX_NAMED = 20  # skipped pictures that are named one by one
 
 
@@ -68,6 +71,7 @@ def load_splits(
         features = check_parquet(files[0], columns) if kind == ".parquet" else None
         options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
         options |= {} if features is None else {"features": features, "columns": list(features)}
+        options |= _PARQUET if kind == ".parquet" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
         with _loading(dataset_name, f"is no {kind} file that can be read"):
             table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, **options)
@@ -76,7 +80,8 @@ def load_splits(
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
         with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
-            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir, streaming=streaming)
+            options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
+            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir, streaming=streaming, **options)
 
     splits = Splits(table if streaming else _by_column(table))
     splits.folder = folder

@@ -50,6 +50,11 @@ def find_table_files(dataset_name: str) -> list[str]:
     return files
 
 
+def kinds_of_tables(folder: Path) -> set[str]:
+    """The endings of the files of tables below a folder."""
+    return {path.suffix.lower() for path in folder.rglob("*")} & {*LOADERS, *TEXT_LOADERS}
+
+
 def picture_folder(files: Sequence[str]) -> Path | None:
     """The folder that paths of pictures in tables are relative to: that of the files, if they are texts in one."""
     folders = {Path(os.path.abspath(name)).parent for name in files}
