@@ -33,7 +33,7 @@ from diffusers_vqdit.training.arguments import (
     add_training_arguments,
     add_transformer_arguments,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.distillation_loss import distillation_loss
 from diffusers_vqdit.training.finetuning import check_same_segments
@@ -184,14 +184,13 @@ def run_identity(
     args: argparse.Namespace, parts: dict, codes: CodeDataset, tasks: dict[Task, tuple[float, float]]
 ) -> dict:
     """What must be as it was where a run is resumed."""
-    made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
     return {
         "script": "distill_vqdit",
         **{name: getattr(args, name) for name in ("num_teacher_steps", "num_student_steps", "tasks", "use_ema")},
         "guidance scale, temperature": {str(task): list(how) for task, how in tasks.items()},
         "teacher": model_fingerprint(parts["transformer"]),
         "scheduler": plain_config(parts["scheduler"]),
-        "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
+        **codes.identity(),
     }
 
 

@@ -6,17 +6,23 @@
         --prompt_columns text_zh phrase keywords --text_columns text_zh keywords --label_column label \
         --image_augmentations 15 --lowres_factor 2 --output_dir outputs/codes
 
-The emoji take about a minute on two CPU cores.
+The emoji take about a minute on two CPU cores. Of several processes, started by ``accelerate launch`` or ``torchrun``,
+each encodes its own shards (``--shard_size``). A run that was killed goes on where it stopped.
 """
 
 import argparse
+from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 
 from diffusers_vqdit.pipelines.segment_base import ENCODERS, IMAGE, TEXT, SegmentColumn
 from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_splits, take_split
+from diffusers_vqdit.training.image_arguments import add_image_arguments
+from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
@@ -77,14 +83,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--resolution", type=positive_integer, help="In pixels; by default the ImageVQModel's sample size."
     )
     add_bucket_argument(parser, "By default all pictures become squares.")
-    parser.add_argument(
-        "--resize_mode",
-        choices=["crop", "pad"],
-        default="crop",
-        help="How pictures become square, or of a bucket's aspect ratio.",
-    )
+    add_image_arguments(parser, resize_mode="auto", default="The default.")
     parser.add_argument("--batch_size", type=positive_integer, default=64)
-    parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per parquet file.")
+    parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per file of codes.")
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,11 +101,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with output_folder(args.output_dir, files=[INDEX_FILE], kept="the codes that were there are whole"):
-        encode(args)
+    check_launch()
+    # The others wait for the one that has most to do.
+    state = PartialState(cpu=torch.device(args.device).type == "cpu", timeout=timedelta(days=1))
+    if state.num_processes > 1 and args.device == "cuda":
+        args.device = str(state.device)
+    own = output_folder(args.output_dir, files=[INDEX_FILE], kept="the codes that were there are whole")
+    with own if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        encode(args, state)
 
 
-def encode(args: argparse.Namespace) -> None:
+def encode(args: argparse.Namespace, state: PartialState) -> None:
     named = {flag.name for flag in args.segment}
     image_column = args.image_column if args.image_vq and IMAGE not in named else None
     text = has_captions(args)
@@ -175,9 +183,12 @@ def encode(args: argparse.Namespace) -> None:
         max_text_length=args.max_text_length,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
+        image_interpolation_mode=args.image_interpolation_mode,
+        dataloader_num_workers=args.dataloader_num_workers,
     )
-    codes = CodeDataset(args.output_dir)
-    print(f"{args.output_dir}: {len(codes)} rows, segments {codes.segments}")
+    if state.is_main_process:
+        codes = CodeDataset(args.output_dir)
+        print(f"{args.output_dir}: {len(codes)} rows, segments {codes.segments}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         image_column=args.image_column,
         max_samples=args.max_samples,
     )
-    pictures, _ = decode_images(dataset, args.image_column, args.resolution or model.config.sample_size)
+    resolution = args.resolution or model.config.sample_size
+    pictures, _ = decode_images(dataset, args.image_column, resolution, resize_mode="auto")  # as training does
     features = None
     if args.features == "inception":
         features = inception_features().to(accelerator.device)

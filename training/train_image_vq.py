@@ -31,15 +31,11 @@ from PIL import Image
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.data import (
-    choose_validation_split,
-    decode_images,
-    load_splits,
-    take_split,
-    to_pixels,
-)
+from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
+from diffusers_vqdit.training.data import to_pixels
 from diffusers_vqdit.training.files import save_pretrained_atomically
+from diffusers_vqdit.training.image_arguments import add_image_arguments
+from diffusers_vqdit.training.image_dataset import ImageDataset, first_batches, load_batches, load_images
 from diffusers_vqdit.training.image_losses import (
     ADVERSARIAL_LOSSES,
     BackboneFeatures,
@@ -95,10 +91,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Split for the PSNR, by default test if there is one; 'none' takes training pictures.",
     )
     data.add_argument("--resolution", type=positive_integer, default=32)
-    data.add_argument(
-        "--resize_mode", choices=["crop", "pad"], default="crop", help="How pictures that are not square become so."
-    )
+    add_image_arguments(data, resize_mode="auto", default="The default.", augmented=True)
     data.add_argument("--max_train_samples", type=positive_integer)
+    data.add_argument(
+        "--streaming", action="store_true", help="Read --dataset_name as it is needed; needs --max_train_steps."
+    )
     data.add_argument("--cache_dir")
 
     add_training_arguments(
@@ -146,6 +143,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
+    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.max_train_samples):
+        parser.error("--streaming needs --dataset_name and --max_train_steps, and can't take --max_train_samples")
     if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
         parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
     return args
@@ -157,28 +156,6 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
     if args.lpips_weights is not None:
         return PerceptualLoss.from_lpips(*args.lpips_weights)
     return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
-
-
-def load_pictures(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures (N, 3, H, W) uint8 of the training split, and those that validation measures."""
-    splits = load_splits(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        columns=[args.image_column],
-        cache_dir=args.cache_dir,
-        output_dir=args.output_dir,
-    )
-    args.validation_split = choose_validation_split(splits, args.validation_split)
-    names = ["train"] if args.validation_split == "none" else ["train", args.validation_split]
-    datasets = [
-        take_split(splits, name, image_column=args.image_column, max_samples=args.max_train_samples) for name in names
-    ]
-    pictures, *others = (
-        decode_images(dataset, args.image_column, args.resolution, resize_mode=args.resize_mode)[0]
-        for dataset in datasets
-    )
-    return pictures, others[0] if others else pictures[:256]
 
 
 def build_model(args: argparse.Namespace) -> ImageVQModel:
@@ -262,7 +239,7 @@ def discrimination_loss(
 
 @torch.no_grad()
 def validate(
-    model: ImageVQModel, pictures: torch.Tensor, args: argparse.Namespace, step: int
+    model: ImageVQModel, pictures: ImageDataset, args: argparse.Namespace, step: int
 ) -> tuple[dict[str, float], Image.Image]:
     """PSNR and codebook usage on `pictures`, and the first ones over their reconstructions, kept as a PNG too.
 
@@ -271,7 +248,7 @@ def validate(
     model.eval()
     device = model.device
     values, codes, drawn = [], [], []
-    for batch in pictures.split(64):
+    for batch in load_batches(pictures, first_batches(len(pictures), 64)):
         original = to_pixels(batch).to(device)
         batch_codes = model.encode_codes(original)
         decoded = model.decode_codes(batch_codes).sample
@@ -309,8 +286,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    # 1. Pictures, decoded once and kept as bytes; models
-    pictures, held_out = load_pictures(args)
+    # 1. Pictures, models
+    pictures, held_out = load_images(args)
     model = build_model(args)
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
@@ -321,7 +298,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 2. Optimizers and learning rates
-    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(pictures))
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(
+        args, accelerator, model, 0 if args.streaming else len(pictures)
+    )
     if perceptual is not None:
         perceptual.to(accelerator.device)
     if adversarial:
@@ -334,24 +313,25 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
     named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
     named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
+    named += ("random_crop", "random_flip", "streaming")
     identity = {
         "script": "train_image_vq",
         **{name: getattr(args, name) for name in named},
         "model": plain_config(unwrap(model)),
-        "training data": fingerprint(pictures),
+        **pictures.identity(),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    states = {"ema": ema, "lecam": lecam if adversarial else None}
+    states = {"ema": ema, "lecam": lecam if adversarial else None, "stream": pictures if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step = run.step
-    batches = setup.run_batches(args, accelerator, len(pictures), step)
+    batches = setup.image_batches(args, accelerator, pictures, step)
     progress = setup.progress_bar(accelerator, max_steps, step)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
-        sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
+        sample = to_pixels(next(batches).to(accelerator.device, non_blocking=True))
         with accelerator.accumulate(model, *([discriminator] if adversarial else [])):
             # The tokenizer
             output = model(sample)

@@ -14,10 +14,10 @@ With captions and labels each is dropped on its own. For pictures of captions al
 ``--alignment_encoder facebook/dinov2-base`` aligns hidden states to a frozen encoder's features (REPA), which speeds
 training up.
 
-Pictures are encoded once, at the start; ``--latents_file`` keeps the latents for the next run. The latents' statistics
-are measured then and saved in the VQ's config. The output folder is a complete pipeline, for
-``VQDiTLatentPipeline.from_pretrained``. The time of a run and the figures to expect depend on the data: the model
-card of a checkpoint states its own.
+Pictures are encoded once, at the start, by all processes; ``--latents_file`` keeps the latents for the next run. The
+latents' statistics are measured then and saved in the VQ's config. The output folder is a complete pipeline, for
+``VQDiTLatentPipeline.from_pretrained``. The time of a run and the figures to expect depend on the data: the model card
+of a checkpoint states its own.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.frozen_encoders import check_sequence_length, load_text_encoder
 from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training import setup
-from diffusers_vqdit.training.alignment import AlignedTransformer, cache_features
+from diffusers_vqdit.training.alignment import FEATURES_FILE, AlignedTransformer, cache_features
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
     add_model_arguments,
@@ -45,14 +45,17 @@ from diffusers_vqdit.training.caption_states import caption_channels
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.latent_data import (
     STATES_FILE,
+    data_identity,
     draw_conditions,
     encode_captions_of,
     load_data,
-    normalized_latents,
+    settle_statistics,
+    take_rows,
 )
-from diffusers_vqdit.training.latent_files import cache_latents, check_latents_file
+from diffusers_vqdit.training.latent_files import LATENTS_FILE, cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import evaluated, unwrap
@@ -121,11 +124,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--resolution", type=positive_integer, help="Pixels of a side; by default what the VQ was trained for."
     )
-    data.add_argument(
-        "--resize_mode",
-        choices=["crop", "pad"],
-        help="How pictures that are not square become so; by default as in the pretrained pipeline, or crop.",
-    )
+    add_image_arguments(data, resize_mode=None, default="By default as in the pretrained pipeline, or auto.")
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the pictures.")
     data.add_argument("--latents_file", type=Path, help="safetensors file: read if it is there, else written.")
     data.add_argument(
@@ -199,7 +198,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "tokenizer": tokenizer,
         "id2label": {},
         "max_sequence_length": length,
-        "resize_mode": args.resize_mode or "crop",
+        "resize_mode": args.resize_mode or "auto",
     }
 
 
@@ -282,7 +281,15 @@ def main(args: argparse.Namespace) -> None:
     # Without captions in a batch, their projection gets no gradient.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
     folders = ["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
-    files = ["README.md", "model_index.json", "pipeline.py", STATES_FILE, f"{STATES_FILE}.json"]
+    files = [
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        STATES_FILE,
+        f"{STATES_FILE}.json",
+        LATENTS_FILE,
+        FEATURES_FILE,
+    ]
     with setup.open_run(args, accelerator, project=PROJECT, folders=folders, files=files) as run:
         if args.latents_file is not None and accelerator.is_main_process:
             check_latents_file(args.latents_file)
@@ -299,18 +306,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     vae = parts["vae"].eval().to(device)
     if parts["text_encoder"] is not None:
         parts["text_encoder"].eval().requires_grad_(False).to(device)
-    pictures, captions, labels, id2label = load_data(args, parts)
+    images, captions, labels, id2label = load_data(args, parts)
 
     # 2. Latents, normalised by their own statistics unless the VQ's config has some
-    with accelerator.main_process_first():  # the others read the file, if there is to be one
-        latents = cache_latents(vae, pictures, args.latents_file, random_flip=args.random_flip, device=device)
+    cached = cache_latents(args, vae, images, device)
+    latents = cached.tensor
+    captions, labels = take_rows(cached.rows, captions, labels)
+    with accelerator.main_process_first():  # the others read the file
         states = encode_captions_of(args, parts, captions, device)
-    latents = normalized_latents(vae, latents, measure=args.pretrained_model_name_or_path is None)
+    mean, deviation = settle_statistics(vae, cached, measure=args.pretrained_model_name_or_path is None)
 
     # 3. Transformer, optimizer, learning rate
     transformer = build_transformer(args, parts, id2label, latents)
     scheduler = training_scheduler(args, parts["scheduler"])
-    features = cache_features(args, pictures, latents.shape[-1] // transformer.config.patch_size, device)
+    features = cache_features(args, images, latents.shape[-1] // transformer.config.patch_size, device)
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
     trained, ema = list(model.parameters()), setup.make_ema(args, transformer.parameters(), device)
     parts["id2label"] = id2label
@@ -333,7 +342,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         **{name: getattr(args, name) for name in named},
         "transformer": plain_config(transformer),
         "scheduler": plain_config(scheduler),
-        "training data": fingerprint(pictures, captions, labels),
+        **data_identity(images, captions, labels),
         "image_vq": model_fingerprint(vae),  # without the latents' statistics, which are measured at each start
         "text encoder": fingerprint(parts["text_encoder"]),
         "labels": id2label,
@@ -352,7 +361,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         # Drawn for each row of the global batch, however many processes share it.
         generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
-        clean = latents[rows, variant].to(device)
+        clean = ((latents[rows, variant] - mean) / deviation).to(device)
         class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
         with accelerator.accumulate(model):
             loss = latent_diffusion_loss(

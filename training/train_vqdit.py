@@ -157,7 +157,7 @@ def load_components(args: argparse.Namespace) -> dict:
         "scheduler": MaskedDiffusionScheduler(masking=args.masking),
         "labels": [],
         "lowres_factor": args.lowres_factor or 2,
-        "resize_mode": args.resize_mode or "crop",
+        "resize_mode": args.resize_mode or ("crop" if args.codes_dir else "auto"),  # of codes that don't say it
         "segments": {},
     }
 
@@ -225,8 +225,6 @@ def run_identity(
     labels: list[str],
 ) -> dict:
     """What must be as it was where a run is resumed."""
-    # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
-    made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
     several = parts["segment_tokenizers"].tokenizers if parts["segment_tokenizers"] is not None else {}
     return {
         "script": "train_vqdit",
@@ -234,7 +232,7 @@ def run_identity(
         "tasks": {str(task): weight for task, weight in tasks},
         "transformer": plain_config(transformer),
         "scheduler": plain_config(parts["scheduler"]),
-        "training data": fingerprint(made_of or [codes.codes, codes.prompts, codes.variants]),
+        **codes.identity(),
         **{name: fingerprint(parts[name]) for name in ("image_vq", "text_vq")},
         **{name: codes.fingerprints[name] for name in ENCODERS if name in codes.fingerprints},
         **{f"tokenizer {name}": fingerprint(one) for name, one in several.items()},

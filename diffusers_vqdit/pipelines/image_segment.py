@@ -34,7 +34,7 @@ from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcesso
 
 class ImageReader(ColumnReader):
     """A column of pictures. Takes ``"resolution"``, or ``"buckets"`` of [height, width] in pixels; ``"resize_mode"``,
-    ``"augmentations"``, and ``"lowres_of"`` with ``"factor"``."""
+    ``"interpolation"``, ``"augmentations"``, and ``"lowres_of"`` with ``"factor"``."""
 
     feature = "Image"
 
@@ -48,6 +48,7 @@ class ImageReader(ColumnReader):
         resolution: int | None = None,
         buckets: list[list[int]] | None = None,
         resize_mode: str = "crop",
+        interpolation: str = "lanczos",
         augmentations: int = 0,
         lowres_of: str | None = None,
         factor: int = 2,
@@ -56,7 +57,7 @@ class ImageReader(ColumnReader):
         super().__init__(dataset, column, tokenizer)
         resolution = resolution or tokenizer.config.sample_size
         self.sizes = [(height, width) for height, width in buckets or [[resolution, resolution]]]
-        self.num_groups, self.resize_mode = len(buckets or []), resize_mode
+        self.num_groups, self.resize_mode, self.interpolation = len(buckets or []), resize_mode, interpolation
         self.channels = tokenizer.config.in_channels
         if self.channels not in (1, 3):
             raise ValueError(
@@ -67,6 +68,8 @@ class ImageReader(ColumnReader):
             self.entry = {"lowres_of": lowres_of, "factor": factor}
         self.augmentations = 0 if self.factor else augmentations
         self.settings = {"resize_mode": resize_mode, "image_augmentations": augmentations}
+        if interpolation != "lanczos":
+            self.settings["image_interpolation_mode"] = interpolation
         if buckets is None:
             self.settings = {"resolution": resolution, **self.settings}
         else:
@@ -77,14 +80,13 @@ class ImageReader(ColumnReader):
                 steps = (self.factor, self.factor)
                 check_bucket_steps("aspect_ratio_buckets", buckets, steps, f"lowres_factor={factor}")
             self.entry["buckets"] = [[height // step, width // step] for height, width in buckets]
-        self.generator = torch.Generator().manual_seed(0)
 
     def cast(self, dataset: Any) -> Any:
         return as_picture_column(dataset, self.column)
 
     @property
     def reads(self) -> tuple:
-        return (*super().reads, *self.sizes, self.resize_mode, self.channels)
+        return (*super().reads, *self.sizes, self.resize_mode, self.interpolation, self.channels)
 
     def group_of(self, row: int) -> int:
         """The bucket nearest in aspect ratio. A picture that can't be read is in the first, until it is left out."""
@@ -96,7 +98,8 @@ class ImageReader(ColumnReader):
     def read(self, row: int) -> torch.Tensor:
         """uint8 (C, height, width)."""
         value = self.dataset[row][self.column]
-        return to_bytes(decode_image(value, self.sizes[self.group], self.resize_mode, self.channels))
+        size, options = self.sizes[self.group], (self.resize_mode, self.channels, self.interpolation)
+        return to_bytes(decode_image(value, size, *options))
 
     def placed(self, row: int) -> str:
         return place(self.dataset[row][self.column], row)
@@ -109,16 +112,21 @@ class ImageReader(ColumnReader):
         return self._encode(values, batch_size, (lambda x: lower_resolution(x, factor)) if factor else lambda x: x)
 
     def moved(self, values: list, batch_size: int) -> list[list[torch.LongTensor]]:
-        return [
-            self._encode(values, batch_size, lambda x: shift_and_scale(x, self.generator))
-            for _ in range(self.augmentations)
-        ]
+        # Drawn from what the picture is: whatever else is encoded, in whatever order and by whom.
+        seeds = [int(tensor_sha256(one)[:15], 16) for one in values] if self.augmentations else []
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [self._encode(values, batch_size, shift_and_scale, generators) for _ in range(self.augmentations)]
 
-    def _encode(self, values: list, batch_size: int, change: Any) -> list[torch.LongTensor]:
-        parts = [torch.stack(values[i : i + batch_size]) for i in range(0, len(values), batch_size)]
-        vq = self.tokenizer
-        codes = torch.cat([vq.encode_codes(change(to_pixels(x)).to(vq.device)).cpu() for x in parts])
-        return list(codes[:, None])
+    def _encode(
+        self, values: list, batch_size: int, change: Any, generators: list[torch.Generator] | None = None
+    ) -> list[torch.LongTensor]:
+        parts, vq = [], self.tokenizer
+        for start in range(0, len(values), batch_size):
+            own = slice(start, start + batch_size)
+            pixels = to_pixels(torch.stack(values[own]))
+            pixels = change(pixels) if generators is None else change(pixels, generators[own])
+            parts.append(vq.encode_codes(pixels.to(vq.device)).cpu())
+        return list(torch.cat(parts)[:, None])
 
 
 class ImageSegment(SegmentProcessor):

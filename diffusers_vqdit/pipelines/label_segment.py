@@ -48,7 +48,7 @@ class LabelReader(ColumnReader):
         super().__init__(dataset, column)
         wanted = names_by_code(names or [])
         known = dict(enumerate(wanted))
-        self.codes, found = encode_labels(dataset[column], column, dataset.features[column], known)
+        self.codes, found = encode_labels(self.values(), column, dataset.features[column], known)
         self.entry = {"names": list(found.values())}
         if known and not more_names and len(found) > len(known):
             unknown = self.entry["names"][len(known) :]

@@ -62,7 +62,8 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         id2label: label number -> name; several names are separated by commas.
         max_sequence_length: tokens of a prompt for a transformers encoder; the rest is cut off, with a warning.
         resize_mode: how the training read pictures of another aspect ratio: ``"crop"`` cut their middle out, ``"pad"``
-            fitted them whole on white. Pictures to repaint are always fitted whole.
+            fitted them whole on white, ``"pad_border"`` on their border's colour; ``"auto"`` did so where they stand
+            on plain ground, else it cropped. Pictures to repaint are always fitted whole.
 
     A pipeline may be used by several threads at once, each call with arguments of its own. ``pipe._interrupt = True``
     ends all the calls that run.

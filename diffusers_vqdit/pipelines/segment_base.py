@@ -5,7 +5,7 @@ segment's codes of a dataset's column; and a line of `MODALITIES`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -127,6 +127,11 @@ class ColumnReader(ABC):
             return dataset.cast_column(self.column, kind(decode=False))
         except Exception as error:  # of Arrow
             raise ValueError(f"column {self.column!r} of {feature} can't be one of {self.feature}: {error}") from error
+
+    def values(self) -> Iterator[Any]:
+        """All values as the dataset has them, some rows at a time: they may be more than fit into memory."""
+        for batch in self.dataset.iter(1000):
+            yield from batch[self.column]
 
     @property
     def vocab_size(self) -> int:

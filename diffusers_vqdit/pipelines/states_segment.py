@@ -12,7 +12,7 @@ from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from ..utils.fingerprints import tensor_sha256
 from ..utils.images import fit_images, read_images
-from ..utils.texts import caption_lists, check_texts, cut_texts
+from ..utils.texts import check_captions, check_texts, cut_texts, texts_of
 from .frozen_encoders import (
     check_sequence_length,
     encode_images_to_states,
@@ -57,14 +57,13 @@ class TextStatesReader(StatesReader):
         super().__init__(dataset, column, tokenizer, beside)
         self.length = check_sequence_length(max_sequence_length, tokenizer, beside)
         self.shape = [self.length]
-        self.lists = caption_lists(dataset[column], column)
-        warning = cut_texts(
-            [text for texts in self.lists for text in texts], beside, self.length, "max_sequence_length"
-        )
+        check_captions(self.values(), column)
+        texts = (text for value in self.values() for text in texts_of(value))
+        warning = cut_texts(texts, beside, self.length, "max_sequence_length")
         self.notes = [f"column {column!r}: {warning}"] if warning else []
 
     def read(self, row: int) -> list[str]:
-        return self.lists[row]
+        return texts_of(self.dataset[row][self.column])
 
     def digest(self, values: list) -> bytes:
         return json.dumps([self.column, values]).encode()
@@ -83,7 +82,7 @@ class TextStatesReader(StatesReader):
 
 
 class ImageStatesReader(StatesReader):
-    """A column of pictures. Takes ``"resize_mode"``."""
+    """A column of pictures. Takes ``"resize_mode"`` and ``"interpolation"``."""
 
     feature = "Image"
 
@@ -95,10 +94,12 @@ class ImageStatesReader(StatesReader):
         beside: Any = None,
         *,
         resize_mode: str = "crop",
+        interpolation: str = "lanczos",
         **options: Any,
     ) -> None:
         super().__init__(dataset, column, tokenizer, beside)
         self.size, self.resize_mode = pixel_size(tokenizer, beside), resize_mode
+        self.interpolation = interpolation
         blank = torch.zeros(1, 3, *self.size)
         self.shape = [encode_images_to_states(tokenizer, beside, blank, tokenizer.device).shape[1]]
 
@@ -107,11 +108,12 @@ class ImageStatesReader(StatesReader):
 
     @property
     def reads(self) -> tuple:
-        return (*super().reads, *self.size, self.resize_mode)
+        return (*super().reads, *self.size, self.resize_mode, self.interpolation)
 
     def read(self, row: int) -> torch.Tensor:
         """uint8 (3, height, width)."""
-        return to_bytes(decode_image(self.dataset[row][self.column], self.size, self.resize_mode))
+        value = self.dataset[row][self.column]
+        return to_bytes(decode_image(value, self.size, self.resize_mode, interpolation=self.interpolation))
 
     def placed(self, row: int) -> str:
         return place(self.dataset[row][self.column], row)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ..models.text_vq import TextVQModel
 from ..utils.checks import shown
 from ..utils.components import find_beside, find_component, has_file
-from ..utils.texts import caption_lists, check_texts, cut_texts, tokenize_to_length
+from ..utils.texts import check_captions, check_texts, cut_texts, texts_of, tokenize_to_length
 from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
@@ -23,18 +24,22 @@ class TextReader(ColumnReader):
 
     def __init__(self, dataset: Any, column: str, tokenizer: Any = None, beside: Any = None, **options: Any) -> None:
         super().__init__(dataset, column, tokenizer, beside)
-        self.lists = caption_lists(dataset[column], column)
+        check_captions(self.values(), column)
         self.notes = self._check_texts()
-        self.has_variants = any(len(texts) > 1 for texts in self.lists)
+        self.has_variants = any(len(texts_of(value)) > 1 for value in self.values())
+
+    def texts(self) -> Iterator[str]:
+        """The texts of all rows."""
+        for value in self.values():
+            yield from texts_of(value)
 
     def _check_texts(self) -> list[str]:
         """Warnings of texts that are cut."""
-        texts = [text for row in self.lists for text in row]
-        warning = cut_texts(texts, self.beside, self.tokenizer.config.max_length)
+        warning = cut_texts(self.texts(), self.beside, self.tokenizer.config.max_length)
         return [warning] if warning else []
 
     def read(self, row: int) -> list[str]:
-        return self.lists[row]
+        return texts_of(self.dataset[row][self.column])
 
     def digest(self, values: list) -> bytes:
         return json.dumps([self.column, values]).encode()

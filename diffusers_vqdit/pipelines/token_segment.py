@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
+from ..utils.texts import in_parts, texts_of
 from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
 from .segment_base import EncodedValue
 from .text_segment import TextReader, TextSegment
@@ -46,21 +47,23 @@ class TokenReader(TextReader):
         super().__init__(dataset, column, tokenizer, beside)
 
     def _check_texts(self) -> list[str]:
-        if several := [row for row, texts in enumerate(self.lists) if len(texts) > 1]:
+        several = (row for row, value in enumerate(self.values()) if len(texts_of(value)) > 1)
+        if (row := next(several, None)) is not None:
             raise ValueError(
-                f"column {self.column!r} has several texts in row {several[0]}: with token ids a row has one text"
+                f"column {self.column!r} has several texts in row {row}: with token ids a row has one text"
             )
-        texts, longest, cut = [text for (text,) in self.lists], 0, 0
-        for start in range(0, len(texts), 1024):
-            counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, texts[start : start + 1024])]
-            longest, cut = max(longest, *counts), cut + sum(count > (self.limit or count) for count in counts)
+        longest = cut = total = 0
+        for part in in_parts(self.texts(), 1024):
+            counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, part)]
+            longest, total = max(longest, *counts), total + len(counts)
+            cut += sum(count > (self.limit or count) for count in counts)
         longest = min(longest, self.limit or longest)
         self.shape = [-(-longest // self.block_length) * self.block_length]
         self.geometry = {"block_length": self.block_length}
         if not cut:
             return []
         return [
-            f"column {self.column!r}: {cut} of {len(texts)} texts have more than max_text_length={self.limit} tokens "
+            f"column {self.column!r}: {cut} of {total} texts have more than max_text_length={self.limit} tokens "
             "with their end, and are cut"
         ]
 

@@ -8,17 +8,24 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from .image_dataset import ImageDataset
 from .latent_loss import AlignmentProjector, patch_features
+from .picture_tensors import encode_pictures
+
+
+FEATURES_FILE = "features.safetensors"  # in a run's folder, of pictures that are not kept in memory
 
 
 @torch.no_grad()
 def cache_features(
-    args: argparse.Namespace, pictures: torch.Tensor, grid: int, device: torch.device
+    args: argparse.Namespace, images: ImageDataset, grid: int, device: torch.device
 ) -> torch.Tensor | None:
     """Features (N, variants, grid^2, F) of ``--alignment_encoder``, float16 on the CPU; None where there is none.
 
+    Those of pictures that are not kept in memory are in a file of the run's folder, which all processes write.
+
     Args:
-        pictures: (N, 3, H, W) uint8.
         grid: positions of a side that the features are brought to.
     """
     if args.alignment_encoder is None:
@@ -26,12 +33,19 @@ def cache_features(
     encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval().to(device)
     encoder = getattr(encoder, "vision_model", encoder)
     processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
-    parts = []
-    for part in tqdm(pictures.split(64), desc="Features"):
-        both = [part, part.flip(-1)][: 2 if args.random_flip else 1]
+
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        both = [pictures, pictures.flip(-1)][: 2 if args.random_flip else 1]
         inputs = [processor(images=list(one), return_tensors="pt").pixel_values.to(device) for one in both]
-        parts.append(torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1))
-    return torch.cat(parts)
+        return torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1)
+
+    if images.pictures is not None:
+        return torch.cat([encode(part) for part in tqdm(images.pictures.split(64), desc="Features")])
+    identity = {name: str(value) for name, value in images.identity().items()}
+    identity |= {"resolution": str(images.resolution), "grid": str(grid), "random_flip": str(args.random_flip)}
+    identity |= {"encoder": model_fingerprint(encoder), "processor": tokenizer_fingerprint(processor)}
+    path, workers = args.output_dir / FEATURES_FILE, args.dataloader_num_workers
+    return encode_pictures(images, encode, path, "features", identity, num_workers=workers).tensor
 
 
 class AlignedTransformer(torch.nn.Module):

@@ -1,8 +1,13 @@
-"""The files of a folder of codes: parquet shards, and an index that says what must be in them."""
+"""The files of a folder of codes: shards, and an index that says what must be in them.
+
+New shards are Arrow files, which are mapped into memory: rows are read from where they lie on disk. Those of older
+versions are parquet files, which are read whole.
+"""
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +26,82 @@ from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
 from .image_folder import first_of
+from .mapped_codes import CodeChunk
 
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "segments.json"
-FILES = ("codes-*.parquet", "states-*.arrow")  # of the shards
+FILES = ("codes-*.arrow", "codes-*.parquet", "states-*.arrow")  # of the shards; parquet is of older versions
+ROWS_TOGETHER = 4096  # of a record batch
 # Beside a segment's codes: several variants a row, for use where it is given and where it is generated.
 SUFFIXES = ("", "_prompts", "_variants")
 
 
-def write_shard(path: Path, columns: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, Any]:
+def code_type(vocab_size: int | None) -> pa.DataType:
+    """The smallest type of Arrow that holds codes in [0, vocab_size)."""
+    if vocab_size is None:
+        return pa.int32()
+    return next((kind for bits, kind in ((8, pa.uint8()), (16, pa.uint16())) if vocab_size <= 2**bits), pa.int32())
+
+
+class ShardWriter:
+    """Writes the rows of a shard as they come, `ROWS_TOGETHER` at once.
+
+    Args:
+        sink: the file.
+        vocab_sizes: by column; their codes take the smallest type that holds them.
+    """
+
+    def __init__(self, sink: pa.OSFile, vocab_sizes: Mapping[str, int]) -> None:
+        self.sink, self.vocab_sizes, self.rows = sink, vocab_sizes, 0
+        self.writer: Any = None
+        self.waiting: dict[str, list[np.ndarray]] = {}
+
+    def write(self, columns: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Some rows of each column, of codes of any shape."""
+        for name, rows in columns.items():
+            kind = code_type(self.vocab_sizes.get(name)).to_pandas_dtype()
+            self.waiting.setdefault(name, []).extend(row.flatten().numpy().astype(kind) for row in rows)
+        self.rows += len(next(iter(columns.values())))
+        while len(next(iter(self.waiting.values()))) >= ROWS_TOGETHER:
+            self._write(ROWS_TOGETHER)
+
+    def _write(self, count: int) -> None:
+        arrays = {}
+        for name, rows in self.waiting.items():
+            offsets = np.cumsum([0, *(len(row) for row in rows[:count])])
+            values = pa.array(np.concatenate(rows[:count]))
+            arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+            self.waiting[name] = rows[count:]
+        batch = pa.record_batch(arrays)
+        if self.writer is None:
+            self.writer = pa.ipc.new_file(self.sink, batch.schema)
+        self.writer.write_batch(batch)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if left := len(next(iter(self.waiting.values()))):
+            self._write(left)
+        self.writer.close()
+
+
+@contextmanager
+def shard_writer(path: Path, vocab_sizes: Mapping[str, int]) -> Iterator[ShardWriter]:
+    """A writer of one or more rows for a ``with`` block, at whose end the file is there."""
+    with replacing_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
+        writer = ShardWriter(sink, vocab_sizes)
+        yield writer
+        writer.close()
+
+
+def write_shard(
+    path: Path, columns: Mapping[str, Sequence[torch.Tensor]], vocab_sizes: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Write each column's rows of codes, of any shape, and return the shard's entry in the index."""
-    arrays = {}
-    for name, rows in columns.items():
-        sizes = [row.numel() for row in rows]
-        values = torch.cat([row.flatten() for row in rows]).to(torch.int32).numpy()
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
-        arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
-    with replacing_file(path) as unfinished:
-        pq.write_table(pa.table(arrays), unfinished)
-    return {"file": path.name, "rows": len(rows), "sha256": file_sha256(path)}
+    with shard_writer(path, vocab_sizes or {}) as writer:
+        writer.write(columns)
+    return {"file": path.name, "rows": writer.rows, "sha256": file_sha256(path)}
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
@@ -111,7 +171,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} was written by an older version: that its files are whole, and of these tokenizers, "
             "can't be checked"
         )
-        return {**index, "fingerprints": {}, "settings": {}, "shards": None}
+        return {**index, "fingerprints": {}, "settings": {}, "shards": None, "source": ""}
     prints, settings, shards = index.get("fingerprints"), index.get("settings"), index.get("shards")
     need(
         isinstance(prints, dict) and all(type(x) is str for x in prints.values()),
@@ -120,6 +180,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         "an object of strings",
     )
     need(isinstance(settings, dict), "settings", settings, "an object")
+    need(isinstance(index.setdefault("source", ""), str), "source", index["source"], "a string")
     need(isinstance(shards, list) and len(shards) > 0, "shards", shards, "a list of one or more shards")
     states = any("channels" in segment for segment in segments.values())
     for shard in shards:
@@ -181,67 +242,87 @@ def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path
     return [folder / shard["file"] for shard in shards]
 
 
-def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
-    """Each column's codes (M, *shape), int16 or int32, and how many variants a row has, (rows,); `segments` are those
-    of codes.
-
-    Rows of a segment with blocks have lengths of their own: its codes are filled up with zeros, and (rows,) are these.
+def read_shard(path: Path, segments: dict[str, dict], rows: int | None) -> dict[str, list[CodeChunk]]:
+    """Each column's codes, checked; `segments` are those of codes.
 
     Raises:
         ValueError: that names the file and the column, if codes are missing, no integers or out of range.
     """
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{str(path)!r} is no parquet file that can be read: {error}") from error
-    if rows is not None:
-        check_integer(f"rows of {str(path)!r}", table.num_rows, rows, rows)
-    if not table.num_rows:
-        raise ValueError(f"{str(path)!r} has no rows")
+    names, batches = _record_batches(path)
     known = {f"{name}{suffix}": name for name in segments for suffix in SUFFIXES}
-    if unknown := sorted(set(table.column_names) - set(known)):
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{str(path)!r} is no file of codes that can be read: it has two columns {twice[0]!r}")
+    if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"{str(path)!r} has the columns {unknown}, which are no segments: it has {sorted(segments)}")
-    if missing := sorted(set(segments) - set(table.column_names)):
+    if missing := sorted(set(segments) - set(names)):
         raise ValueError(f"{str(path)!r} lacks the columns of the segments {missing}")
-    found = {}
-    for column in table.column_names:
-        segment = segments[known[column]]
-        codes, sizes = _read_codes(table[column], f"{str(path)!r}: segment {column!r}", segment["vocab_size"])
-        length = int(np.prod(segment["shape"]))
-        if "block_length" in segment:
-            block = segment["block_length"]
-            if (odd := np.flatnonzero((sizes < block) | (sizes > length) | (sizes % block > 0))).size:
-                raise ValueError(
-                    f"{str(path)!r}: segment {column!r} has {sizes[odd[0]]} codes in row {odd[0]}, not whole blocks "
-                    f"of {block} up to {length}"
-                )
-            padded = codes.new_zeros(len(sizes), length)
-            padded[torch.arange(length) < torch.from_numpy(sizes)[:, None]] = codes
-            found[column] = padded, sizes
-            continue
-        fits = sizes == length if column in segments else (sizes > 0) & (sizes % length == 0)
-        if not fits.all():
-            row = int(np.flatnonzero(~fits)[0])
-            several = "" if column in segments else "a multiple of "
+    found: dict[str, list[CodeChunk]] = {name: [] for name in names}
+    count = 0
+    for batch in batches:
+        for column in names:
+            segment, named = segments[known[column]], f"{str(path)!r}: segment {column!r}"
+            chunk = _check_codes(batch.column(column), named, segment["vocab_size"])
+            _check_sizes(np.diff(chunk.offsets), named, segment, count, several=column not in segments)
+            if path.suffix != ".arrow":  # which is mapped below, and only checked here
+                found[column].append(chunk)
+        count += batch.num_rows
+    if rows is not None:
+        check_integer(f"rows of {str(path)!r}", count, rows, rows)
+    if not count:
+        raise ValueError(f"{str(path)!r} has no rows")
+    if path.suffix != ".arrow":
+        return found
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    every = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    return {
+        name: [CodeChunk(one.column(name).values.to_numpy(), one.column(name).offsets.to_numpy()) for one in every]
+        for name in names
+    }
+
+
+def _record_batches(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    """The columns of a shard, and its record batches, read one at a time where that can be."""
+    try:
+        if path.suffix == ".arrow":
+            reader = pa.ipc.open_file(pa.OSFile(str(path)))
+            return reader.schema.names, map(reader.get_batch, range(reader.num_record_batches))
+        table = pq.read_table(path)
+        return table.column_names, iter(table.to_batches())
+    except (pa.ArrowException, OSError) as error:
+        kind = "Arrow" if path.suffix == ".arrow" else "parquet"
+        raise ValueError(f"{str(path)!r} is no {kind} file that can be read: {error}") from error
+
+
+def _check_sizes(sizes: np.ndarray, named: str, segment: Mapping[str, Any], first: int, *, several: bool) -> None:
+    """Raise a ValueError unless rows have as many codes as a segment's shape says, or `several` times so many."""
+    length = int(np.prod(segment["shape"]))
+    if "block_length" in segment:
+        block = segment["block_length"]
+        if (odd := np.flatnonzero((sizes < block) | (sizes > length) | (sizes % block > 0))).size:
             raise ValueError(
-                f"{str(path)!r}: segment {column!r} has {sizes[row]} codes in row {row}, not {several}{length}"
+                f"{named} has {sizes[odd[0]]} codes in row {first + odd[0]}, not whole blocks of {block} up to "
+                f"{length}"
             )
-        found[column] = (codes.view(-1, *segment["shape"]), sizes // length)
-    return found
+        return
+    fits = (sizes > 0) & (sizes % length == 0) if several else sizes == length
+    if not fits.all():
+        row = int(np.flatnonzero(~fits)[0])
+        multiple = "a multiple of " if several else ""
+        raise ValueError(f"{named} has {sizes[row]} codes in row {first + row}, not {multiple}{length}")
 
 
-def _read_codes(column: pa.ChunkedArray, named: str, vocab_size: int) -> tuple[torch.Tensor, np.ndarray]:
-    """All codes of a column (M,), checked before they are narrowed, and the number in each row."""
+def _check_codes(column: pa.Array, named: str, vocab_size: int) -> CodeChunk:
+    """The codes of a column, after checks, and where each row's begin."""
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_integer(kind.value_type):
         raise ValueError(f"{named} has {kind}; codes must be lists of integers")
-    values = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind.value_type)
+    values = column.flatten()
     if column.null_count or values.null_count:
         raise ValueError(f"{named} has missing codes")
     span = pc.min_max(values).as_py() if len(values) else {"min": 0, "max": 0}
     if span["min"] < 0 or span["max"] >= vocab_size:
         raise ValueError(f"{named} has codes from {span['min']} to {span['max']}; they must be in [0, {vocab_size})")
-    small = np.int16 if vocab_size <= 2**15 else np.int32
-    codes = np.array(values.to_numpy(), dtype=small)  # a copy that may be written to
-    return torch.from_numpy(codes), pc.list_value_length(column).to_numpy().astype(np.int64)
+    sizes = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    codes = values.to_numpy().astype(code_type(vocab_size).to_pandas_dtype())
+    return CodeChunk(codes, np.concatenate([[0], np.cumsum(sizes)]))

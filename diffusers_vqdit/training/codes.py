@@ -1,12 +1,13 @@
 """A dataset of codes on disk: written once by the tokenizers, read by transformer training, which then never runs one.
 
-A folder of codes holds ``codes-00000.parquet``, ``codes-00001.parquet``, ... and ``segments.json``. Each parquet
-column is one segment's codes in row-major order. ``{segment}_prompts`` holds several variants (wordings of a text,
-slightly moved pictures) for use where the segment is given, ``{segment}_variants`` those of a text with several
-captions for use where it is generated, too. ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and
-what it is (``modality``, ``tokenizer`` and options, as the pipeline takes them), the names of the labels, how many
-times smaller ``image_lowres`` is, how the data was read (``settings``), SHA-256 of the data and the tokenizers
-(``fingerprints``) and the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
+A folder of codes holds ``codes-00000.arrow``, ``codes-00001.arrow``, ... (those of older versions ``.parquet``) and
+``segments.json``. Each column is one segment's codes in row-major order, in the smallest type that holds them.
+``{segment}_prompts`` holds several variants (wordings of a text, slightly moved pictures) for use where the segment is
+given, ``{segment}_variants`` those of a text with several captions for use where it is generated, too.
+``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and what it is (``modality``, ``tokenizer`` and
+options, as the pipeline takes them), the names of the labels, how many times smaller ``image_lowres`` is, how the data
+was read (``settings``), SHA-256 of the data and the tokenizers (``fingerprints``) and the shards with theirs.
+[`~training.encoding.encode_dataset`] writes it.
 
 Segments of an encoder's states have ``channels`` in place of ``vocab_size``; their states lie beside each shard's
 codes in ``states-00000.arrow`` ([`~training.state_files`]), and are read row by row.
@@ -23,24 +24,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 
 from ..pipelines.text_segment import encode_texts  # noqa: F401
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
+from .checkpoints import fingerprint
 from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
 from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
+from .mapped_codes import CodeColumn, LoadedCodes
 from .state_files import StatesColumn, read_states
 
 
 class CodeDataset:
-    """The codes of a folder written by [`encode_dataset`], in memory (2 to 4 bytes a code); states stay on disk.
+    """The codes of a folder written by [`encode_dataset`]. They stay on disk, as an encoder's states do, and rows are
+    read when they are asked for; those of parquet files, of older versions, are in memory.
 
     Args:
         folder: the folder.
 
     Attributes:
+        codes, prompts, variants (`Mapping[str, torch.Tensor]`): name -> all codes (N, *shape), int16 or int32, and the
+            variants (N, V, *shape) that there are beside them, those of rows with fewer filled up with zeros. A whole
+            column is read into memory when it is asked for.
         segments (`dict`): name -> ``{"vocab_size", "shape"}``, or ``{"channels", "shape"}`` of an encoder's states.
         states (`dict[str, StatesColumn]`): of the latter.
         entries (`dict`): name -> what the segment is, as [`VQDiTPipeline`] takes it: ``{"modality", "tokenizer"}`` and
@@ -53,6 +59,8 @@ class CodeDataset:
             pictures' aspect ratios, and numbers of blocks of texts.
         fingerprints (`dict[str, str]`): SHA-256 of ``data``, ``image_vq``, ``text_vq``, ``tokenizer`` and of other
             tokenizers, as far as there are any.
+        source (`str`): SHA-256 of all that the codes were made from, by which a folder isn't made twice; empty in
+            those of older versions.
         fingerprint (`str`): SHA-256 of the index, which names those of all shards.
 
     Raises:
@@ -69,6 +77,7 @@ class CodeDataset:
         self.lowres_factor: int | None = index["lowres_factor"]
         self.settings: dict = index["settings"]
         self.fingerprints: dict[str, str] = index["fingerprints"]
+        self.source: str = index["source"]
         self.fingerprint = file_sha256(folder / INDEX_FILE)
         paths = check_shards(folder, index["shards"])
         listed = index["shards"] if index["shards"] is not None else [{} for _ in paths]
@@ -81,40 +90,41 @@ class CodeDataset:
             read_shard(path, self._segments[shard.get("bucket", 0)], shard.get("rows"))
             for path, shard in zip(paths, listed, strict=True)
         ]
+        self._columns: dict[str, CodeColumn] = {}
+        for name in shards[0] | shards[-1]:
+            if not all(name in shard for shard in shards):
+                raise ValueError(f"{str(folder)!r}: some of the shards have a column {name!r} and others don't")
+            self._columns[name] = CodeColumn([chunk for shard in shards for chunk in shard[name]])
         self.buckets: torch.Tensor | None = None
         if count > 1:
-            self.buckets = torch.tensor([shard["bucket"] for shard in listed for _ in range(shard["rows"])])
-            shards = [self._flattened(shard) for shard in shards]
-        columns = {name: [shard[name] for shard in shards if name in shard] for name in shards[0] | shards[-1]}
-        for name, parts in columns.items():
-            if len(parts) < len(shards):
-                raise ValueError(f"{str(folder)!r}: some of the shards have a column {name!r} and others don't")
-        self.codes = {name: torch.cat([codes for codes, _ in columns[name]]) for name in self._segments[0]}
-        # Rows with fewer variants than others are filled up with zeros; `counts` says how many are real.
-        self.prompts: dict[str, torch.Tensor] = {}
-        self.variants: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, torch.Tensor] = {}
-        for suffix, kept in (("_prompts", self.prompts), ("_variants", self.variants)):
-            for name in self.codes:
-                if name + suffix in columns:
-                    kept[name], self._counts[name + suffix] = _padded(columns[name + suffix])
-        blocks = [name for name, segment in self.segments.items() if "block_length" in segment]
-        if blocks:
-            self._sort_by_length({name: np.concatenate([sizes for _, sizes in columns[name]]) for name in blocks})
+            self.buckets = torch.cat([torch.full((shard["rows"],), shard["bucket"]) for shard in listed])
+        self.codes, self.prompts, self.variants = (
+            LoadedCodes([name for name in self._segments[0] if name + suffix in self._columns], self._load, suffix)
+            for suffix in SUFFIXES
+        )
+        if blocks := [name for name, segment in self.segments.items() if "block_length" in segment]:
+            self._sort_by_length({name: self._columns[name].sizes() for name in blocks})
 
     def _sort_by_length(self, lengths: dict[str, np.ndarray]) -> None:
         """Make each bucket several, whose rows have as many codes of each of these segments."""
-        before = np.zeros(len(self), np.int64) if self.buckets is None else self.buckets.numpy()
-        keys, places = np.unique(np.stack([before, *lengths.values()], axis=1), axis=0, return_inverse=True)
+        places = np.zeros(len(self), np.int64) if self.buckets is None else self.buckets.numpy()
+        for sizes in lengths.values():
+            _, firsts, places = np.unique(
+                places * (int(sizes.max()) + 1) + sizes, return_index=True, return_inverse=True
+            )
+        found = [
+            [0 if self.buckets is None else int(self.buckets[row]), *(int(sizes[row]) for sizes in lengths.values())]
+            for row in firsts.tolist()
+        ]
         self._segments = [
             {
                 name: {**segment, "shape": [sizes[name]]} if name in sizes else segment
                 for name, segment in self._segments[bucket].items()
             }
-            for bucket, *found in keys.tolist()
-            for sizes in [dict(zip(lengths, found, strict=True))]
+            for bucket, *counts in found
+            for sizes in [dict(zip(lengths, counts, strict=True))]
         ]
-        self.buckets = torch.from_numpy(places.reshape(-1)) if len(keys) > 1 else None
+        self.buckets = torch.from_numpy(places.reshape(-1)) if len(found) > 1 else None
 
     def _open_states(self, shards: list[dict]) -> dict[str, StatesColumn]:
         channels = {name: one["channels"] for name, one in self.segments.items() if "channels" in one}
@@ -125,22 +135,38 @@ class CodeDataset:
         chunks = {name: [chunk for table in tables for chunk in table[name].chunks] for name in channels}
         return {name: StatesColumn(pa.chunked_array(chunks[name]), channels[name]) for name in channels}
 
-    def _flattened(
-        self, shard: dict[str, tuple[torch.Tensor, np.ndarray]]
-    ) -> dict[str, tuple[torch.Tensor, np.ndarray]]:
-        """A shard whose codes of the segments with buckets lie in rows (M, L) of the length of the longest, for those
-        of all buckets to be one tensor."""
-        found = dict(shard)
-        for column, (codes, sizes) in shard.items():
-            name = next(one for one in self.segments for suffix in SUFFIXES if column == one + suffix)
-            if "buckets" in self.entries.get(name, {}):
-                longest = max(int(np.prod(segments[name]["shape"])) for segments in self._segments)
-                codes = codes.flatten(1)
-                found[column] = F.pad(codes, (0, longest - codes.shape[1])), sizes
-        return found
+    def _load(self, name: str, suffix: str) -> torch.Tensor:
+        """A segment's column, for all rows: (N, *shape) or (N, V, *shape). The codes of one with buckets are flat, and
+        filled up to the length of the longest."""
+        column, shape = self._columns[name + suffix], self.segments[name]["shape"]
+        bucketed = "buckets" in self.entries.get(name, {})
+        width = math.prod(shape)
+        if bucketed:
+            width = max(math.prod(segments[name]["shape"]) for segments in self._segments)
+        sizes, lengths = column.sizes(), np.full(len(self), width)
+        if self.buckets is not None:
+            lengths = np.array([math.prod(segments[name]["shape"]) for segments in self._segments])[self.buckets]
+        counts = sizes // lengths
+        kind = torch.int16 if self.segments[name]["vocab_size"] <= 2**15 else torch.int32
+        codes = torch.zeros(len(self), int(counts.max()), width, dtype=kind)
+        for count, length in np.unique(np.stack([counts, lengths]), axis=1).T.tolist():
+            rows = np.flatnonzero((counts == count) & (lengths == length))
+            read = torch.from_numpy(column.read(rows, np.zeros_like(rows), count * length))
+            codes[torch.from_numpy(rows), :count, :length] = read.view(-1, count, length).to(kind)
+        codes = codes if bucketed else codes.unflatten(-1, shape)
+        return codes if suffix else codes[:, 0]
 
     def __len__(self) -> int:
-        return len(next(iter(self.codes.values())))
+        return len(next(iter(self._columns.values())))
+
+    def identity(self) -> dict[str, str]:
+        """What tells the data from others, for the identity of a run."""
+        if "data" not in self.fingerprints:
+            return {"training data": fingerprint([dict(self.codes), dict(self.prompts), dict(self.variants)])}
+        # Encoded again on a GPU, the same data may give some other codes. Older versions had another digest of them.
+        return {
+            "encoded data" if self.source else "training data": fingerprint([self.fingerprints["data"], self.settings])
+        }
 
     def check_tokenizers(
         self, image_vq=None, text_vq=None, tokenizer=None, segment_tokenizers=None, **encoders
@@ -181,17 +207,13 @@ class CodeDataset:
                 raise ValueError(f"task {str(task)!r}: the data has no segment {name!r}, only {sorted(self.segments)}")
 
         def drawn(name: str, suffixes: tuple[str, ...]) -> torch.Tensor:
-            for suffix in suffixes:
-                variants = (self.prompts if suffix == "_prompts" else self.variants).get(name)
-                if variants is not None:
-                    counts = self._counts[name + suffix][rows]
-                    choice = (uniform(rows.shape, generator, rows.device) * counts).long()
-                    return shaped(name, variants[rows, choice])
-            return shaped(name, self.codes[name][rows])
-
-        def shaped(name: str, codes: torch.Tensor) -> torch.Tensor:
-            shape = segments[name]["shape"]
-            return codes.flatten(1)[:, : math.prod(shape)].view(-1, *shape).long()
+            shape, own = segments[name]["shape"], rows.numpy()
+            suffix = next((suffix for suffix in suffixes if name + suffix in self._columns), "")
+            column, length, choice = self._columns[name + suffix], math.prod(shape), np.zeros(len(own), np.int64)
+            if suffix:
+                counts = torch.from_numpy(column.sizes(own) // length)
+                choice = (uniform(rows.shape, generator, rows.device) * counts).long().numpy()
+            return torch.from_numpy(column.read(own, choice * length, length)).view(-1, *shape)
 
         if states := sorted(set(self.states) & set(task.generated)):
             raise ValueError(f"task {str(task)!r} generates {states}: states of an encoder are given, never generated")
@@ -202,15 +224,3 @@ class CodeDataset:
             for name in task.given
         }
         return given, {name: drawn(name, ("_variants",)) for name in task.generated}
-
-
-def _padded(parts: list[tuple[torch.Tensor, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variants (N, V, *shape) of shards' codes (M, *shape), and their counts (N,)."""
-    counts = torch.cat([torch.from_numpy(sizes) for _, sizes in parts])
-    codes = torch.cat([codes for codes, _ in parts])
-    most = int(counts.max())
-    if bool((counts == most).all()):
-        return codes.unflatten(0, (-1, most)), counts
-    padded = codes.new_zeros(len(counts), most, *codes.shape[1:])
-    padded[torch.arange(most) < counts[:, None]] = codes
-    return padded, counts

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
+from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, kinds_of_tables, picture_folder, with_paths
 
 
 logger = logging.getLogger(__name__)
 
+# Else each file is read whole before its first rows are there.
+_PARQUET: dict[str, Any] = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)}
 MAX_NAMED = 20  # skipped pictures that are named one by one
 
 
@@ -34,10 +38,14 @@ def load_splits(
     columns: Iterable[str] = (),
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
+    streaming: bool = False,
 ) -> dict:
     """All splits of a source, each a `datasets.Dataset`; the arguments are those of [`load_training_dataset`].
 
     Where the data comes as one table with a ``split`` column, its values are the splits.
+
+    Args:
+        streaming: read nothing before it is asked for: each split is a `datasets.IterableDataset`.
     """
     from datasets import load_dataset
 
@@ -46,7 +54,11 @@ def load_splits(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
-    own = None if output_dir is None else Path(output_dir)
+    if streaming and (
+        dataset_name is None or (Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)))
+    ):
+        raise ValueError("streaming needs dataset_name: a dataset of the Hub, or files of tables or tars")
+    own, folder = None if output_dir is None else Path(output_dir), None
     if dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
@@ -54,21 +66,30 @@ def load_splits(
         table = read_image_folder(train_data_dir, columns, own)
     elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
         table = read_image_folder(dataset_name, columns, own)
-    elif dataset_name.lower().endswith(".parquet") and not Path(dataset_name).is_dir():
-        if not Path(dataset_name).is_file():
-            raise ValueError(f"dataset_name={dataset_name!r}: there is no such file")
-        features = check_parquet(dataset_name, columns)
-        file = glob.escape(_without_magic(dataset_name, cache_dir))
-        with _loading(dataset_name, "is no parquet file that can be read"):
-            table = load_dataset(
-                "parquet", data_files=file, cache_dir=cache_dir, features=features, columns=features and list(features)
-            )
+    elif files := find_table_files(dataset_name):
+        kind = Path(files[0]).suffix.lower()
+        features = check_parquet(files[0], columns) if kind == ".parquet" else None
+        options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
+        options |= {} if features is None else {"features": features, "columns": list(features)}
+        options |= _PARQUET if kind == ".parquet" else {}
+        paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
+        with _loading(dataset_name, f"is no {kind} file that can be read"):
+            table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, **options)
+        folder = picture_folder(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
         with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
-            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir)
+            options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
+            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir, streaming=streaming, **options)
 
+    splits = Splits(table if streaming else _by_column(table))
+    splits.folder = folder
+    return splits
+
+
+def _by_column(table: dict) -> dict:
+    """The splits of one table with a column ``split``, or those that there are already."""
     everything = next(iter(table.values()))
     if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
@@ -95,11 +116,13 @@ def load_training_dataset(
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
 ):
-    """Load a `datasets.Dataset` from a Hub name, a local parquet file, or a folder of pictures.
+    """Load a `datasets.Dataset` from a Hub name, local files of tables, or a folder of pictures.
 
     Args:
-        dataset_name: a Hub dataset, a folder that `datasets` can load or one of pictures, or the path of a
-            ``.parquet`` file.
+        dataset_name: a Hub dataset; a folder of pictures, or one that `datasets` can load, of parquet files or of
+            webdataset's tars; the path of a ``.parquet``, ``.arrow``, ``.tar``, ``.csv``, ``.json`` or ``.jsonl``
+            file, or a pattern of several, such as ``data/*.tar``. Paths of pictures in the last three are relative to
+            their folder.
         dataset_config_name: the dataset's configuration, if it has several.
         train_data_dir: a folder of pictures, with metadata or class folders for captions and labels
             ([`~training.image_folder.read_image_folder`]).
@@ -146,6 +169,8 @@ def take_split(
         if column not in dataset.column_names:
             raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
     for column in image_columns:
+        if (folder := getattr(splits, "folder", None)) is not None:
+            dataset = with_paths(dataset, column, folder)
         dataset = as_picture_column(dataset, column)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
@@ -250,7 +275,7 @@ def _without_magic(source: str, cache_dir: str | None) -> str:
 
 
 def decode_images(
-    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop"
+    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop", interpolation: str = "lanczos"
 ) -> tuple[torch.Tensor, list[int]]:
     """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
 
@@ -258,7 +283,7 @@ def decode_images(
         dataset: with an undecoded picture column.
         image_column: the column's name.
         resolution: side of the pictures in pixels.
-        resize_mode: ``"crop"`` or ``"pad"``, as in [`decode_image`].
+        resize_mode, interpolation: as in [`decode_image`].
 
     Returns:
         a uint8 tensor (N, 3, resolution, resolution) and the row numbers it holds.
@@ -266,50 +291,36 @@ def decode_images(
     Raises:
         ValueError: if no picture could be read.
     """
-    pictures, rows = decode_rows(dataset, range(len(dataset)), image_column, resolution, resize_mode)
+    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+
+    def read(row: int) -> torch.Tensor:
+        value = column[row][image_column]
+        return to_bytes(decode_image(value, resolution, resize_mode, interpolation=interpolation))
+
+    pictures, rows, problems = try_rows(read, lambda row: place(column[row][image_column], row), range(len(dataset)))
+    for problem in problems[:MAX_NAMED]:
+        logger.warning(f"skipped picture {problem}")
     if not rows:
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
     if len(rows) < len(dataset):
         logger.warning(f"skipped {len(dataset) - len(rows)} of {len(dataset)} pictures that could not be read")
-    return pictures, rows
+    return torch.stack(pictures), rows
 
 
-def decode_rows(
-    dataset, rows: Iterable[int], image_column: str, resolution: int, resize_mode: str, skipped: int = 0
-) -> tuple[torch.Tensor, list[int]]:
-    """The part of [`decode_images`] that decodes: some rows, after `skipped` others that could not be read."""
-    column = dataset.select_columns(image_column)  # the others need not be read, or decoded
-
-    def read(row: int) -> torch.Tensor:
-        picture = decode_image(column[row][image_column], resolution, resize_mode=resize_mode)
-        return to_bytes(picture)
-
-    pictures, kept = read_rows(read, lambda row: place(column[row][image_column], row), rows, "picture", skipped)
-    return torch.stack(pictures) if pictures else torch.empty(0, 3, resolution, resolution, dtype=torch.uint8), kept
-
-
-def read_rows(
-    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int], noun: str, skipped: int = 0
-) -> tuple[list, list[int]]:
-    """What `read` gives for each row, and these rows, without those where it raises: they are named, the first of all.
-
-    Args:
-        placed: says where a row's value is, for the warning.
-        noun: what it is.
-        skipped: how many were left out before.
-    """
-    values, kept = [], []
+def try_rows(
+    read: Callable[[int], Any], placed: Callable[[int], str], rows: Iterable[int]
+) -> tuple[list, list[int], list[str]]:
+    """What `read` gives for each row, these rows, and where and why it raised for the others."""
+    values, kept, problems = [], [], []
     for row in rows:
         try:
             value = read(row)
         except Exception as error:  # whatever a value raises: it is one of many
-            if skipped < MAX_NAMED:
-                logger.warning(f"skipped {noun} {_placed(placed, row)}: {type(error).__name__}: {error}")
-            skipped += 1
+            problems.append(f"{_placed(placed, row)}: {type(error).__name__}: {error}")
             continue
         values.append(value)
         kept.append(row)
-    return values, kept
+    return values, kept, problems
 
 
 def _placed(placed: Callable[[int], str], row: int) -> str:

@@ -1,32 +1,34 @@
 """From a dataset to a folder of codes: each segment's column is read and encoded by its modality's class."""
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
-from ..pipelines.segment_base import ENCODERS, LABEL, ColumnReader, SegmentColumn, bucket_shape
-from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
+from ..pipelines.segment_base import ENCODERS, LABEL, SegmentColumn
 from ..utils.buckets import check_buckets
-from ..utils.checks import check_integer
-from ..utils.fingerprints import file_sha256, model_fingerprint, tokenizer_fingerprint
+from ..utils.checks import check_choice, check_integer
+from ..utils.distributed import from_main_process, process_rank, wait_for_processes
+from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from ..utils.fitting import INTERPOLATION_MODES, RESIZE_MODES
 from ..utils.weight_files import move_into_place
-from .code_files import FILES, INDEX_FILE, write_index, write_shard
-from .data import read_rows
+from .code_files import FILES, INDEX_FILE, check_shards, read_index, write_index
+from .dataset_encoder import DatasetEncoder
 from .files import scratch_folder
+from .parts import make_parts
 from .segment_columns import columns_of_flags, name_tokenizers
-from .state_files import StateRows, write_states
 
 
 logger = logging.getLogger(__name__)
+
+PARTS_FOLDER = ".unfinished-codes"  # in the folder of codes, until all are there
 
 
 @torch.no_grad()
@@ -58,9 +60,15 @@ def encode_dataset(
     max_text_length: int | None = None,
     batch_size: int = 64,
     shard_size: int = 100_000,
+    image_interpolation_mode: str = "lanczos",
+    dataloader_num_workers: int = 0,
 ) -> Path:
     """Encode a `datasets.Dataset` into a folder of codes; rows with a picture that can't be read are left out with a
     warning.
+
+    Where there are several processes, all must call it, and each encodes its own shards. What was encoded before a run
+    was killed is taken by the next one of the same data, tokenizers and options, and a folder that these have written
+    already is left as it is; it is known by the data's values, and the names, sizes and times of its files.
 
     Args:
         dataset: rows with undecoded image columns, as [`~training.data.load_training_dataset`] gives them.
@@ -89,14 +97,17 @@ def encode_dataset(
             ([`~utils.images.shift_and_scale`]), are used beside it where the picture is given.
         lowres_factor: adds the segment ``image_lowres``: the picture so many times smaller, resized to full size
             again by bicubic interpolation before it is encoded.
-        resize_mode: how a picture becomes square, or of its bucket's aspect ratio: ``"crop"`` or ``"pad"``.
+        resize_mode: how a picture becomes square, or of its bucket's aspect ratio: ``"crop"``, ``"pad"``,
+            ``"pad_border"`` or ``"auto"``, see [`~utils.fitting.resize_image`].
         aspect_ratio_buckets: (height, width) in pixels, in place of `resolution`: all pictures of a row are made to
             the one that is nearest in aspect ratio to the first of the picture columns. The first bucket's grid is
             the segments' ``"shape"``.
         block_length: token ids a block, see [`VQDiTTransformer2DModel`]; each text's end fills its last block.
         max_text_length: token ids of a text at most; longer ones are cut, with a warning that counts them.
         batch_size: pictures or texts that are encoded at once.
-        shard_size: rows of a parquet file.
+        shard_size: rows of a shard, of which a process encodes one after the other.
+        image_interpolation_mode: how pictures are resized, see [`~utils.fitting.resize_image`].
+        dataloader_num_workers: processes that read and decode ahead of time; 0: this one does.
 
     Returns:
         `output_dir`.
@@ -105,7 +116,9 @@ def encode_dataset(
         ValueError: if there is no column to encode, a tokenizer is missing, a caption is empty or a label unknown,
             a bucket is not of whole codes, or no row can be read.
     """
-    options: dict[str, Any] = {"resize_mode": resize_mode, "augmentations": image_augmentations}
+    options: dict[str, Any] = {"resize_mode": check_choice("resize_mode", resize_mode, RESIZE_MODES)}
+    options["interpolation"] = check_choice("image_interpolation_mode", image_interpolation_mode, INTERPOLATION_MODES)
+    options["augmentations"] = image_augmentations
     options |= {"block_length": check_integer("block_length", block_length, 1), "max_text_length": max_text_length}
     options["max_sequence_length"] = max_sequence_length
     if aspect_ratio_buckets is not None:
@@ -131,203 +144,64 @@ def encode_dataset(
     named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
     named |= dict(zip(ENCODERS, (text_encoder, tokenizer_2, image_encoder, feature_extractor), strict=True))
     columns, tokenizers = name_tokenizers(columns, named)
-    encoder = _Encoder(dataset, columns, batch_size, **options)
+    workers = check_integer("dataloader_num_workers", dataloader_num_workers, 0)
+    encoder = DatasetEncoder(dataset, columns, batch_size, shard_size, workers, **options)
     if aspect_ratio_buckets is not None and encoder.grouping is None:
         raise ValueError("aspect_ratio_buckets needs a column of pictures")
-    for note in encoder.notes:
-        logger.warning(note)
+    if process_rank()[0] == 0:
+        for note in encoder.notes:
+            logger.warning(note)
 
+    prints, folder = tokenizer_fingerprints(tokenizers), Path(output_dir)
+    source = encoder.source([prints, lowres_factor, options])
+    if from_main_process(process_rank()[0] == 0 and _is_made(folder, source)):
+        logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
+        if process_rank()[0] == 0:  # of a run that was killed at its very end
+            shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
+        return folder
+    unfinished = folder / PARTS_FOLDER
+    parts = make_parts(unfinished, source, encoder.num_shards, partial(encoder.make_shards, unfinished))
+    if process_rank()[0] == 0:
+        encoder.tell(parts)
+        digest = sum(int(part["digest"], 16) for part in parts) % 2**256
+        index = {
+            "labels": list(encoder.entries().get(LABEL, {}).get("names", {}).values()),
+            "lowres_factor": lowres_factor,
+            "settings": encoder.settings,
+            "fingerprints": {"data": f"{digest:064x}", **prints},
+            "source": source,
+        }
+        _put_together(folder, parts, encoder, index)
+    wait_for_processes()
+    return folder
+
+
+def _is_made(folder: Path, source: str) -> bool:
+    """Whether a folder has the whole codes of a source."""
+    try:
+        index = read_index(folder)
+        return index["source"] == source and bool(check_shards(folder, index["shards"]))
+    except ValueError:
+        return False
+
+
+def _put_together(folder: Path, parts: list[dict[str, Any]], encoder: DatasetEncoder, index: dict[str, Any]) -> None:
+    """Move the shards of all parts into the folder of codes, in order, with their index."""
+    geometry, entries = encoder.geometry(), encoder.entries()
     shards: list[dict[str, Any]] = []
-    skipped = 0
-    starts = range(0, len(dataset), shard_size)
-    with scratch_folder(Path(output_dir)) as scratch:
-        for start in tqdm(starts, desc="Encoding", disable=len(starts) < 2):
-            for said, rows in encoder.groups(range(start, min(start + shard_size, len(dataset)))):
-                values, kept = encoder.read(rows, skipped)
-                skipped += len(rows) - len(kept)
-                if kept:
-                    shards.append({**encoder.write(scratch, len(shards), values), **said})
-        if not shards:
-            raise ValueError(
-                f"column {encoder.skipping.column!r}: none of the {len(dataset)} {encoder.noun}s could be read"
-            )
-        if skipped:
-            logger.warning(f"skipped {skipped} of {len(dataset)} {encoder.noun}s that could not be read")
-        for bucket, size in enumerate(options.get("buckets", [])):
-            count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)
-            logger.log(logging.INFO if count else logging.WARNING, f"bucket {size}: {count} rows")
-        geometry, entries = encoder.geometry(), encoder.entries()
-        write_index(
-            scratch,
-            {
-                "segments": {name: {**one, **entries[name]} for name, one in geometry.items()},
-                "labels": list(entries.get(LABEL, {}).get("names", {}).values()),
-                "lowres_factor": lowres_factor,
-                "settings": encoder.settings,
-                "fingerprints": {"data": encoder.digest.hexdigest(), **tokenizer_fingerprints(tokenizers)},
-                "shards": shards,
-            },
-        )
-        _remove_codes(Path(output_dir))
-        move_into_place(scratch, Path(output_dir))
-    return Path(output_dir)
-
-
-class _Encoder:
-    """All columns of a dataset, to be read and encoded shard by shard.
-
-    Args:
-        dataset: a `datasets.Dataset`.
-        columns: by segment, from [`~training.segment_columns.name_tokenizers`].
-        batch_size: values that are encoded at once.
-        options: of all readers.
-    """
-
-    def __init__(self, dataset, columns: Mapping[str, SegmentColumn], batch_size: int, **options: Any) -> None:
-        self.columns, self.batch_size, self.digest = columns, batch_size, hashlib.sha256()
-        self.readers: dict[str, ColumnReader] = {}  # each once, whatever segments it serves
-        self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
-        self.shapes: dict[str, list[int]] = {}
-        for name, column in columns.items():
-            kind, own = kind_of(column.modality, column.tokenizer_name), {**options, **column.options}
-            self.of[name] = []
-            for title in (column.column, *(column.prompt_columns or ())):
-                if title not in dataset.column_names:
-                    raise ValueError(f"column {title!r} is not in the data: it has {dataset.column_names}")
-                key = json.dumps([column.modality, title, column.tokenizer_name, own], sort_keys=True)
-                if key not in self.readers:
-                    self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
-                self.of[name].append(self.readers[key])
-            if self.of[name][0].geometry and column.prompt_columns:
-                raise ValueError(f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings")
-            if (shape := self.of[name][0].shape) is not None:
-                self.shapes[name] = shape
-        self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]
-        if len(self.states) == len(self.of):
-            raise ValueError(f"segments={self.states} are states of encoders, which are only given: add one of codes")
-        self.grouping = next((reader for reader in self.readers.values() if reader.num_groups), None)
-        self.notes = [note for reader in self.readers.values() for note in reader.notes]
-        self.settings: dict[str, Any] = {}
-        for reader in reversed(self.readers.values()):  # the first overrules
-            self.settings |= reader.settings
-        # The first whose values are files, and may be broken.
-        readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
-        first = min(readers, key=lambda one: one[0])[1]
-        self.skipping, self.noun = self.of[first][0], MODALITIES[columns[first].modality].noun
-
-    def groups(self, rows: Sequence[int]) -> Iterator[tuple[dict[str, int], list[int]]]:
-        """The rows of each group, to be read and encoded before the next, and what the index says of their shard."""
-        grouping = self.grouping
-        if grouping is None:
-            yield {}, list(rows)
-            return
-        found = [grouping.group_of(row) for row in rows]
-        for group in range(grouping.num_groups):
-            for reader in self.readers.values():
-                reader.group = group
-            if members := [row for row, one in zip(rows, found, strict=True) if one == group]:
-                yield {"bucket": group}, members
-
-    def read(self, rows: list[int], skipped: int) -> tuple[dict[tuple, list], list[int]]:
-        """The values of rows, by what is read, and the rows without those that can't be."""
-        found: dict[tuple, dict[int, Any]] = {}
-        for reader in self.readers.values():
-            if reader.reads not in found:
-                count = len(rows)
-                values, rows = read_rows(reader.read, reader.placed, rows, self.noun, skipped)
-                self.skipping = reader if len(rows) < count else self.skipping
-                found[reader.reads] = dict(zip(rows, values, strict=True))
-        whole = {key: [values[row] for row in rows] for key, values in found.items()}
-        if rows:
-            for reader in self.readers.values():
-                if reader.reads in found:
-                    self.digest.update(reader.digest(whole[reader.reads]))
-                    del found[reader.reads]
-        return whole, rows
-
-    def write(self, folder: Path, index: int, values: dict[tuple, list]) -> dict[str, Any]:
-        """Write a shard's codes and states, and return its entry in the index."""
-        entry = write_shard(folder / f"codes-{index:05d}.parquet", self.encode(values))
-        if self.states:
-            path = folder / f"states-{index:05d}.arrow"
-            write_states(path, self.states, self.encode_states(values))
-            entry["states"] = {"file": path.name, "sha256": file_sha256(path)}
-        return entry
-
-    def encode_states(self, values: dict[tuple, list]) -> Iterator[dict[str, StateRows]]:
-        """The states of a shard's values, some rows at a time: all would not fit into memory."""
-
-        def encoded(reader: ColumnReader, rows: slice) -> list[list[torch.Tensor]]:
-            return reader.encode(values[reader.reads][rows], self.batch_size)
-
-        count = len(next(iter(values.values())))
-        for start in range(0, count, self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield {
-                name: [
-                    [states for variants in row for states in variants]
-                    for row in zip(*(encoded(one, part) for one in self.of[name]), strict=True)
-                ]
-                for name in self.states
-            }
-
-    def encode(self, values: dict[tuple, list]) -> dict[str, list[torch.Tensor]]:
-        """Columns of codes of a shard's values."""
-        done: dict[int, list[torch.Tensor]] = {}
-
-        def encoded(reader: ColumnReader) -> list[torch.Tensor]:
-            if id(reader) not in done:
-                done[id(reader)] = reader.encode(values[reader.reads], self.batch_size)
-            return done[id(reader)]
-
-        shard: dict[str, list[torch.Tensor]] = {}
-        wordings: dict[str, list[torch.Tensor]] = {}
-        modality = None
-        for name, column in self.columns.items():
-            if name in self.states:
-                continue
-            if column.modality != modality:
-                # After all segments of a modality, where they have always stood.
-                shard, wordings, modality = {**shard, **wordings}, {}, column.modality
-            reader, *more = self.of[name]
-            own, moved = encoded(reader), reader.moved(values[reader.reads], self.batch_size)
-            shard[name] = [codes[0] for codes in own]
-            self.shapes.setdefault(name, bucket_shape(shard[name][0].shape, reader.entry, 0))
-            if reader.has_variants:
-                shard[f"{name}_variants"] = own
-            if (column.prompt_columns is not None and not reader.geometry) or moved:
-                given = [torch.cat(one) for one in zip(own, *map(encoded, more), *moved, strict=True)]
-                (shard if column.prompt_columns is None else wordings)[f"{name}_prompts"] = given
-        return {**shard, **wordings}
-
-    def geometry(self) -> dict[str, dict[str, Any]]:
-        """Vocabulary size, or channels, and shape of each segment, and the patch of residual codes, which share a
-        position. Segments of one tokenizer and one shape share their embeddings."""
-        found: dict[str, dict[str, Any]] = {}
-        first: dict[tuple, str] = {}
-        for name, shape in self.shapes.items():
-            reader = self.of[name][0]
-            size = {"channels": reader.state_channels} if name in self.states else {"vocab_size": reader.vocab_size}
-            found[name] = {**size, "shape": shape, **reader.geometry}
-        for name, column in self.columns.items():
-            if name in self.states:
-                continue
-            shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
-            if column.tokenizer_name is not None:
-                alike = shape if "block_length" not in found[name] else ()  # its places count from the start
-                other = first.setdefault((column.modality, column.tokenizer_name, *alike), name)
-                found[name] |= {"shared_with": other} if other != name else {}
-            if column.tokenizer_name is not None and len(shape) > ndim and "shared_with" not in found[name]:
-                found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
-        return found
-
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """What each segment is, as a pipeline's config has it."""
-        entries = {}
-        for name, column in self.columns.items():
-            named = {} if column.tokenizer_name is None else {"tokenizer": column.tokenizer_name}
-            entries[name] = {"modality": column.modality, **self.of[name][0].entry, **named}
-        return check_segment_entries(entries, self.geometry())
+    with scratch_folder(folder) as scratch:
+        for shard in (shard for part in parts for shard in part["shards"]):
+            for file in (shard, *([shard["states"]] if "states" in shard else [])):
+                kind = Path(file["file"])
+                name = f"{kind.name.partition('-')[0]}-{len(shards):05d}{kind.suffix}"
+                (folder / PARTS_FOLDER / file["file"]).rename(scratch / name)
+                file["file"] = name
+            shards.append(shard)
+        segments = {name: {**one, **entries[name]} for name, one in geometry.items()}
+        write_index(scratch, {"segments": segments, **index, "shards": shards})
+        _remove_codes(folder)
+        move_into_place(scratch, folder)
+    shutil.rmtree(folder / PARTS_FOLDER)
 
 
 def tokenizer_fingerprints(tokenizers: Mapping[str, Any]) -> dict[str, str]:

@@ -4,14 +4,17 @@ import argparse
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
+from ..utils.distributed import from_main_process, process_rank
 from .caption_states import CaptionStates, cache_captions
+from .checkpoints import fingerprint
 from .columns import caption_lists, draw_captions, encode_labels, warn_of_cut
-from .data import decode_images, load_training_dataset
+from .data import load_training_dataset
+from .image_dataset import ImageDataset
 from .latent_loss import drawn_to_drop
+from .picture_tensors import PictureTensors
 
 
 STATES_FILE = "caption_states.arrow"  # in a run's folder
@@ -19,8 +22,8 @@ STATES_FILE = "caption_states.arrow"  # in a run's folder
 
 def load_data(
     args: argparse.Namespace, parts: dict[str, Any]
-) -> tuple[torch.Tensor, dict[str, list[list[str]]], torch.Tensor | None, dict[int, str]]:
-    """What is trained on: pictures (N, 3, H, W) uint8, their captions by column, labels (N,), the labels' names."""
+) -> tuple[ImageDataset, dict[str, list[list[str]]], torch.Tensor | None, dict[int, str]]:
+    """What is trained on: pictures; by row of the data their captions by column, and labels; the labels' names."""
     if args.caption_columns and parts["text_encoder"] is None:
         raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
     dataset = load_training_dataset(
@@ -49,23 +52,43 @@ def load_data(
         known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
         feature, values = dataset.features[args.label_column], dataset[args.label_column]
         labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
-    pictures, rows = decode_images(dataset, args.image_column, resolution, resize_mode=parts["resize_mode"])
+    options = {"resize_mode": parts["resize_mode"], "interpolation": args.image_interpolation_mode}
+    return ImageDataset(dataset, args.image_column, resolution, **options), captions, labels, id2label
+
+
+def take_rows(
+    rows: Any, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
+) -> tuple[dict[str, list[list[str]]], torch.Tensor | None]:
+    """The captions and labels of some rows (N,) of the data."""
     captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
-    return pictures, captions, labels[rows] if labels is not None else None, id2label
+    return captions, labels[torch.as_tensor(rows)] if labels is not None else None
 
 
-def normalized_latents(vae: torch.nn.Module, latents: torch.Tensor, *, measure: bool) -> torch.Tensor:
-    """Latents (N, variants, C, h, w), normalised by the statistics in the VQ's config.
+def data_identity(
+    images: ImageDataset, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
+) -> dict[str, str]:
+    """What tells the data from others, for the identity of a run."""
+    if images.pictures is not None:
+        return {"training data": fingerprint(images.pictures, captions, labels)}
+    return {**images.identity(), "captions and labels": fingerprint(captions, labels)}
+
+
+def settle_statistics(
+    vae: torch.nn.Module, latents: PictureTensors, *, measure: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of latents (N, variants, C, h, w) as the VQ's config has them, on the CPU.
 
     Args:
         measure: take the latents' own statistics, and note them in the config, where it has none.
     """
     if measure and vae.config.latents_mean is None:
         # Those of one process, as the others may have encoded a little differently.
-        mean, std = broadcast_object_list(list(measure_latents(latents.flatten(0, 1).split(1024))))
+        chunks = (chunk.flatten(0, 1) for chunk in latents.chunks())
+        measured = measure_latents(chunks) if process_rank()[0] == 0 else None
+        mean, std = from_main_process(measured)
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
     mean, deviation = (value.cpu() for value in latent_statistics(vae))
-    return (latents - mean) / deviation
+    return mean, deviation
 
 
 def encode_captions_of(

@@ -1,12 +1,11 @@
 """A file of latents for the next run, which says what they were made from."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import PartialState
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -15,6 +14,11 @@ from ..utils.fingerprints import model_fingerprint, tensor_sha256
 from ..utils.weight_files import replacing_file
 from .data import to_pixels
 from .files import check_output_file
+from .image_dataset import ImageDataset
+from .picture_tensors import PictureTensors, check_tensor_file, encode_pictures, map_tensor, opened_tensors
+
+
+LATENTS_FILE = "latents.safetensors"  # in a run's folder, of pictures that are not kept in memory
 
 
 def latents_identity(vae: torch.nn.Module, pictures: torch.Tensor, random_flip: bool) -> dict[str, str]:
@@ -41,68 +45,53 @@ def check_latents_file(path: Path) -> None:
         ValueError: that says what is wrong with it.
     """
     if path.is_file():
-        with _opened(path) as file:
+        with opened_tensors(path, "latents_file") as file:
             file.get_slice("latents")
     else:
         check_output_file("latents_file", path)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"latents_file={str(path)!r} is damaged, or no file of latents ({error}); delete it or name another"
-        ) from error
-
-
 def load_latents(path: Path, identity: dict[str, str]) -> torch.Tensor:
-    """The latents that [`save_latents`] wrote.
+    """The latents that [`save_latents`] wrote, mapped into memory.
 
     Raises:
         ValueError: if the file is damaged, or its latents are of other data or another tokenizer; it names which.
     """
-    named = f"latents_file={str(path)!r}"
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        latents = file.get_tensor("latents")
-    if "latents" not in metadata:
-        raise ValueError(
-            f"{named} is from an older version, and doesn't say what it was made from; delete it or name another"
-        )
-    # Another resolution makes other pictures; the reason is named alone.
-    differing = [name for name in identity if metadata.get(name) != identity[name]]
-    if "resolution" in differing:
-        differing = [name for name in differing if name != "pictures"]
-    if differing:
-        raise ValueError(f"{named} was made with other {' and '.join(differing)}; delete it or name another")
-    if metadata["latents"] != tensor_sha256(latents):
-        raise ValueError(f"{named} is damaged: its latents' SHA-256 is not the one in it; delete it or name another")
-    return latents
+    check_tensor_file(path, "latents", identity, "latents_file")
+    return map_tensor(path, "latents")
 
 
 @torch.no_grad()
 def cache_latents(
-    vae: torch.nn.Module, pictures: torch.Tensor, path: Path | None, *, random_flip: bool, device: torch.device
-) -> torch.Tensor:
-    """Raw latents (N, variants, C, h, w) on the CPU, float32, read from a file if it is there.
+    args: argparse.Namespace, vae: torch.nn.Module, images: ImageDataset, device: torch.device
+) -> PictureTensors:
+    """Raw latents (N, variants, C, h, w) on the CPU, float32, of a run's pictures; with ``--random_flip`` each one's
+    mirror image is a second variant. All processes must call it.
 
-    Args:
-        pictures: (N, 3, H, W) uint8.
-        path: the file, which is written if it isn't there; None for no file.
-        random_flip: whether each picture's mirror image is a second variant.
+    They are read from ``--latents_file`` if it is there, else written into it. Without, those of pictures that are
+    kept in memory are made by each process, and others by all in a file of the run's folder.
     """
-    identity = latents_identity(vae, pictures, random_flip) if path is not None else {}
-    if path is not None and path.exists():
-        return load_latents(path, identity)
-    parts = []
-    for part in tqdm(pictures.split(64), desc="Latents"):
-        pixels = to_pixels(part.to(device))
+    path, random_flip = args.latents_file, args.random_flip
+
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        pixels = to_pixels(pictures.to(device))
         both = [pixels, pixels.flip(-1)][: 2 if random_flip else 1]
-        parts.append(torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1))
-    latents = torch.cat(parts)
-    if path is not None:
-        save_latents(path, latents, identity)
-    return latents
+        return torch.stack([raw_latents(vae, one).float().cpu() for one in both], dim=1)
+
+    if images.pictures is None:
+        identity = {name: str(value) for name, value in images.identity().items()}
+        identity |= {"resolution": str(images.resolution), "random_flip": str(random_flip)}
+        identity["vae"] = model_fingerprint(vae)
+        own, argument = args.output_dir / LATENTS_FILE, None if path is None else "latents_file"
+        workers = args.dataloader_num_workers
+        options: dict[str, Any] = {"argument": argument, "num_workers": workers}
+        return encode_pictures(images, encode, path or own, "latents", identity, **options)
+    with PartialState().main_process_first():  # the others read the file, if there is to be one
+        latents_of = latents_identity(vae, images.pictures, random_flip) if path is not None else {}
+        if path is not None and path.exists():
+            latents = load_latents(path, latents_of)
+        else:
+            latents = torch.cat([encode(part) for part in tqdm(images.pictures.split(64), desc="Latents")])
+            if path is not None:
+                save_latents(path, latents, latents_of)
+    return PictureTensors(latents, images.rows)

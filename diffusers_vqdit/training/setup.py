@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from .arguments import tracker_config
 from .checkpoints import OLDER
 from .data import bucket_batches, shuffled_batches
+from .image_dataset import ImageDataset, load_batches
+from .image_stream import ImageStream
 from .launch import check_launch
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
@@ -102,7 +104,7 @@ def prepare(
     """The model as Accelerate wraps it, its optimizer, the learning rate schedule, and how many steps there will be.
 
     Args:
-        num_samples: of the training data, from which epochs become steps.
+        num_samples: of the training data, from which epochs become steps; 0 of a stream.
         scale_lr: multiply the learning rate by the processes and the accumulated batches.
     """
     batches = accelerator.num_processes * args.gradient_accumulation_steps
@@ -113,9 +115,8 @@ def prepare(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(
-        f"{num_samples} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of {global_batch}"
-    )
+    samples = num_samples or "streamed"
+    logger.info(f"{samples} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of {global_batch}")
     return *accelerator.prepare(model, optimizer, lr_scheduler), max_steps
 
 
@@ -154,6 +155,19 @@ def run_batches(
     if buckets is None:
         return shuffled_batches(num_samples, args.train_batch_size, **options)
     return bucket_batches(buckets, args.train_batch_size, **options)
+
+
+def image_batches(
+    args: argparse.Namespace, accelerator: Accelerator, images: ImageDataset | ImageStream, step: int
+) -> Iterator[torch.Tensor]:
+    """This process's batches of pictures (B, 3, H, W) uint8, from those of optimizer step `step` on; a stream's from
+    its own state on."""
+    if isinstance(images, ImageStream):
+        return images.batches(args.train_batch_size, args.dataloader_num_workers)
+    stride = args.train_batch_size * accelerator.num_processes
+    first = step * args.gradient_accumulation_steps * stride + accelerator.process_index * args.train_batch_size
+    batches = run_batches(args, accelerator, len(images), step)
+    return load_batches(images, batches, first=first, stride=stride, num_workers=args.dataloader_num_workers)
 
 
 def progress_bar(accelerator: Accelerator, max_steps: int, step: int) -> tqdm:

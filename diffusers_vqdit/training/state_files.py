@@ -4,7 +4,8 @@ An Arrow file is mapped into memory, where a Parquet file would be decoded in ro
 column is one segment; a row has a list of variants (wordings), each the float16 states (n, channels) of one, flat.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,17 @@ StateRows = list[list[torch.Tensor]]  # of each row its variants (n, channels), 
 _TYPE = pa.large_list(pa.large_list(pa.float16()))
 
 
+@contextmanager
+def states_writer(path: Path, names: Sequence[str]) -> Iterator[Callable[[Mapping[str, StateRows]], None]]:
+    """A function for a ``with`` block that writes some rows of the columns `names`; the file is there at its end."""
+    schema = pa.schema([(name, _TYPE) for name in names])
+    with replacing_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
+        with pa.ipc.new_file(sink, schema) as writer:
+            yield lambda rows: writer.write_batch(
+                pa.record_batch([_array(rows[name]) for name in names], schema=schema)
+            )
+
+
 def write_states(path: Path, names: Sequence[str], batches: Iterable[Mapping[str, StateRows]]) -> None:
     """Write the rows of all batches, each batch as it comes.
 
@@ -27,11 +39,9 @@ def write_states(path: Path, names: Sequence[str], batches: Iterable[Mapping[str
         names: of the columns.
         batches: some rows of each column.
     """
-    schema = pa.schema([(name, _TYPE) for name in names])
-    with replacing_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
-        with pa.ipc.new_file(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(pa.record_batch([_array(batch[name]) for name in names], schema=schema))
+    with states_writer(path, names) as write:
+        for batch in batches:
+            write(batch)
 
 
 def _array(rows: StateRows) -> pa.Array:

@@ -21,6 +21,7 @@ from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset, encode_dataset, tokenizer_fingerprints
 from .data import load_training_dataset
+from .image_arguments import add_image_arguments
 from .segment_columns import (
     RESERVED,
     add_bucket_argument,
@@ -62,11 +63,8 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         type=integer(2),
         help="How many times smaller image_lowres is; by default as in the codes or the pretrained pipeline, or 2.",
     )
-    data.add_argument(
-        "--resize_mode",
-        choices=["crop", "pad"],
-        help="How pictures become square, or of a bucket's aspect ratio; by default as in the codes or the pretrained "
-        "pipeline, or crop.",
+    add_image_arguments(
+        data, resize_mode=None, default="By default as in the codes or the pretrained pipeline, or auto."
     )
     add_bucket_argument(data, "By default as in the codes or the pretrained pipeline, or squares.")
     data.add_argument("--max_train_samples", type=positive_integer)
@@ -117,7 +115,7 @@ def known_entry(parts: Mapping[str, Any], name: str) -> dict[str, Any]:
 def load_codes(
     args: argparse.Namespace, parts: dict[str, Any], segments: set[str], accelerator: Accelerator
 ) -> CodeDataset:
-    """Read the folder of codes, after writing it from a dataset where that is what was given.
+    """Read the folder of codes, after writing it from a dataset, by all processes, where that is what was given.
 
     Args:
         args: the script's arguments.
@@ -165,14 +163,12 @@ def load_codes(
     columns = segment_columns(args, parts, segments, loaded)
     buckets = _settle_buckets(args, parts, segments, columns)
     dataset, options = _read_dataset(args, parts, segments, columns)
-    if accelerator.is_main_process:
-        for model, _ in available.values():
-            if model is not None:
-                model.to(accelerator.device)
-        if buckets is not None:
-            options |= {"resolution": 0, "aspect_ratio_buckets": buckets}
-        encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
-    accelerator.wait_for_everyone()
+    for model, _ in available.values():
+        if model is not None:
+            model.to(accelerator.device)
+    if buckets is not None:
+        options |= {"resolution": 0, "aspect_ratio_buckets": buckets}
+    encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
     codes = CodeDataset(folder)
     _take_tokenizers(codes, parts, available, segments)
     return codes
@@ -319,6 +315,8 @@ def _read_dataset(
         "lowres_factor": parts["lowres_factor"] if LOWRES in segments else None,
         "block_length": args.block_length,
         "max_text_length": args.max_text_length,
+        "image_interpolation_mode": args.image_interpolation_mode,
+        "dataloader_num_workers": args.dataloader_num_workers,
     }
 
 

@@ -16,15 +16,19 @@ from .images import resize_image, to_channels
 
 
 def decode_image(
-    value: dict, resolution: int | tuple[int, int], resize_mode: str = "crop", channels: int = 3
+    value: dict,
+    resolution: int | tuple[int, int],
+    resize_mode: str = "crop",
+    channels: int = 3,
+    interpolation: str = "lanczos",
+    centering: tuple[float, float] = (0.5, 0.5),
 ) -> torch.Tensor:
     """One undecoded picture of a `datasets` image column as a (C, height, width) float tensor in [-1, 1].
 
     Args:
         value: ``{"bytes": bytes or None, "path": str or None}``; the path is read where there are no bytes.
         resolution: height and width of the result; one number for both.
-        resize_mode: ``"crop"`` resizes the shorter side and cuts the middle out, ``"pad"`` fits the whole picture on
-            white.
+        resize_mode, interpolation, centering: as in [`~utils.fitting.resize_image`].
         channels: C, 3 for RGB or 1 for grey.
 
     Raises:
@@ -33,7 +37,8 @@ def decode_image(
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     with _opened(value) as picture:
-        picture = resize_image(to_channels(picture, channels), (height, width), resize_mode)
+        picture = to_channels(picture, channels)
+        picture = resize_image(picture, (height, width), resize_mode, interpolation, centering)
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return to_pixels(data.view(height, width, channels).permute(2, 0, 1))
 

@@ -1,7 +1,30 @@
 """Sums and rows of all processes, the same on each of them; of the one process where there is no other."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+
+
+def process_rank() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_processes() -> None:
+    """Wait until all processes are here."""
+    if process_rank()[1] > 1:
+        dist.barrier()
+
+
+def from_main_process(value: Any) -> Any:
+    """What the first process gives, on all of them."""
+    found = [value]
+    if process_rank()[1] > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

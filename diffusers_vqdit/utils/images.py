@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-
-RESIZE_MODES = ("crop", "pad")
+from .fitting import RESIZE_MODES, fitted_box, padding_colour, resize_image, resize_planes  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,30 +73,6 @@ def _to_8_bits(image: Image.Image, background: str) -> Image.Image:
     if clear is not None:
         scaled[values == clear] = 255 if background == "white" else 0
     return Image.fromarray(scaled.astype(np.uint8))
-
-
-def fitted_box(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a picture (height, width) that is fitted whole into the middle of a canvas."""
-    scale = min(canvas[0] / size[0], canvas[1] / size[1])
-    height, width = (max(1, round(n * scale)) for n in size)
-    return (canvas[0] - height) // 2, (canvas[1] - width) // 2, height, width
-
-
-def resize_image(image: Image.Image, size: tuple[int, int], resize_mode: str = "crop") -> Image.Image:
-    """A picture made `size` (height, width) without distortion, by Lanczos interpolation.
-
-    Args:
-        image: of mode ``RGB`` or ``L``.
-        size: height and width of the result.
-        resize_mode: ``"crop"`` cuts the middle out, ``"pad"`` fits the whole picture on white.
-    """
-    height, width = size
-    if resize_mode == "crop":
-        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    top, left, inner_height, inner_width = fitted_box((image.height, image.width), size)
-    canvas = Image.new(image.mode, (width, height), "white")
-    canvas.paste(image.resize((inner_width, inner_height), Image.Resampling.LANCZOS), (left, top))
-    return canvas
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,9 +140,7 @@ def fit_images(
         if isinstance(one, torch.Tensor) and tuple(one.shape[1:]) == size:
             pixels.append(one)
         elif isinstance(one, torch.Tensor):
-            bands = [Image.fromarray(band.numpy()) for band in (one * 255).round().byte().cpu()]
-            arrays = [np.asarray(resize_image(band, size, resize_mode)) for band in bands]
-            pixels.append((torch.from_numpy(np.stack(arrays)).float() / 255).to(one.device))
+            pixels.append(resize_planes((one * 255).round().byte(), size, resize_mode).float() / 255)
         else:
             pixels.append(_pixels(resize_image(one, size, resize_mode)))
     return torch.stack(pixels)
@@ -269,14 +242,20 @@ def lower_resolution(pixels: torch.Tensor, factor: int) -> torch.Tensor:
     return resize(resize(pixels, (height // factor, width // factor)), (height, width))
 
 
-def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
     """Pictures (B, C, H, W), each moved by up to 1/16 of its side and made up to 10 % smaller or larger.
 
     What this uncovers takes the colour of the nearest border pixel.
+
+    Args:
+        generator: one, or one a picture.
     """
-    batch_size = len(pixels)
-    scale = 1.0 + 0.1 * (2.0 * torch.rand(batch_size, 1, 1, generator=generator) - 1.0)
-    shift = 0.125 * (2.0 * torch.rand(batch_size, 2, 1, generator=generator) - 1.0)  # the side is 2 here
+    if isinstance(generator, list):
+        scale, shift = torch.stack([torch.rand(3, 1, generator=one) for one in generator]).split([1, 2], dim=1)
+    else:
+        scale, shift = (torch.rand(len(pixels), count, 1, generator=generator) for count in (1, 2))
+    scale = 1.0 + 0.1 * (2.0 * scale - 1.0)
+    shift = 0.125 * (2.0 * shift - 1.0)  # the side is 2 here
     theta = torch.cat([scale * torch.eye(2), shift], dim=2).to(pixels)  # (B, 2, 3)
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
@@ -285,16 +264,23 @@ def shift_and_scale(pixels: torch.Tensor, generator: torch.Generator) -> torch.T
 def resize_pixels(pixels: torch.Tensor, size: tuple[int, int], resize_mode: str = "pad") -> torch.Tensor:
     """Pixels (B, C, H, W) in [-1, 1] made `size` (height, width) without distortion, as [`resize_image`] does."""
     height, width = pixels.shape[-2:]
-    if resize_mode == "crop":
-        inner = (
-            min(height, max(1, round(width * size[0] / size[1]))),
-            min(width, max(1, round(height * size[1] / size[0]))),
-        )
-        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-        return resize(pixels[..., top : top + inner[0], left : left + inner[1]], size)
     top, left, *fitted = fitted_box((height, width), size)
-    right, bottom = size[1] - left - fitted[1], size[0] - top - fitted[0]
-    return F.pad(resize(pixels, (fitted[0], fitted[1])), (left, right, top, bottom), value=1.0)
+    inner = (
+        min(height, max(1, round(width * size[0] / size[1]))),
+        min(width, max(1, round(height * size[1] / size[0]))),
+    )
+    upper, side = (height - inner[0]) // 2, (width - inner[1]) // 2
+    found = []
+    for one in pixels:
+        planes = ((one + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()
+        colour = padding_colour(planes, size, resize_mode)
+        if colour is None:
+            found.append(resize(one[None, :, upper : upper + inner[0], side : side + inner[1]], size))
+            continue
+        canvas = (one.new_tensor(colour) / 127.5 - 1.0).view(-1, 1, 1).expand(-1, *size).clone()
+        canvas[:, top : top + fitted[0], left : left + fitted[1]] = resize(one[None], (fitted[0], fitted[1]))[0]
+        found.append(canvas[None])
+    return torch.cat(found)
 
 
 def cut_out(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

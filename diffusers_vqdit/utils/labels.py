@@ -21,6 +21,7 @@ def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tupl
         ValueError: for labels that are missing, of another type, or have white space around them; it names the rows.
     """
     known = list(feature.names) if hasattr(feature, "int2str") else None
+    same: dict[str, str] = {}  # of many equal names one, as each takes memory
     names, wrong = [], []
     for row, value in enumerate(values):
         if known is not None and isinstance(value, int) and 0 <= value < len(known):
@@ -31,7 +32,7 @@ def label_names(values: Iterable[Any], column: str, feature: Any = None) -> tupl
         elif isinstance(value, float):  # integers beside a missing one
             value = int(value)
         if isinstance(value, int) or (isinstance(value, str) and value and value == visible(value)):
-            names.append(str(value))
+            names.append(same.setdefault(str(value), str(value)))
         else:
             wrong.append((row, value))
     if wrong:

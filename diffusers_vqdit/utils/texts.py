@@ -1,9 +1,10 @@
 """Texts to token ids of one length, with any tokenizer of transformers."""
 
+import itertools
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,15 +118,27 @@ def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
     """The captions of each row, one or several, after [`check_captions`]."""
     captions = list(captions)
     check_captions(captions, column)
-    return [[value] if isinstance(value, str) else list(value) for value in captions]
+    return [texts_of(value) for value in captions]
+
+
+def texts_of(value: str | Sequence[str]) -> list[str]:
+    """The captions of a row, one or several."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def cut_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "max_length"
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "max_length"
 ) -> str | None:
     """A warning with the count where texts have more than `length` tokens, else None; `argument` is what says it."""
-    cut = 0
-    for start in range(0, len(texts), 1024):
-        counts = tokenize_to_length(tokenizer, texts[start : start + 1024], length)[2]
-        cut += sum(count > length for count in counts)
-    return f"{cut} of {len(texts)} captions have more than {argument}={length} tokens and are cut" if cut else None
+    cut = total = 0
+    for part in in_parts(texts, 1024):
+        counts = tokenize_to_length(tokenizer, part, length)[2]
+        cut, total = cut + sum(count > length for count in counts), total + len(counts)
+    return f"{cut} of {total} captions have more than {argument}={length} tokens and are cut" if cut else None
+
+
+def in_parts(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts, so many at a time."""
+    found = iter(texts)
+    while part := list(itertools.islice(found, size)):
+        yield part

@@ -19,9 +19,21 @@ SEGMENTS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two shards of three rows."""
+def read_table(path):
+    return pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(pa.OSFile(str(path))).read_all()
+
+
+def write_table(table, path):
+    """A shard of any columns, as this version or an older one writes it."""
+    if path.suffix == ".parquet":
+        return pq.write_table(table, path)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.fixture(params=["arrow", "parquet"])
+def folder(tmp_path, request):
+    """Two shards of three rows; parquet ones are those of older versions."""
     shards = []
     for number in range(2):
         columns = {
@@ -30,7 +42,12 @@ def folder(tmp_path):
             "text_prompts": [torch.randint(8, (count, 3)) for count in (1, 2, 3)],
             "label": [torch.tensor([n % 2]) for n in range(3)],
         }
-        shards.append(write_shard(tmp_path / f"codes-{number:05d}.parquet", columns))
+        path = tmp_path / f"codes-{number:05d}.arrow"
+        entry = write_shard(path, columns, {name: 40_000 for name in columns} if number else None)
+        if request.param == "parquet":
+            pq.write_table(read_table(path), path := path.rename(path.with_suffix(".parquet")))
+            entry |= {"file": path.name, "sha256": file_sha256(path)}
+        shards.append(entry)
     index = {"segments": SEGMENTS, "labels": ["a", "b"], "lowres_factor": None, "settings": {}}
     write_index(tmp_path, {**index, "fingerprints": {"data": "0"}, "shards": shards})
     return tmp_path
@@ -40,11 +57,11 @@ def test_the_folder_itself_is_read(folder):
     codes = CodeDataset(folder)
     assert len(codes) == 6 and codes.codes["image"].max() >= 2**15 and codes.prompts["text"].shape == (6, 3, 3)
     assert codes.fingerprint == file_sha256(folder / "segments.json")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "codes-00000.parquet",
-        "codes-00001.parquet",
-        "segments.json",
-    ]
+    assert sorted(path.stem for path in folder.iterdir()) == ["codes-00000", "codes-00001", "segments"]
+
+
+def place(folder, number):
+    return next(folder.glob(f"codes-{number:05d}.*"))
 
 
 def index(change, message):
@@ -69,14 +86,14 @@ def shard(change, message, listed=True, column="text", kind=None):
     """A shard rewritten with another column, and with the SHA-256 of what it became in the index."""
 
     def damage(folder):
-        path = folder / "codes-00001.parquet"
-        table = pq.read_table(path)
+        path = place(folder, 1)
+        table = read_table(path)
         if change is not None:
             values = change(table[column].to_pylist())
             table = table.set_column(
                 table.column_names.index(column), column, pa.array(values, kind or pa.list_(pa.int64()))
             )
-        pq.write_table(table, path)
+        write_table(table, path)
         if listed:
             content = json.loads((folder / "segments.json").read_text())
             content["shards"][1]["sha256"] = file_sha256(path)
@@ -90,19 +107,19 @@ def first(value):
 
 
 def flipped(folder):
-    path = folder / "codes-00000.parquet"
+    path = place(folder, 0)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def truncated(folder):
-    path = folder / "codes-00000.parquet"
+    path = place(folder, 0)
     path.write_bytes(path.read_bytes()[:-20])
 
 
 def swapped(folder):
-    one, two = folder / "codes-00000.parquet", folder / "codes-00001.parquet"
+    one, two = place(folder, 0), place(folder, 1)
     one.rename(folder / "x")
     two.rename(one)
     (folder / "x").rename(two)
@@ -158,21 +175,19 @@ CASES = {
         lambda c: c["shards"][0].update(file="../codes-00000.parquet"), "must be files in this folder"
     ),
     "shard listed twice": index(lambda c: c["shards"].append(c["shards"][0]), "must be different files"),
-    "shard unlisted": index(lambda c: c["shards"].pop() and None, r"codes-00001\.parquet are not listed"),
+    "shard unlisted": index(lambda c: c["shards"].pop() and None, r"codes-00001\.\w+ are not listed"),
     "rows of a string": index(lambda c: rows(c, "3"), "must be file, rows and sha256"),
-    "rows of another count": index(
-        lambda c: rows(c, 4), r"rows of '.*codes-00000\.parquet'=3 must be an integer in \[4"
-    ),
-    "shard missing": (lambda f: (f / "codes-00000.parquet").unlink(), r"codes-00000\.parquet are missing"),
+    "rows of another count": index(lambda c: rows(c, 4), r"rows of '.*codes-00000\.\w+'=3 must be an integer in \[4"),
+    "shard missing": (lambda f: place(f, 0).unlink(), r"codes-00000\.\w+ are missing"),
     "shard renamed": (
-        lambda f: (f / "codes-00000.parquet").rename(f / "codes-00007.parquet"),
-        r"codes-00000\.parquet are missing",
+        lambda f: place(f, 0).rename(f / "codes-00007.parquet"),
+        r"codes-00000\.\w+ are missing",
     ),
     "shard extra": (lambda f: (f / "codes-00002.parquet").write_bytes(b""), r"codes-00002\.parquet are not listed"),
-    "shard empty": (lambda f: (f / "codes-00000.parquet").write_bytes(b""), DAMAGED),
+    "shard empty": (lambda f: place(f, 0).write_bytes(b""), DAMAGED),
     "shard cut": (truncated, DAMAGED),
     "shard flipped": (flipped, DAMAGED),
-    "shards swapped": (swapped, r"codes-00000\.parquet, codes-00001\.parquet are damaged"),
+    "shards swapped": (swapped, r"codes-00000\.\w+, codes-00001\.\w+ are damaged"),
     "shard changed": shard(first([0, 0, 0]), DAMAGED, listed=False),
     "code negative": shard(first([0, -1, 0]), "'text' has codes from -1 to"),
     "code is the mask": shard(first([0, 8, 0]), r"'text' has codes from 0 to 8; they must be in \[0, 8\)"),
@@ -241,11 +256,11 @@ def test_no_odd_value_in_the_index_is_taken(folder):
 
 
 def test_columns_that_are_missing_or_unknown(folder):
-    path = folder / "codes-00001.parquet"
-    table = pq.read_table(path)
+    path = place(folder, 1)
+    table = read_table(path)
 
     def write(changed):
-        pq.write_table(changed, path)
+        write_table(changed, path)
         content = json.loads((folder / "segments.json").read_text())
         content["shards"][1]["sha256"] = file_sha256(path)
         (folder / "segments.json").write_text(json.dumps(content))
@@ -253,7 +268,7 @@ def test_columns_that_are_missing_or_unknown(folder):
     for changed, message in [
         (table.drop_columns(["label"]), r"lacks the columns of the segments \['label'\]"),
         (table.append_column("sound", table["text"]), r"has the columns \['sound'\]"),
-        (table.append_column("text", table["text"]), "is no parquet file that can be read"),
+        (table.append_column("text", table["text"]), "is no .*file .*that can be read"),
         (table.drop_columns(["text_prompts"]), "some of the shards have a column 'text_prompts'"),
         (table.slice(0, 0), "=0 must be an integer in"),
     ]:

@@ -33,7 +33,7 @@ def encoded(picture_folder, image_vq, text_vq, tokenizer, tmp_path):
 
 def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, tokenizer):
     dataset, folder = encoded(shard_size=4, prompt_columns=["label"])
-    assert len(list(folder.glob("codes-*.parquet"))) == 3
+    assert len(list(folder.glob("codes-*.arrow"))) == 3
     codes = CodeDataset(folder)
     assert len(codes) == 10 and codes.labels == ["round", "square"]
     assert codes.segments == {
@@ -179,7 +179,7 @@ def test_a_shard_without_a_readable_picture_is_left_out(encoded, picture_folder,
     for index in (4, 5, 6, 7):
         (picture_folder / f"{index}.png").write_bytes(b"broken")
     _, folder = encoded(shard_size=2)
-    assert len(CodeDataset(folder)) == 6 and len(list(folder.glob("codes-*.parquet"))) == 3
+    assert len(CodeDataset(folder)) == 6 and len(list(folder.glob("codes-*.arrow"))) == 3
     assert "skipped 4 of 10 pictures" in caplog.text and "5.png" in caplog.text
     for index in range(10):
         (picture_folder / f"{index}.png").write_bytes(b"broken")

@@ -253,7 +253,7 @@ def test_a_limit_of_the_size_of_files_is_named(image_vq, tmp_path, size):
         "own": lambda: image_vq.save_pretrained(tmp_path / "model"),
         "own pickle": lambda: image_vq.save_pretrained(tmp_path / "model", safe_serialization=False),
         "latents": lambda: save_latents(tmp_path / "latents.safetensors", codes.float(), {}),
-        "codes": lambda: write_shard(tmp_path / "codes-00000.parquet", {"image": [torch.randperm(1 << 20)]}),
+        "codes": lambda: write_shard(tmp_path / "codes-00000.arrow", {"image": [torch.randperm(1 << 20)]}),
     }
     save_pretrained_atomically(image_vq, tmp_path / "model")
     (tmp_path / "latents.safetensors").write_text("whole")
@@ -287,7 +287,7 @@ def test_files_have_the_permissions_of_any_new_file(pipeline, tmp_path, umask):
             save_checkpoint(accelerator, tmp_path / "run", 2)
             save_latents(tmp_path / "latents.safetensors", torch.zeros(2, 1, 4, 4, 4), {})
             index.save(tmp_path / "gallery.safetensors")
-            write_shard(tmp_path / "codes-00000.parquet", {"image": [torch.zeros(2)]})
+            write_shard(tmp_path / "codes-00000.arrow", {"image": [torch.zeros(2)]})
     finally:
         os.umask(before)
     modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in names(tmp_path)}

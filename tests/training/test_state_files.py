@@ -85,7 +85,7 @@ def folder(encoders, image_vq, tmp_path):
 
 def test_states_lie_beside_the_codes_of_their_shard(folder, encoders):
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("codes-00000.parquet", "codes-00001.parquet", "segments.json"),
+        *("codes-00000.arrow", "codes-00001.arrow", "segments.json"),
         *("states-00000.arrow", "states-00001.arrow"),
     ]
     codes = CodeDataset(folder)

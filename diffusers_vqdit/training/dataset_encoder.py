@@ -1,0 +1,344 @@
+"""All columns of a dataset, read part by part and encoded into the shards of a folder of codes."""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..pipelines.segment_base import ColumnReader, SegmentColumn, bucket_shape
+from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
+from ..utils.distributed import process_rank
+from ..utils.fingerprints import file_sha256
+from .code_files import SUFFIXES, shard_writer
+from .data import MAX_NAMED, try_rows
+from .data_identity import rows_fingerprint
+from .state_files import StateRows, states_writer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Part:
+    """Rows that are read and encoded together, of one group of a shard.
+
+    Attributes:
+        values: of these rows by what reads them, once they are read, without those of rows that can't be.
+        kept: how many these are.
+        problems: why the others can't be.
+        column: of the last of them.
+        digest: the sum of the rows' SHA-256.
+    """
+
+    shard: int
+    group: int
+    rows: list[int]
+    values: dict[tuple, Any] = field(default_factory=dict)
+    kept: int = 0
+    problems: list[str] = field(default_factory=list)
+    column: str | None = None
+    digest: int = 0
+
+
+class DatasetEncoder(Dataset):
+    """All columns of a dataset, to be read and encoded shard by shard. As a dataset, it reads a part's values.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        columns: by segment, from [`~training.segment_columns.name_tokenizers`].
+        batch_size: values that are encoded at once.
+        shard_size: rows of a shard.
+        num_workers: processes that read.
+        options: of all readers.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        columns: Mapping[str, SegmentColumn],
+        batch_size: int,
+        shard_size: int,
+        num_workers: int,
+        **options: Any,
+    ) -> None:
+        self.columns, self.batch_size, self.shard_size = columns, batch_size, shard_size
+        self.dataset, self.num_rows, self.num_workers = dataset, len(dataset), num_workers
+        self.told = 0  # of rows that can't be read
+        self.readers: dict[str, ColumnReader] = {}  # each once, whatever segments it serves
+        self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
+        self.shapes: dict[str, list[int]] = {}
+        for name, column in columns.items():
+            kind, own = kind_of(column.modality, column.tokenizer_name), {**options, **column.options}
+            self.of[name] = []
+            for title in (column.column, *(column.prompt_columns or ())):
+                if title not in dataset.column_names:
+                    raise ValueError(f"column {title!r} is not in the data: it has {dataset.column_names}")
+                key = json.dumps([column.modality, title, column.tokenizer_name, own], sort_keys=True)
+                if key not in self.readers:
+                    self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
+                self.of[name].append(self.readers[key])
+            if self.of[name][0].geometry and column.prompt_columns:
+                raise ValueError(f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings")
+            if (shape := self.of[name][0].shape) is not None:
+                self.shapes[name] = shape
+        self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]
+        if len(self.states) == len(self.of):
+            raise ValueError(f"segments={self.states} are states of encoders, which are only given: add one of codes")
+        self.buckets = options.get("buckets", [])
+        self.grouping = next((reader for reader in self.readers.values() if reader.num_groups), None)
+        self.notes = [note for reader in self.readers.values() for note in reader.notes]
+        self.settings: dict[str, Any] = {}
+        for reader in reversed(self.readers.values()):  # the first overrules
+            self.settings |= reader.settings
+        # The first whose values are files, and may be broken.
+        readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
+        first = min(readers, key=lambda one: one[0])[1]
+        self.skipping, self.noun = self.of[first][0], MODALITIES[columns[first].modality].noun
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, each of which is one file for each group of its rows."""
+        return -(-self.num_rows // self.shard_size)
+
+    def source(self, more: Any) -> str:
+        """SHA-256 of all that the codes are made from, and `more`."""
+        columns: dict[str, list[Any]] = {
+            name: [one.modality, one.column, one.prompt_columns, dict(one.options)]
+            for name, one in self.columns.items()
+        }
+        used = dict.fromkeys(reader.column for readers in self.of.values() for reader in readers)
+        rows = rows_fingerprint(self.dataset, list(used), times=True)
+        content = json.dumps([rows, columns, self.batch_size, self.shard_size, more], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    def parts(self, shards: Sequence[int]) -> Iterator[Part]:
+        """All rows of shards, in parts."""
+        for shard in shards:
+            rows = range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
+            groups = {0: list(rows)}
+            if (grouping := self.grouping) is not None:
+                found = [grouping.group_of(row) for row in rows]
+                groups = {
+                    group: [row for row, one in zip(rows, found, strict=True) if one == group]
+                    for group in range(grouping.num_groups)
+                }
+            for group, members in groups.items():
+                for start in range(0, len(members), self.batch_size):
+                    yield Part(shard, group, members[start : start + self.batch_size])
+
+    def __getitem__(self, part: Part) -> Part:
+        """A part with the values of its rows."""
+        found: dict[tuple, dict[int, Any]] = {}
+        rows = part.rows
+        self.set_group(part.group)
+        for reader in self.readers.values():
+            if reader.reads not in found:
+                count = len(rows)
+                values, rows, problems = try_rows(reader.read, reader.placed, rows)
+                part.problems += problems
+                part.column = reader.column if len(rows) < count else part.column
+                found[reader.reads] = dict(zip(rows, values, strict=True))
+        for row in rows:
+            digest, told = hashlib.sha256(str(row).encode()), set()
+            for reader in self.readers.values():
+                if reader.reads not in told:
+                    told.add(reader.reads)
+                    digest.update(reader.digest([found[reader.reads][row]]))
+            part.digest += int(digest.hexdigest(), 16)
+        part.kept, part.values = len(rows), {key: _packed([one[row] for row in rows]) for key, one in found.items()}
+        return part
+
+    def set_group(self, group: int) -> None:
+        for reader in self.readers.values():
+            reader.group = group
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Encoding
+
+    @torch.no_grad()
+    def make_shards(self, folder: Path, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Write the numbered shards into a folder, and tell what is to be known of each, JSON values by name."""
+        loader: Iterable[Part] = DataLoader(
+            self,
+            batch_size=None,
+            sampler=self.parts(shards),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else it draws from that of the models' weights
+        )
+        total = sum(min(self.shard_size, self.num_rows - shard * self.shard_size) for shard in shards)
+        with tqdm(total=total, desc="Encoding", disable=process_rank()[0] > 0 or total < 1000) as bar:
+            for shard, parts in itertools.groupby(loader, key=lambda part: part.shard):
+                yield shard, self._make_shard(folder, shard, parts, bar)
+
+    def _make_shard(self, folder: Path, shard: int, parts: Iterable[Part], bar: tqdm) -> dict[str, Any]:
+        found, skipped, column, digest = [], 0, None, 0
+        for group, members in itertools.groupby(parts, key=lambda part: part.group):
+            self.set_group(group)
+            with ExitStack() as files:
+                writer = GroupWriter(self, folder, f"{shard:05d}-{group}", files)
+                for part in members:
+                    for problem in part.problems[: max(0, MAX_NAMED - self.told)]:
+                        logger.warning(f"skipped {self.noun} {problem}")
+                    self.told += len(part.problems)
+                    skipped, column = skipped + len(part.problems), part.column or column
+                    digest += part.digest
+                    if part.kept:
+                        writer.write({key: list(values) for key, values in part.values.items()})
+                    bar.update(len(part.rows))
+            if writer.rows:
+                found.append({**writer.entry(), **({} if self.grouping is None else {"bucket": group})})
+        digests = {file["file"]: file["sha256"] for one in found for file in (one, one.get("states")) if file}
+        kept = {"skipped": skipped, "column": column, "digest": f"{digest % 2**256:x}", "shapes": self.shapes}
+        return {"files": digests, "shards": found, **kept}
+
+    def tell(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Say what was left out of all shards, and take what the shapes of codes were.
+
+        Raises:
+            ValueError: if no row could be read.
+        """
+        shards = [shard for part in parts for shard in part["shards"]]
+        if not shards:
+            column = next((part["column"] for part in parts if part["column"]), self.skipping.column)
+            raise ValueError(f"column {column!r}: none of the {self.num_rows} {self.noun}s could be read")
+        if skipped := sum(part["skipped"] for part in parts):
+            logger.warning(f"skipped {skipped} of {self.num_rows} {self.noun}s that could not be read")
+        self.shapes = next(part["shapes"] for part in parts if part["shards"])
+        for bucket, size in enumerate(self.buckets):
+            count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)
+            logger.log(logging.INFO if count else logging.WARNING, f"bucket {size}: {count} rows")
+
+    def encode_states(self, values: dict[tuple, list]) -> dict[str, StateRows]:
+        """The states of a part's values."""
+
+        def encoded(reader: ColumnReader) -> list[list[torch.Tensor]]:
+            return reader.encode(values[reader.reads], self.batch_size)
+
+        return {
+            name: [
+                [states for variants in row for states in variants]
+                for row in zip(*map(encoded, self.of[name]), strict=True)
+            ]
+            for name in self.states
+        }
+
+    def encode(self, values: dict[tuple, list]) -> dict[str, list[torch.Tensor]]:
+        """Columns of codes of a part's values."""
+        done: dict[int, list[torch.Tensor]] = {}
+
+        def encoded(reader: ColumnReader) -> list[torch.Tensor]:
+            if id(reader) not in done:
+                done[id(reader)] = reader.encode(values[reader.reads], self.batch_size)
+            return done[id(reader)]
+
+        shard: dict[str, list[torch.Tensor]] = {}
+        wordings: dict[str, list[torch.Tensor]] = {}
+        modality = None
+        for name, column in self.columns.items():
+            if name in self.states:
+                continue
+            if column.modality != modality:
+                # After all segments of a modality, where they have always stood.
+                shard, wordings, modality = {**shard, **wordings}, {}, column.modality
+            reader, *more = self.of[name]
+            own, moved = encoded(reader), reader.moved(values[reader.reads], self.batch_size)
+            shard[name] = [codes[0] for codes in own]
+            self.shapes.setdefault(name, bucket_shape(shard[name][0].shape, reader.entry, 0))
+            if reader.has_variants:
+                shard[f"{name}_variants"] = own
+            if (column.prompt_columns is not None and not reader.geometry) or moved:
+                given = [torch.cat(one) for one in zip(own, *map(encoded, more), *moved, strict=True)]
+                (shard if column.prompt_columns is None else wordings)[f"{name}_prompts"] = given
+        return {**shard, **wordings}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the index says
+
+    def geometry(self) -> dict[str, dict[str, Any]]:
+        """Vocabulary size, or channels, and shape of each segment, and the patch of residual codes, which share a
+        position. Segments of one tokenizer and one shape share their embeddings."""
+        found: dict[str, dict[str, Any]] = {}
+        first: dict[tuple, str] = {}
+        for name, shape in self.shapes.items():
+            reader = self.of[name][0]
+            size = {"channels": reader.state_channels} if name in self.states else {"vocab_size": reader.vocab_size}
+            found[name] = {**size, "shape": shape, **reader.geometry}
+        for name, column in self.columns.items():
+            if name in self.states:
+                continue
+            shape, ndim = self.shapes[name], MODALITIES[column.modality].ndims[0]
+            if column.tokenizer_name is not None:
+                alike = shape if "block_length" not in found[name] else ()  # its places count from the start
+                other = first.setdefault((column.modality, column.tokenizer_name, *alike), name)
+                found[name] |= {"shared_with": other} if other != name else {}
+            if column.tokenizer_name is not None and len(shape) > ndim and "shared_with" not in found[name]:
+                found[name] |= {"patch": [1] * ndim + [shape[-1]], "separate_codebooks": True}
+        return found
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What each segment is, as a pipeline's config has it."""
+        entries = {}
+        for name, column in self.columns.items():
+            named = {} if column.tokenizer_name is None else {"tokenizer": column.tokenizer_name}
+            entries[name] = {"modality": column.modality, **self.of[name][0].entry, **named}
+        return check_segment_entries(entries, self.geometry())
+
+
+class GroupWriter:
+    """Writes the codes and states of one group of a shard, part by part, into files that are whole when `files` ends.
+
+    Args:
+        name: of the files, in `folder`.
+    """
+
+    def __init__(self, encoder: DatasetEncoder, folder: Path, name: str, files: ExitStack) -> None:
+        self.encoder, self.files, self.rows = encoder, files, 0
+        self.codes, self.states = folder / f"codes-{name}.arrow", folder / f"states-{name}.arrow"
+        self._codes: Any = None
+        self._states: Any = None
+
+    def write(self, values: dict[tuple, list]) -> None:
+        """Encode and write the values of some rows, by what reads them."""
+        encoder = self.encoder
+        columns = encoder.encode(values)
+        if self._codes is None:
+            sizes = {name: encoder.of[name][0].vocab_size for name in encoder.of if name not in encoder.states}
+            sizes = {f"{name}{suffix}": size for name, size in sizes.items() for suffix in SUFFIXES}
+            self._codes = self.files.enter_context(shard_writer(self.codes, sizes))
+            if encoder.states:
+                self._states = self.files.enter_context(states_writer(self.states, encoder.states))
+        self._codes.write(columns)
+        if encoder.states:
+            self._states(encoder.encode_states(values))
+        self.rows = self._codes.rows
+
+    def entry(self) -> dict[str, Any]:
+        """What an index says of the files."""
+        entry = {"file": self.codes.name, "rows": self.rows, "sha256": file_sha256(self.codes)}
+        if self.encoder.states:
+            entry["states"] = {"file": self.states.name, "sha256": file_sha256(self.states)}
+        return entry
+
+
+def _as_it_is(part: Part) -> Part:
+    return part
+
+
+def _packed(values: list) -> Any:
+    """Values as one tensor where they can be: a process hands over a few tensors, not many."""
+    tensors = all(isinstance(one, torch.Tensor) for one in values)
+    alike = tensors and len({(one.shape, one.dtype) for one in values}) == 1
+    return torch.stack(values) if alike else values

@@ -1,0 +1,212 @@
+"""Pictures of a dataset as training reads them: decoded when they are asked for, in batches that the seed and the step
+tell.
+
+What a batch holds is a function of the seed, the step and the row of the global batch alone: however many processes
+and workers read it, and wherever a run was resumed.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
+from .checkpoints import fingerprint
+from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
+from .data_identity import rows_fingerprint
+from .draws import step_generator
+from .image_stream import ImageStream, picture_stream
+
+
+logger = logging.getLogger(__name__)
+
+CACHED_BYTES = 1 << 26  # all decoded pictures are kept in memory where they take no more
+VALIDATION_PICTURES = (1024, 256)  # at most: of a split of their own, of the training split
+MAX_TRIED = 1000  # pictures in a row that can't be read
+_DRAWS = 3  # tells the draws of a picture from others of its step
+
+Problem = tuple[int, str]  # a row, and why it can't be read
+
+
+class ImageDataset(Dataset):
+    """Pictures (3, resolution, resolution) uint8 of a column, each decoded, cropped and resized when it is asked for.
+
+    An item's index is a row and its position in the order of the run, which its crop and flip are drawn from. In place
+    of a picture that can't be read stands the next one that can. A small dataset is decoded once and kept; what can't
+    be read is left out of it.
+
+    Args:
+        dataset: a `datasets.Dataset` with an undecoded column of pictures.
+        image_column: the column's name.
+        resolution: side of the pictures in pixels.
+        resize_mode, interpolation: as in [`~utils.fitting.resize_image`].
+        random_crop: cut another part out each time, in place of what `resize_mode` says.
+        random_flip: mirror half of the pictures, other ones each time.
+        seed: of these draws.
+
+    Attributes:
+        pictures (`torch.Tensor`, *optional*): all of them, (N, 3, resolution, resolution) uint8, where they are kept.
+        rows (`Sequence[int]`): those of the dataset that it has.
+
+    Raises:
+        ValueError: if no picture of a small dataset, or none of the first thousand of another, can be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        resolution: int,
+        *,
+        resize_mode: str = "crop",
+        interpolation: str = "lanczos",
+        random_crop: bool = False,
+        random_flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.image_column, self.resolution, self.seed = image_column, resolution, seed
+        self.resize_mode = "crop" if random_crop else resize_mode
+        self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
+        self.column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+        self.pictures: torch.Tensor | None = None
+        self.rows: Sequence[int] = range(len(dataset))
+        if not random_crop and len(dataset) * 3 * resolution**2 <= CACHED_BYTES:
+            self.pictures, self.rows = decode_images(
+                dataset, image_column, resolution, resize_mode=resize_mode, interpolation=interpolation
+            )
+        else:
+            self[0, 0]
+
+    def __len__(self) -> int:
+        return len(self.column if self.pictures is None else self.pictures)
+
+    def decode(self, row: int, centering: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+        """A row's picture, (3, resolution, resolution) uint8. It raises what the picture makes Pillow raise."""
+        if self.pictures is not None:
+            return self.pictures[row]
+        value = self.column[row][self.image_column]
+        mode = self.resize_mode
+        picture = decode_image(value, self.resolution, mode, interpolation=self.interpolation, centering=centering)
+        return to_bytes(picture)
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[torch.Tensor, list[Problem]]:
+        """The picture of a row at a position of the run's order, and the rows it stands in for, with the reasons."""
+        row, position = index
+        across, down, flip = 0.5, 0.5, 1.0
+        if self.random_crop or self.random_flip:
+            across, down, flip = torch.rand(3, generator=step_generator(self.seed, position, _DRAWS)).tolist()
+        centering = (across, down) if self.random_crop else (0.5, 0.5)
+        problems: list[Problem] = []
+        for other in range(row, row + min(len(self), MAX_TRIED)):
+            try:
+                picture = self.decode(other % len(self), centering)
+                break
+            except Exception as error:  # whatever a picture raises: it is one of many
+                problems.append((other % len(self), f"{type(error).__name__}: {error}"))
+        else:
+            raise ValueError(
+                f"column {self.image_column!r}: none of {len(problems)} pictures from row {row} on could be read: "
+                f"{problems[0][1]}"
+            )
+        return picture.flip(-1) if self.random_flip and flip < 0.5 else picture, problems
+
+    def identity(self) -> dict[str, str]:
+        """What tells these pictures from others, for the identity of a run."""
+        if self.pictures is not None:
+            return {"training data": fingerprint(self.pictures)}
+        return {
+            "pictures": rows_fingerprint(self.column, [self.image_column]),
+            "resize_mode": self.resize_mode,
+            "interpolation": self.interpolation,
+        }
+
+    def placed(self, row: int) -> str:
+        """Where a row's picture is, for a warning."""
+        try:
+            return place(self.column[row][self.image_column], row)
+        except Exception:  # what can't be read may not tell its path either
+            return f"in row {row}"
+
+
+def load_batches(
+    images: ImageDataset, batches: Iterator[torch.Tensor], *, first: int = 0, stride: int = 0, num_workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Pictures (B, 3, resolution, resolution) uint8 of batches of rows (B,), decoded by `num_workers` processes ahead
+    of time, or by this one. Those that can't be read are named in warnings, each once.
+
+    Args:
+        batches: rows, from [`shuffled_batches`] or another that is as endless or ends.
+        first: position of the first row in the order of the run, which its crop and flip are drawn from.
+        stride: positions from one batch to the next.
+    """
+    if images.pictures is not None and not images.random_flip:
+        yield from (images.pictures[rows] for rows in batches)
+        return
+    places = (
+        [(row, first + number * stride + index) for index, row in enumerate(rows.tolist())]
+        for number, rows in enumerate(batches)
+    )
+    loader: Iterable[Any] = DataLoader(
+        images,
+        batch_sampler=places,
+        num_workers=0 if images.pictures is not None else num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from that of the models' weights
+    )
+    told: set[int] = set()
+    for pictures, problems in loader:
+        for row, reason in problems:
+            if row not in told and len(told) < MAX_NAMED:
+                logger.warning(f"skipped picture {images.placed(row)}: {reason}; the next one stands in for it")
+                told.add(row)
+                if len(told) == MAX_NAMED:
+                    logger.warning(f"more pictures that can't be read than {MAX_NAMED} are not named")
+        yield pictures
+
+
+def _collate(items: Sequence[tuple[torch.Tensor, list[Problem]]]) -> tuple[torch.Tensor, list[Problem]]:
+    return torch.stack([picture for picture, _ in items]), [problem for _, problems in items for problem in problems]
+
+
+def first_batches(count: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """The rows from 0 to `count`, in batches."""
+    yield from torch.arange(count).split(batch_size)
+
+
+def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, ImageDataset]:
+    """The pictures of a script's training split, and the first of those that validation measures.
+
+    ``args.validation_split`` is then the split's name, or ``"none"``.
+    """
+    splits = load_splits(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        columns=[args.image_column],
+        cache_dir=args.cache_dir,
+        output_dir=args.output_dir,
+        streaming=args.streaming,
+    )
+    args.validation_split = choose_validation_split(splits, args.validation_split)
+    held_out = "train" if args.validation_split == "none" else args.validation_split
+    limit = VALIDATION_PICTURES[held_out == "train"]
+    limit = min(limit, args.max_train_samples or limit)
+    plain: dict[str, Any] = {"resize_mode": args.resize_mode, "interpolation": args.image_interpolation_mode}
+    own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}
+    read, column = (args.image_column, args.resolution), args.image_column
+    if args.streaming:
+        if "train" not in splits:
+            raise MissingSplitError(f"split='train' is not in the data: it has {sorted(map(str, splits))}")
+        measured = datasets.Dataset.from_list(list(picture_stream(splits[held_out], column).take(limit)))
+        pictures = ImageStream(picture_stream(splits["train"], column), *read, **own)
+        return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
+    train, measured = (
+        take_split(splits, name, image_column=column, max_samples=count)
+        for name, count in (("train", args.max_train_samples), (held_out, limit))
+    )
+    return ImageDataset(train, *read, **own), ImageDataset(measured, *read, **plain)

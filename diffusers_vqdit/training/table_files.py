@@ -1,0 +1,73 @@
+"""Tables of samples in files: single ones, and all that a pattern matches, as `datasets` loads them."""
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..utils.checks import shown
+
+
+# The loaders of `datasets` by the ending of a file. TEXT_LOADERS have paths of pictures, relative to their own folder.
+LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+TEXT_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+class Splits(dict):
+    """The splits of a source by name, and the folder that paths of pictures in their columns are relative to."""
+
+    folder: Path | None = None
+
+
+def find_table_files(dataset_name: str) -> list[str]:
+    """The files of tables that a name means: one that is there, or all that a pattern such as ``data/*.tar`` matches,
+    in order. Empty where it is another kind of name.
+
+    Raises:
+        ValueError: for a file that isn't there, a pattern that matches none, or files of several kinds.
+    """
+    kinds = {**LOADERS, **TEXT_LOADERS}
+    path = Path(dataset_name)
+    if path.is_dir():
+        return []
+    if path.is_file() or (path.suffix.lower() in kinds and not glob.has_magic(dataset_name)):
+        files = [dataset_name]
+    elif glob.has_magic(dataset_name):
+        files = sorted(name for name in glob.glob(dataset_name, recursive=True) if os.path.isfile(name))
+        if not files:
+            raise ValueError(f"dataset_name={shown(dataset_name)} matches no file")
+    else:
+        return []
+    if not path.is_file() and files == [dataset_name]:
+        raise ValueError(f"dataset_name={shown(dataset_name)}: there is no such file")
+    found = sorted({Path(name).suffix.lower() for name in files})
+    if len(found) > 1 or found[0] not in kinds:
+        raise ValueError(
+            f"dataset_name={shown(dataset_name)} has files that end in {', '.join(map(repr, found))}; give files of "
+            f"one kind of {', '.join(kinds)}, or pictures as --train_data_dir"
+        )
+    return files
+
+
+def kinds_of_tables(folder: Path) -> set[str]:
+    """The endings of the files of tables below a folder."""
+    return {path.suffix.lower() for path in folder.rglob("*")} & {*LOADERS, *TEXT_LOADERS}
+
+
+def picture_folder(files: Sequence[str]) -> Path | None:
+    """The folder that paths of pictures in tables are relative to: that of the files, if they are texts in one."""
+    folders = {Path(os.path.abspath(name)).parent for name in files}
+    texts = all(Path(name).suffix.lower() in TEXT_LOADERS for name in files)
+    return folders.pop() if texts and len(folders) == 1 else None
+
+
+def with_paths(dataset: Any, column: str, folder: Path) -> Any:
+    """The dataset with a column's paths, if it has some, as they are from everywhere."""
+    if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"):
+        return dataset
+
+    def join(batch: dict[str, list]) -> dict[str, list]:
+        return {column: [name if name is None else os.path.join(folder, name) for name in batch[column]]}
+
+    return dataset.map(join, batched=True, desc="Paths")

@@ -1,0 +1,124 @@
+"""Streams: each epoch has every sample once, and a run goes on with the sample after the last it had."""
+
+import io
+import itertools
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.training import image_stream
+from diffusers_vqdit.training.data import load_splits
+from diffusers_vqdit.training.image_stream import ImageStream, picture_stream
+
+
+COUNT, SHARDS = 30, 4
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """Parquet files of pictures, each of a grey of its own, of uneven numbers of rows."""
+    monkeypatch.setattr(image_stream, "WINDOW", 4)
+    (tmp_path / "data").mkdir()
+    for shard, rows in enumerate(np.array_split(np.arange(COUNT), SHARDS)):
+        values = []
+        for row in rows:
+            data = io.BytesIO()
+            Image.fromarray(np.full((9, 8, 3), 4 * row, np.uint8)).save(data, "PNG")
+            values.append({"bytes": data.getvalue(), "path": None})
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        pq.write_table(pa.table({"image": pa.array(values, kind)}), tmp_path / "data" / f"train-{shard}.parquet")
+    return tmp_path / "data"
+
+
+def stream(shards, **options):
+    splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
+    return ImageStream(picture_stream(splits["train"], "image"), "image", 8, seed=1, **options)
+
+
+def greys(batches, count):
+    return torch.cat([batch[:, 0, 0, 0] // 4 for batch in itertools.islice(batches, count)]).tolist()
+
+
+def test_each_epoch_has_every_sample_in_an_order_of_its_own(shards):
+    found = greys(stream(shards).batches(5), 18)
+    epochs = [found[start : start + COUNT] for start in (0, COUNT, 2 * COUNT)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and sorted(epochs[0]) != epochs[0]
+    assert greys(stream(shards).batches(5, num_workers=2), 18) == found
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 5, 6, 7, 13])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_goes_on_with_the_next_sample(shards, taken, workers):
+    options = {"random_crop": True, "random_flip": True}
+    whole = list(itertools.islice(stream(shards, **options).batches(5), 20))
+    first = stream(shards, **options)
+    batches = first.batches(5, workers)
+    for _ in range(taken):
+        next(batches)
+    state = json.loads(json.dumps(first.state_dict()))
+    again = stream(shards, **options)
+    again.load_state_dict(state)
+    for index, batch in enumerate(itertools.islice(again.batches(5), 4)):
+        assert torch.equal(batch, whole[taken + index])
+    twice = stream(shards, **options)
+    twice.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert torch.equal(next(twice.batches(5)), whole[taken + 4])
+
+
+def test_processes_share_the_samples(shards, monkeypatch):
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(image_stream, "process_rank", lambda rank=rank: (rank, 2))
+        found.append(greys(stream(shards).batches(7), 2))  # less than the smallest half of the shards has
+    assert len(set(found[0] + found[1])) == 28
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was read by 2 processes, and is now by 1"):
+        stream(shards).load_state_dict({"processes": {"0": [0, 0, None, 0, 0], "1": [0, 0, None, 0, 0]}})
+
+
+def test_broken_pictures_are_named_and_replaced(caplog):
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (40, 40, 40)).save(data, "PNG")
+    rows = [{"image": data.getvalue() if index % 3 else b"broken"} for index in range(9)]
+    dataset = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    made = ImageStream(picture_stream(dataset, "image"), "image", 8)
+    assert (next(made.batches(9)) == 40).all()
+    assert sum("skipped picture at position" in record.message for record in caplog.records) == 3
+    dataset = datasets.Dataset.from_list([{"image": b"broken"}] * 4).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no picture of a batch could be read"):
+        next(ImageStream(picture_stream(dataset, "image"), "image", 8).batches(4))
+    with pytest.raises(ValueError, match=r"column 'photo' is not in the data: it has \['image'\]"):
+        picture_stream(dataset, "photo")
+    words = datasets.Dataset.from_list([{"image": "a.png"}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="streamed pictures must be bytes"):
+        picture_stream(words, "image")
+
+
+def test_the_image_tokenizer_resumes_on_a_stream(run, shards, tmp_path, capsys):
+    arguments = (
+        f"--dataset_name {shards}/*.parquet --streaming --resolution 8 --block_out_channels 8 8 --norm_num_groups 4 "
+        "--latent_channels 8 --num_vq_embeddings 16 --report_to none --train_batch_size 4 --max_train_steps 6 "
+        "--checkpointing_steps 4 --validation_split none --random_flip"
+    )
+    run("train_image_vq", f"{arguments} --output_dir {tmp_path / 'whole'}")
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
+    run("train_image_vq", f"{arguments} --output_dir {tmp_path / 'broken'} --resume_from_checkpoint latest")
+    whole, resumed = (ImageVQModel.from_pretrained(tmp_path / name) for name in ("whole", "broken"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    for change in ("--train_data_dir x", "--dataset_name x", "--dataset_name x --max_train_samples 3"):
+        with pytest.raises(SystemExit):
+            run("train_image_vq", f"--streaming {change}")
+        assert "--streaming needs --dataset_name and --max_train_steps" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="streaming needs dataset_name: a dataset of the Hub, or files"):
+        load_splits(train_data_dir=str(shards), streaming=True)
