@@ -34,6 +34,7 @@ from diffusers_vqdit.training.arguments import (
     add_patch_argument,
     add_training_arguments,
     add_transformer_arguments,
+    add_validation_prompts_argument,
     with_patches,
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
@@ -113,7 +114,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
 
     keeping = add_keeping_arguments(parser)
-    keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    add_validation_prompts_argument(keeping)
     keeping.add_argument(
         "--validation_images",
         nargs="*",

