@@ -211,8 +211,6 @@ def test_blanks_are_filled_and_the_rest_stays(pipe, words):
 def test_labels_of_long_texts_and_texts_of_any_length_are_made(pipe):
     assert pipe.classify(inputs={"poem": ["a king", "once upon a time there was a king"]}, output="kind").names
     assert len(pipe(inputs={"poem": TEXTS}, output="title").texts) == 3
-    with pytest.raises(ValueError, match="'poem' has texts of any length, which a gallery can't hold"):
-        pipe.index(inputs={"poem": TEXTS}, query="title")
 
 
 def test_a_callback_sees_the_block_and_an_interrupt_ends_the_text(pipe, words):
@@ -333,3 +331,48 @@ def test_codes_of_texts_stand_for_them_in_any_length(pipe, words):
     pipe.tokenizer = None
     with pytest.raises(ValueError, match="needs the component tokenizer"):
         pipe(inputs={"poem": poem}, output="kind")
+
+
+def test_texts_of_any_length_are_a_gallery(pipe, tmp_path):
+    """By texts or their codes, whatever else is in it; one of a pipeline with another tokenizer is refused."""
+    poems = ["a king", "once upon a time there was a king", "the end of a time"]
+    options = {"top_k": 3, "shortlist": 3}
+    gallery = pipe.index(inputs={"poem": poems}, query="title")
+    found = pipe.retrieve(["the end", "a king and a daughter"], gallery, **options)
+    by_codes = pipe.index(inputs={"poem": pipe._segment("poem").encode(poems)}, query="title")
+    again = pipe.retrieve(pipe._segment("title").encode(["the end", "a king and a daughter"]), by_codes, **options)
+    assert torch.equal(found.scores, again.scores) and torch.equal(found.indices, again.indices)
+    alone = pipe.retrieve("the end", pipe.index(inputs={"poem": poems[:1]}, query="title"))
+    score = found.scores[0, found.indices[0].tolist().index(0)]
+    assert float(alone.scores[0, 0]) == pytest.approx(float(score), abs=1e-4)
+    gallery.save(tmp_path / "g.safetensors")
+    loaded = type(gallery).load(tmp_path / "g.safetensors")
+    again = pipe.retrieve(["the end", "a king and a daughter"], loaded, **options)
+    assert torch.equal(again.scores, found.scores)
+    pipe.tokenizer = train_text_tokenizer(["other words"] * 9, 300)
+    with pytest.raises(ValueError, match="another tokenizer of 'poem'"):
+        pipe.retrieve("the end", gallery)
+
+
+def test_candidates_that_are_exact_are_classified_by_the_chain_rule(words):
+    """With blocks of one token there is one mask a block, and the bound is the likelihood itself."""
+    pipe = make(words)
+    config = {**pipe.transformer.config}
+    config["segments"] = {n: {**one, "block_length": 1} if "block_length" in one else one
+                          for n, one in config["segments"].items()}  # fmt: skip
+    transformer = VQDiTTransformer2DModel.from_config(config).eval()
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    pipe.transformer = transformer
+    poems, title = ["a king", "once upon a time", "the end"], pipe._segment("title").encode(["a daughter"])
+    expected = []
+    with torch.no_grad():
+        for text in poems:
+            (codes,), total = pipe._segment("poem").encode([text]), 0.0
+            for given, sign in ((transformer.encode_prefix({"title": title}), 1), (None, -1)):
+                for code in codes:
+                    logits = transformer({"poem": torch.full((1, 1), len(words))}, prefix=given).sample["poem"]
+                    total += sign * float(logits[0, 0].log_softmax(-1)[code])
+                    given = transformer.extend_prefix(given, {"poem": code.view(1, 1)})
+            expected.append(total)
+    found = pipe.classify(inputs={"title": title}, labels=poems, output="poem", num_samples=2).probabilities
+    torch.testing.assert_close(found[0], torch.tensor(expected).softmax(0), atol=1e-4, rtol=1e-3)
