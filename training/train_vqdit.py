@@ -59,7 +59,8 @@ from diffusers_vqdit.utils.arguments import (
     model_name,
     share,
 )
-from diffusers_vqdit.utils.fingerprints import model_fingerprint
+from diffusers_vqdit.utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from diffusers_vqdit.utils.token_ids import makes_token_ids
 
 
 logger = get_logger(__name__)
@@ -228,7 +229,9 @@ def run_identity(
     """What must be as it was where a run is resumed."""
     # Of what was encoded, where the folder tells: encoded again on a GPU it may give some other codes.
     made_of = [codes.fingerprints["data"], codes.settings] if "data" in codes.fingerprints else None
-    several = parts["segment_tokenizers"].tokenizers if parts["segment_tokenizers"] is not None else {}
+    container = parts["segment_tokenizers"]
+    several = {} if container is None else {name: container.parts[name] for name in container.config.kinds}
+    several = {name: tokenizer_fingerprint(one) if makes_token_ids(one) else one for name, one in several.items()}
     return {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},

@@ -34,9 +34,10 @@ def scores_of_texts(
     computed once for a gallery."""
     key = "items", transformer.device, torch.is_autocast_enabled(transformer.device.type)
     known = gallery._marginals.setdefault(key, torch.full((len(gallery),), float("nan")))
+    of_items: Any = gallery.lengths
 
     def log_p(items: torch.LongTensor, given: VQDiTPrefix | None) -> torch.Tensor:
-        codes, lengths = gallery.codes[items].long().to(transformer.device), gallery.lengths[items].long()
+        codes, lengths = gallery.codes[items].long().to(transformer.device), of_items[items].long()
         return block_log_probabilities(
             transformer, gallery.segment, codes, lengths, given, batch_size=batch_size
         ).cpu()

@@ -33,6 +33,7 @@ from .segment_processors import (
     check_label_names,
     check_segment_entries,
     check_segment_tokenizers,
+    check_token_tokenizers,
     warn_of_tokenizers,
 )
 from .sizes_mixin import Codes
@@ -72,7 +73,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             that another picture segment's are made from, with ``"factor"``, how many times smaller they are (2). A
             segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
             codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
-        segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
+        segment_tokenizers: the tokenizers of segments that the other components are not for, by name: models, or of
+            texts by blocks tokenizers of transformers.
         text_encoder: a frozen text encoder of transformers, with its `tokenizer_2`: for a segment of the modality
             ``"states"``, given as what it makes of a text.
         image_encoder: a frozen vision encoder of transformers, with its `feature_extractor`: for ``"image_states"``.
@@ -133,6 +135,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         # Where the container is left out, what its tokenizers are for is refused at use, as where a component is.
         tokenizers = None if segment_tokenizers is None else [*named, *more]
         segments = check_segment_entries(segments or {}, known, tokenizers)
+        check_token_tokenizers(segment_tokenizers, segments, known)
         warn_of_tokenizers(named, more, segments)
         if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
             deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")

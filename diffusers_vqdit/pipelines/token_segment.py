@@ -10,11 +10,13 @@ from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
 from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
-from .segment_base import EncodedValue
+from .segment_base import ENCODERS, EncodedValue
 from .text_segment import TextReader, TextSegment
 
 
 _token_logger = logging.get_logger(__name__)
+
+_MODELS = {"image_vq", TextSegment.tokenizer, *ENCODERS}  # components that make no token ids
 
 
 class TokenReader(TextReader):
@@ -74,7 +76,7 @@ class TokenReader(TextReader):
 
 
 class TokenSegment(TextSegment):
-    """Texts as the ids of the pipeline's own tokenizer, in whole blocks."""
+    """Texts as the ids of the pipeline's own tokenizer, or of one of its `segment_tokenizers`, in whole blocks."""
 
     tokenizer = "tokenizer"
     named_beside = None
@@ -85,6 +87,12 @@ class TokenSegment(TextSegment):
 
     @classmethod
     def check_entry(cls, where: str, entry: dict[str, Any], name: str, segments: Mapping[str, Any]) -> dict[str, Any]:
+        if entry["tokenizer"] in _MODELS:
+            raise ValueError(
+                f"{where}: the transformer has {name!r} with a block_length, which is for token ids, and "
+                f"{entry['tokenizer']!r} makes none: {{'modality': 'text', 'tokenizer': 'tokenizer'}}, or one of "
+                "segment_tokenizers"
+            )
         if "block_length" not in segments[name]:
             raise ValueError(
                 f"{where}['tokenizer']={entry['tokenizer']!r} makes token ids, which need a block_length: the "

@@ -18,6 +18,7 @@ from ..pipelines.segment_processors import MODALITIES, check_segment_entries, ki
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_integer
 from ..utils.fingerprints import file_sha256, model_fingerprint, tokenizer_fingerprint
+from ..utils.token_ids import makes_token_ids
 from ..utils.weight_files import move_into_place
 from .code_files import FILES, INDEX_FILE, write_index, write_shard
 from .data import read_rows
@@ -189,7 +190,8 @@ class _Encoder:
         self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
         self.shapes: dict[str, list[int]] = {}
         for name, column in columns.items():
-            kind, own = kind_of(column.modality, column.tokenizer_name), {**options, **column.options}
+            kind = kind_of(column.modality, column.tokenizer_name, makes_token_ids(column.tokenizer))
+            own = {**options, **column.options}
             self.of[name] = []
             for title in (column.column, *(column.prompt_columns or ())):
                 if title not in dataset.column_names:
