@@ -25,6 +25,7 @@ class TokenReader(TextReader):
     Args:
         block_length: codes a block.
         max_text_length: codes of a text at most, in whole blocks; a longer one is cut, and has no end.
+        turns: by column, which text of its list each row is for ([`~training.text_rows.one_text_a_row`]).
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class TokenReader(TextReader):
         *,
         block_length: int = 16,
         max_text_length: int | None = None,
+        turns: Mapping[str, list[int]] | None = None,
         **options: Any,
     ) -> None:
+        self.turns = (turns or {}).get(column)
         self.block_length, self.end = check_integer("block_length", block_length, 1), end_token_id(tokenizer)
         limit = None
         if max_text_length is not None:
@@ -48,11 +51,8 @@ class TokenReader(TextReader):
         super().__init__(dataset, column, tokenizer, beside)
 
     def _check_texts(self) -> list[str]:
-        if several := [row for row, texts in enumerate(self.lists) if len(texts) > 1]:
-            raise ValueError(
-                f"column {self.column!r} has several texts in row {several[0]}: with token ids a row has one text"
-            )
-        texts, longest, cut = [text for (text,) in self.lists], 0, 0
+        texts = [text for row in range(len(self.lists)) for text in self.read(row)]
+        longest, cut = 0, 0
         for start in range(0, len(texts), 1024):
             counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, texts[start : start + 1024])]
             longest, cut = max(longest, *counts), cut + sum(count > (self.limit or count) for count in counts)
@@ -69,6 +69,10 @@ class TokenReader(TextReader):
     @property
     def vocab_size(self) -> int:
         return len(self.tokenizer)
+
+    def read(self, row: int) -> list[str]:
+        texts = super().read(row)
+        return texts if self.turns is None else [texts[self.turns[row]]]
 
     def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
         ids = token_ids(self.tokenizer, [text for (text,) in values])

@@ -25,6 +25,7 @@ from .data import read_rows
 from .files import scratch_folder
 from .segment_columns import columns_of_flags, name_tokenizers
 from .state_files import StateRows, write_states
+from .text_rows import one_text_a_row
 
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ def encode_dataset(
             codes of texts are the token ids of `tokenizer`, of any length.
         image_column: becomes the segment ``image``.
         caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
-            list of captions, of which one is drawn each time; so it is with the other columns of texts. Without
-            `text_vq` it has the states of `text_encoder`, and is only given.
+            list of captions, of which one is drawn each time; so it is with the other columns of texts. With token ids
+            such a row is one for each of its captions instead, which is encoded so often. Without `text_vq` and
+            `tokenizer` it has the states of `text_encoder`, and is only given.
         prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
         text_columns: more texts, each a segment of its column's name.
         label_column: becomes the segment ``label``.
@@ -132,6 +134,8 @@ def encode_dataset(
     named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
     named |= dict(zip(ENCODERS, (text_encoder, tokenizer_2, image_encoder, feature_extractor), strict=True))
     columns, tokenizers = name_tokenizers(columns, named)
+    of_ids = [column.column for column in columns.values() if makes_token_ids(column.tokenizer)]
+    dataset, options["turns"] = one_text_a_row(dataset, [name for name in of_ids if name in dataset.column_names])
     encoder = _Encoder(dataset, columns, batch_size, **options)
     if aspect_ratio_buckets is not None and encoder.grouping is None:
         raise ValueError("aspect_ratio_buckets needs a column of pictures")
@@ -201,7 +205,10 @@ class _Encoder:
                     self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
             if self.of[name][0].geometry and column.prompt_columns:
-                raise ValueError(f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings")
+                raise ValueError(
+                    f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings; make each a "
+                    "segment of its own, and tasks that have it given"
+                )
             if (shape := self.of[name][0].shape) is not None:
                 self.shapes[name] = shape
         self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]
