@@ -49,6 +49,7 @@ class TokenReader(TextReader):
                 raise ValueError(f"max_text_length={max_text_length} must be at least block_length={block_length}")
         self.limit = limit
         super().__init__(dataset, column, tokenizer, beside)
+        self.has_variants = False
 
     def _check_texts(self) -> list[str]:
         texts = [text for row in range(len(self.lists)) for text in self.read(row)]
