@@ -34,8 +34,6 @@ from typing import Any
 import numpy
 import torch
 from datasets import Dataset
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from diffusers_vqdit import TextVQModel, VQDiTPipeline
 from diffusers_vqdit.training.evaluation import share
@@ -168,6 +166,8 @@ def codes_and_embeddings(model: TextVQModel, tokenizer: Any, texts: list[str]) -
 
 def tf_idf(train: list[str], test: list[str], **options: Any) -> list[Any]:
     """Sparse vectors of unit length, of words and pairs of words that stand in two texts or more."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, **options)
     return [vectorizer.fit_transform(train), vectorizer.transform(test)]
 
@@ -180,9 +180,11 @@ def nearest(train: Any, test: Any, labels: list[str]) -> list[str]:
 
 def regression(train: Any, test: Any, labels: list[str], penalties: list[float]) -> tuple[list[str], float]:
     """The labels of test vectors by a logistic regression, and its C, from the first four fifths and the last."""
+    from sklearn.linear_model import LogisticRegression
+
     cut = len(labels) - len(labels) // HELD_OUT
 
-    def fitted(c: float, rows: slice) -> LogisticRegression:
+    def fitted(c: float, rows: slice) -> Any:
         return LogisticRegression(C=c, max_iter=300).fit(train[rows], labels[rows])
 
     right = {c: fitted(c, slice(cut)).score(train[cut:], labels[cut:]) for c in penalties}
