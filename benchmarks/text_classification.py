@@ -61,7 +61,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_length", type=positive_integer, default=128, help="Tokens of a text; the rest is cut.")
     parser.add_argument("--vocab_size", type=positive_integer, default=4096, help="Tokens, and codes.")
     parser.add_argument("--text_vq_steps", type=positive_integer, default=500)
-    parser.add_argument("--transformer_steps", type=positive_integer, default=1500)
+    parser.add_argument("--transformer_steps", type=positive_integer, default=600)
     parser.add_argument("--inverse_penalties", type=positive_number, nargs="+", default=[1.0, 10.0, 100.0])
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), help="Rows to compute.")
     parser.add_argument("--seed", type=random_seed, default=0)
@@ -143,7 +143,8 @@ def train_transformer(args: argparse.Namespace, data: Path) -> Path:
             num_layers=4,
             num_attention_heads=4,
             attention_head_dim=32,
-            dropout=0.3,
+            dropout=0.1,
+            lr_warmup_steps=100,
             train_batch_size=64,
             ema_decay=0.99,
             max_train_steps=args.transformer_steps,
