@@ -345,7 +345,8 @@ def retrieve(
     masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
     for part, mask in zip(query.split(batch_size), masks, strict=False):
         given = [{gallery.query: one} for one in (part, mask) if one is not None]
-        states, table = all_masked(transformer, gallery.segment, *given) if forward in ways else (0, 0)
+        at_once = forward in ways and (way == forward or gallery.lengths is None)
+        states, table = all_masked(transformer, gallery.segment, *given) if at_once else (0, 0)
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:

@@ -79,12 +79,11 @@ class TextSegment(SegmentProcessor):
             ValueError: if there is a model without a tokenizer.
         """
         source, folder = find_component(name, cls.tokenizer, cache_dir)
-        place = f"{folder}/" if folder else ""
-        config: Any = {}
-        if has_file(source, f"{place}config.json", cache_dir):
+        below, config = f"{folder}/" if folder else "", {}
+        if has_file(source, f"{below}config.json", cache_dir):
             config = TextVQModel.load_config(source, subfolder=folder or None, cache_dir=cache_dir)
         if "_class_name" not in config:  # as in those of transformers
-            files = [f"{place}{parent}tokenizer_config.json" for parent in ("", "tokenizer/")]
+            files = [f"{below}{parent}tokenizer_config.json" for parent in ("", "tokenizer/")]
             if any(has_file(source, file, cache_dir) for file in files):
                 return load_tokenizer_of_ids(name, cache_dir), None
         model = TextVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
