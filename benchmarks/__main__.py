@@ -17,6 +17,8 @@ from pathlib import Path
 import diffusers
 import torch
 
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, torch_device
+
 from .common import table
 
 
@@ -33,12 +35,12 @@ BENCHMARKS = (
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run benchmarks.")
+    parser = argument_parser("Run benchmarks.", prog="python -m benchmarks")
     parser.add_argument("names", nargs="*", help=f"Of {', '.join(BENCHMARKS)}; by default all.")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="Of PyTorch on CPUs.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--rounds", type=positive_integer, default=7)
+    parser.add_argument("--threads", type=positive_integer, help="Of PyTorch on CPUs.")
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(input_args)
     if unknown := sorted(set(args.names) - set(BENCHMARKS)):
         parser.error(f"unknown {unknown}; there are {', '.join(BENCHMARKS)}")

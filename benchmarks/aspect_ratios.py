@@ -24,6 +24,7 @@ from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import bucket_batches, load_training_dataset, shuffled_batches
 from diffusers_vqdit.training.segment_columns import bucket_sizes
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 from diffusers_vqdit.utils.images import resize_image, to_rgb
 
 from .masked_training import MaskedTraining, add_arguments, bits_per_code
@@ -35,14 +36,14 @@ SIZE = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare positions at sizes that were not trained on.")
+    parser = argument_parser("Compare positions at sizes that were not trained on.")
     parser.add_argument("--positions", choices=POSITIONS, nargs="+", default=POSITIONS)
     parser.add_argument("--aspect_ratio_buckets", type=bucket_sizes, default="32,32;40,24;24,40")
     parser.add_argument("--test_sizes", type=bucket_sizes, default="32,32;40,24;24,40;36,28;28,36;48,20;20,48")
-    parser.add_argument("--max_train_steps", type=int, default=100)
-    parser.add_argument("--evaluation_steps", type=int, default=500)
-    parser.add_argument("--max_train_samples", type=int, default=100_000)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/aspect_ratios"))
+    parser.add_argument("--max_train_steps", type=positive_integer, default=100)
+    parser.add_argument("--evaluation_steps", type=positive_integer, default=500)
+    parser.add_argument("--max_train_samples", type=positive_integer, default=100_000)
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/aspect_ratios"))
     add_arguments(parser, train_batch_size=16, learning_rate=2e-3, **SIZE)
     return parser.parse_args(input_args)
 

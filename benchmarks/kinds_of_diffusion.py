@@ -41,7 +41,15 @@ from diffusers.utils import make_image_grid
 from diffusers_vqdit import VQDiTLatentPipeline
 from diffusers_vqdit.models.vae_latents import downsample_factor
 from diffusers_vqdit.training.evaluation import EmojiData, Roles, share
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, number, positive_integer, random_seed
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    number,
+    output_path,
+    positive_integer,
+    random_seed,
+    torch_device,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +78,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=positive_integer, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--guidance_scale", type=number(), help="By default each pipeline's own.")
     parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/kinds_of_diffusion"))
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/kinds_of_diffusion"))
     return parser.parse_args(input_args)
 
 

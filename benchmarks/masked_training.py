@@ -15,6 +15,7 @@ from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.draws import step_generator
 from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
+from diffusers_vqdit.utils.arguments import decay, model_name, positive_integer, positive_number, random_seed
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,18 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
     """The arguments that such benchmarks share."""
-    parser.add_argument("--pretrained_model_name_or_path", default=str(ROOT / "model_cards/vqdit-emoji"))
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+    )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
-    parser.add_argument("--num_test_samples", type=int, default=64)
-    parser.add_argument("--num_masks", type=int, default=8)
-    parser.add_argument("--num_layers", type=int)
-    parser.add_argument("--num_attention_heads", type=int)
-    parser.add_argument("--attention_head_dim", type=int)
-    parser.add_argument("--train_batch_size", type=int)
-    parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--lr_warmup_steps", type=int, default=50)
-    parser.add_argument("--ema_decay", type=float, default=0.99)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_test_samples", type=positive_integer, default=64)
+    parser.add_argument("--num_masks", type=positive_integer, default=8)
+    parser.add_argument("--num_layers", type=positive_integer)
+    parser.add_argument("--num_attention_heads", type=positive_integer)
+    parser.add_argument("--attention_head_dim", type=positive_integer)
+    parser.add_argument("--train_batch_size", type=positive_integer)
+    parser.add_argument("--learning_rate", type=positive_number)
+    parser.add_argument("--lr_warmup_steps", type=positive_integer, default=50)
+    parser.add_argument("--ema_decay", type=decay, default=0.99)
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.set_defaults(**defaults)
 
 

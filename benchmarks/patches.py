@@ -25,6 +25,7 @@ from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, positive_number
 
 from .masked_training import MaskedTraining, add_arguments, bits_per_code
 
@@ -34,12 +35,14 @@ SIZE = {"num_layers": 8, "num_attention_heads": 4, "attention_head_dim": 64}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare numbers of codes a position.")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--patches", type=int, nargs="+", default=[1, 2, 4], help="Sides of the patches, in codes.")
-    parser.add_argument("--seconds", type=float, default=120, help="CPU time that each trains for.")
-    parser.add_argument("--evaluations", type=int, default=4, help="In these seconds.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/patches"))
+    parser = argument_parser("Compare numbers of codes a position.")
+    parser.add_argument("--resolution", type=positive_integer, default=64)
+    parser.add_argument(
+        "--patches", type=positive_integer, nargs="+", default=[1, 2, 4], help="Sides of the patches, in codes."
+    )
+    parser.add_argument("--seconds", type=positive_number, default=120, help="CPU time that each trains for.")
+    parser.add_argument("--evaluations", type=positive_integer, default=4, help="In these seconds.")
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/patches"))
     add_arguments(parser, train_batch_size=32, learning_rate=1e-3, **SIZE)
     return parser.parse_args(input_args)
 

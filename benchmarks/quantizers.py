@@ -28,7 +28,14 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.models.quantizers.vector import Quantizer, QuantizerOutput, perplexity
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches, to_pixels
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
-from diffusers_vqdit.utils.arguments import argument_parser, positive_integer, positive_number, random_seed
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    output_path,
+    positive_integer,
+    positive_number,
+    random_seed,
+    torch_device,
+)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -44,8 +51,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speed_rounds", type=positive_integer, default=20)
     parser.add_argument("--seeds", type=random_seed, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="Names of rows to compute; by default all.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quantizers"))
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/quantizers"))
     return parser.parse_args(input_args)
 
 
@@ -95,6 +102,18 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
         )
         return Foreign(module, args.num_codes, args.code_dim)
 
+    def residual_vq() -> Quantizer:
+        module = theirs.ResidualVQ(
+            dim=args.code_dim,
+            num_quantizers=2,
+            codebook_size=args.num_codes,
+            commitment_weight=0.25,
+            decay=0.99,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+        )
+        return Foreign(module, args.num_codes, args.code_dim, levels=(2,))
+
     def lfq(**options) -> Quantizer:
         module = theirs.LFQ(
             dim=bits, codebook_size=args.num_codes, entropy_loss_weight=0.1, commitment_loss_weight=0.25, **options
@@ -104,6 +123,10 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
     return rows | {
         "vector-quantize-pytorch VectorQuantize": (codebook, lambda: vq(rotation_trick=False)),
         "vector-quantize-pytorch VectorQuantize, rotation trick": (codebook, lambda: vq(rotation_trick=True)),
+        "vector-quantize-pytorch ResidualVQ, two codes": (
+            {**codebook, "quantizer_type": "rvq", "num_quantizers": 2},
+            residual_vq,
+        ),
         "vector-quantize-pytorch SimVQ": (
             codebook,
             lambda: Foreign(
@@ -120,24 +143,27 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
 
 
 class Foreign(Quantizer):
-    """A quantizer of vector-quantize-pytorch behind our interface."""
+    """A quantizer of vector-quantize-pytorch behind our interface; residual codes have `levels`, (q,)."""
 
-    def __init__(self, module: torch.nn.Module, num_codes: int, code_dim: int) -> None:
+    def __init__(self, module: torch.nn.Module, num_codes: int, code_dim: int, levels: tuple[int, ...] = ()) -> None:
         super().__init__(num_codes, code_dim)
-        self.module = module
+        self.module, self.levels = module, levels
 
     def _call(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output = tuple(self.module(vectors.reshape(1, -1, self.code_dim).float()))
         loss = output[2] if len(output) > 2 else vectors.new_zeros(())
-        return output[0].view(vectors.shape), output[1].view(vectors.shape[:-1]).long(), loss.sum()
+        codes = output[1].view(*vectors.shape[:-1], *self.levels).long()
+        return output[0].view(vectors.shape), codes, loss.sum()
 
     def encode(self, vectors: torch.Tensor) -> torch.LongTensor:
         return self._call(vectors)[1]
 
     def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
-        name = "get_codes_from_indices" if hasattr(self.module, "get_codes_from_indices") else "indices_to_codes"
+        names = ("get_output_from_indices", "get_codes_from_indices", "indices_to_codes")  # the first: of all levels
+        name = next(name for name in names if hasattr(self.module, name))
         # Flat, because more dimensions are taken for a picture's, with the channels first.
-        return getattr(self.module, name)(codes.reshape(1, -1)).view(*codes.shape, self.code_dim)
+        places = codes.shape[: codes.ndim - len(self.levels)]
+        return getattr(self.module, name)(codes.reshape(1, -1, *self.levels)).view(*places, self.code_dim)
 
     def forward(self, vectors: torch.Tensor) -> QuantizerOutput:
         quantized, codes, loss = self._call(vectors)

@@ -4,9 +4,9 @@
     pip install matplotlib
     python benchmarks/samplers.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
-Writes ``samplers.json`` next to this file, and ``samplers.png`` where matplotlib is installed, and prints a table.
-Takes about an hour on two idle CPU cores, extrapolated from a small run; ``--samplers`` and ``--guidance_schedules``
-choose a part.
+Writes ``samplers.json`` into the output folder, and ``samplers.png`` where matplotlib is installed, and prints a
+table. Takes about an hour on two idle CPU cores, extrapolated from a small run; ``--samplers`` and
+``--guidance_schedules`` choose a part.
 
 * Quality: share of samples whose nearest picture of the whole set, by pixel distance between the sample and the
   decoded VQ codes of each picture, is the one that the training caption names, as in ``training/evaluate.py``. What is
@@ -41,9 +41,11 @@ from diffusers_vqdit.utils.arguments import (
     model_name,
     non_negative_number,
     number,
+    output_path,
     positive_integer,
     random_seed,
     share,
+    torch_device,
 )
 
 
@@ -79,8 +81,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--remask", type=share, default=0.05, help="eta of ancestral with remasking.")
     parser.add_argument("--guidance_scale", type=number(), default=3.0)
     parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/samplers"))
     return parser.parse_args(input_args)
 
 

@@ -28,6 +28,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    non_negative_number,
+    output_path,
+    positive_integer,
+    positive_number,
+    torch_device,
+)
 from diffusers_vqdit.utils.token_ids import token_ids
 
 
@@ -36,21 +45,21 @@ END = "\x00"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Bits per character beside an n-gram model and a causal transformer.")
+    parser = argument_parser("Bits per character beside an n-gram model and a causal transformer.")
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--given_column", help="What the texts are given; by default nothing.")
-    parser.add_argument("--checkpoint", required=True, help="A pipeline with a segment of blocks.")
+    parser.add_argument("--checkpoint", type=model_name, required=True, help="A pipeline with a segment of blocks.")
     parser.add_argument("--segment", help="Of the texts, by default called as their column.")
-    parser.add_argument("--max_samples", type=int, help="Of the test split.")
-    parser.add_argument("--order", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=0.0)
-    parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--num_samples", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_file", type=Path, default=Path("outputs/text_baselines.json"))
+    parser.add_argument("--max_samples", type=positive_integer, help="Of the test split.")
+    parser.add_argument("--order", type=positive_integer, default=5)
+    parser.add_argument("--minutes", type=non_negative_number, default=0.0)
+    parser.add_argument("--train_batch_size", type=positive_integer, default=64)
+    parser.add_argument("--learning_rate", type=positive_number, default=1e-3)
+    parser.add_argument("--num_samples", type=positive_integer, default=8)
+    parser.add_argument("--batch_size", type=positive_integer, default=16)
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_file", type=output_path, default=Path("outputs/text_baselines.json"))
     return parser.parse_args(input_args)
 
 

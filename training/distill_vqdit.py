@@ -32,6 +32,7 @@ from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
     add_training_arguments,
     add_transformer_arguments,
+    add_validation_prompts_argument,
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.codes import CodeDataset
@@ -97,7 +98,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add_transformer_arguments(training)
 
     keeping = add_keeping_arguments(parser)
-    keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    add_validation_prompts_argument(keeping)
 
     args = parser.parse_args(input_args)
     check_source(parser, args)
@@ -124,9 +125,7 @@ def how_drawn(
         check_task(task, pipeline.transformer.config.tasks or [])
         if any("block_length" in pipeline.transformer.config.segments[name] for name in task.generated):
             raise ValueError(f"tasks={args.tasks!r}: {str(task)!r} makes texts by blocks, which can't be distilled")
-        guidance_scale, _, temperature = pipeline._defaults(
-            task, args.guidance_scale if task.given else 1.0, None, None
-        )
+        guidance_scale, _, temperature = pipeline.default_settings(task, args.guidance_scale if task.given else 1.0)
         free = Task((), task.generated)
         if guidance_scale != 1.0 and free in [other for other, _ in tasks]:
             raise ValueError(

@@ -145,6 +145,7 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
         tokenizer = load_text_tokenizer(args.text_tokenizer, cache_dir=args.cache_dir)
     encoders = load_encoders(args)
     known = {("image_vq", args.image_vq): (image_vq, None), ("text_vq", args.text_vq): (text_vq, tokenizer)}
+    known |= {("text_vq", args.text_tokenizer): (tokenizer, None)} if args.text_tokenizer else {}
     known |= {
         (name, getattr(args, name)): (encoders[name], encoders[beside])
         for name, beside in zip(ENCODERS[::2], ENCODERS[1::2], strict=True)
@@ -152,7 +153,8 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
     }
     loaded = load_tokenizers(args.segment, known, cache_dir=args.cache_dir)
     for model in [*(encoders[name] for name in ENCODERS[::2] if encoders[name]), *(one for one, _ in loaded.values())]:
-        model.to(args.device)
+        if isinstance(model, torch.nn.Module):
+            model.to(args.device)
     sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
     sizes = {} if args.resolution is None else {"resolution": args.resolution}
     encode_dataset(

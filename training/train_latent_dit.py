@@ -176,7 +176,7 @@ def load_components(args: argparse.Namespace) -> dict:
         labels = {int(number): name for number, name in pipeline.config.id2label.items()}
         length = pipeline.config.max_sequence_length
         if args.max_sequence_length is not None and pipeline.text_encoder is not None:
-            length = pipeline._length_of_texts(args.max_sequence_length)
+            length = pipeline.length_of_texts(args.max_sequence_length)
         return {
             **pipeline.components,
             "transformer": as_trainable(pipeline.transformer),

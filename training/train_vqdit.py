@@ -34,6 +34,7 @@ from diffusers_vqdit.training.arguments import (
     add_patch_argument,
     add_training_arguments,
     add_transformer_arguments,
+    add_validation_prompts_argument,
     with_patches,
 )
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
@@ -58,7 +59,8 @@ from diffusers_vqdit.utils.arguments import (
     model_name,
     share,
 )
-from diffusers_vqdit.utils.fingerprints import model_fingerprint
+from diffusers_vqdit.utils.fingerprints import model_fingerprint, tokenizer_fingerprint
+from diffusers_vqdit.utils.token_ids import makes_token_ids
 
 
 logger = get_logger(__name__)
@@ -113,7 +115,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
 
     keeping = add_keeping_arguments(parser)
-    keeping.add_argument("--validation_prompts", nargs="*", default=[])
+    add_validation_prompts_argument(keeping)
     keeping.add_argument(
         "--validation_images",
         nargs="*",
@@ -225,7 +227,9 @@ def run_identity(
     labels: list[str],
 ) -> dict:
     """What must be as it was where a run is resumed."""
-    several = parts["segment_tokenizers"].tokenizers if parts["segment_tokenizers"] is not None else {}
+    container = parts["segment_tokenizers"]
+    several = {} if container is None else {name: container.parts[name] for name in container.config.kinds}
+    several = {name: tokenizer_fingerprint(one) if makes_token_ids(one) else one for name, one in several.items()}
     return {
         "script": "train_vqdit",
         **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},

@@ -26,6 +26,30 @@ def block_masks(
     return torch.stack(masks, 1), torch.stack(ratios, 1)
 
 
+def block_log_probabilities(
+    transformer: VQDiTTransformer2DModel,
+    segment: str,
+    codes: torch.LongTensor,
+    lengths: torch.LongTensor,
+    prefix: VQDiTPrefix | None,
+    *,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """log p (B,) of texts, float32, where each block is generated in one step: the sum over the codes of a block, all
+    masked, of log p(code | the blocks before it, given). The probabilities of all texts of so many blocks sum to 1.
+
+    Args:
+        segment: one of blocks.
+        codes: (B, n) int64, n whole blocks.
+        lengths, prefix, batch_size: as in [`negative_elbo_of_blocks`].
+    """
+    length = transformer.config.segments[segment]["block_length"]
+    masks = torch.ones(1, codes.shape[1] // length, length, dtype=torch.bool)
+    times = torch.ones(1, masks.shape[1]) if transformer.config.time_conditioned else None
+    options = {"lengths": lengths, "times": times, "batch_size": batch_size}
+    return -negative_elbo_of_blocks(transformer, {segment: codes}, prefix, masks, **options).nll.float()
+
+
 @torch.no_grad()
 def negative_elbo_of_blocks(
     transformer: VQDiTTransformer2DModel,

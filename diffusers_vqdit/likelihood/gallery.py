@@ -43,6 +43,8 @@ class GalleryIndex:
         features (`torch.Tensor` of shape `(G, R)`): float16.
         bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
         basis (`torch.Tensor` of shape `(N * D, R)`): float16, orthonormal columns.
+        lengths (`torch.Tensor` of shape `(G,)`, *optional*): int32, the codes of each item that is a text by blocks;
+            those after them are padding. None for other items.
 
     Raises:
         ValueError: if a field has another type, dtype or shape, isn't finite, or doesn't fit the others.
@@ -57,6 +59,7 @@ class GalleryIndex:
     bias: torch.Tensor
     basis: torch.Tensor
     tokenizers: str = ""
+    lengths: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self._faiss: Any = None
@@ -87,6 +90,11 @@ class GalleryIndex:
                     f"{name} must have shape {shape} beside codes {tuple(self.codes.shape)} and features "
                     f"{tuple(self.features.shape)}, got {found}"
                 )
+        if self.lengths is not None:
+            found = self.lengths
+            fits = isinstance(found, torch.Tensor) and found.dtype in GALLERY_TENSORS["codes"] and self.codes.ndim == 2
+            if not fits or found.shape != (size,) or found.min() < 1 or found.max() > self.codes.shape[1]:
+                raise ValueError(f"lengths={shown(found)} must be integers ({size},) in [1, {self.codes.shape[1]}]")
         check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
 
     def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:
@@ -105,6 +113,8 @@ class GalleryIndex:
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
         tensors = {name: getattr(self, name).contiguous() for name in GALLERY_TENSORS}
+        if self.lengths is not None:
+            tensors["lengths"] = self.lengths.contiguous()
         with replacing_file(path) as unfinished:
             metadata = {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
             save_file(tensors, unfinished, metadata={**metadata, "sha256": _digest(metadata, tensors)})
@@ -132,6 +142,7 @@ class GalleryIndex:
             )
         digest = found.get("sha256")  # version 0.1 wrote none
         strings, tensors = ({name: found[name] for name in part} for part in (GALLERY_STRINGS, GALLERY_TENSORS))
+        tensors |= {name: found[name] for name in ("lengths",) if name in found}  # of texts by blocks alone
         if digest is not None and digest != _digest(strings, tensors):
             raise ValueError(f"{str(path)!r} is damaged: its content has another SHA-256 than when it was written")
         try:
@@ -176,7 +187,7 @@ class GalleryIndex:
 
 
 def _digest(strings: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-    parts = [*(strings[name] for name in GALLERY_STRINGS), *(tensor_sha256(tensors[name]) for name in GALLERY_TENSORS)]
+    parts = [*(strings[name] for name in GALLERY_STRINGS), *(tensor_sha256(one) for one in tensors.values())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

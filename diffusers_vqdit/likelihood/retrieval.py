@@ -10,6 +10,10 @@ with the head's inputs h_i(x) and h_i (nothing given), its rows w and the log-su
 of N D numbers, what is generated another, and a gallery of either is searched by inner products (Jegou et al. 2011,
 product quantization, use the same asymmetry: one side is codes). The vectors are projected onto the gallery's first
 principal components for a shortlist, which is then ranked by the sums themselves, both ways where both are known.
+
+A text by blocks is generated block by block, each in one step given those before it
+([`~likelihood.block_bounds.block_log_probabilities`]). Only the first block's part of its PMI is an inner product:
+where it is generated, the shortlist is by that, and the rank by all blocks.
 """
 
 import hashlib
@@ -25,6 +29,8 @@ from diffusers.utils import BaseOutput
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task, check_task
 from ..utils.checks import check_integer, shown
+from ..utils.fingerprints import tokenizer_fingerprint
+from .block_retrieval import given_items, scores_given_items, scores_of_texts, text_mask
 from .bounds import check_logits
 from .gallery import GalleryIndex
 
@@ -61,10 +67,14 @@ def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
     return digest.hexdigest()
 
 
-def tokenizers_digest(tokenizers: list[torch.nn.Module]) -> str:
-    """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of."""
+def tokenizers_digest(tokenizers: list[Any]) -> str:
+    """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of, or
+    of what one without weights makes of a text."""
     digest = hashlib.sha256()
     for tokenizer in tokenizers:
+        if not isinstance(tokenizer, torch.nn.Module):
+            digest.update(tokenizer_fingerprint(tokenizer).encode())
+            continue
         for name, value in sorted(tokenizer.state_dict().items()):
             digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -86,10 +96,13 @@ def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
     return ways
 
 
-def _ranking_tasks(transformer: VQDiTTransformer2DModel) -> list[str]:
-    """The tasks whose generated side one forward pass tells all of: not those that generate texts by blocks."""
-    blocks = {name for name, segment in transformer.config.segments.items() if "block_length" in segment}
-    return [task for task in transformer.config.tasks or [] if not blocks & set(Task.parse(task).generated)]
+def _at_once(segment: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of the codes of which one forward pass tells all: of texts by blocks those of the first."""
+    return (segment["block_length"],) if "block_length" in segment else tuple(segment["shape"])
+
+
+def _numel(segment: dict[str, Any]) -> int:
+    return torch.Size(_at_once(segment)).numel()
 
 
 @torch.no_grad()
@@ -99,7 +112,8 @@ def all_masked(
     given: dict[str, torch.Tensor] | None = None,
     given_mask: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32.
+    """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32. Of texts
+    by blocks it is the first block.
 
     D is the width of a code's state: the model's, or a part of it where a position holds several codes.
 
@@ -108,7 +122,7 @@ def all_masked(
     config = transformer.config.segments[segment]
     size = len(next(iter(given.values()))) if given else 1
     device = next(iter(given.values())).device if given else transformer.device
-    codes = torch.full((size, *config["shape"]), config["vocab_size"], device=device)
+    codes = torch.full((size, *_at_once(config)), config["vocab_size"], device=device)
     states, thread = [], threading.get_ident()
 
     def record(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -158,19 +172,28 @@ def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransforme
         raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
 
 
-def _vectors(transformer: VQDiTTransformer2DModel, way: Task, segment: str, codes: torch.LongTensor) -> torch.Tensor:
-    """The vectors (B, N * D) of items on their side of `way`: head inputs where given, head rows where generated."""
+def _vectors(
+    transformer: VQDiTTransformer2DModel,
+    way: Task,
+    segment: str,
+    codes: torch.LongTensor,
+    mask: torch.BoolTensor | None = None,
+) -> torch.Tensor:
+    """The vectors (B, N * D) of items on their side of `way`: head inputs where given, head rows where generated.
+    `mask` (B, n) is zero at the padding of texts by blocks."""
     generated = way.generated[0]
     if way.given == (segment,):
-        return all_masked(transformer, generated, {segment: codes})[0].flatten(1)
+        masks = None if mask is None else {segment: mask}
+        return all_masked(transformer, generated, {segment: codes}, masks)[0].flatten(1)
     head, places = _head(transformer, generated)
-    return head.weight.detach().float()[(*places, codes.flatten(1))].flatten(1)
+    codes = codes.flatten(1)[:, : _numel(transformer.config.segments[generated])]
+    return head.weight.detach().float()[(*places, codes)].flatten(1)
 
 
 def _head(transformer: VQDiTTransformer2DModel, segment: str) -> tuple[torch.nn.Module, tuple[torch.LongTensor, ...]]:
     """A segment's head, and what it takes besides states: where the codebooks of a patch differ, which one (N,)."""
     config = transformer.config.segments[segment]
-    places = transformer._places(segment, tuple(config["shape"]), transformer.device)
+    places = transformer._places(segment, _at_once(config), transformer.device)
     return transformer.heads[config.get("shared_with", segment)], places
 
 
@@ -182,6 +205,7 @@ def build_index(
     query: str,
     *,
     batch_size: int = 64,
+    lengths: torch.LongTensor | None = None,
 ) -> GalleryIndex:
     """Index a gallery.
 
@@ -195,6 +219,7 @@ def build_index(
         codes: (G, *shape) int64, of the items.
         segment, query: the segment of the items and that of the queries.
         batch_size: items a forward pass.
+        lengths: (G,), the codes of each item that is a text by blocks, in whole blocks; None for all of them.
 
     Raises:
         ValueError: if the checkpoint knows no task between the two segments that ranks items, or codes don't fit.
@@ -202,12 +227,19 @@ def build_index(
     batch_size = check_integer("batch_size", batch_size, 1)
     check_items("codes", codes, transformer, segment)
     codes = codes.long()
-    ways = directions(_ranking_tasks(transformer), query, segment)
-    sizes = {way: torch.Size(transformer.config.segments[way.generated[0]]["shape"]).numel() for way in ways}
+    ways = directions(transformer.config.tasks or [], query, segment)
+    sizes = {way: _numel(transformer.config.segments[way.generated[0]]) for way in ways}
+    if lengths is None and "block_length" in transformer.config.segments[segment]:
+        lengths = torch.full((len(codes),), codes.shape[1])
+    mask = text_mask(codes, lengths)
+
+    def vectors_of(part: torch.LongTensor) -> torch.Tensor:
+        return _vectors(transformer, way, segment, codes[part], None if mask is None else mask[part])
+
     way = max(ways, key=sizes.__getitem__)
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
     chosen, others = order[:FIT_SIZE], order[FIT_SIZE:]
-    sample = torch.cat([_vectors(transformer, way, segment, codes[part]) for part in chosen.split(batch_size)])
+    sample = torch.cat([vectors_of(part) for part in chosen.split(batch_size)])
     if not sample.isfinite().all():
         raise ValueError("the transformer's features of the gallery are not finite")
     mean = sample.mean(0)
@@ -218,7 +250,7 @@ def build_index(
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
     head, places = _head(transformer, way.generated[0])
     # What was computed for the fit is not computed again.
-    rest = (_vectors(transformer, way, segment, codes[part]) - mean for part in others.split(batch_size) if len(part))
+    rest = (vectors_of(part) - mean for part in others.split(batch_size) if len(part))
     features, bias = [], []
     for vectors in itertools.chain(sample.split(batch_size), rest):
         features.append((vectors @ basis.float()).half())
@@ -238,6 +270,7 @@ def build_index(
         features=torch.cat(features)[order.argsort()].cpu(),
         bias=torch.cat(bias)[order.argsort()].cpu(),
         basis=basis.cpu(),
+        lengths=None if lengths is None else lengths.to("cpu", torch.int32),
     )
 
 
@@ -254,10 +287,12 @@ def retrieve(
 ) -> RetrievalOutput:
     """Rank a gallery for queries (B, *shape): a shortlist by features, then PMI in all [`directions`] together.
 
-    Queries may be states (B, n, channels) of an encoder, too, with `query_mask` (B, n) that is zero at padding.
+    Queries may be states (B, n, channels) of an encoder, too, or texts by blocks (B, n), with `query_mask` (B, n) that
+    is zero at padding.
 
-    A query's log p at all codes is one forward pass, for any number of candidates. Where candidates are given, each
-    that stands on any shortlist is computed once for all queries.
+    A query's log p at all codes is one forward pass, for any number of candidates, unless these are texts by blocks:
+    each is then one of its own. Where candidates are given, each that stands on any shortlist is computed once for all
+    queries.
 
     Raises:
         ValueError: if the index is another model's, or `top_k` or `shortlist` doesn't fit.
@@ -268,8 +303,9 @@ def retrieve(
     for name in (gallery.segment, gallery.query):
         if name not in segments:
             raise ValueError(f"gallery has the segment {name!r}; this model has {list(segments)}")
-    shape = tuple(segments[gallery.segment]["shape"])
-    if tuple(gallery.codes.shape[1:]) != shape or gallery.codes.max() >= segments[gallery.segment]["vocab_size"]:
+    geometry, blocks = segments[gallery.segment], gallery.lengths is not None
+    fits = blocks == ("block_length" in geometry) and gallery.codes.max() < geometry["vocab_size"]
+    if not fits or not blocks and gallery.codes.shape[1:] != tuple(geometry["shape"]):
         raise ValueError(
             f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
             f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
@@ -283,7 +319,7 @@ def retrieve(
     top_k = check_integer("top_k", top_k, 1, len(gallery))
     shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
     tasks = transformer.config.tasks or []
-    ways = directions(_ranking_tasks(transformer), gallery.query, gallery.segment)
+    ways = directions(tasks, gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
     if way not in ways:
         raise ValueError(
@@ -291,7 +327,7 @@ def retrieve(
             "the gallery with this model"
         )
     width = _head(transformer, way.generated[0])[0].weight.shape[-1]
-    expected = torch.Size(segments[way.generated[0]]["shape"]).numel() * width
+    expected = _numel(segments[way.generated[0]]) * width
     if len(gallery.basis) != expected:
         raise ValueError(
             f"gallery has a basis of {len(gallery.basis)} rows, but this model {expected}: index the gallery with "
@@ -304,12 +340,13 @@ def retrieve(
     }
 
     # 1. Shortlist, and the query's own log p while its states are at hand
-    forward = Task((gallery.query,), (gallery.segment,))
+    forward, backward = Task((gallery.query,), (gallery.segment,)), Task((gallery.segment,), (gallery.query,))
     places, scores = [], []
     masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
     for part, mask in zip(query.split(batch_size), masks, strict=False):
         given = [{gallery.query: one} for one in (part, mask) if one is not None]
-        states, table = all_masked(transformer, gallery.segment, *given) if forward in ways else (0, 0)
+        at_once = forward in ways and (way == forward or gallery.lengths is None)
+        states, table = all_masked(transformer, gallery.segment, *given) if at_once else (0, 0)
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:
@@ -317,7 +354,10 @@ def retrieve(
         found = gallery.search(vectors.cpu() @ gallery.basis.float(), shortlist)  # (b, shortlist)
         places.append(found)
         score = torch.zeros(found.shape)
-        if forward in ways:
+        if forward in ways and gallery.lengths is not None:
+            prefix = transformer.encode_prefix(*given)
+            score = scores_of_texts(transformer, gallery, found, prefix, batch_size)
+        elif forward in ways:
             table = table - free[forward][1]
             codes = gallery.codes.flatten(1)[found].long().to(table.device)  # (b, shortlist, N)
             score = torch.stack(
@@ -327,12 +367,17 @@ def retrieve(
     places, scores = torch.cat(places), torch.cat(scores)
 
     # 2. The query's log p given each candidate
-    backward = Task((gallery.segment,), (gallery.query,))
-    if backward in ways:
+    if backward in ways and "block_length" in segments[gallery.query]:
+        lengths = torch.full((len(query),), query.shape[1]) if query_mask is None else query_mask.sum(1)
+        scores += scores_given_items(
+            transformer, gallery, places, query, lengths, batch_size, marginal=free[backward] is not None
+        )
+    elif backward in ways:
         flat = query.flatten(1)
         for part in places.unique().split(batch_size):
             codes = gallery.codes[part].long().to(query.device)
-            table = all_masked(transformer, gallery.query, {gallery.segment: codes})[1]
+            given = given_items(gallery, part, codes)
+            table = all_masked(transformer, gallery.query, *given)[1]
             if free[backward] is not None:
                 table = table - free[backward][1]
             for item, one in zip(part.tolist(), table, strict=True):

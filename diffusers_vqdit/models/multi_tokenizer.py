@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import torch.nn as nn
 import transformers
 from diffusers.configuration_utils import ConfigMixin
@@ -15,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from ..utils.checks import check_module_name, shown
+from ..utils.token_ids import makes_token_ids
 from ..utils.weight_files import replacing_weights
 
 
@@ -28,7 +30,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     Args:
         tokenizers: models of diffusers (such as `ImageVQModel` and `TextVQModel`) or of transformers (such as
-            `DacModel`), by name.
+            `DacModel`), by name; or tokenizers of transformers, whose ids are the codes.
         beside: what makes their inputs: a text tokenizer of transformers, or a feature extractor; by the same names,
             for those that need one.
 
@@ -38,21 +40,28 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     index_files = "tokenizers.*.json"  # one a variant
 
-    def __init__(self, tokenizers: Mapping[str, nn.Module], beside: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizers: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         beside = dict(beside or {})
         if not isinstance(tokenizers, Mapping) or not tokenizers:
             raise ValueError(f"tokenizers={shown(tokenizers)} must be a dict of one or more models by name")
         for name, model in tokenizers.items():
             check_module_name("tokenizers", name)
-            if not isinstance(model, ModelMixin | transformers.PreTrainedModel):
-                raise ValueError(f"tokenizers[{name!r}]={shown(model)} must be a model of diffusers or transformers")
+            if not isinstance(model, ModelMixin | transformers.PreTrainedModel) and not makes_token_ids(model):
+                raise ValueError(
+                    f"tokenizers[{name!r}]={shown(model)} must be a model of diffusers or transformers, or a "
+                    "tokenizer of transformers"
+                )
         for name, one in beside.items():
             if name not in tokenizers:
                 raise ValueError(f"beside has {name!r}, but tokenizers are {list(tokenizers)}")
             if not hasattr(one, "save_pretrained"):
                 raise ValueError(f"beside[{name!r}]={shown(one)} must be a tokenizer or a processor of transformers")
-        self.tokenizers, self.beside = nn.ModuleDict(tokenizers), beside
+        models = {name: one for name, one in tokenizers.items() if isinstance(one, nn.Module)}
+        self.tokenizers, self.beside = nn.ModuleDict(models), beside
+        self.alone = {name: one for name, one in tokenizers.items() if name not in models}  # of token ids
+        # By which pipelines know a device where there is no model.
+        self.register_buffer("place", torch.empty(0), persistent=False)
         # As in model_index.json.
         self.register_to_config(
             kinds={name: _kind_of(model) for name, model in tokenizers.items()},
@@ -63,7 +72,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     def saved_parts(self) -> dict[str, Any]:
         """What its folder has, by subfolder."""
         found: dict[str, Any] = {}
-        for name, model in self.tokenizers.items():
+        for name, model in {**self.tokenizers, **self.alone}.items():
             found[f"{name}.tokenizer"] = model
             if name in self.beside:
                 found[f"{name}.tokenizer/tokenizer"] = self.beside[name]
@@ -72,7 +81,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     @property
     def parts(self) -> dict[str, Any]:
         """The tokenizers by name, and as ``{name}.tokenizer`` what stands beside them."""
-        return {**self.tokenizers, **{f"{name}.tokenizer": one for name, one in self.beside.items()}}
+        return {**self.tokenizers, **self.alone, **{f"{name}.tokenizer": one for name, one in self.beside.items()}}
 
     def save_pretrained(
         self,
@@ -97,7 +106,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             if variant is not None:
                 # By such a name diffusers knows that a component has the variant. It splits all names in the folder
                 # at a dot, which is why those of the subfolders have one.
-                kept = json.dumps({"variant": variant, "tokenizers": list(self.tokenizers)}, indent=2)
+                kept = json.dumps({"variant": variant, "tokenizers": list(self.config.kinds)}, indent=2)
                 Path(unfinished, f"tokenizers.{variant}.json").write_text(kept + "\n", encoding="utf-8")
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)

@@ -60,6 +60,22 @@ def check_scales(guidance_scale: Any, image_guidance_scale: Any) -> None:
         check_number("image_guidance_scale", image_guidance_scale)
 
 
+def _given_pictures(task: Task, segments: Mapping[str, SegmentProcessor]) -> list[str]:
+    return [n for n in task.given if "images" in (segments[n].given_field, segments[n].output_field)]
+
+
+def check_scales_are_used(
+    task: Task, guidance_scale: Any, image_guidance_scale: Any, segments: Mapping[str, SegmentProcessor]
+) -> None:
+    """Raise a ValueError if a call says both scales, and nothing but pictures is given."""
+    if None not in (guidance_scale, image_guidance_scale) and task.given == tuple(_given_pictures(task, segments)):
+        raise ValueError(
+            f"guidance_scale={shown(guidance_scale)} is that of what is given beside pictures where there is an "
+            f"image_guidance_scale, here {shown(image_guidance_scale)}; the task {str(task)!r} has pictures alone: "
+            "give one of the two"
+        )
+
+
 def guidance_scales(
     task: Task, guidance_scale: Scales, image_guidance_scale: float | None, segments: Mapping[str, SegmentProcessor]
 ) -> Scales:
@@ -68,7 +84,7 @@ def guidance_scales(
     Raises:
         ValueError: if a scale is of a segment that isn't given, or a given one has none.
     """
-    pictures = [n for n in task.given if "images" in (segments[n].given_field, segments[n].output_field)]
+    pictures = _given_pictures(task, segments)
     if isinstance(guidance_scale, dict):
         if set(guidance_scale) != set(task.given):
             raise ValueError(
@@ -108,13 +124,14 @@ def guidance_steps(given: Sequence[str], scales: Scales) -> tuple[list[tuple[str
     return prefixes, steps
 
 
-def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: bool) -> None:
-    """Raise a ValueError unless a checkpoint with the tasks `known` can be guided by these scales."""
+def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: str) -> None:
+    """Raise a ValueError unless a checkpoint with the tasks `known` can be guided by these scales; `negative` is the
+    argument that says what to be guided away from, or empty."""
     prefixes, _ = guidance_steps(task.given, scales)
     if not task.given and scales != 1.0:
         raise ValueError(f"guidance_scale={scales} needs a given segment; use 1")
     if negative and any(prefixes[:-1]):
-        raise ValueError(f"negative_prompt with guidance_scale={scales}: it needs one scale of all that is given")
+        raise ValueError(f"{negative} with guidance_scale={scales}: it needs one scale of all that is given")
     tasks = {str(Task.parse(arrow)) for arrow in known}
     needed = [str(Task(names, task.generated)) for names in prefixes[:-1] if not negative]
     missing = [arrow for arrow in needed if arrow not in tasks]

@@ -2,29 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers.utils import deprecate
 
-from ..models.segment_layers import segment_patch
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
-from ..utils.buckets import nearest_bucket
 from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
-from .guidance import Scales, check_guidance, check_scales, guidance_scales
+from .guidance import Scales, check_guidance, check_scales, check_scales_are_used, guidance_scales
 from .prompt_mixin import PromptMixin, needs_encoder, prompt_segment_of
-from .ready_codes import are_codes, has_unknown, read_value
-from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor, bucket_shape
+from .ready_codes import are_codes, has_unknown
+from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
+from .sizes_mixin import Codes, SizesMixin
 from .task_table import TaskRow, TaskTable, hub_task_of
 
 
-Codes: TypeAlias = torch.LongTensor | dict[str, torch.LongTensor]
-
-
-class InputsMixin(PromptMixin):
+class InputsMixin(PromptMixin, SizesMixin):
     """The part of [`VQDiTPipeline`] that checks what is passed and plans the task, before any work."""
 
     # The pipeline's, of its components and of diffusers
@@ -88,12 +84,12 @@ class InputsMixin(PromptMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         height: int | None = None,
         width: int | None = None,
-        negative: bool = False,
+        negative: str = "",
         image_guidance_scale: float | None = None,
         **options: Any,
     ) -> tuple[Task, dict[str, list], torch.Tensor | None, int, dict[str, tuple[int, ...]]]:
         """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `negative`
-        is whether guidance has a negative prompt.
+        is the argument that says what guidance leads away from, or empty.
 
         Returns:
             the task, what is passed by segment ([`_read`]), the masks, the number of samples without tiles, and the
@@ -116,10 +112,11 @@ class InputsMixin(PromptMixin):
             check_temperature("temperature", temperature)
         self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
-        scale = self._defaults(task, guidance_scale, None, None, negative)[0]
+        check_scales_are_used(task, guidance_scale, image_guidance_scale, self._segments)
+        scale = self.default_settings(task, guidance_scale, negative=bool(negative))[0]
         scales = guidance_scales(task, scale, image_guidance_scale, self._segments)
         check_guidance(task, scales, self.transformer.config.tasks or [], negative)
-        passed, segments = self._read(passed), self._segments
+        passed, segments = self._read(passed, sizes=(height, width)), self._segments
         shapes = self._shapes(task, passed, height, width, latents)
         if mask_image is not None:
             known = [name for name in passed if name in task.generated and segments[name].takes_mask]
@@ -132,59 +129,6 @@ class InputsMixin(PromptMixin):
             self.prepare_latents(task, total, latents, shapes)
         return task, passed, mask_image, total, shapes
 
-    def _shapes(
-        self, task: Task, passed: dict[str, list], height: int | None, width: int | None, latents: Codes | None
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of pictures' codes, by segment, where they are not the transformer's own: of the generated ones, and
-        of given ones that were trained on at several aspect ratios. By a size in pixels, or [`_bucket_shapes`].
-
-        Raises:
-            ValueError: for a size that no grid of codes makes, or where none is to be chosen.
-        """
-        if height is None and width is None:
-            return self._bucket_shapes(task, passed, latents)
-        segments, shapes = self._segments, {}
-        sized = [name for name in task.generated if segments[name].has_size]
-        sized += [name for name in task.given if segments[name].buckets and not segments[name].tiled]
-        said = {name: size for name, size in (("height", height), ("width", width)) if size is not None}
-        shown_sizes = " and ".join(f"{name}={shown(size)}" for name, size in said.items())
-        if not sized:
-            raise ValueError(f"{shown_sizes}: the task {str(task)!r} generates nothing that has a size")
-        if tiled := [name for name in passed if segments[name].tiled]:
-            raise ValueError(f"{shown_sizes}: what {tiled[0]!r} is made to has the size of what is passed, enlarged")
-        for name in sized:
-            self._check_components(name, shown_sizes)
-            patch = segment_patch(self.transformer.config.segments, name)
-            shapes[name] = segments[name].shape_of(height, width, patch)
-        return shapes
-
-    def _bucket_shapes(self, task: Task, passed: dict[str, list], latents: Codes | None) -> dict[str, tuple[int, ...]]:
-        """Shapes of the codes of the bucket that what is passed belongs to, by segment that has buckets: as in the
-        training, where the first picture of a row has chosen one for all.
-
-        Raises:
-            ValueError: if what is passed belongs to several.
-        """
-        segments = self._segments
-        seen = [name for name in segments if name in passed and segments[name].buckets]
-        if not seen or any(segments[name].tiled for name in passed):
-            return {}
-        grid, shapes = self._bucket_of(segments[seen[0]], passed[seen[0]]), {}
-        for name in task.segments:
-            one = segments[name]
-            if one.buckets and (name in passed or latents is None):
-                bucket = nearest_bucket(grid, one.buckets)
-                shapes[name] = tuple(bucket_shape(one.shape, one.entry, bucket))
-        for name in seen[1:]:
-            self._bucket_of(segments[name], passed[name])
-        return shapes
-
-    @staticmethod
-    def _bucket_of(segment: SegmentProcessor, values: list) -> list[int]:
-        if not are_codes(segment, values):
-            return segment.bucket_of(values)
-        return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
-
     def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
@@ -192,15 +136,16 @@ class InputsMixin(PromptMixin):
                 "pipe.scheduler = MaskedDiffusionScheduler()"
             )
 
-    def _defaults(
+    def default_settings(
         self,
         task: Task,
-        guidance_scale: Scales | None,
-        num_inference_steps: int | str | None,
-        temperature: float | None,
+        guidance_scale: Scales | None = None,
+        num_inference_steps: int | str | None = None,
+        temperature: float | None = None,
         negative: bool = False,
     ) -> tuple[Any, int | str, float | None]:
-        """Guidance scale, steps and temperature where they are None; a temperature of None is the scheduler's."""
+        """The guidance scale, steps and temperature of a task's call: what is passed here, and the defaults for None;
+        a temperature of None is the scheduler's. `negative` is whether there is a negative prompt."""
         segments = self._segments
         generated = [segments[name] for name in task.generated]
         if guidance_scale is None:
@@ -244,12 +189,6 @@ class InputsMixin(PromptMixin):
             if isinstance(value, list) and not value:
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
         return passed
-
-    def _read(self, passed: dict[str, Any], unknown: bool = True) -> dict[str, list]:
-        """Lists of what was passed, by segment: texts, labels and codes that are checked, and pictures that are read;
-        `unknown` is whether codes may be the mask."""
-        segments = self._segments
-        return {name: read_value(segments[name], value, unknown) for name, value in passed.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # The task
@@ -361,7 +300,7 @@ class InputsMixin(PromptMixin):
         """What the checkpoint can do: its tasks, their default steps and guidance, and what to pass."""
         rows, segments = TaskTable(), self._segments
         for task in map(Task.parse, self.transformer.config.tasks or []):
-            guidance_scale, num_inference_steps, _ = self._defaults(task, None, None, None)
+            guidance_scale, num_inference_steps, _ = self.default_settings(task)
             given = [segments[name] for name in task.given]
             arguments = [f"{one.argument}=..." for one in given if one.argument in ARGUMENTS]
             others = ", ".join(f'"{one.name}": ...' for one in given if one.argument not in ARGUMENTS)

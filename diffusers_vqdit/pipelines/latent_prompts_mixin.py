@@ -41,7 +41,7 @@ class LatentPromptsMixin:
         return self._encode_texts(check_texts("prompt", prompt), max_sequence_length)
 
     def _encode_texts(self, texts: list[str], length: int | None) -> tuple[torch.Tensor, torch.BoolTensor]:
-        length = self._length_of_texts(length)
+        length = self.length_of_texts(length)
         states, mask, counts = encode_captions(
             self.text_encoder, self.tokenizer, texts, length, self._execution_device
         )
@@ -66,9 +66,9 @@ class LatentPromptsMixin:
     def _check_encoder(self, max_sequence_length: int | None = None) -> None:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
-        self._length_of_texts(max_sequence_length)
+        self.length_of_texts(max_sequence_length)
 
-    def _length_of_texts(self, max_sequence_length: int | None) -> int:
+    def length_of_texts(self, max_sequence_length: int | None) -> int:
         """Tokens of a text for the text encoder, at most."""
         if not isinstance(self.text_encoder, TextVQModel):
             if max_sequence_length is None:
@@ -107,12 +107,11 @@ class LatentPromptsMixin:
             else:
                 found.append(None)
         prompt, negative = found
+        argument = "negative_prompt" if isinstance(negative, list) else "negative_prompt_embeds"
         if negative is not None and prompt is None:
-            raise ValueError("negative_prompt needs a prompt, in whose place it stands")
+            raise ValueError(f"{argument} needs a prompt, in whose place it stands")
         if negative is not None and prompt is not None and len(negative) not in (1, len(prompt)):
-            raise ValueError(
-                f"negative_prompt has {len(negative)} texts, but prompt {len(prompt)}: give one, or as many"
-            )
+            raise ValueError(f"{argument} has {len(negative)} texts, but prompt {len(prompt)}: give one, or as many")
         if max_sequence_length is not None and not any(isinstance(one, list) for one in found):
             raise ValueError(f"max_sequence_length={shown(max_sequence_length)} is for texts; none was passed")
         return found

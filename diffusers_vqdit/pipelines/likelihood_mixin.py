@@ -264,7 +264,8 @@ class LikelihoodMixin(InputsMixin):
             batch_size: items a forward pass.
 
         Returns:
-            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it.
+            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it. Texts by
+            blocks are ranked by all of them; where the checkpoint only generates them, the shortlist is by the first.
 
         Raises:
             ValueError: for an empty gallery, or a checkpoint that knows no task between items and queries.
@@ -279,27 +280,32 @@ class LikelihoodMixin(InputsMixin):
         ((segment, values),) = items.items()
         query = self._query_segment(segment) if query is None else self._segment(query).name
         processor = self._segment(segment)
-        if not are_codes(processor, values):
+        if not are_codes(processor, values) or processor.has_length:
             self._check_components(segment, f"a gallery of {segment} codes")
-        if processor.block_length is not None:
-            raise ValueError(
-                f"{segment!r} has texts of any length, which a gallery can't hold; they can be queries of one, and "
-                "score and classify compare them"
-            )
         if processor.given_only:
             raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
         if not processor.takes_mask or are_codes(processor, values):  # pictures are read part by part: may be many
             values = read_value(processor, values, unknown=False)
+        lengths = None
+        if processor.block_length is not None:
+            found = encode_value(processor, values)
+            whole = torch.full((len(found.codes),), found.codes.shape[1])
+            codes, lengths = found.codes, whole if found.mask is None else found.mask.sum(1)
+        else:
+            codes = self._codes_of(processor, values, batch_size)
+        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size, lengths=lengths)
+        output.tokenizers = self._tokenizers_digest(segment)
+        self.maybe_free_model_hooks()
+        return output
+
+    def _codes_of(self, processor: SegmentProcessor, values: Any, batch_size: int) -> torch.LongTensor:
+        """Codes of a gallery's items, which are encoded some at a time."""
         if isinstance(values, list) and values:
             parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
         else:
             parts = [values]
         ready = are_codes(processor, values)
-        codes = torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts])
-        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size)
-        output.tokenizers = self._tokenizers_digest(segment)
-        self.maybe_free_model_hooks()
-        return output
+        return torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts])
 
     def _query_segment(self, segment: str) -> str:
         """The segment that a gallery is searched by where the call doesn't say it."""

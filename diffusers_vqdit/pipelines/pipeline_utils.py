@@ -148,6 +148,12 @@ class PluginPipelineMixin(CheckpointMixin):
             outer["interrupts"] += 1
             outer = outer.get("outer")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As diffusers', which leaves a component that was None before out of the config, and so of what is saved."""
+        super().__setattr__(name, value)
+        if value is not None and name in self.__dict__ and list(self.config.get(name) or ()) == [None, None]:
+            self.register_modules(**{name: value})
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Record our classes as diffusers', where importing this package puts them, and write ``pipeline.py``.
 

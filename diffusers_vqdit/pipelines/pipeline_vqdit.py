@@ -22,7 +22,6 @@ from ..utils.images import RESIZE_MODES
 from .block_generation import BlockGenerationMixin
 from .check_inputs import callback_inputs
 from .guidance import Scales, encode_given, guidance_scales, guidance_steps
-from .inputs_mixin import Codes
 from .likelihood_mixin import LikelihoodMixin
 from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
@@ -34,8 +33,10 @@ from .segment_processors import (
     check_label_names,
     check_segment_entries,
     check_segment_tokenizers,
+    check_token_tokenizers,
     warn_of_tokenizers,
 )
+from .sizes_mixin import Codes
 
 
 EXAMPLE_DOC_STRING = """
@@ -73,7 +74,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             that another picture segment's are made from, with ``"factor"``, how many times smaller they are (2). A
             segment that is not in it is a label if its name is ``label`` (with the names `id2label`), a picture if its
             codes are on a grid (those of ``image_lowres``: small ones of ``image``, by `lowres_factor`), else a text.
-        segment_tokenizers: the tokenizers of segments that the other components are not for, by name.
+        segment_tokenizers: the tokenizers of segments that the other components are not for, by name: models, or of
+            texts by blocks tokenizers of transformers.
         text_encoder: a frozen text encoder of transformers, with its `tokenizer_2`: for a segment of the modality
             ``"states"``, given as what it makes of a text.
         image_encoder: a frozen vision encoder of transformers, with its `feature_extractor`: for ``"image_states"``.
@@ -134,6 +136,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         # Where the container is left out, what its tokenizers are for is refused at use, as where a component is.
         tokenizers = None if segment_tokenizers is None else [*named, *more]
         segments = check_segment_entries(segments or {}, known, tokenizers)
+        check_token_tokenizers(segment_tokenizers, segments, known)
         warn_of_tokenizers(named, more, segments)
         if id2label is None and isinstance(labels, list | tuple) and labels:  # a dict is what was saved
             deprecate("labels", "1.0.0", "Pass id2label, a dict by code.")
@@ -269,7 +272,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``. Wherever a
                 value is passed, here or in `prompt`, `image` or `class_labels`, its codes may be: int64 (B, *shape),
-                the segment's ``vocab_size`` where a generated one is unknown.
+                the segment's ``vocab_size`` where a generated one is unknown; pictures' of another grid with its
+                `height` and `width`.
             height, width: of generated pictures in pixels, and of given ones of a segment with buckets; multiples
                 of a position's. By default the training's; of several the nearest in aspect ratio to the pictures
                 passed, the same for all of a call. What is repainted is fitted into it, and comes out at its own size.
@@ -320,7 +324,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         # 1. Check the arguments, and choose those left to us
         given = self._passed(prompt, image, class_labels, inputs, class_label)
         against = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-        given, negative = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
+        given, negative, avoided = self._prompts(given, prompt_embeds, prompt_attention_mask, *against)
         task, passed, mask_image, batch_size, shapes = self.check_inputs(
             given,
             output,
@@ -336,19 +340,19 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
             generator=generator,
             height=height,
             width=width,
-            negative=bool(negative),
+            negative=avoided,
             image_guidance_scale=image_guidance_scale,
             callback_on_step_end=callback_on_step_end,
             tensor_inputs=tensor_inputs,
         )
-        negative = self._read_negative(task, passed, negative)
+        negative = self._read_negative(task, passed, negative, avoided)
         shapes = shapes | self._sequence_shapes(passed, negative, max_sequence_length)
         blocks = self._block_options(
             task, gen_length, max_new_tokens, block_length, threshold, top_k, top_p, eos_early_stop
         )
         if blocks is not None:
             num_inference_steps = num_inference_steps or blocks.block_length
-        guidance_scale, num_inference_steps, temperature = self._defaults(
+        guidance_scale, num_inference_steps, temperature = self.default_settings(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
         scheduler = self.scheduler if blocks is None else self._scheduler_of(blocks, temperature)

@@ -49,8 +49,9 @@ class PromptMixin(CodingMixin):
         negative_prompt: Any,
         negative_prompt_embeds: Any,
         negative_prompt_attention_mask: Any,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is passed by segment, with ready states; and the negative of one of these segments, or nothing.
+    ) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """What is passed by segment, with ready states; the negative of one of these segments, or nothing; and the
+        argument that says it, or "".
 
         Raises:
             ValueError: if two say the same, or there is no segment for it.
@@ -72,7 +73,7 @@ class PromptMixin(CodingMixin):
         given = {"negative_prompt": negative_prompt, "negative_prompt_embeds": negative_prompt_embeds}
         given = {name: value for name, value in given.items() if value is not None}
         if not given:
-            return passed, {}
+            return passed, {}, ""
         if len(given) > 1:
             raise ValueError("give negative_prompt or negative_prompt_embeds, not both: they say the same")
         ((argument, value),) = given.items()
@@ -85,14 +86,16 @@ class PromptMixin(CodingMixin):
             )
         if argument == "negative_prompt_embeds":
             value = self._embeds("negative_prompt", found[0], value, negative_prompt_attention_mask)
-        return passed, {found[0]: value}
+        return passed, {found[0]: value}, argument
 
     def _embeds(self, prompt: str, name: str, value: Any, mask: Any) -> PaddedStates:
         channels = self._segments[name].channels
         return check_states_of(f"{prompt}_embeds", value, channels, mask, f"{prompt}_attention_mask")
 
-    def _read_negative(self, task: Task, passed: dict[str, list], negative: dict[str, Any]) -> dict[str, list]:
-        """The negative prompts, as many as what they stand for.
+    def _read_negative(
+        self, task: Task, passed: dict[str, list], negative: dict[str, Any], argument: str
+    ) -> dict[str, list]:
+        """The negative prompts, which `argument` says, as many as what they stand for.
 
         Raises:
             ValueError: naming the argument.
@@ -100,21 +103,19 @@ class PromptMixin(CodingMixin):
         found = {}
         for name, value in negative.items():
             if name not in task.given:
-                raise ValueError(
-                    f"negative_prompt is for a prompt that is given; the task {str(task)!r} makes {name!r}"
-                )
+                raise ValueError(f"{argument} is for a prompt that is given; the task {str(task)!r} makes {name!r}")
             segment = self._segments[name]
             if not are_codes(segment, value) and needs_encoder(segment, value):  # the prompt's may be ready
-                self._check_components(name, f"negative_prompt={shown(value)}")
+                self._check_components(name, f"{argument}={shown(value)}")
             try:
                 values = (
                     read_value(segment, value, False) if are_codes(segment, value) else segment.read_negative(value)
                 )
             except ValueError as error:
-                raise ValueError(f"negative_prompt={shown(value)}: {error}") from error
+                raise ValueError(f"{argument}={shown(value)}: {error}") from error
             if len(values) not in (1, len(passed[name])):
                 raise ValueError(
-                    f"negative_prompt has {len(values)} texts, but prompt {len(passed[name])}: give one, or as many"
+                    f"{argument} has {len(values)} texts, but prompt {len(passed[name])}: give one, or as many"
                 )
             found[name] = values * (len(passed[name]) // len(values))
         return found

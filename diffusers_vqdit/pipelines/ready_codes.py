@@ -1,11 +1,12 @@
 """Codes in place of the values that they stand for: wherever a segment takes a value, it takes its codes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..utils.checks import shown
-from .segment_base import EncodedValue, SegmentProcessor
+from .segment_base import EncodedValue, SegmentProcessor, bucket_shape
 
 
 def are_codes(segment: SegmentProcessor, value: Any) -> bool:
@@ -22,11 +23,15 @@ def has_unknown(segment: SegmentProcessor, value: Any) -> bool:
     return any(isinstance(one, torch.Tensor) and bool((one == segment.vocab_size).any()) for one in codes)
 
 
-def read_value(segment: SegmentProcessor, value: Any, unknown: bool = True) -> list:
+def read_value(
+    segment: SegmentProcessor, value: Any, unknown: bool = True, grids: Sequence[tuple[int, ...]] | None = None
+) -> list:
     """One or several values, or their codes, as a list that is checked.
 
     Args:
         unknown: whether codes may be the mask.
+        grids: shapes that a height and a width ask for, which codes may have beside the segment's own and those of its
+            buckets; None where no size can be asked for.
 
     Raises:
         ValueError: naming the argument.
@@ -39,9 +44,12 @@ def read_value(segment: SegmentProcessor, value: Any, unknown: bool = True) -> l
     if not fits or len({row.shape for row in rows}) > 1 or rows[0].ndim != len(segment.shape) or not rows[0].numel():
         got = f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
         raise ValueError(f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {got}")
-    if not segment.has_size and not segment.has_length and tuple(rows[0].shape) != segment.shape:
+    buckets = [tuple(bucket_shape(segment.shape, segment.entry, i)) for i in range(len(segment.buckets))]
+    if not segment.has_length and tuple(rows[0].shape) not in [segment.shape, *buckets, *(grids or ())]:
+        also = f" or of one of its grids {segment.buckets}" if buckets else ""
+        also += ", or of the grid of height and width" if segment.has_size and grids is not None else ""
         raise ValueError(
-            f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {(len(rows), *rows[0].shape)}"
+            f"{name} must be int64 codes of shape {('B', *segment.shape)}{also}, got {(len(rows), *rows[0].shape)}"
         )
     low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
     if low < 0 or high > (size if unknown else size - 1):

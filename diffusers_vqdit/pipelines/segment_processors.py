@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
+from ..utils.token_ids import makes_token_ids
 from .codes_segment import CodesSegment
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
@@ -35,10 +36,11 @@ def modality_of(kind: type[SegmentProcessor]) -> str:
     return next(name for name, one in MODALITIES.items() if one is kind)
 
 
-def kind_of(modality: str, tokenizer: str | None) -> type[SegmentProcessor]:
-    """The class of a modality's segments whose codes are made by the component of this name."""
+def kind_of(modality: str, tokenizer: str | None, blocks: bool = False) -> type[SegmentProcessor]:
+    """The class of a modality's segments whose codes are made by the component of this name; `blocks` is whether they
+    are token ids, whatever its name."""
     kind = MODALITIES[modality]
-    return TokenSegment if kind is TextSegment and tokenizer == TokenSegment.tokenizer else kind
+    return TokenSegment if kind is TextSegment and (blocks or tokenizer == TokenSegment.tokenizer) else kind
 
 
 def entry_by_name(name: str, segments: Mapping[str, Any], labels: list[str], lowres_factor: int) -> dict[str, Any]:
@@ -98,15 +100,15 @@ def check_segment_entries(
         for option in entry:
             tokenized = () if kind.tokenizer is None else ("tokenizer",)
             check_choice(f"{where}: the option", option, ("modality", *tokenized, *kind.options))
-        entry = dict(entry)
+        entry, blocks = dict(entry), "block_length" in segments[name]
         if kind.tokenizer is not None:
-            blocks = kind is TextSegment and "block_length" in segments[name]
+            blocks = kind is TextSegment and blocks
             tokenizer = entry.setdefault("tokenizer", TokenSegment.tokenizer if blocks else kind.tokenizer)
             if components is not None:
                 check_choice(f"{where}['tokenizer']", tokenizer, components)
             elif not isinstance(tokenizer, str) or not tokenizer.isidentifier():
                 raise ValueError(f"{where}['tokenizer']={shown(tokenizer)} must be a tokenizer's name")
-        checked[name] = kind_of(modality, entry.get("tokenizer")).check_entry(where, entry, name, segments)
+        checked[name] = kind_of(modality, entry.get("tokenizer"), blocks).check_entry(where, entry, name, segments)
     return checked
 
 
@@ -120,9 +122,24 @@ def check_segment_tokenizers(several: Any, components: Sequence[str]) -> list[st
         return []
     if MultiTokenizerModel.__name__ not in {kind.__name__ for kind in type(several).__mro__}:  # or a repository's own
         raise ValueError(f"segment_tokenizers is {type(several).__name__}; put it into a MultiTokenizerModel, by name")
-    if clash := sorted({*components, *PROCESSORS} & set(several.tokenizers)):
+    if clash := sorted({*components, *PROCESSORS} & set(several.config.kinds)):
         raise ValueError(f"segment_tokenizers has {clash}, which components of the pipeline are called")
-    return list(several.tokenizers)
+    return list(several.config.kinds)
+
+
+def check_token_tokenizers(several: Any, entries: Mapping[str, dict], segments: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless those of a container's tokenizers that texts by blocks name make token ids, and those
+    of other texts are models."""
+    for name, entry in entries.items() if several is not None else ():
+        tokenizer = several.parts.get(entry.get("tokenizer"))
+        blocks = "block_length" in segments[name]
+        if tokenizer is not None and MODALITIES[entry["modality"]] is TextSegment:
+            if makes_token_ids(tokenizer) != blocks:
+                needs = "token ids, as a tokenizer of transformers makes them" if blocks else "the codes of a model"
+                raise ValueError(
+                    f"segments[{name!r}]['tokenizer']={entry['tokenizer']!r} is a {type(tokenizer).__name__}, but the "
+                    f"transformer has {name!r} as {segments[name]}, which needs {needs}"
+                )
 
 
 def warn_of_tokenizers(components: Sequence[str], tokenizers: Sequence[str], entries: Mapping[str, dict]) -> None:
@@ -169,6 +186,6 @@ def check_label_names(
 
 def make_segment(name: str, entry: Mapping[str, Any], **options: Any) -> SegmentProcessor:
     """The processor of a segment by its entry; `options` are those that [`SegmentProcessor`] has besides."""
-    kind = kind_of(entry["modality"], entry.get("tokenizer"))
+    kind = kind_of(entry["modality"], entry.get("tokenizer"), "block_length" in options["geometry"])
     kind = LowResolutionSegment if "lowres_of" in entry else kind
     return kind(name, entry, **options)

@@ -13,6 +13,7 @@ from ..models.text_vq import TextVQModel
 from ..utils.checks import shown
 from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import check_captions, check_texts, cut_texts, texts_of, tokenize_to_length
+from ..utils.token_ids import load_tokenizer_of_ids
 from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
@@ -77,16 +78,19 @@ class TextSegment(SegmentProcessor):
     def load_tokenizer(cls, name: str, *, cache_dir: str | None = None, **options: Any) -> tuple[Any, Any]:
         """The text tokenizer in a folder or Hub repository: its own, a pipeline's, or a subfolder such as
         ``user/model/text_vq``; and its `tokenizer`, which stands in the model's folder or, in a pipeline, beside it.
+        Where there is no such model, but a tokenizer of transformers, that one, which makes token ids, and None.
 
         Raises:
             ValueError: if there is a model without a tokenizer.
         """
         source, folder = find_component(name, cls.tokenizer, cache_dir)
-        files = [f"{folder}/{file}" if folder else file for file in ("config.json", "tokenizer_config.json")]
-        if not has_file(source, files[0], cache_dir) and has_file(source, files[1], cache_dir):
-            raise ValueError(
-                f"{name!r} has a tokenizer of token ids and no TextVQModel: give it as --text_tokenizer, for all texts"
-            )
+        below, config = f"{folder}/" if folder else "", {}
+        if has_file(source, f"{below}config.json", cache_dir):
+            config = TextVQModel.load_config(source, subfolder=folder or None, cache_dir=cache_dir)
+        if "_class_name" not in config:  # as in those of transformers
+            files = [f"{below}{parent}tokenizer_config.json" for parent in ("", "tokenizer/")]
+            if any(has_file(source, file, cache_dir) for file in files):
+                return load_tokenizer_of_ids(name, cache_dir), None
         model = TextVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir, **options)
         place = find_beside(source, folder, "tokenizer", "tokenizer_config.json", cache_dir)
         if place is None:

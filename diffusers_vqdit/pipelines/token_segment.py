@@ -1,7 +1,7 @@
 """Texts of any length as segments: token ids of a transformers tokenizer, generated block by block."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from diffusers.utils import logging
 from ..utils.checks import check_integer, shown
 from ..utils.texts import in_parts, texts_of
 from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
-from .segment_base import EncodedValue
+from .segment_base import ENCODERS, EncodedValue
 from .text_segment import TextReader, TextSegment
 
 
 _token_logger = logging.get_logger(__name__)
+
+_MODELS = {"image_vq", TextSegment.tokenizer, *ENCODERS}  # components that make no token ids
 
 
 class TokenReader(TextReader):
@@ -24,6 +26,7 @@ class TokenReader(TextReader):
     Args:
         block_length: codes a block.
         max_text_length: codes of a text at most, in whole blocks; a longer one is cut, and has no end.
+        turns: by column, which text of its list each row is for ([`~training.text_rows.one_text_a_row`]).
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class TokenReader(TextReader):
         *,
         block_length: int = 16,
         max_text_length: int | None = None,
+        turns: Mapping[str, list[int]] | None = None,
         **options: Any,
     ) -> None:
+        self.turns = (turns or {}).get(column)
         self.block_length, self.end = check_integer("block_length", block_length, 1), end_token_id(tokenizer)
         limit = None
         if max_text_length is not None:
@@ -45,13 +50,9 @@ class TokenReader(TextReader):
                 raise ValueError(f"max_text_length={max_text_length} must be at least block_length={block_length}")
         self.limit = limit
         super().__init__(dataset, column, tokenizer, beside)
+        self.has_variants = False
 
     def _check_texts(self) -> list[str]:
-        several = (row for row, value in enumerate(self.values()) if len(texts_of(value)) > 1)
-        if (row := next(several, None)) is not None:
-            raise ValueError(
-                f"column {self.column!r} has several texts in row {row}: with token ids a row has one text"
-            )
         longest = cut = total = 0
         for part in in_parts(self.texts(), 1024):
             counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, part)]
@@ -71,13 +72,24 @@ class TokenReader(TextReader):
     def vocab_size(self) -> int:
         return len(self.tokenizer)
 
+    def read(self, row: int) -> list[str]:
+        return self._own(row, super().read(row))
+
+    def texts(self) -> Iterator[str]:
+        for row, value in enumerate(self.values()):
+            yield from self._own(row, texts_of(value))
+
+    def _own(self, row: int, texts: list[str]) -> list[str]:
+        """The one of a row's texts that the row is for."""
+        return texts if self.turns is None else [texts[self.turns[row]]]
+
     def encode(self, values: list, batch_size: int) -> list[torch.LongTensor]:
         ids = token_ids(self.tokenizer, [text for (text,) in values])
         return [torch.tensor([in_blocks(one, self.end, self.block_length, self.limit)]) for one in ids]
 
 
 class TokenSegment(TextSegment):
-    """Texts as the ids of the pipeline's own tokenizer, in whole blocks."""
+    """Texts as the ids of the pipeline's own tokenizer, or of one of its `segment_tokenizers`, in whole blocks."""
 
     tokenizer = "tokenizer"
     named_beside = None
@@ -88,6 +100,12 @@ class TokenSegment(TextSegment):
 
     @classmethod
     def check_entry(cls, where: str, entry: dict[str, Any], name: str, segments: Mapping[str, Any]) -> dict[str, Any]:
+        if entry["tokenizer"] in _MODELS:
+            raise ValueError(
+                f"{where}: the transformer has {name!r} with a block_length, which is for token ids, and "
+                f"{entry['tokenizer']!r} makes none: {{'modality': 'text', 'tokenizer': 'tokenizer'}}, or one of "
+                "segment_tokenizers"
+            )
         if "block_length" not in segments[name]:
             raise ValueError(
                 f"{where}['tokenizer']={entry['tokenizer']!r} makes token ids, which need a block_length: the "

@@ -168,6 +168,17 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
     return group
 
 
+def add_validation_prompts_argument(group: argparse._ActionsContainer) -> None:
+    """Add ``--validation_prompts`` of pipelines whose texts are of segments ([`~training.validation.passing`])."""
+    group.add_argument(
+        "--validation_prompts",
+        nargs="*",
+        default=[],
+        metavar="[SEGMENT=]TEXT",
+        help="Texts to draw from; of a segment with a name of its own by this name.",
+    )
+
+
 def tracker_config(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
     """The arguments of a run as every tracker takes them: TensorBoard refuses lists, paths and None.
 

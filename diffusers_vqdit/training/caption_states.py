@@ -14,6 +14,7 @@ from ..pipelines.padded_states import PaddedStates, join_states, to_halves
 from ..utils.fingerprints import file_sha256, model_fingerprint, tokenizer_fingerprint
 from ..utils.weight_files import replacing_file
 from .state_files import StateRows, StatesColumn, read_states, write_states
+from .verified_files import changed_files
 
 
 COLUMN = "captions"
@@ -103,4 +104,5 @@ def _differing(path: Path, index_path: Path, identity: dict[str, str]) -> str | 
         return f"is not complete ({error})"
     if other := [name for name, value in identity.items() if found.get(name) != value]:
         return f"was made with other {' and '.join(other)}"
-    return None if found.get("sha256") == file_sha256(path) else "is damaged: its SHA-256 is not the one beside it"
+    damaged = changed_files(path.parent, {path.name: found.get("sha256", "")})
+    return "is damaged: its SHA-256 is not the one beside it" if damaged else None

@@ -27,6 +27,7 @@ from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
 from .image_folder import first_of
 from .mapped_codes import CodeChunk
+from .verified_files import changed_files
 
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,9 @@ def check_shards(folder: Path, shards: list[dict[str, Any]] | None) -> list[Path
         raise ValueError(f"{str(folder)!r}: the shards {first_of(missing)} are missing, which {INDEX_FILE} lists")
     if extra := sorted(set(there) - set(listed)):
         raise ValueError(f"{str(folder)!r}: the shards {first_of(extra)} are not listed in {INDEX_FILE}")
-    changed = [file["file"] for file in files if file_sha256(folder / file["file"]) != file["sha256"]]
+    changed = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
+    states = {shard["states"]["file"]: shard["states"]["sha256"] for shard in shards if "states" in shard}
+    changed += changed_files(folder, states)  # which may be larger than memory
     if changed:
         raise ValueError(
             f"{str(folder)!r}: the shards {first_of(changed)} are damaged or were changed: their SHA-256 is not the "

@@ -18,6 +18,7 @@ from ..pipelines.segment_base import ColumnReader, SegmentColumn, bucket_shape
 from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
 from ..utils.distributed import process_rank
 from ..utils.fingerprints import file_sha256
+from ..utils.token_ids import makes_token_ids
 from .code_files import SUFFIXES, shard_writer
 from .data import MAX_NAMED, try_rows
 from .data_identity import rows_fingerprint
@@ -77,7 +78,8 @@ class DatasetEncoder(Dataset):
         self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
         self.shapes: dict[str, list[int]] = {}
         for name, column in columns.items():
-            kind, own = kind_of(column.modality, column.tokenizer_name), {**options, **column.options}
+            kind = kind_of(column.modality, column.tokenizer_name, makes_token_ids(column.tokenizer))
+            own = {**options, **column.options}
             self.of[name] = []
             for title in (column.column, *(column.prompt_columns or ())):
                 if title not in dataset.column_names:
@@ -87,7 +89,10 @@ class DatasetEncoder(Dataset):
                     self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
             if self.of[name][0].geometry and column.prompt_columns:
-                raise ValueError(f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings")
+                raise ValueError(
+                    f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings; make each a "
+                    "segment of its own, and tasks that have it given"
+                )
             if (shape := self.of[name][0].shape) is not None:
                 self.shapes[name] = shape
         self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]

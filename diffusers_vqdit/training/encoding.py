@@ -18,12 +18,14 @@ from ..utils.checks import check_choice, check_integer
 from ..utils.distributed import from_main_process, process_rank, wait_for_processes
 from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
 from ..utils.fitting import INTERPOLATION_MODES, RESIZE_MODES
+from ..utils.token_ids import makes_token_ids
 from ..utils.weight_files import move_into_place
 from .code_files import FILES, INDEX_FILE, check_shards, read_index, write_index
 from .dataset_encoder import DatasetEncoder
 from .files import scratch_folder
 from .parts import make_parts
 from .segment_columns import columns_of_flags, name_tokenizers
+from .text_rows import one_text_a_row
 
 
 logger = logging.getLogger(__name__)
@@ -79,8 +81,9 @@ def encode_dataset(
             codes of texts are the token ids of `tokenizer`, of any length.
         image_column: becomes the segment ``image``.
         caption_column: becomes the segment ``text``, the caption that the model learns to write. A row may have a
-            list of captions, of which one is drawn each time; so it is with the other columns of texts. Without
-            `text_vq` it has the states of `text_encoder`, and is only given.
+            list of captions, of which one is drawn each time; so it is with the other columns of texts. With token ids
+            such a row is one for each of its captions instead, which is encoded so often. Without `text_vq` and
+            `tokenizer` it has the states of `text_encoder`, and is only given.
         prompt_columns: more wordings of the caption (other languages, keywords), used where text is given.
         text_columns: more texts, each a segment of its column's name.
         label_column: becomes the segment ``label``.
@@ -144,6 +147,8 @@ def encode_dataset(
     named = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
     named |= dict(zip(ENCODERS, (text_encoder, tokenizer_2, image_encoder, feature_extractor), strict=True))
     columns, tokenizers = name_tokenizers(columns, named)
+    of_ids = [column.column for column in columns.values() if makes_token_ids(column.tokenizer)]
+    dataset, options["turns"] = one_text_a_row(dataset, [name for name in of_ids if name in dataset.column_names])
     workers = check_integer("dataloader_num_workers", dataloader_num_workers, 0)
     encoder = DatasetEncoder(dataset, columns, batch_size, shard_size, workers, **options)
     if aspect_ratio_buckets is not None and encoder.grouping is None:

@@ -13,6 +13,7 @@ from datasets import Image
 from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
+from ..models.text_vq import TextVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
@@ -32,6 +33,10 @@ class Roles:
         image: the pictures.
         caption: the dataset's captions; "" where the pipeline has no texts.
         texts: all texts, the captions first. The others are columns of their own names.
+        states: texts that are given as an encoder's states: columns of their names, or the captions where there are
+            none of these names.
+        prompt: the segment that captions are given by: `caption`, or the first of `states` where only that one is
+            given; "" where there is neither.
         label: the labels; "" where there are none.
         lowres, factor: the small pictures that `image` is made from, and how many times smaller they are; "" and 1.
     """
@@ -39,6 +44,8 @@ class Roles:
     image: str
     caption: str
     texts: list[str]
+    states: list[str]
+    prompt: str
     label: str
     lowres: str
     factor: int
@@ -55,11 +62,28 @@ class Roles:
             raise ValueError(f"the pipeline has no pictures, which the figures are of; it has {names}")
         lowres = next((n for n in names if segments[n].entry.get("lowres_of") == images[0]), "")
         factor = segments[lowres].entry["factor"] if lowres else 1
-        return cls(images[0], next(iter(texts), ""), texts, next(iter(labels), ""), lowres, factor)
+        caption, label = next(iter(texts), ""), next(iter(labels), "")
+        states = [name for name in names if segments[name].given_field == "texts"]
+        given = {name for task in pipeline.transformer.config.tasks or [] for name in Task.parse(task).given}
+        prompt = next((name for name in (caption, *states) if name in given), caption)
+        return cls(images[0], caption, texts, states, prompt, label, lowres, factor)
+
+    def columns(self, segment: str, data: "EmojiData") -> list[str]:
+        """The dataset's columns of a given text: those of the captions, in all languages, or its own."""
+        captions = segment == self.caption or segment in self.states and segment not in data.columns
+        return list(data.captions) if captions else [segment]
 
     def column(self, segment: str, data: "EmojiData") -> str:
         """The dataset's column of a text."""
-        return data.caption_column if segment == self.caption else segment
+        return next(iter(self.columns(segment, data)), data.caption_column)
+
+
+def text_vq_of(pipeline: VQDiTPipeline) -> tuple[TextVQModel, Any] | None:
+    """The model that makes the codes of captions, and its tokenizer; None for token ids, or where there are none."""
+    segment = pipeline._segments.get(Roles.of(pipeline).caption)
+    if segment is None or not isinstance(segment.vq, TextVQModel):
+        return None
+    return segment.vq, segment.beside
 
 
 def label_names(pipeline: VQDiTPipeline, label: str) -> list[str]:
@@ -87,8 +111,9 @@ def image_tasks(pipeline: VQDiTPipeline, roles: Roles) -> dict[Task, list[str]]:
     """The tasks of pictures from other pictures, with texts beside them or without, and which these others are."""
     segments, found = pipeline._segments, {}
     for task in map(Task.parse, pipeline.transformer.config.tasks):
-        others = [name for name in task.given if name not in roles.texts]
-        pictures = all(segments[name].output_field == "images" and not segments[name].tiled for name in others)
+        others = [name for name in task.given if name not in (*roles.texts, *roles.states)]
+        fields = [(segments[name].output_field, segments[name].given_field) for name in others]
+        pictures = all("images" in both for both in fields) and not any(segments[name].tiled for name in others)
         if others and pictures and task.generated == (roles.image,):
             found[task] = others
     return found

@@ -2,23 +2,36 @@
 
 import argparse
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..models.text_vq import TextVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..utils.images import lower_resolution, resize
 from .codes import encode_texts
 from .data import to_pixels
-from .evaluation import EmojiData, Roles, image_tasks, label_names, mean, sample, share, task_between, tasks_between
+from .evaluation import (
+    EmojiData,
+    Roles,
+    image_tasks,
+    label_names,
+    mean,
+    sample,
+    share,
+    task_between,
+    tasks_between,
+    text_vq_of,
+)
 from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
 
 @torch.no_grad()
-def round_trips(pipeline: VQDiTPipeline, captions: list[str]) -> list[bool]:
-    codes = encode_texts(captions, pipeline.text_vq, pipeline.tokenizer)
-    tokens = torch.cat([pipeline.text_vq.decode_codes(part).argmax(-1).cpu() for part in codes.split(64)])
-    texts = pipeline.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+def round_trips(text_vq: TextVQModel, tokenizer: Any, captions: list[str]) -> list[bool]:
+    codes = encode_texts(captions, text_vq, tokenizer)
+    tokens = torch.cat([text_vq.decode_codes(part.to(text_vq.device)).argmax(-1).cpu() for part in codes.split(64)])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text == caption for text, caption in zip(texts, captions, strict=True)]
 
 
@@ -31,9 +44,9 @@ def measure_tokenizers(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         "image codebook, all pictures, usage": {"value": codes["usage"]},
         "image codebook, all pictures, perplexity": {"value": codes["perplexity"], "unit": "codes"},
     }
-    if Roles.of(pipeline).caption:
+    if (own := text_vq_of(pipeline)) is not None:
         for column, language in data.captions.items():
-            trips = round_trips(pipeline, data.texts(data.test, column))
+            trips = round_trips(*own, data.texts(data.test, column))
             figures[f"{language} captions, whole test split, exact round trip"] = share(trips)
     return figures
 
@@ -43,17 +56,17 @@ def drawn_right(
 ) -> list[bool]:
     """Whether the picture nearest to each prompt's sample is that of its row."""
     roles = Roles.of(pipeline)
-    task = f"{roles.caption}->{roles.image}"
-    return data.nearest(sample(pipeline, args, len(rows), task, roles.image, {roles.caption: prompts}), rows)
+    task = f"{roles.prompt}->{roles.image}"
+    return data.nearest(sample(pipeline, args, len(rows), task, roles.image, {roles.prompt: prompts}), rows)
 
 
 def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Captions in all languages as prompts, and other texts as what they are."""
     roles, figures = Roles.of(pipeline), {}
     for name, rows in (("training captions", data.train), ("held-out compositions", data.composition)):
-        for task in tasks_between(pipeline, roles.texts, [roles.image]):
+        for task in tasks_between(pipeline, [*roles.texts, *roles.states], [roles.image]):
             (given,) = task.given
-            for column in data.captions if given == roles.caption else [given]:
+            for column in roles.columns(given, data):
                 passed = {given: data.texts(rows, column)}
                 drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
                 figure = share(data.nearest(drawn, rows))
@@ -86,10 +99,10 @@ def measure_inpainting(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
     mask = central_hole(real.shape[-1])
     options = {"mask_image": mask.expand(len(rows), -1, -1, -1)}
     outside, kept = mask[0, 0] == 0, None
-    for name, given in (("with caption", [roles.caption]), ("without caption", [])):
+    for name, given in (("with caption", [roles.prompt]), ("without caption", [])):
         if not task_between(pipeline, given, [roles.image]):
             continue
-        passed = {**({roles.caption: data.texts(rows)} if given else {}), roles.image: real}
+        passed = {**({roles.prompt: data.texts(rows)} if given else {}), roles.image: real}
         drawn = sample(pipeline, args, len(rows), f"inpainting {name}", roles.image, passed, **options)
         figure = share(data.nearest(drawn, rows))
         figures[f"held-out compositions, central half, {name}, nearest picture is the right one"] = figure
@@ -111,10 +124,10 @@ def damage(pictures: torch.Tensor, seed: int) -> torch.Tensor:
 
 def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles, rows = Roles.of(pipeline), data.composition
-    if not task_between(pipeline, [roles.caption], [roles.image]):
+    if not task_between(pipeline, [roles.prompt], [roles.image]):
         return {}
     real, damaged = data.real(rows), damage(data.real(rows), args.seed)
-    passed = {roles.caption: data.texts(rows), roles.image: damaged}
+    passed = {roles.prompt: data.texts(rows), roles.image: damaged}
     fixed = sample(pipeline, args, len(rows), "repair", roles.image, passed, strength=0.5)
     return {
         "held-out compositions with squares of noise, PSNR before": mean(psnr(2 * damaged - 1, 2 * real - 1), "dB"),
@@ -152,8 +165,8 @@ def measure_super_resolution(pipeline: VQDiTPipeline, data: EmojiData, args: arg
         "bicubic through the image tokenizer": coded.sample.cpu().clamp(-1, 1),
         "without caption": 2 * large - 1,
     }
-    if task_between(pipeline, [roles.lowres, roles.caption], [roles.image]):
-        passed = {roles.caption: data.texts(rows), roles.image: small}
+    if task_between(pipeline, [roles.lowres, roles.prompt], [roles.image]):
+        passed = {roles.prompt: data.texts(rows), roles.image: small}
         versions["with caption"] = 2 * sample(pipeline, args, len(rows), "with caption", roles.image, passed) - 1
     return {
         f"held-out compositions, {factor}x, {name}, {unit[0]}": mean(unit[1](pixels, real), unit[2])

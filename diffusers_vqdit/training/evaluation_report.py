@@ -39,7 +39,7 @@ def as_table(report: dict) -> str:
 def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> list[tuple[str, list[tuple]]]:
     """Rows of a title and cells; a cell is a picture (C, H, W) in [0, 1] or a text, and the caption below it."""
     roles, rows = Roles.of(pipeline), data.composition[:8]
-    real, captions = data.real(rows), data.texts(rows) if roles.caption else []
+    real, captions = data.real(rows), data.texts(rows) if roles.prompt or roles.caption else []
     image, caption, label = roles.image, roles.caption, roles.label
     result: list[tuple[str, list[tuple]]] = []
 
@@ -53,9 +53,9 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         below = [""] * len(rows) if below is None else below
         result.append((title, list(zip(contents, below, strict=True))))
 
-    for task in tasks_between(pipeline, roles.texts, [image]):
+    for task in tasks_between(pipeline, [*roles.texts, *roles.states], [image]):
         (given,) = task.given
-        for column in data.captions if given == caption else [given]:
+        for column in roles.columns(given, data):
             texts = data.texts(rows, column)
             add(f"{task}, {data.title(column)}", draw(image, {given: texts}), texts)
     if arrow := known([label], [image]):
@@ -71,9 +71,9 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         add(f"... {task}", draw(image, {**sources, **words}), next(iter(words.values()), None))
     for task in tasks_between(pipeline, [image], roles.texts):
         add(str(task), real, draw(task.generated[0], {image: real}))
-    if known([caption], [image]):
+    if known([roles.prompt], [image]):
         mask, damaged = central_hole(real.shape[-1]), damage(real, args.seed)
-        passed, masks = {caption: captions, image: real}, mask.expand(len(rows), -1, -1, -1)
+        passed, masks = {roles.prompt: captions, image: real}, mask.expand(len(rows), -1, -1, -1)
         add("image to repaint", real * (1 - mask) + 0.5 * mask, captions)
         add("... repainted, with caption", draw(image, passed, mask_image=masks))
         add("image to repair", damaged, captions)
@@ -97,7 +97,7 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
             texts = data.texts(rows, roles.column(given, data))
             add(str(task), texts, draw(wanted, {given: texts}))
         shown.add(str(task))
-    for given, contents in ((image, real), (caption, captions)):
+    for given, contents in ((image, real), (roles.prompt, captions)):
         if arrow := known([given], [label]):
             add(arrow, contents, draw(label, {given: contents}))
     return result

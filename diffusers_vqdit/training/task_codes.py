@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
@@ -15,6 +16,7 @@ from ..pipelines.label_segment import LabelSegment, names_by_code
 from ..pipelines.segment_base import ENCODERS, IMAGE, LABEL, LOWRES, TEXT, SegmentColumn
 from ..pipelines.segment_processors import MODALITIES, entry_by_name, kind_of, modality_of
 from ..pipelines.states_segment import TextStatesSegment
+from ..pipelines.token_segment import TokenSegment
 from ..tasks import parse_tasks
 from ..utils.arguments import integer, non_negative_integer, positive_integer
 from ..utils.buckets import check_bucket_steps
@@ -130,6 +132,8 @@ def load_codes(
     available = _available(parts)
     own = {} if args.pretrained_model_name_or_path else {name: getattr(args, name) for name in OWN}
     paths = {(name, path): available[name] for name, path in own.items() if path}
+    if "text_vq" in own and args.text_tokenizer:
+        paths["text_vq", args.text_tokenizer] = parts["tokenizer"], None
     loaded = load_tokenizers(flags, paths, cache_dir=args.cache_dir)
     for flag in flags:
         kind = MODALITIES[flag.modality]
@@ -164,7 +168,7 @@ def load_codes(
     buckets = _settle_buckets(args, parts, segments, columns)
     dataset, options = _read_dataset(args, parts, segments, columns)
     for model, _ in available.values():
-        if model is not None:
+        if isinstance(model, torch.nn.Module):
             model.to(accelerator.device)
     if buckets is not None:
         options |= {"resolution": 0, "aspect_ratio_buckets": buckets}
@@ -259,7 +263,7 @@ def segment_columns(
                 )
             title = entry.get("tokenizer")
             model, beside = available.get(title or "", (None, None))
-            options = kind_of(modality, title).known_options(entry, known[name], model)
+            options = kind_of(modality, title, "block_length" in known[name]).known_options(entry, known[name], model)
             _check_length(args, name, options)
         columns[name] = SegmentColumn(modality, column, model, beside, title, options=options)
     return columns
@@ -331,7 +335,7 @@ def _available(parts: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     found = {name: (parts[name], beside[name]) for name in OWN}
     several = parts["segment_tokenizers"]
     if several is not None:
-        found |= {name: (model, several.beside.get(name)) for name, model in several.tokenizers.items()}
+        found |= {name: (several.parts[name], several.beside.get(name)) for name in several.config.kinds}
     return found
 
 
@@ -344,9 +348,10 @@ def _take_tokenizers(
     Raises:
         ValueError: if there is none for a segment's codes.
     """
-    prints = tokenizer_fingerprints({name: model for name, (model, _) in available.items()})
+    models = {name: model for name, (model, _) in available.items()}
+    prints = tokenizer_fingerprints({TokenSegment.tokenizer: parts[TokenSegment.tokenizer], **models})
     several = parts["segment_tokenizers"]
-    titles = list(several.tokenizers) if several is not None else []
+    titles = list(several.config.kinds) if several is not None else []
     shared = {codes.segments[name].get("shared_with", name) for name in segments & set(codes.segments)}
     for name in sorted((segments | shared) & set(codes.entries)):
         entry = codes.entries[name]

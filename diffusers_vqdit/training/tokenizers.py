@@ -1,19 +1,12 @@
 """Tokenizers by name: a folder or Hub repository of their own, or a part of a pipeline's."""
 
-import logging
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.text_segment import TextSegment
-from ..utils.checks import shown
-from ..utils.components import has_file
-from ..utils.token_ids import add_end_token
-
-
-logger = logging.getLogger(__name__)
+from ..utils.token_ids import load_tokenizer_of_ids
 
 
 def load_image_vq(name: str, *, cache_dir: str | None = None, **options) -> ImageVQModel:
@@ -23,22 +16,19 @@ def load_image_vq(name: str, *, cache_dir: str | None = None, **options) -> Imag
 
 def load_text_vq(name: str, *, cache_dir: str | None = None, **options) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     """The text tokenizer in a folder or Hub repository, and its `tokenizer`
-    ([`~pipelines.text_segment.TextSegment.load_tokenizer`])."""
-    return TextSegment.load_tokenizer(name, cache_dir=cache_dir, **options)
+    ([`~pipelines.text_segment.TextSegment.load_tokenizer`]).
+
+    Raises:
+        ValueError: if it has token ids alone.
+    """
+    model, tokenizer = TextSegment.load_tokenizer(name, cache_dir=cache_dir, **options)
+    if tokenizer is None:
+        raise ValueError(
+            f"{name!r} has a tokenizer of token ids and no TextVQModel: give it as --text_tokenizer, for all texts"
+        )
+    return model, tokenizer
 
 
 def load_text_tokenizer(name: str, *, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer of transformers whose ids are the codes of texts: a folder or Hub repository of its own, of a
-    model's, or of a pipeline's. One without an end of texts gets it, with a warning.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    folder = "tokenizer" if has_file(name, "tokenizer/tokenizer_config.json", cache_dir) else ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=folder, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"text_tokenizer={shown(name)} has no tokenizer of transformers: {error}") from error
-    if note := add_end_token(tokenizer):
-        logger.warning(f"text_tokenizer={shown(name)}: {note}")
-    return tokenizer
+    """A tokenizer of transformers whose ids are the codes of texts ([`~utils.token_ids.load_tokenizer_of_ids`])."""
+    return load_tokenizer_of_ids(name, cache_dir, "text_tokenizer")

@@ -14,8 +14,6 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..pipelines.segment_base import ARGUMENTS, IMAGE, TEXT
-from ..pipelines.segment_processors import modality_of
-from ..pipelines.text_segment import TextSegment
 from ..tasks import Task
 from ..utils.images import to_rgb
 
@@ -29,39 +27,34 @@ def steps_of(args: argparse.Namespace) -> dict[str, int]:
 def passing(pipeline: DiffusionPipeline, argument: str, wanted: Sequence[str]) -> dict[str, Any]:
     """The arguments of a call that draws from values.
 
-    Prompts are the texts that the tasks have given, where these are of one segment and not ``text``. Pictures are
-    files, each as ``SEGMENT=FILE`` or the file alone, of one segment: by default the only picture that the tasks have
-    given, or ``image``.
+    Prompts are texts, and pictures files, each as ``SEGMENT=VALUE`` or the value alone, all of one segment: by default
+    that of the argument, or, where no task has this given, the only one of its kind that the tasks have given.
 
     Raises:
-        ValueError: for a file that is no picture, or pictures of several segments.
+        ValueError: for a file that is no picture, or values of several segments.
     """
-    if ARGUMENTS.get(argument) == IMAGE:
-        return _pictures(pipeline, wanted)
-    entries = pipeline.config.get("segments") or {}
-    texts = {name for name, entry in entries.items() if entry["modality"] == modality_of(TextSegment)}
-    given = {name for task in pipeline.transformer.config.tasks or [] for name in Task.parse(task).given} & texts
-    if ARGUMENTS.get(argument) == TEXT and TEXT not in given and len(given) == 1:
-        return {"inputs": {given.pop(): list(wanted)}}
-    return {argument: list(wanted)}
-
-
-def _pictures(pipeline: DiffusionPipeline, wanted: Sequence[str]) -> dict[str, Any]:
+    kind = {TEXT: "texts", IMAGE: "images"}.get(ARGUMENTS[argument])
+    if kind is None or not hasattr(pipeline, "_segments"):
+        return {argument: list(wanted)}
     segments = pipeline._segments
-    tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks or []]
-    given = {name for task in tasks for name in task.given if segments[name].output_field == "images"}
+    usual = next((name for name, one in segments.items() if one.argument == argument), None)
+    own = {name for name, one in segments.items() if kind in (one.output_field, one.given_field)}
+    given = {name for task in pipeline.transformer.config.tasks or [] for name in Task.parse(task).given} & own
     parts = [one.partition("=") for one in wanted]
-    named = {name if equals and name in segments else None for name, equals, _ in parts}
+    named = {name if equals and name in own else None for name, equals, _ in parts}
     if len(named) > 1:
         raise ValueError(f"{list(wanted)} are of several segments; give those of one")
-    name = named.pop() or (given.pop() if len(given) == 1 else IMAGE)
-    files = [file if equals and first in segments else f"{first}{equals}{file}" for first, equals, file in parts]
-    try:
-        pictures = [to_rgb(Image.open(file)) for file in files]
-    except OSError as error:
-        raise ValueError(f"{files} must be files of pictures: {error}") from error
-    argument = next((argument for argument, segment in ARGUMENTS.items() if segment == name), None)
-    return {"inputs": {name: pictures}} if argument is None else {argument: pictures}
+    name = named.pop() if named else None
+    values: list[Any] = list(wanted) if name is None else [value for *_, value in parts]
+    if name is None:
+        name = given.pop() if usual not in given and len(given) == 1 else usual
+    if kind == "images":
+        try:
+            values = [to_rgb(Image.open(file)) for file in values]
+        except OSError as error:
+            raise ValueError(f"{values} must be files of pictures: {error}") from error
+    title = argument if name == usual else segments[name].argument
+    return {title: values} if title in ARGUMENTS else {"inputs": {name: values}}
 
 
 def save_grid(images: Sequence[Image.Image], columns: int, output_dir: Path, step: int) -> Image.Image:

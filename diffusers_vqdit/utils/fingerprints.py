@@ -21,6 +21,10 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     defaults = {n: p.default for n, p in inspect.signature(type(model).__init__).parameters.items()}
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)  # transformers', ours
     config = json.loads(json.dumps(config, default=str))
+    if hasattr(model.config, "to_dict"):
+        # What is added when a model is saved for the first time.
+        saved = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+        config |= {name: value for name, value in saved.items() if config.get(name) is None}
     kept = {
         name: value
         for name, value in config.items()

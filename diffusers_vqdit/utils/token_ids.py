@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from diffusers.utils import logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checks import shown
+from .components import has_file
 from .texts import tokenizer_lock
 
+
+_token_ids_logger = logging.get_logger(__name__)
 
 END_TOKEN = "<|endoftext|>"  # where a tokenizer has no end of its own
 BLANK = "<mask>"  # where it has no mask of its own
@@ -19,6 +23,31 @@ def add_end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     tokenizer.add_special_tokens({"eos_token": END_TOKEN})
     return f"the tokenizer has no end of texts (eos_token): {END_TOKEN!r}, id {tokenizer.eos_token_id}, was added"
+
+
+def load_tokenizer_of_ids(name: str, cache_dir: str | None = None, argument: str = "tokenizer") -> Any:
+    """A tokenizer of transformers whose ids are the codes of texts: a folder or Hub repository of its own, of a
+    model's, or of a pipeline's. One without an end of texts gets it, with a warning.
+
+    Args:
+        argument: that names it, for messages.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = "tokenizer" if has_file(name, "tokenizer/tokenizer_config.json", cache_dir) else ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=folder, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}={shown(name)} has no tokenizer of transformers: {error}") from error
+    if note := add_end_token(tokenizer):
+        _token_ids_logger.warning(f"{argument}={shown(name)}: {note}")
+    return tokenizer
+
+
+def makes_token_ids(tokenizer: Any) -> bool:
+    """Whether it makes token ids by itself, with no model of its own."""
+    return isinstance(tokenizer, PreTrainedTokenizerBase)
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,4 +1,6 @@
+import ast
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +41,19 @@ def test_every_benchmark_is_there_and_others_are_named(capsys):
     with pytest.raises(SystemExit):
         parse_args(["no_such"])
     assert "no_such" in capsys.readouterr().err
+
+
+def test_all_scripts_share_the_parser_and_write_nowhere_near_their_sources():
+    """Types with ranges, no abbreviated flags; what is written goes to outputs/ unless a flag says where."""
+    root = Path(__file__).resolve().parents[2]
+    for path in [*(root / "benchmarks").glob("*.py"), *(root / "examples").glob("*.py")]:
+        source = path.read_text()
+        assert "argparse.ArgumentParser(" not in source, path
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("add_argument"):
+                continue
+            options = {one.arg: ast.unparse(one.value) for one in node.keywords}
+            assert options.get("type") not in ("int", "float"), f"{path}: {ast.unparse(node)}"
+            if node.args and ast.unparse(node.args[0]).startswith("'--output_"):
+                written = options.get("default", "Path('outputs/")
+                assert written.startswith("Path('outputs/") and options["type"] == "output_path", path

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import ImageVQModel, VQDiTPipeline
+from diffusers_vqdit import ImageVQModel, MultiTokenizerModel, TextVQModel, VQDiTPipeline
+from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 from diffusers_vqdit.training.codes import CodeDataset
 
 
@@ -215,3 +216,62 @@ def test_document_to_summary(run, places, hub, client):
         output = pipe.classify(inputs={"document": document}, labels=["a red box", "green"], output="summary")
         assert output.names == ["a red box", "green"] and output.probabilities.shape == (1, 2)
     assert found["document->summary"] == ["list", 1, None] and found["repainted"] == {"summary": True}
+
+
+def test_two_texts_with_tokenizers_of_their_own(run, places, hub, client):
+    """Token ids of two bare tokenizers, and of a third for all others: encoded, trained, published, gone on with."""
+    for name, words, size in (("one", ["a red box and a dot"] * 3, 262), ("two", ["a blue box", "green"] * 3, 266)):
+        train_text_tokenizer(words, size).save_pretrained(places / name)
+    bodies = f"--segment document=text:body:{places / 'one'}"
+    texts = f"{bodies} --segment summary=text:abstract:{places / 'two'} --block_length 4 --max_text_length 24"
+    data = f"--dataset_name {places / 'data.parquet'}"
+    run("encode_dataset", f"{data} {texts} --output_dir {places / 'codes'}")
+    codes = CodeDataset(places / "codes")
+    assert {name: entry["tokenizer"] for name, entry in codes.entries.items()} == {
+        "document": "document",
+        "summary": "summary",
+    }
+    assert all(segment["block_length"] == 4 and "shared_with" not in segment for segment in codes.segments.values())
+    tasks = "--tasks document->summary,summary->document,->summary"
+    with pytest.raises(ValueError, match=r"give it as --segment document=text:COLUMN:TOKENIZER"):
+        run("train_vqdit", f"--codes_dir {places / 'codes'} --text_vq {places / 'text_vq'} {tasks} {TINY} "
+            f"--output_dir {places / 'x'}")  # fmt: skip
+    run("train_vqdit", f"--codes_dir {places / 'codes'} {texts} {tasks} {TINY} --output_dir {places / 'out'}")
+    saved, loaded, found = published(places / "out", hub, client, "tokens")
+    assert found["document->summary"] == ["list", 1, None]
+    for pipe in (saved, loaded):
+        assert pipe.tokenizer is None and sorted(pipe.segment_tokenizers.alone) == ["document", "summary"]
+        one, two = (pipe._segment(name) for name in ("document", "summary"))
+        assert (one.vocab_size, two.vocab_size) == (len(one.vq), len(two.vq))
+        for segment, text in ((one, "a green dot"), (two, "pink")):
+            assert segment.decode(segment.encode([text])) == [text]
+        options = {"output": "summary", "gen_length": 8, "num_inference_steps": 2}
+        texts_of = pipe(inputs={"document": "a dot", "summary": "a red"}, **options).texts
+        assert texts_of[0].startswith("a red")
+        assert len(pipe.index(inputs={"summary": ["a dot", "green"]})) == 2
+    # What the pretrained pipeline has goes on, under its names.
+    again = f"{data} --pretrained_model_name_or_path {places / 'out'} --segment document=text:body "
+    again += f"--segment summary=text:abstract --max_text_length 24 --tasks document->summary {TINY}"
+    run("train_vqdit", f"{again} --output_dir {places / 'more'}")
+    more = VQDiTPipeline.from_pretrained(places / "more")
+    assert more.config.segments == saved.config.segments and sorted(more.segment_tokenizers.alone)[0] == "document"
+    # One of them is that of all texts: it is known by its name there.
+    run(
+        "train_vqdit", f"{data} --text_tokenizer {places / 'one'} {texts} {tasks} {TINY} --output_dir {places / 'own'}"
+    )
+    pipe = VQDiTPipeline.from_pretrained(places / "own")
+    assert {name: entry["tokenizer"] for name, entry in pipe.config.segments.items()} == {
+        "document": "tokenizer",
+        "summary": "summary",
+    }
+    for wrong, message in (
+        ({"document": {"modality": "text", "tokenizer": "text_vq"}}, "'text_vq' makes none"),
+        ({"document": {"modality": "text", "tokenizer": "other"}}, "TextVQModel, but .* needs token ids"),
+    ):
+        model = saved.components | {
+            "segment_tokenizers": MultiTokenizerModel(
+                {"other": TextVQModel.from_pretrained(places / "text_vq"), "summary": two.vq}, {"other": one.vq}
+            )
+        }
+        with pytest.raises(ValueError, match=message):
+            VQDiTPipeline(**model, segments=saved.config.segments | wrong)

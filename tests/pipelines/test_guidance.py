@@ -180,6 +180,9 @@ def test_pictures_alone_are_guided_by_their_scale(pipe):
         for name in ("guidance_scale", "image_guidance_scale")
     )
     assert torch.equal(one, other)
+    for scale in (1.0, 4.0, {"source": 4.0}):
+        with pytest.raises(ValueError, match=r"(?s)guidance_scale=.*image_guidance_scale.*give one of the"):
+            pipe(**options, guidance_scale=scale, image_guidance_scale=4.0)
 
 
 def test_a_callback_changes_scales(pipe):

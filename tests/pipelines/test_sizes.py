@@ -32,6 +32,30 @@ def test_a_size_is_that_of_latents_of_its_grid_bit_for_bit(pipeline, factor, gri
     assert np.array_equal(pipeline("a blue box", generator=generators(2), **one).images[0], alone)
 
 
+@pytest.mark.parametrize("output", ["image", "text", "image+text"])
+def test_codes_of_another_grid_are_those_of_a_height_and_a_width_alone(pipeline, factor, output):
+    """Given ones, and partly known ones; without a size, or with another one, they are refused by name."""
+    codes = torch.randint(32, (2, 4, 8))
+    codes[:, :, 5:] = 31 if output == "text" else 32
+    options = {"output": output, "output_type": "latent", "num_inference_steps": 2, "generator": generators(1, 2)}
+    size = {"height": 4 * factor, "width": 8 * factor}
+    found = pipeline(image=codes, **size, **options).segments[output.split("+")[-1]]
+    assert found.shape[0] == 2
+    if output == "image":
+        assert torch.equal(found[:, :, :5], codes[:, :, :5])
+        plain = {**options, "generator": generators(1, 2), "num_images_per_prompt": 2}
+        assert torch.equal(found, pipeline(latents=codes, **plain).images)
+    for other in ({}, {"height": 4 * factor}, {"height": 8 * factor, "width": 4 * factor}):
+        with pytest.raises(
+            ValueError, match=r"^image must be int64 codes of shape .* height and width, got \(2, 4, 8\)"
+        ):
+            pipeline(image=codes, **other, **options)
+    known = codes.clamp_max(31)
+    for call in (lambda: pipeline.score("image->text", "a box", known), lambda: pipeline.classify(image=known)):
+        with pytest.raises(ValueError, match=r"^image must be int64 codes of shape \('B', 4, 4\), got"):
+            call()
+
+
 def test_a_picture_to_repaint_is_seen_at_the_size_and_comes_out_at_its_own(pipeline, factor):
     picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 44, 3), dtype=np.uint8))
     mask = np.zeros((20, 44), np.uint8)

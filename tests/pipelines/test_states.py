@@ -255,6 +255,23 @@ def test_what_states_are_given_for_is_compared(pipe, encoders, image_vq):
         ({"prompt": "x", "negative_prompt": ["x", "y"]}, "negative_prompt has 2 texts, but prompt 1"),
         ({"prompt": "x", "negative_prompt": 3}, "negative_prompt=3: .* got 3"),
         (
+            {"class_labels": 1, "negative_prompt_embeds": torch.zeros(1, 2, 16)},
+            "negative_prompt_embeds needs a prompt",
+        ),
+        (
+            {"prompt": "x", "negative_prompt_embeds": torch.zeros(2, 2, 16)},
+            "^negative_prompt_embeds has 2 texts, but prompt 1",
+        ),
+        (
+            {
+                "prompt": "x",
+                "inputs": {"reference": PICTURES[0]},
+                "negative_prompt_embeds": torch.zeros(1, 2, 16),
+                "guidance_scale": {"prompt": 2.0, "reference": 1.0},
+            },
+            "(?s)^negative_prompt_embeds with guidance_scale=",
+        ),
+        (
             {"prompt": "x", "negative_prompt": "x", "negative_prompt_embeds": torch.zeros(1, 2, 16)},
             "give negative_prompt or negative_prompt_embeds, not both",
         ),

@@ -62,6 +62,12 @@ CASES = {
         "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
         "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --tasks=->image",
     ),
+    "vqdit, states": (
+        "train_vqdit",
+        4,
+        "--codes_dir {states} --image_vq {image_vq} --text_encoder {t5} --num_layers 1 --num_attention_heads 2 "
+        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema --tasks=text->image:2,->image:1",
+    ),
     "distilled": (
         "distill_vqdit",
         4,
@@ -84,7 +90,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def trained(root, script, tmp_path_factory):
+def trained(root, script, encoders, tmp_path_factory):
     """Every case in one process twice and in two once: run -> case -> its folder, reports and placed codes."""
     folder = tmp_path_factory.mktemp("processes")
     data = str(root / "training/data/emoji.parquet")
@@ -125,6 +131,19 @@ def trained(root, script, tmp_path_factory):
         image_vq=image_vq,
         image_column="image",
     )
+    words = encoders.text_tokenizer(list(dataset["text"]))
+    encoders.save(folder / "t5", encoders.text_encoder("t5"), words)
+    encode_dataset(
+        dataset,
+        folder / "states",
+        resolution=16,
+        image_vq=image_vq,
+        image_column="image",
+        caption_column="text",
+        prompt_columns=["phrase"],  # of several texts a row, of other lengths, one is drawn
+        text_encoder=encoders.text_encoder("t5"),
+        tokenizer_2=words,
+    )
     segments = {"image": {"vocab_size": 64, "shape": [8, 8]}, "text": {"vocab_size": 64, "shape": [12]}}
     teacher = VQDiTTransformer2DModel(
         num_attention_heads=2,
@@ -137,7 +156,7 @@ def trained(root, script, tmp_path_factory):
         parameter.data += 0.1 * torch.randn_like(parameter)
     teacher = VQDiTPipeline(teacher, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer)
     teacher.save_pretrained(folder / "teacher")
-    parts = {name: folder / name for name in ("codes", "buckets", "image_vq", "text_vq", "teacher")}
+    parts = {name: folder / name for name in ("codes", "buckets", "states", "t5", "image_vq", "text_vq", "teacher")}
 
     def jobs(run, processes):
         for case, (name, batch, arguments) in CASES.items():

@@ -19,6 +19,7 @@ from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import bucket_batches
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.masked_loss import block_timesteps, masked_diffusion_loss
+from diffusers_vqdit.training.text_rows import one_text_a_row
 from diffusers_vqdit.training.tokenizers import load_text_tokenizer
 from diffusers_vqdit.utils.token_ids import END_TOKEN, in_blocks, token_ids
 
@@ -92,16 +93,33 @@ def test_texts_that_are_cut_are_counted_before_the_work(folder, words, tmp_path,
     [
         ({"max_text_length": 3}, "max_text_length=3 must be at least block_length=4"),
         ({"block_length": 0}, "block_length=0"),
-        ({"column": "lists"}, "several texts in row 0"),
         ({"prompts": True}, "token ids have no other wordings"),
     ],
 )
 def test_what_does_not_fit_is_named(words, tmp_path, change, message):
-    data = Dataset.from_dict({"poem": POEMS, "lists": [["a", "b"]] * 4})
+    data = Dataset.from_dict({"poem": POEMS})
     prompts = ("poem",) if change.pop("prompts", False) else None
-    column = SegmentColumn("text", change.pop("column", "poem"), prompt_columns=prompts)
+    column = SegmentColumn("text", "poem", prompt_columns=prompts)
     with pytest.raises(ValueError, match=message):
         encode_dataset(data, tmp_path, segments={"poem": column}, tokenizer=words, **{"block_length": 4, **change})
+
+
+def test_a_row_of_several_texts_is_one_for_each(words, tmp_path):
+    """Each text of one column with each of another, and with what else the row has; nothing else is changed."""
+    lists = [["a king"], ["once upon a time", "a king", "the end of a time and a king"], ["a"]]
+    data = Dataset.from_dict({"poem": lists, "title": [["x"], ["y", "z"], ["w"]], "kind": ["a", "b", "c"]})
+    segments = {name: SegmentColumn("text", name) for name in ("poem", "title")}
+    segments["kind"] = SegmentColumn("label", "kind")
+    codes = CodeDataset(encode_dataset(data, tmp_path, segments=segments, tokenizer=words, block_length=4))
+    found = set()
+    for row in range(len(codes)):
+        given, generated = codes.batch(torch.tensor([row]), Task.parse("poem+kind->title"))
+        texts = [words.decode(one[0], skip_special_tokens=True) for one in (given["poem"], generated["title"])]
+        found.add((*texts, int(given["kind"])))
+    expected = {(poem, title, 1) for poem in lists[1] for title in "yz"} | {("a king", "x", 0), ("a", "w", 2)}
+    assert found == expected and len(codes) == 8
+    single = Dataset.from_dict({"poem": ["a king", "a"]})
+    assert one_text_a_row(single, ["poem", "poem"]) == (single, {})
 
 
 def test_damaged_blocks_are_named(folder, tmp_path):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from diffusers import VQModel
 
@@ -11,6 +12,15 @@ def test_a_model_is_known_again_after_saving(image_vq, tmp_path):
     assert model_fingerprint(ImageVQModel.from_pretrained(tmp_path)) == known
     image_vq.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
     assert model_fingerprint(image_vq) == known  # it encodes the same
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip", "bert", "gpt2", "dinov2"])
+def test_a_model_of_transformers_is_the_same_before_it_is_saved_first(encoders, tmp_path, kind):
+    make = encoders.image_encoder if kind == "dinov2" else encoders.text_encoder
+    known = model_fingerprint(make(kind))
+    model = make(kind)
+    model.save_pretrained(tmp_path)
+    assert model_fingerprint(model) == model_fingerprint(type(model).from_pretrained(tmp_path)) == known
 
 
 def test_any_weight_and_what_encodes_otherwise_counts(image_vq):
