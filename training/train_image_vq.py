@@ -52,10 +52,11 @@ from diffusers_vqdit.training.image_losses import (
 )
 from diffusers_vqdit.training.metrics import counts_by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.validation import log_images, save_grid
 from diffusers_vqdit.utils.arguments import (
@@ -302,6 +303,7 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
+    check_unsharded(accelerator)
     with setup.open_run(
         args, accelerator, project=PROJECT, folders=["samples"], files=["README.md", "config.json"]
     ) as run:
@@ -413,15 +415,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             kept = run.kept(validation=measured)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(model), ema, model.parameters()):
-                    publish(args, unwrap(model), measured, step)
+                with evaluated(accelerator, model, ema, model.parameters()) as whole:
+                    publish(args, whole, measured, step)
     progress.close()
 
     # 5. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(unwrap(model), ema, model.parameters()):
-            publish(args, unwrap(model), measured)
+        with evaluated(accelerator, model, ema, model.parameters()) as whole:
+            publish(args, whole, measured)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

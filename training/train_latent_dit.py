@@ -55,9 +55,10 @@ from diffusers_vqdit.training.latent_data import (
 from diffusers_vqdit.training.latent_files import cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import evaluated, unwrap
+from diffusers_vqdit.training.optimization import unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
+from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.utils.arguments import (
@@ -312,18 +313,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     scheduler = training_scheduler(args, parts["scheduler"])
     features = cache_features(args, pictures, latents.shape[-1] // transformer.config.patch_size, device)
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
-    trained, ema = list(model.parameters()), setup.make_ema(args, transformer.parameters(), device)
     parts["id2label"] = id2label
 
-    def build_pipeline() -> VQDiTLatentPipeline:
-        return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
+    def build_pipeline(whole: AlignedTransformer) -> VQDiTLatentPipeline:
+        return VQDiTLatentPipeline(**{**parts, "transformer": whole.transformer})
 
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, len(latents), scale_lr=args.scale_lr
     )
+    # Of the transformer alone: what aligns it is not kept.
+    trained, averaged = list(model.parameters()), list(transformer.parameters())
+    ema = setup.make_ema(args, averaged, device)
     flag, argument, wanted = validation_inputs(args)
-    if accelerator.is_main_process:
-        check_drawable(build_pipeline(), argument, flag, wanted)
+    with evaluated(accelerator, model) as whole:
+        if whole is not None:
+            check_drawable(build_pipeline(whole), argument, flag, wanted)
 
     # 4. Resume
     named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
@@ -374,7 +378,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if accelerator.sync_gradients:
                 norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
                 if ema is not None and stepped:
-                    ema.step(transformer.parameters())
+                    ema.step(averaged)
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
@@ -391,24 +395,27 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         accelerator.log({**logs, "images_per_second": speed}, step=step)
-        if wanted and accelerator.is_main_process and due(step, args.validation_steps):
-            with evaluated(transformer, ema, transformer.parameters()):
-                draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)
+        if wanted and due(step, args.validation_steps):
+            with evaluated(accelerator, model, ema, averaged) as whole:
+                if whole is not None:
+                    draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(loss=smooth)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(transformer, ema, transformer.parameters()):
-                    measured = loss_measures(args, smooth)
-                    publish_pipeline(args, build_pipeline(), measured, wanted, argument=argument, step=step)
+            if publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(accelerator, model, ema, averaged) as whole:
+                    if whole is not None:
+                        measured = loss_measures(args, smooth)
+                        publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(transformer, ema, transformer.parameters()):
-            publish_pipeline(args, build_pipeline(), loss_measures(args, smooth), wanted, argument=argument)
+    if not stop or step == max_steps:
+        with evaluated(accelerator, model, ema, averaged) as whole:
+            if whole is not None:
+                publish_pipeline(args, build_pipeline(whole), loss_measures(args, smooth), wanted, argument=argument)
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

@@ -29,9 +29,10 @@ from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.metrics import level_figures
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
@@ -213,6 +214,7 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
+    check_unsharded(accelerator)
     with setup.open_run(
         args, accelerator, project=PROJECT, folders=["tokenizer"], files=["README.md", "config.json"]
     ) as run:
@@ -301,8 +303,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **run.kept())
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(model), ema, model.parameters()):
-                    publish(args, unwrap(model), tokenizer, held_out, step)
+                with evaluated(accelerator, model, ema, model.parameters()) as whole:
+                    publish(args, whole, tokenizer, held_out, step)
     progress.close()
 
     # 5. Save

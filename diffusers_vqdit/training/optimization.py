@@ -34,19 +34,6 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
         ema.restore(parameters)
 
 
-@contextmanager
-def evaluated(
-    model: torch.nn.Module, ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]
-) -> Iterator[None]:
-    """A trained model in evaluation mode, with its averaged weights, until the end of the ``with`` block."""
-    model.eval()
-    try:
-        with averaged_weights(ema, parameters):
-            yield
-    finally:
-        model.train()
-
-
 def set_dropout(model: ModelMixin, dropout: float) -> None:
     """Give a loaded model another dropout rate, in all its dropout layers and in its config."""
     model.register_to_config(dropout=dropout)

@@ -21,6 +21,7 @@ from .data import bucket_batches, shuffled_batches
 from .launch import check_launch
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
+from .sharding import prepare_sharding
 
 
 logger = get_logger(__name__)
@@ -116,6 +117,7 @@ def prepare(
     logger.info(
         f"{num_samples} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of {global_batch}"
     )
+    prepare_sharding(args, accelerator, model)
     return *accelerator.prepare(model, optimizer, lr_scheduler), max_steps
 
 

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_vqdit.training.optimization import evaluated
 from diffusers_vqdit.training.run import SETTINGS, training_run
 from diffusers_vqdit.training.setup import make_ema, prepare, run_batches
+from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.validation import save_grid
 
 
@@ -52,8 +52,8 @@ def test_averages_are_made_only_where_asked_for_and_given_back():
     ema = make_ema(arguments(), model.parameters(), torch.device("cpu"))
     start = model.weight.detach().clone()
     model.weight.data += 1
-    with pytest.raises(KeyError), evaluated(model, ema, model.parameters()):
-        assert not model.training and torch.equal(model.weight, start)
+    with pytest.raises(KeyError), evaluated(Accelerator(), model, ema, model.parameters()) as whole:
+        assert whole is model and not model.training and torch.equal(model.weight, start)
         raise KeyError
     assert model.training and torch.equal(model.weight, start + 1)
 
