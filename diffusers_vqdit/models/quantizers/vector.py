@@ -340,9 +340,12 @@ class VectorQuantizer(CodebookQuantizer):
             )
         if self.training and self.codebook_init != "uniform" and self.updates == 0:
             self._initialize(gather_rows(z.detach()))
-        codebook = self.codebook.float()
-        codes = nearest_codes(z, codebook)
-        quantized = F.embedding(codes, codebook)
+        codebook, codes, quantized, share = self._nearest(z)
+        if self.training and self.restart_threshold > 0:
+            errors = (z - quantized).detach().square().sum(1)
+            if self._is_outrun(share, errors):
+                self._restart(share == 0, z.detach(), errors)
+                codebook, codes, quantized, share = self._nearest(z)
 
         loss = self.beta * F.mse_loss(z, quantized.detach())
         if self.codebook_update == "gradient":
@@ -353,7 +356,6 @@ class VectorQuantizer(CodebookQuantizer):
             terms = assignment_entropy(2 * z, codebook, -codebook.square().sum(1), self.entropy_temperature)
             entropy_loss = self.entropy_weight * terms
 
-        share = self.use_of_codes(codes)
         if self.training:
             self._update(z.detach(), codes, share, (z - quantized).detach().square().sum(1))
         return QuantizerOutput(
@@ -365,28 +367,54 @@ class VectorQuantizer(CodebookQuantizer):
             perplexity=perplexity(share),
         )
 
+    def _nearest(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor, torch.Tensor]:
+        """The codebook (K, D), and of vectors (N, D) the codes (N,), the codes' vectors, and the use (K,) of codes."""
+        codebook = self.codebook.float()
+        codes = nearest_codes(z, codebook)
+        return codebook, codes, F.embedding(codes, codebook), self.use_of_codes(codes)
+
+    def _is_outrun(self, share: torch.Tensor, errors: torch.Tensor) -> bool:
+        """Whether the vectors have moved away from the codes: a batch uses less than half as many of them as batches
+        did lately, and would on average. It is so at a training's start, and soon all vectors would have a few codes.
+
+        Args:
+            share: of the codes (K,) in the batch, over all processes.
+            errors: squared errors (N,) of this process's vectors.
+        """
+        error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(errors))]))
+        expected = 1.0 - (1.0 - self.cluster_size.clamp(0.0, 1.0)) ** total
+        return bool(torch.isfinite(error) & ((share > 0).sum() < 0.5 * expected.sum()))
+
+    def _restart(self, dead: torch.Tensor, flat: torch.Tensor, errors: torch.Tensor) -> None:
+        """Put codes, True in (K,), onto vectors of the batch, drawn by their errors, as far as there are some."""
+        places = dead.nonzero()[:, 0]
+        if len(places):
+            flat, errors = gather_rows(flat), gather_rows(errors)
+            drawn = self._draw(flat, len(places), errors)
+            self._place(places[: len(drawn)], flat[drawn])
+
     @torch.no_grad()
     def _update(self, flat: torch.Tensor, codes: torch.LongTensor, share: torch.Tensor, errors: torch.Tensor) -> None:
         """Moving averages, the EMA codebook, and the restart of dead codes; not by a batch that is not finite."""
         if not (hasattr(self, "updates") or hasattr(self, "cluster_size")):
             return
         error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(flat))]))
-        finite = torch.isfinite(error)  # stays on the device: nothing waits for it
+        finite = torch.isfinite(error)
+        # Averages of a few batches at first, as the vectors move fast: decays of 0.1, 0.5, 0.9, as of an EMAModel.
+        decay = self.ema_decay
+        if hasattr(self, "updates"):
+            decay = min(decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         if hasattr(self, "cluster_size"):
-            self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - self.ema_decay)
+            self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - decay)
         if self.codebook_update == "ema":
             sums = sum_over_processes(torch.zeros_like(self.cluster_mean).index_add_(0, codes, flat))
-            self.cluster_mean.lerp_(torch.where(finite, sums / total, self.cluster_mean), 1 - self.ema_decay)
+            self.cluster_mean.lerp_(torch.where(finite, sums / total, self.cluster_mean), 1 - decay)
             # A code without assignments keeps its place: both averages decay alike.
             moved = (self.cluster_size > 1e-8) & finite
             average = self.cluster_mean / self.cluster_size.clamp_min(1e-8)[:, None]
             self.embedding.weight.copy_(torch.where(moved[:, None], average, self.embedding.weight))
         if self.restart_threshold > 0:
-            dead = (finite & (self.cluster_size < self.restart_threshold / self.num_codes)).nonzero()[:, 0]
-            if len(dead):
-                flat, errors = gather_rows(flat), gather_rows(errors)
-                drawn = self._draw(flat, len(dead), errors)
-                self._place(dead[: len(drawn)], flat[drawn])
+            self._restart(finite & (self.cluster_size < self.restart_threshold / self.num_codes), flat, errors)
         if hasattr(self, "updates"):
             self.updates += finite
 
