@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...utils.distributed import gather_rows, sum_over_processes
 from ..config_checks import check_quantizer
-from .code_search import SEARCH_ELEMENTS, nearest_codes
+from .code_search import SEARCH_ELEMENTS, nearest_codes, rows_apart
 
 
 RETIRED = 1e3  # each channel of a code out of use: far from all vectors, and a number of half precision
@@ -107,25 +107,6 @@ def loaded_weight(module: nn.Embedding | nn.Linear) -> torch.Tensor:
     if isinstance(module, nn.Embedding):
         return module(torch.arange(module.num_embeddings))
     return module(torch.eye(module.in_features, dtype=module.weight.dtype)).T
-
-
-def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:
-    """Indices (M,), M <= `count`, of the first rows of (N, D) that have no earlier row within `radius`."""
-    found, kept = [torch.zeros(0, dtype=torch.int64, device=rows.device)], rows[:0]
-    size = max(1, SEARCH_ELEMENTS // max(count, 2048))
-    for start in range(0, len(rows), size):
-        if len(kept) >= count:
-            break
-        part = rows[start : start + size]
-        near = _distances(part, part).le(radius).tril(-1).any(1) | _distances(part, kept).le(radius).any(1)
-        found.append(start + (~near).nonzero()[:, 0])
-        kept = torch.cat([kept, part[~near]])
-    return torch.cat(found)[:count]
-
-
-def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    # By differences: the faster way by products is off by more than the distances that matter here.
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rotate_to(vectors: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
