@@ -45,6 +45,7 @@ from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated, whole_state
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
@@ -241,6 +242,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         if step * rounds // max_steps > this_round:
             this_round += 1
@@ -285,6 +287,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             with evaluated(accelerator, student, ema, trained) as whole:
                 if whole is not None:
                     draw_validation(args, accelerator, build_pipeline(whole), args.validation_prompts, step)
+        watch.look(step, loss=average, gradient_norm=norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses, round=this_round)

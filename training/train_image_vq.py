@@ -59,6 +59,7 @@ from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.validation import log_images, save_grid
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -351,6 +352,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step = run.step
     batches = setup.run_batches(args, accelerator, len(pictures), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    codebook = {"num_codes": unwrap(model).num_codes, "levels": unwrap(model).config.num_quantizers}
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, **codebook)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
@@ -410,6 +413,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             accelerator.log(measured, step=step)
             log_images(accelerator, "validation/reconstructions", [grid], step)
             logger.info(f"step {step}: {measured}")
+        shown = {"loss": logs["reconstruction"], "gradient_norm": logs["gradient_norm"], "usage": logs["usage"]}
+        watch.look(step, **shown, codes=output.codes)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(validation=measured)

@@ -24,6 +24,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -61,6 +62,7 @@ from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -292,6 +294,24 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
+def run_identity(
+    args: argparse.Namespace, parts: dict, transformer: VQDiTTransformer2DModel, scheduler: Any, data: tuple
+) -> dict:
+    """What must be as it was where a run is resumed."""
+    named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
+    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
+    return {
+        "script": "train_latent_dit",
+        **{name: getattr(args, name) for name in named},
+        "transformer": plain_config(transformer),
+        "scheduler": plain_config(scheduler),
+        "training data": fingerprint(*data),
+        "image_vq": model_fingerprint(parts["vae"]),  # without the latents' statistics, measured at each start
+        "text encoder": fingerprint(parts["text_encoder"]),
+        "labels": parts["id2label"],
+    }
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     device = accelerator.device
 
@@ -329,19 +349,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         if whole is not None:
             check_drawable(build_pipeline(whole), argument, flag, wanted)
 
+    def publish(step: int | None = None) -> None:
+        with evaluated(accelerator, model, ema, averaged) as whole:
+            if whole is not None:
+                measured = loss_measures(args, smooth)
+                publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
+
     # 4. Resume
-    named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
-    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
-    identity = {
-        "script": "train_latent_dit",
-        **{name: getattr(args, name) for name in named},
-        "transformer": plain_config(transformer),
-        "scheduler": plain_config(scheduler),
-        "training data": fingerprint(pictures, captions, labels),
-        "image_vq": model_fingerprint(vae),  # without the latents' statistics, which are measured at each start
-        "text encoder": fingerprint(parts["text_encoder"]),
-        "labels": id2label,
-    }
+    identity = run_identity(args, parts, transformer, scheduler, (pictures, captions, labels))
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
     setup.start_trackers(args, accelerator, PROJECT)
@@ -351,6 +366,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(latents), step)
     progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
     started, seen, stop = time.time(), 0, False
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
         # Drawn for each row of the global batch, however many processes share it.
@@ -399,23 +415,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             with evaluated(accelerator, model, ema, averaged) as whole:
                 if whole is not None:
                     draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
+        watch.look(step, loss=logs["loss"], gradient_norm=norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(loss=smooth)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(accelerator, model, ema, averaged) as whole:
-                    if whole is not None:
-                        measured = loss_measures(args, smooth)
-                        publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
+                publish(step)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
     if not stop or step == max_steps:
-        with evaluated(accelerator, model, ema, averaged) as whole:
-            if whole is not None:
-                publish_pipeline(args, build_pipeline(whole), loss_measures(args, smooth), wanted, argument=argument)
+        publish()
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

@@ -35,6 +35,7 @@ from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
 from diffusers_vqdit.utils.texts import tokenize_to_length
@@ -252,6 +253,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(tokens), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    codebooks = {"num_codes": unwrap(model).num_codes, "levels": len(unwrap(model).quantizers)}
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, **codebooks)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]
@@ -299,6 +302,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
+        watch.look(step, loss=losses[0], gradient_norm=norm, codes=output.codes, usage=logs["usage"])
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **run.kept())

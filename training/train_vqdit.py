@@ -54,6 +54,7 @@ from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -297,6 +298,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
         batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
@@ -328,6 +330,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             with evaluated(accelerator, transformer, ema, trained) as whole:
                 if whole is not None:
                     draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
+        watch.look(step, loss=average, gradient_norm=norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses)

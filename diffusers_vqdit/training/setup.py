@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import tracker_config
@@ -127,7 +128,9 @@ def make_ema(
     """The parameters' moving averages, where ``--use_ema`` asks for them."""
     if not args.use_ema:
         return None
-    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+    parameters = list(parameters)
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    ema = EMAModel(parameters, decay=args.ema_decay, foreach=not sharded)  # PyTorch copies no lists of shards
     ema.to(device)
     return ema
 

@@ -55,8 +55,10 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator, model: 
         raise ValueError(f"fsdp_version={plugin.fsdp_version} must be 2, as in training/accelerate_configs/fsdp2.yaml")
     if plugin.transformer_cls_names_to_wrap is None:
         blocks = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or []}
-        # Accelerate refuses names of blocks that the model hasn't.
-        plugin.transformer_cls_names_to_wrap = sorted({type(part).__name__ for part in model.modules()} & blocks)
+        # Accelerate refuses names of blocks that the model hasn't. Blocks of the denoiser of latents aren't called as
+        # a whole alone, as a unit must be: it is one unit.
+        units = {type(part).__name__ for part in model.modules() if not hasattr(part, "keys_and_values")}
+        plugin.transformer_cls_names_to_wrap = sorted(units & blocks)
     if accelerator.is_main_process:
         # Not by the module's own __setattr__: it is no part of the model.
         model.__dict__["whole_copy"] = copy.deepcopy(model)

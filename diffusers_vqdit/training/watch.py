@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 SETTLING = 20  # steps at a run's start of which the use of codes says nothing
 USAGE_STEPS, LOW_USAGE = 20, 0.05
-CODES_A_WINDOW, DEAD_SHARE = 20, 0.5  # a code is expected this often in a window, in which half of them lie unused
+CODES_A_WINDOW, DEAD_SHARE = 20, 2 / 3  # a code is expected so often in a window, in which so many lie unused
 LOSS_STEPS, CLIPPED_STEPS = 200, 200
 
 
