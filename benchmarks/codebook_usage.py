@@ -61,7 +61,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train tokenizers of many shapes and record the use of their codes.")
     parser.add_argument("--train_data_dir", type=Path, required=True, help="Folder of photographs.")
     parser.add_argument("--crops", type=positive_integer, default=40, help="Of each photograph.")
-    parser.add_argument("--max_train_steps", type=positive_integer, default=120)
+    parser.add_argument("--max_train_steps", type=positive_integer, default=80)
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1 / 3, 3.0], help="Of the learning rate.")
     parser.add_argument("--only", nargs="+", help="Names of settings; by default all.")
     parser.add_argument("--seed", type=random_seed, default=0)
@@ -145,7 +145,9 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rate = factor * tokenizer_learning_rate(widths)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.max_train_steps)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=args.max_train_steps // 2, num_training_steps=args.max_train_steps
+    )
     shown = expected_usage(model.num_codes, batch_size * (resolution // model.downsample_factor) ** 2)
     batches, used = shuffled_batches(len(pictures), batch_size, seed=args.seed), []
     for _ in range(args.max_train_steps):

@@ -287,7 +287,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             with evaluated(accelerator, student, ema, trained) as whole:
                 if whole is not None:
                     draw_validation(args, accelerator, build_pipeline(whole), args.validation_prompts, step)
-        watch.look(step, loss=average, gradient_norm=norm)
+        watch.look(step, average, norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses, round=this_round)

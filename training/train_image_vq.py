@@ -52,7 +52,7 @@ from diffusers_vqdit.training.image_losses import (
 )
 from diffusers_vqdit.training.metrics import counts_by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, tokenizer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.run import TrainingRun, due
@@ -108,7 +108,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         output_dir="outputs/image_vq",
         train_batch_size=32,
         num_train_epochs=20,
-        learning_rate=2e-3,
+        learning_rate=None,
         lr_scheduler="cosine",
         lr_warmup_steps=100,
         adam_beta2=0.99,
@@ -324,6 +324,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 2. Optimizers and learning rates
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    setup.set_learning_rate(args, checkpoint, tokenizer_learning_rate(model.config.block_out_channels))
     model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(pictures))
     if perceptual is not None:
         perceptual.to(accelerator.device)
@@ -343,7 +345,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "model": plain_config(unwrap(model)),
         "training data": fingerprint(pictures),
     }
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     states = {"ema": ema, "lecam": lecam if adversarial else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
@@ -352,8 +353,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step = run.step
     batches = setup.run_batches(args, accelerator, len(pictures), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
-    codebook = {"num_codes": unwrap(model).num_codes, "levels": unwrap(model).config.num_quantizers}
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, **codebook)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantize)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
@@ -413,8 +413,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             accelerator.log(measured, step=step)
             log_images(accelerator, "validation/reconstructions", [grid], step)
             logger.info(f"step {step}: {measured}")
-        shown = {"loss": logs["reconstruction"], "gradient_norm": logs["gradient_norm"], "usage": logs["usage"]}
-        watch.look(step, **shown, codes=output.codes)
+        watch.look(step, logs["reconstruction"], logs["gradient_norm"], output.codes, logs["usage"])
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(validation=measured)

@@ -415,7 +415,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             with evaluated(accelerator, model, ema, averaged) as whole:
                 if whole is not None:
                     draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
-        watch.look(step, loss=logs["loss"], gradient_norm=norm)
+        watch.look(step, logs["loss"], norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(loss=smooth)

@@ -253,8 +253,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(tokens), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
-    codebooks = {"num_codes": unwrap(model).num_codes, "levels": len(unwrap(model).quantizers)}
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, **codebooks)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantizers)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]
@@ -302,7 +301,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
-        watch.look(step, loss=losses[0], gradient_norm=norm, codes=output.codes, usage=logs["usage"])
+        watch.look(step, losses[0], norm, output.codes, logs["usage"])
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **run.kept())

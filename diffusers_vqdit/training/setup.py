@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import tracker_config
-from .checkpoints import OLDER
+from .checkpoints import OLDER, read_manifest
 from .data import bucket_batches, shuffled_batches
 from .launch import check_launch
 from .optimization import parameter_groups
@@ -80,6 +81,14 @@ def open_run(
         files=files,
         max_skipped_steps=args.max_skipped_steps,
     )
+
+
+def set_learning_rate(args: argparse.Namespace, checkpoint: Path | None, default: float) -> None:
+    """Where ``--learning_rate`` isn't given, set it: to that of the run that goes on, or to the model's default."""
+    if args.learning_rate is None:
+        kept = {} if checkpoint is None else read_manifest(checkpoint).settings
+        args.learning_rate = kept.get("learning_rate", default)
+        logger.info(f"learning rate {args.learning_rate:.3g}")
 
 
 def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:

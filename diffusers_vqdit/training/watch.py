@@ -6,6 +6,7 @@ from collections import deque
 import torch
 from accelerate import Accelerator
 
+from ..models.quantizers import Quantizer, ResidualVectorQuantizer
 from .metrics import expected_usage
 
 
@@ -24,26 +25,25 @@ class TrainingWatch:
 
     Args:
         max_grad_norm: that gradients are clipped to; 0 for never.
-        num_codes: size K of the codebook, where one is trained.
-        levels: codebooks q of residual codes.
+        quantizer: that is trained, where one is.
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, max_grad_norm: float = 0.0, num_codes: int = 1, levels: int = 1
+        self, accelerator: Accelerator, *, max_grad_norm: float = 0.0, quantizer: Quantizer | None = None
     ) -> None:
         self.accelerator = accelerator
         self.max_grad_norm = max_grad_norm
-        self.num_codes = num_codes
+        self.num_codes = 1 if quantizer is None else quantizer.num_codes
+        levels = len(quantizer) if isinstance(quantizer, ResidualVectorQuantizer) else 1
         self.told: set[str] = set()
         self._steps = self._clipped = self._low = self._seen = 0
-        self._used = torch.zeros(levels, num_codes, dtype=torch.bool)
+        self._used = torch.zeros(levels, self.num_codes, dtype=torch.bool)
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=LOSS_STEPS // 4)
 
     def look(
         self,
         step: int,
-        *,
         loss: float,
         gradient_norm: float,
         codes: torch.Tensor | None = None,
@@ -100,7 +100,7 @@ class TrainingWatch:
                 "--codebook_update ema --codebook_init kmeans --restart_threshold 0.1",
             )
         # Codes that this process has seen in a window; those of the others would be more of the same.
-        for level, used in zip(codes.cpu().view(vectors, -1).unbind(1), self._used, strict=True):
+        for level, used in zip(codes.cpu().reshape(vectors, -1).unbind(1), self._used, strict=True):
             used[level] = True
         self._seen += vectors
         if self._seen >= CODES_A_WINDOW * self.num_codes:

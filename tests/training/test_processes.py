@@ -237,7 +237,10 @@ def test_two_runs_with_the_same_seed_are_bit_identical(trained, case):
 
 def published(folder):
     """The tensors of what was saved for use, and those of the last checkpoint's averages."""
-    return {name: value for name, value in weights(folder).items() if "checkpoint" not in name or "ema" in name}
+    checkpoints = [folder / f"checkpoint-{STEPS}/ema.safetensors"]
+    found = {path for path in folder.rglob("*.safetensors") if "checkpoint" not in str(path.relative_to(folder))}
+    files = {path.relative_to(folder): load_file(path) for path in [*found, *checkpoints] if path.is_file()}
+    return {f"{path}: {name}": value for path, tensors in files.items() for name, value in tensors.items()}
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from diffusers_vqdit.training.checkpoints import save_checkpoint
+from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.run import SETTINGS, training_run
-from diffusers_vqdit.training.setup import make_ema, prepare, run_batches
+from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_learning_rate
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.validation import save_grid
 
@@ -38,6 +40,18 @@ def test_epochs_become_steps_and_the_rate_follows_the_batch(changes, scale_lr, s
     model = torch.nn.Linear(2, 2)
     _, optimizer, _, max_steps = prepare(arguments(**changes), Accelerator(), model, 17, scale_lr=scale_lr)
     assert (max_steps, [group["lr"] for group in optimizer.param_groups]) == (steps, [rate, rate])
+
+
+def test_a_learning_rate_follows_the_model_but_a_run_that_goes_on_keeps_its_own(tmp_path):
+    """Also one of before there was such a default."""
+    assert tokenizer_learning_rate([24, 48, 96]) == 2e-3 == tokenizer_learning_rate([16, 16])
+    rates = [tokenizer_learning_rate(widths) for widths in ([64, 128], [64, 128, 256], [64, 128, 256, 512, 512])]
+    assert rates == pytest.approx([1.5e-3, 7.5e-4, 2e-3 * 96 / 512 / 4])
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"learning_rate": 2e-3})
+    for given, source, expected in ((None, None, 5e-4), (None, checkpoint, 2e-3), (1e-3, checkpoint, 1e-3)):
+        args = argparse.Namespace(learning_rate=given)
+        set_learning_rate(args, source, 5e-4)
+        assert args.learning_rate == expected
 
 
 def test_batches_go_on_where_the_steps_stopped():

@@ -212,6 +212,9 @@ class VectorQuantizer(CodebookQuantizer):
         gradient_estimator: how the gradient passes to the vectors: ``"straight_through"``, or ``"rotation"`` for the
             rotation trick, see [`rotate_to`].
         entropy_weight, entropy_temperature: of the entropy loss, see [`assignment_entropy`].
+        follow: for vectors that move fast, as an image encoder's do when training begins: the averages are of a few
+            batches at first, with decays of 0.1, 0.5, 0.9, ..., and a batch that has left the codes behind restarts
+            those that it doesn't use before it is quantized, where `restart_threshold` is not 0.
 
     All statistics are taken over the processes together, and restarts are the same on all of them.
     """
@@ -230,6 +233,7 @@ class VectorQuantizer(CodebookQuantizer):
         gradient_estimator: str = "straight_through",
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
+        follow: bool = False,
     ) -> None:
         check_quantizer(
             beta=beta,
@@ -249,6 +253,7 @@ class VectorQuantizer(CodebookQuantizer):
         self.codebook_init = codebook_init
         self.ema_decay = ema_decay
         self.restart_threshold = restart_threshold
+        self.follow = follow
         self.gradient_estimator = gradient_estimator
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
@@ -322,7 +327,7 @@ class VectorQuantizer(CodebookQuantizer):
         if self.training and self.codebook_init != "uniform" and self.updates == 0:
             self._initialize(gather_rows(z.detach()))
         codebook, codes, quantized, share = self._nearest(z)
-        if self.training and self.restart_threshold > 0:
+        if self.training and self.follow and self.restart_threshold > 0:
             errors = (z - quantized).detach().square().sum(1)
             if self._is_outrun(share, errors):
                 self._restart(share == 0, z.detach(), errors)
@@ -355,8 +360,9 @@ class VectorQuantizer(CodebookQuantizer):
         return codebook, codes, F.embedding(codes, codebook), self.use_of_codes(codes)
 
     def _is_outrun(self, share: torch.Tensor, errors: torch.Tensor) -> bool:
-        """Whether the vectors have moved away from the codes: a batch uses less than half as many of them as batches
-        did lately, and would on average. It is so at a training's start, and soon all vectors would have a few codes.
+        """Whether the vectors have moved away from the codes: a batch uses less than 70 % of the codes that it
+        would use if these were used as they were lately. It is so at a training's start, and soon few codes would
+        have all vectors.
 
         Args:
             share: of the codes (K,) in the batch, over all processes.
@@ -364,7 +370,7 @@ class VectorQuantizer(CodebookQuantizer):
         """
         error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(errors))]))
         expected = 1.0 - (1.0 - self.cluster_size.clamp(0.0, 1.0)) ** total
-        return bool(torch.isfinite(error) & ((share > 0).sum() < 0.5 * expected.sum()))
+        return bool(torch.isfinite(error) & ((share > 0).sum() < 0.7 * expected.sum()))
 
     def _restart(self, dead: torch.Tensor, flat: torch.Tensor, errors: torch.Tensor) -> None:
         """Put codes, True in (K,), onto vectors of the batch, drawn by their errors, as far as there are some."""
@@ -381,9 +387,8 @@ class VectorQuantizer(CodebookQuantizer):
             return
         error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(flat))]))
         finite = torch.isfinite(error)
-        # Averages of a few batches at first, as the vectors move fast: decays of 0.1, 0.5, 0.9, as of an EMAModel.
         decay = self.ema_decay
-        if hasattr(self, "updates"):
+        if self.follow and hasattr(self, "updates"):  # as an EMAModel's
             decay = min(decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         if hasattr(self, "cluster_size"):
             self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - decay)
