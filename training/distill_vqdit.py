@@ -44,6 +44,7 @@ from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpo
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated, whole_state
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer
@@ -242,6 +243,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         if step * rounds // max_steps > this_round:
@@ -253,7 +255,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         guidance_scale, temperature = drawn[batch.task]
         if this_round:  # distilled in
             guidance_scale, temperature = 1.0, float(temperature > 0)
-        with accelerator.accumulate(student):
+        with accelerator.accumulate(student), utilisation.counting():
             with accelerator.autocast():  # for the teacher, which isn't prepared
                 loss = distillation_loss(
                     student,
@@ -276,7 +278,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
+        logs = {
+            "lr": lr_scheduler.get_last_lr()[0],
+            "gradient_norm": norm,
+            "skipped_steps": run.skipped_steps,
+            **utilisation.figures(),
+        }
         progress.update(1)
         progress.set_postfix({"round": this_round + 1, **{name: f"{x:.4f}" for name, x in task_losses.items()}})
         speed = seen / (time.time() - started)

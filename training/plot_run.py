@@ -19,13 +19,13 @@ from diffusers_vqdit.utils.arguments import argument_parser, output_path
 # Title of a panel -> how the names of its figures begin, or end after a *.
 PANELS = {
     "losses": ("loss", "mse", "reconstruction", "perceptual", "cross_entropy", "commitment", "entropy", "alignment"),
+    "gradient norm": ("*gradient_norm",),
     "discriminator": ("generator", "discriminator", "logits_", "lecam", "adaptive_weight"),
     "use of the codebook": ("usage",),
     "perplexity of the codes": ("perplexity",),
     "validation": ("validation/",),
     "samples a second": ("*_per_second",),
     "model FLOPs utilisation": ("mfu",),
-    "gradient norm": ("gradient_norm", "discriminator_gradient_norm"),
     "learning rate": ("lr",),
 }
 LOGARITHMIC = {"losses", "gradient norm"}

@@ -58,6 +58,7 @@ from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import log_images, save_grid
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
@@ -353,11 +354,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step = run.step
     batches = setup.run_batches(args, accelerator, len(pictures), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantize)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(pictures[next(batches)]).to(accelerator.device)
-        with accelerator.accumulate(model, *([discriminator] if adversarial else [])):
+        with accelerator.accumulate(model, *([discriminator] if adversarial else [])), utilisation.counting():
             # The tokenizer
             output = model(sample)
             made = output.sample.float()
@@ -405,7 +407,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         shown["images/s"] = f"{speed:.0f}"
         shown |= {name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()}
         progress.set_postfix(shown)
-        logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed}
+        logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed, **utilisation.figures()}
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
         if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):

@@ -61,6 +61,7 @@ from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpo
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
@@ -366,6 +367,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(latents), step)
     progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
@@ -374,7 +376,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = latents[rows, variant].to(device)
         class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), utilisation.counting():
             loss = latent_diffusion_loss(
                 model,
                 scheduler,
@@ -410,7 +412,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         speed = seen / (time.time() - started)
         progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
-        accelerator.log({**logs, "images_per_second": speed}, step=step)
+        accelerator.log({**logs, "images_per_second": speed, **utilisation.figures()}, step=step)
         if wanted and due(step, args.validation_steps):
             with evaluated(accelerator, model, ema, averaged) as whole:
                 if whole is not None:

@@ -35,6 +35,7 @@ from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
@@ -253,6 +254,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(tokens), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantizers)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
@@ -263,7 +265,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         random_tokens = (uniform(batch.shape, generator, batch.device) * len(tokenizer)).long()
         batch = torch.where(replaced & (batch != tokenizer.pad_token_id), random_tokens, batch).to(accelerator.device)
         micro_step += 1
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), utilisation.counting():
             output = model(batch)
             cross_entropy = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
             loss = cross_entropy + output.commit_loss
@@ -289,6 +291,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             "gradient_norm": norm,
             "skipped_steps": run.skipped_steps,
             "captions_per_second": seen / (time.time() - started),
+            **utilisation.figures(),
         }
         progress.update(1)
         shown = {"ce": f"{losses[0]:.4f}", "vq": f"{losses[1]:.4f}", "usage": f"{logs['usage']:.2f}"}

@@ -53,6 +53,7 @@ from diffusers_vqdit.training.segment_columns import (
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
@@ -298,11 +299,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
         batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
-        with accelerator.accumulate(transformer):
+        with accelerator.accumulate(transformer), utilisation.counting():
             loss = masked_diffusion_loss(
                 transformer,
                 scheduler,
@@ -322,6 +324,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         step += 1
         run.end_step(step)
         logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
+        logs |= utilisation.figures()
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})

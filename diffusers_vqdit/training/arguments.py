@@ -165,6 +165,11 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
     )
     group.add_argument("--report_to", type=tracker, default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
+    group.add_argument(
+        "--peak_tflops",
+        type=positive_number,
+        help="Of one device, for the utilisation (mfu) in the trackers; known of common GPUs in half precision.",
+    )
     add_publishing_arguments(group)
     return group
 
