@@ -285,8 +285,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             **utilisation.figures(),
         }
         progress.update(1)
-        progress.set_postfix({"round": this_round + 1, **{name: f"{x:.4f}" for name, x in task_losses.items()}})
         speed = seen / (time.time() - started)
+        shown = {name: f"{x:.4f}" for name, x in task_losses.items()} | {"images/s": f"{speed:.0f}"}
+        progress.set_postfix({"round": this_round + 1, **shown})
         accelerator.log(
             {f"loss/{batch.task}": average, "round": this_round + 1, **logs, "images_per_second": speed}, step=step
         )

@@ -59,7 +59,7 @@ from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.utilisation import Utilisation
-from diffusers_vqdit.training.validation import log_images, save_grid
+from diffusers_vqdit.training.validation import columns_of_grid, log_images, save_grid
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -281,7 +281,8 @@ def validate(
         values.append(psnr(decoded, original).cpu())
         codes.append(batch_codes.cpu())
         if not drawn:
-            drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
+            columns = columns_of_grid(original.shape[-1], 16)
+            drawn = [original[:columns].cpu(), decoded[:columns].float().cpu()]
     model.train()
     grid = save_grid(VaeImageProcessor().postprocess(torch.cat(drawn)), len(drawn[0]), args.output_dir, step)
     usage = level_figures(*usage_of_counts(counts_by_level(torch.cat(codes), model.num_codes)))

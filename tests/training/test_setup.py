@@ -13,7 +13,7 @@ from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.run import SETTINGS, training_run
 from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_learning_rate
 from diffusers_vqdit.training.sharding import evaluated
-from diffusers_vqdit.training.validation import save_grid
+from diffusers_vqdit.training.validation import columns_of_grid, save_grid
 
 
 def arguments(**changes):
@@ -81,6 +81,11 @@ def test_a_run_keeps_its_states_and_skipped_steps(tmp_path):
         kept = run.kept(loss=0.5)
     assert kept["states"] == {"ema": ema} and kept["identity"] == {"a": 1} and kept["run"] == run.id
     assert kept["measures"] == {"loss": 0.5, "skipped_steps": 2} and kept["settings"]["processes"] == 1
+
+
+@pytest.mark.parametrize(("width", "columns"), [(32, 16), (128, 16), (256, 8), (512, 4), (4096, 4)])
+def test_a_row_of_a_grid_is_no_wider_than_a_screen_where_four_images_are_not(width, columns):
+    assert columns_of_grid(width, 16) == columns
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, (8, 8)), (3, (24, 8)), (5, (24, 16)), (6, (24, 16))])
