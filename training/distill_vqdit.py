@@ -40,11 +40,14 @@ from diffusers_vqdit.training.distillation_loss import distillation_loss
 from diffusers_vqdit.training.finetuning import check_same_segments
 from diffusers_vqdit.training.masked_loss import draw_batch, track_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
+from diffusers_vqdit.training.optimization import set_dropout
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
+from diffusers_vqdit.training.sharding import evaluated, whole_state
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
@@ -161,7 +164,7 @@ def begin_round(
     """Make the student the next teacher, by its averaged weights where there are any; it goes on from these too."""
     if ema is not None:
         ema.copy_to(trained)
-    teacher.load_state_dict(student.state_dict())
+    teacher.load_state_dict(whole_state(student))
 
 
 def loss_measures(task_losses: dict[str, float]) -> list[Measure]:
@@ -212,18 +215,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     scheduler = parts["scheduler"]
     # What is drawn at the teacher's temperature is learnt; the student draws from that as it is.
     parts["scheduler"] = MaskedDiffusionScheduler.from_config(scheduler.config, temperature=1.0)
-    trained = list(student.parameters())
-    ema = setup.make_ema(args, trained, accelerator.device)
     student, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, student, len(codes), scale_lr=args.scale_lr
     )
+    trained = list(student.parameters())
+    ema = setup.make_ema(args, trained, accelerator.device)
 
-    def build_pipeline() -> VQDiTPipeline:
-        made = VQDiTPipeline(**{**parts, "transformer": unwrap(student), "id2label": dict(enumerate(labels))})
+    def build_pipeline(whole: VQDiTTransformer2DModel) -> VQDiTPipeline:
+        made = VQDiTPipeline(**{**parts, "transformer": whole, "id2label": dict(enumerate(labels))})
         return made.to(accelerator.device)  # the tokenizers too, which encoded nothing where codes were given
 
-    if accelerator.is_main_process:
-        check_drawable(build_pipeline(), "prompt", "validation_prompts", args.validation_prompts)
+    with evaluated(accelerator, student) as whole:
+        if whole is not None:
+            check_drawable(build_pipeline(whole), "prompt", "validation_prompts", args.validation_prompts)
 
     # 3. Resume
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -237,17 +241,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         if step * rounds // max_steps > this_round:
             this_round += 1
-            begin_round(unwrap(student), teacher, ema, trained)
+            begin_round(student, teacher, ema, trained)
             task_losses = {}
         rows = next(batches)
         batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
         guidance_scale, temperature = drawn[batch.task]
         if this_round:  # distilled in
             guidance_scale, temperature = 1.0, float(temperature > 0)
-        with accelerator.accumulate(student):
+        with accelerator.accumulate(student), utilisation.counting():
             with accelerator.autocast():  # for the teacher, which isn't prepared
                 loss = distillation_loss(
                     student,
@@ -270,31 +276,41 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
+        logs = {
+            "lr": lr_scheduler.get_last_lr()[0],
+            "gradient_norm": norm,
+            "skipped_steps": run.skipped_steps,
+            **utilisation.figures(),
+        }
         progress.update(1)
-        progress.set_postfix({"round": this_round + 1, **{name: f"{x:.4f}" for name, x in task_losses.items()}})
         speed = seen / (time.time() - started)
+        shown = {name: f"{x:.4f}" for name, x in task_losses.items()} | {"images/s": f"{speed:.0f}"}
+        progress.set_postfix({"round": this_round + 1, **shown})
         accelerator.log(
             {f"loss/{batch.task}": average, "round": this_round + 1, **logs, "images_per_second": speed}, step=step
         )
-        if args.validation_prompts and accelerator.is_main_process and due(step, args.validation_steps):
-            with evaluated(unwrap(student), ema, trained):
-                draw_validation(args, accelerator, build_pipeline(), args.validation_prompts, step)
+        if args.validation_prompts and due(step, args.validation_steps):
+            with evaluated(accelerator, student, ema, trained) as whole:
+                if whole is not None:
+                    draw_validation(args, accelerator, build_pipeline(whole), args.validation_prompts, step)
+        watch.look(step, average, norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses, round=this_round)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(student), ema, trained):
-                    measured = loss_measures(task_losses)
-                    publish_pipeline(args, build_pipeline(), measured, args.validation_prompts, step=step)
+            if publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(accelerator, student, ema, trained) as whole:
+                    if whole is not None:
+                        measured = loss_measures(task_losses)
+                        publish_pipeline(args, build_pipeline(whole), measured, args.validation_prompts, step=step)
     progress.close()
 
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(unwrap(student), ema, trained):
-            publish_pipeline(args, build_pipeline(), loss_measures(task_losses), args.validation_prompts)
+    if not stop or step == max_steps:
+        with evaluated(accelerator, student, ema, trained) as whole:
+            if whole is not None:
+                publish_pipeline(args, build_pipeline(whole), loss_measures(task_losses), args.validation_prompts)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

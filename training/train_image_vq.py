@@ -48,12 +48,15 @@ from diffusers_vqdit.training.image_losses import (
 )
 from diffusers_vqdit.training.metrics import counts_by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, tokenizer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
-from diffusers_vqdit.training.validation import log_images, save_grid
+from diffusers_vqdit.training.utilisation import Utilisation
+from diffusers_vqdit.training.validation import columns_of_grid, log_images, save_grid
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -103,7 +106,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         output_dir="outputs/image_vq",
         train_batch_size=32,
         num_train_epochs=20,
-        learning_rate=2e-3,
+        learning_rate=None,
         lr_scheduler="cosine",
         lr_warmup_steps=100,
         adam_beta2=0.99,
@@ -255,7 +258,8 @@ def validate(
         values.append(psnr(decoded, original).cpu())
         codes.append(batch_codes.cpu())
         if not drawn:
-            drawn = [original[:16].cpu(), decoded[:16].float().cpu()]
+            columns = columns_of_grid(original.shape[-1], 16)
+            drawn = [original[:columns].cpu(), decoded[:columns].float().cpu()]
     model.train()
     grid = save_grid(VaeImageProcessor().postprocess(torch.cat(drawn)), len(drawn[0]), args.output_dir, step)
     usage = level_figures(*usage_of_counts(counts_by_level(torch.cat(codes), model.num_codes)))
@@ -279,6 +283,7 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
+    check_unsharded(accelerator)
     with setup.open_run(
         args, accelerator, project=PROJECT, folders=["samples"], files=["README.md", "config.json"]
     ) as run:
@@ -298,6 +303,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     lecam = LeCam()
 
     # 2. Optimizers and learning rates
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    setup.set_learning_rate(args, checkpoint, tokenizer_learning_rate(model.config.block_out_channels))
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, 0 if args.streaming else len(pictures)
     )
@@ -320,7 +327,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "model": plain_config(unwrap(model)),
         **pictures.identity(),
     }
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     states = {"ema": ema, "lecam": lecam if adversarial else None, "stream": pictures if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
@@ -329,10 +335,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step = run.step
     batches = setup.image_batches(args, accelerator, pictures, step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantize)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(next(batches).to(accelerator.device, non_blocking=True))
-        with accelerator.accumulate(model, *([discriminator] if adversarial else [])):
+        with accelerator.accumulate(model, *([discriminator] if adversarial else [])), utilisation.counting():
             # The tokenizer
             output = model(sample)
             made = output.sample.float()
@@ -380,7 +388,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         shown["images/s"] = f"{speed:.0f}"
         shown |= {name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()}
         progress.set_postfix(shown)
-        logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed}
+        logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed, **utilisation.figures()}
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
         if accelerator.is_main_process and (due(step, args.validation_steps) or step == max_steps):
             with averaged_weights(ema, model.parameters()):
@@ -388,20 +396,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             accelerator.log(measured, step=step)
             log_images(accelerator, "validation/reconstructions", [grid], step)
             logger.info(f"step {step}: {measured}")
+        watch.look(step, logs["reconstruction"], logs["gradient_norm"], output.codes, logs["usage"])
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(validation=measured)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(model), ema, model.parameters()):
-                    publish(args, unwrap(model), measured, step)
+                with evaluated(accelerator, model, ema, model.parameters()) as whole:
+                    publish(args, whole, measured, step)
     progress.close()
 
     # 5. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(unwrap(model), ema, model.parameters()):
-            publish(args, unwrap(model), measured)
+        with evaluated(accelerator, model, ema, model.parameters()) as whole:
+            publish(args, whole, measured)
         logger.info(f"saved the model to {args.output_dir}")
     accelerator.end_training()
 

@@ -24,6 +24,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -58,11 +59,14 @@ from diffusers_vqdit.training.latent_data import (
 from diffusers_vqdit.training.latent_files import LATENTS_FILE, cache_latents, check_latents_file
 from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusion_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import evaluated, unwrap
+from diffusers_vqdit.training.optimization import unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
+from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -298,6 +302,24 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
+def run_identity(
+    args: argparse.Namespace, parts: dict, transformer: VQDiTTransformer2DModel, scheduler: Any, data: tuple
+) -> dict:
+    """What must be as it was where a run is resumed."""
+    named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
+    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
+    return {
+        "script": "train_latent_dit",
+        **{name: getattr(args, name) for name in named},
+        "transformer": plain_config(transformer),
+        "scheduler": plain_config(scheduler),
+        **data_identity(*data),
+        "image_vq": model_fingerprint(parts["vae"]),  # without the latents' statistics, measured at each start
+        "text encoder": fingerprint(parts["text_encoder"]),
+        "labels": parts["id2label"],
+    }
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     device = accelerator.device
 
@@ -321,32 +343,30 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     scheduler = training_scheduler(args, parts["scheduler"])
     features = cache_features(args, images, latents.shape[-1] // transformer.config.patch_size, device)
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
-    trained, ema = list(model.parameters()), setup.make_ema(args, transformer.parameters(), device)
     parts["id2label"] = id2label
 
-    def build_pipeline() -> VQDiTLatentPipeline:
-        return VQDiTLatentPipeline(**{**parts, "transformer": transformer})
+    def build_pipeline(whole: AlignedTransformer) -> VQDiTLatentPipeline:
+        return VQDiTLatentPipeline(**{**parts, "transformer": whole.transformer})
 
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, len(latents), scale_lr=args.scale_lr
     )
+    # Of the transformer alone: what aligns it is not kept.
+    trained, averaged = list(model.parameters()), list(transformer.parameters())
+    ema = setup.make_ema(args, averaged, device)
     flag, argument, wanted = validation_inputs(args)
-    if accelerator.is_main_process:
-        check_drawable(build_pipeline(), argument, flag, wanted)
+    with evaluated(accelerator, model) as whole:
+        if whole is not None:
+            check_drawable(build_pipeline(whole), argument, flag, wanted)
+
+    def publish(step: int | None = None) -> None:
+        with evaluated(accelerator, model, ema, averaged) as whole:
+            if whole is not None:
+                measured = loss_measures(args, smooth)
+                publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
 
     # 4. Resume
-    named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
-    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
-    identity = {
-        "script": "train_latent_dit",
-        **{name: getattr(args, name) for name in named},
-        "transformer": plain_config(transformer),
-        "scheduler": plain_config(scheduler),
-        **data_identity(images, captions, labels),
-        "image_vq": model_fingerprint(vae),  # without the latents' statistics, which are measured at each start
-        "text encoder": fingerprint(parts["text_encoder"]),
-        "labels": id2label,
-    }
+    identity = run_identity(args, parts, transformer, scheduler, (images, captions, labels))
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
     setup.start_trackers(args, accelerator, PROJECT)
@@ -356,6 +376,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(latents), step)
     progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
         # Drawn for each row of the global batch, however many processes share it.
@@ -363,7 +385,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = ((latents[rows, variant] - mean) / deviation).to(device)
         class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), utilisation.counting():
             loss = latent_diffusion_loss(
                 model,
                 scheduler,
@@ -383,7 +405,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if accelerator.sync_gradients:
                 norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
                 if ema is not None and stepped:
-                    ema.step(transformer.parameters())
+                    ema.step(averaged)
             optimizer.zero_grad()
         micro_step += 1
         seen += len(rows) * accelerator.num_processes
@@ -399,25 +421,24 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         speed = seen / (time.time() - started)
         progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
-        accelerator.log({**logs, "images_per_second": speed}, step=step)
-        if wanted and accelerator.is_main_process and due(step, args.validation_steps):
-            with evaluated(transformer, ema, transformer.parameters()):
-                draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)
+        accelerator.log({**logs, "images_per_second": speed, **utilisation.figures()}, step=step)
+        if wanted and due(step, args.validation_steps):
+            with evaluated(accelerator, model, ema, averaged) as whole:
+                if whole is not None:
+                    draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
+        watch.look(step, logs["loss"], norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(loss=smooth)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(transformer, ema, transformer.parameters()):
-                    measured = loss_measures(args, smooth)
-                    publish_pipeline(args, build_pipeline(), measured, wanted, argument=argument, step=step)
+            if publishes_checkpoints(args) and step < max_steps and not stop:
+                publish(step)
     progress.close()
 
     # 6. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(transformer, ema, transformer.parameters()):
-            publish_pipeline(args, build_pipeline(), loss_measures(args, smooth), wanted, argument=argument)
+    if not stop or step == max_steps:
+        publish()
         logger.info(f"saved the pipeline to {args.output_dir}")
     accelerator.end_training()
 

@@ -29,11 +29,14 @@ from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.metrics import level_figures
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
 from diffusers_vqdit.utils.texts import tokenize_to_length
@@ -213,6 +216,7 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
+    check_unsharded(accelerator)
     with setup.open_run(
         args, accelerator, project=PROJECT, folders=["tokenizer"], files=["README.md", "config.json"]
     ) as run:
@@ -250,6 +254,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(tokens), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantizers)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]
@@ -259,7 +265,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         random_tokens = (uniform(batch.shape, generator, batch.device) * len(tokenizer)).long()
         batch = torch.where(replaced & (batch != tokenizer.pad_token_id), random_tokens, batch).to(accelerator.device)
         micro_step += 1
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), utilisation.counting():
             output = model(batch)
             cross_entropy = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
             loss = cross_entropy + output.commit_loss
@@ -285,6 +291,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             "gradient_norm": norm,
             "skipped_steps": run.skipped_steps,
             "captions_per_second": seen / (time.time() - started),
+            **utilisation.figures(),
         }
         progress.update(1)
         shown = {"ce": f"{losses[0]:.4f}", "vq": f"{losses[1]:.4f}", "usage": f"{logs['usage']:.2f}"}
@@ -297,12 +304,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 measured = validate(unwrap(model), tokenizer, held_out)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
+        watch.look(step, losses[0], norm, output.codes, logs["usage"])
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **run.kept())
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(model), ema, model.parameters()):
-                    publish(args, unwrap(model), tokenizer, held_out, step)
+                with evaluated(accelerator, model, ema, model.parameters()) as whole:
+                    publish(args, whole, tokenizer, held_out, step)
     progress.close()
 
     # 5. Save

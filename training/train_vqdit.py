@@ -43,7 +43,7 @@ from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import evaluated, set_dropout, unwrap
+from diffusers_vqdit.training.optimization import set_dropout, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
@@ -51,9 +51,12 @@ from diffusers_vqdit.training.segment_columns import (
     add_text_tokenizer_argument,
     load_encoders,
 )
+from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
+from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -269,20 +272,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     grown = names_of_labels(parts["segments"], labels)
     transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    ema = setup.make_ema(args, trained, accelerator.device)
     transformer, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, transformer, len(codes), scale_lr=args.scale_lr
     )
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    ema = setup.make_ema(args, trained, accelerator.device)
 
-    def build_pipeline() -> VQDiTPipeline:
-        pipeline = VQDiTPipeline(**{**parts, "transformer": unwrap(transformer), "id2label": dict(enumerate(labels))})
+    def build_pipeline(whole: VQDiTTransformer2DModel) -> VQDiTPipeline:
+        pipeline = VQDiTPipeline(**{**parts, "transformer": whole, "id2label": dict(enumerate(labels))})
         return pipeline.to(accelerator.device)  # the tokenizers too, which encoded nothing where codes were given
 
     argument, flag = ("image", "validation_images") if args.validation_images else ("prompt", "validation_prompts")
     wanted = getattr(args, flag)
-    if accelerator.is_main_process:
-        check_drawable(build_pipeline(), argument, flag, wanted)
+    with evaluated(accelerator, transformer) as whole:
+        if whole is not None:
+            check_drawable(build_pipeline(whole), argument, flag, wanted)
 
     # 3. Resume
     identity = run_identity(args, parts, codes, unwrap(transformer), tasks, labels)
@@ -297,10 +301,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
     while step < max_steps and not stop:
         rows = next(batches)
         batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)
-        with accelerator.accumulate(transformer):
+        with accelerator.accumulate(transformer), utilisation.counting():
             loss = masked_diffusion_loss(
                 transformer,
                 scheduler,
@@ -320,28 +326,34 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         step += 1
         run.end_step(step)
         logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
+        logs |= utilisation.figures()
         progress.update(1)
         speed = seen / (time.time() - started)
         progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
         accelerator.log({f"loss/{batch.task}": average, **logs, "images_per_second": speed}, step=step)
-        if wanted and accelerator.is_main_process and due(step, args.validation_steps):
-            with evaluated(unwrap(transformer), ema, trained):
-                draw_validation(args, accelerator, build_pipeline(), wanted, step, argument=argument)
+        if wanted and due(step, args.validation_steps):
+            with evaluated(accelerator, transformer, ema, trained) as whole:
+                if whole is not None:
+                    draw_validation(args, accelerator, build_pipeline(whole), wanted, step, argument=argument)
+        watch.look(step, average, norm)
         stop = run.stop_requested()
         if stop or due(step, args.checkpointing_steps) or step == max_steps:
             kept = run.kept(task_losses=task_losses)
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
-            if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
-                with evaluated(unwrap(transformer), ema, trained):
-                    measured = loss_measures(args, task_losses)
-                    publish_pipeline(args, build_pipeline(), measured, wanted, argument=argument, step=step)
+            if publishes_checkpoints(args) and step < max_steps and not stop:
+                with evaluated(accelerator, transformer, ema, trained) as whole:
+                    if whole is not None:
+                        measured = loss_measures(args, task_losses)
+                        publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
     progress.close()
 
     # 5. Save the pipeline
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (not stop or step == max_steps):
-        with evaluated(unwrap(transformer), ema, trained):
-            publish_pipeline(args, build_pipeline(), loss_measures(args, task_losses), wanted, argument=argument)
+    if not stop or step == max_steps:
+        with evaluated(accelerator, transformer, ema, trained) as whole:
+            if whole is not None:
+                measured = loss_measures(args, task_losses)
+                publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

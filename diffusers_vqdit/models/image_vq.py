@@ -383,10 +383,11 @@ def _quantizer(quantizer_type: str, num_codes: int, code_dim: int, **options) ->
     """The quantizer that the arguments of [`ImageVQModel`] ask for."""
     taken = {name: options[name] for name in QUANTIZER_OPTIONS[quantizer_type]}
     if quantizer_type == "vq":
-        return VectorQuantizer(num_codes, code_dim, **taken)
+        return VectorQuantizer(num_codes, code_dim, **taken, follow=True)
     if quantizer_type == "rvq":
         number = taken.pop("num_quantizers")
-        return ResidualVectorQuantizer(VectorQuantizer(num_codes, code_dim, **taken) for _ in range(number))
+        levels = (VectorQuantizer(num_codes, code_dim, **taken, follow=True) for _ in range(number))
+        return ResidualVectorQuantizer(levels)
     if quantizer_type == "simvq":
         return SimVectorQuantizer(num_codes, code_dim, **taken)
     if quantizer_type == "ibq":

@@ -326,9 +326,10 @@ class LatentDiT(DiTTransformer2DModel, AttentionMixin, PeftAdapterMixin):
 
 
 def _add_copies(module: LatentDiT, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: dict) -> None:
-    """The first block's embedder once for each block, as stock DiT has it."""
+    """The first block's embedder once for each block, as stock DiT has it; not where training has it in shards, whose
+    checkpoints look for a module by each name."""
     first = f"{prefix}transformer_blocks.0.norm1.emb."
-    for name in [name for name in state_dict if name.startswith(first)]:
+    for name in [name for name in state_dict if name.startswith(first) and not hasattr(state_dict[name], "to_local")]:
         for layer in range(1, len(module.transformer_blocks)):
             copy = f"{prefix}transformer_blocks.{layer}.norm1.emb.{name.removeprefix(first)}"
             # safetensors refuses tensors that share memory.

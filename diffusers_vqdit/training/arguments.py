@@ -32,7 +32,7 @@ def add_training_arguments(
     output_dir: str,
     train_batch_size: int,
     num_train_epochs: int,
-    learning_rate: float,
+    learning_rate: float | None,
     lr_scheduler: str,
     lr_warmup_steps: int,
     adam_beta2: float,
@@ -53,7 +53,8 @@ def add_training_arguments(
     group.add_argument("--max_train_steps", type=positive_integer, help="Optimizer steps; overrides num_train_epochs.")
     group.add_argument("--gradient_accumulation_steps", type=positive_integer, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    group.add_argument("--learning_rate", type=non_negative_number, default=learning_rate)
+    by_width = None if learning_rate is not None else "By default 2e-3, and less for wide and deep models."
+    group.add_argument("--learning_rate", type=non_negative_number, default=learning_rate, help=by_width)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
     group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps)
     group.add_argument("--adam_beta1", type=decay, default=0.9)
@@ -164,6 +165,11 @@ def add_keeping_arguments(parser: argparse.ArgumentParser, validation_steps: int
     )
     group.add_argument("--report_to", type=tracker, default="tensorboard", help="Tracker of Accelerate, or 'none'.")
     group.add_argument("--logging_dir", default="logs")
+    group.add_argument(
+        "--peak_tflops",
+        type=positive_number,
+        help="Of one device, for the utilisation (mfu) in the trackers; known of common GPUs in half precision.",
+    )
     add_publishing_arguments(group)
     return group
 

@@ -30,6 +30,8 @@ from .files import (
     full_disk_named,
     remove_folder,
 )
+from .optimization import unwrap
+from .sharding import like, whole
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,9 @@ def save_checkpoint(
     def check_weights(models: list, weights: list[dict], folder: str) -> None:
         for state in weights:
             check_finite(state, f"{final.name} is not saved")
+        if not weights:  # of engines that save their own; a sharded tensor at a time, whole on all processes alike
+            for name, value in (entry for model in models for entry in unwrap(model).state_dict().items()):
+                check_finite({name: whole(value)}, f"{final.name} is not saved")
 
     hook = accelerator.register_save_state_pre_hook(check_weights)
     try:
@@ -126,13 +131,13 @@ def save_checkpoint(
 
 
 def _flat_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    # Tensors by name, "list[3]" for those of a list, and the values that are none.
+    # Tensors by name, "list[3]" for those of a list, and the values that are none. What is sharded is gathered.
     tensors, values = {}, {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            tensors[name] = value.detach().contiguous()
+            tensors[name] = whole(value.detach()).contiguous()
         elif isinstance(value, list):
-            tensors |= {f"{name}[{index}]": entry.detach().contiguous() for index, entry in enumerate(value)}
+            tensors |= {f"{name}[{index}]": whole(entry.detach()).contiguous() for index, entry in enumerate(value)}
         else:
             values[name] = value
     return tensors, values
@@ -163,8 +168,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _files_in(folder: Path) -> list[str]:
-    # Without what file managers and network file systems leave, such as .DS_Store.
-    paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    # Without what file managers and network file systems leave, such as .DS_Store; .metadata is that of shards.
+    paths = (path for path in folder.rglob("*") if not path.is_dir() and not re.match(r"\.(?!metadata$)", path.name))
     return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != MANIFEST)
 
 
@@ -298,7 +303,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
 
     No file of it can run code: Accelerate reads models as safetensors, and optimizers, schedulers, scalers and random
     states with ``torch.load(weights_only=True)``. What would be unpickled whole are objects registered for
-    checkpointing; there are none, which is why `states` are safetensors.
+    checkpointing; there are none, which is why `states` are safetensors. Sharded runs (FSDP, DeepSpeed) are another
+    matter: their engines' readers unpickle, so that they should go on from their own checkpoints only.
     """
     manifest = read_manifest(checkpoint)
     random_states = f"random_states_{accelerator.process_index}.pkl"
@@ -307,13 +313,15 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
     accelerator.load_state(str(checkpoint))
     for name, part in (states or {}).items():
         with safe_open(checkpoint / f"{name}.safetensors", "pt") as file:
-            state = json.loads(file.metadata()["state"])
+            state, layout = json.loads(file.metadata()["state"]), part.state_dict()
             lists: dict[str, dict[int, torch.Tensor]] = {}
             for key in file.keys():
+                value = file.get_tensor(key).to(accelerator.device)
                 if entry := re.fullmatch(r"(.+)\[(\d+)\]", key):
-                    lists.setdefault(entry[1], {})[int(entry[2])] = file.get_tensor(key).to(accelerator.device)
+                    index = int(entry[2])
+                    lists.setdefault(entry[1], {})[index] = like(value, layout[entry[1]][index])
                 else:
-                    state[key] = file.get_tensor(key).to(accelerator.device)
+                    state[key] = like(value, layout[key])
         part.load_state_dict(
             state | {stem: [v for _, v in sorted(entries.items())] for stem, entries in lists.items()}
         )

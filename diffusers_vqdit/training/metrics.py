@@ -44,6 +44,11 @@ def code_usage(codes: torch.Tensor, num_codes: int) -> tuple[float, float]:
     return float(usage), float(perplexity)
 
 
+def expected_usage(num_codes: int, num_vectors: int) -> float:
+    """Share of the codebook that so many vectors show where all codes are used alike: 1 - (1 - 1/K)^N."""
+    return 1.0 - (1.0 - 1.0 / num_codes) ** num_vectors
+
+
 def usage_of_counts(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`code_usage`], float64 (...), of how often each code occurs (..., K)."""
     share = counts.double() / counts.sum(-1, keepdim=True)

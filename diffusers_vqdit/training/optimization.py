@@ -1,6 +1,6 @@
 """Which weights are decayed, averaged, dropped out; the model inside its wrappers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,17 +34,15 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
         ema.restore(parameters)
 
 
-@contextmanager
-def evaluated(
-    model: torch.nn.Module, ema: EMAModel | None, parameters: Iterable[torch.nn.Parameter]
-) -> Iterator[None]:
-    """A trained model in evaluation mode, with its averaged weights, until the end of the ``with`` block."""
-    model.eval()
-    try:
-        with averaged_weights(ema, parameters):
-            yield
-    finally:
-        model.train()
+def tokenizer_learning_rate(block_out_channels: Sequence[int]) -> float:
+    """Adam's learning rate for an image tokenizer from scratch: 2e-3, and in inverse proportion to the width beyond 96
+    channels (Yang et al. 2022, muP) and to the pixels of a side for each code beyond 4. At f16 and 512 channels it is
+    1e-4, as the public ones have it.
+
+    Args:
+        block_out_channels: of `ImageVQModel`, from the first level to the last.
+    """
+    return 2e-3 * min(1.0, 96 / max(block_out_channels)) * min(1.0, 4 / 2 ** (len(block_out_channels) - 1))
 
 
 def set_dropout(model: ModelMixin, dropout: float) -> None:

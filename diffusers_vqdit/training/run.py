@@ -30,6 +30,7 @@ from .files import (
     full_disk_number,
     scratch_folder,
 )
+from .sharding import clip_gradients
 from .validation import passing
 
 
@@ -219,7 +220,7 @@ class TrainingRun:
             the norm before clipping, and whether the optimizer stepped.
         """
         scaler = self.accelerator.scaler
-        norm = self.accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        norm = clip_gradients(self.accelerator, parameters, max_grad_norm or math.inf)
         finite = torch.isfinite(loss.detach()).all()
         if scaler is None:
             finite &= torch.isfinite(norm).to(finite.device)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,16 +14,18 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import tracker_config
-from .checkpoints import OLDER
+from .checkpoints import OLDER, read_manifest
 from .data import bucket_batches, shuffled_batches
 from .image_dataset import ImageDataset, load_batches
 from .image_stream import ImageStream
 from .launch import check_launch
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
+from .sharding import prepare_sharding
 
 
 logger = get_logger(__name__)
@@ -82,6 +85,14 @@ def open_run(
     )
 
 
+def set_learning_rate(args: argparse.Namespace, checkpoint: Path | None, default: float) -> None:
+    """Where ``--learning_rate`` isn't given, set it: to that of the run that goes on, or to the model's default."""
+    if args.learning_rate is None:
+        kept = {} if checkpoint is None else read_manifest(checkpoint).settings
+        args.learning_rate = kept.get("learning_rate", default)
+        logger.info(f"learning rate {args.learning_rate:.3g}")
+
+
 def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """AdamW over a model's trained parameters, with weight decay where it belongs (see [`parameter_groups`])."""
     return torch.optim.AdamW(
@@ -117,6 +128,7 @@ def prepare(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     samples = num_samples or "streamed"
     logger.info(f"{samples} samples, {parameters / 1e6:.1f} M trained parameters, {max_steps} steps of {global_batch}")
+    prepare_sharding(args, accelerator, model)
     return *accelerator.prepare(model, optimizer, lr_scheduler), max_steps
 
 
@@ -126,7 +138,9 @@ def make_ema(
     """The parameters' moving averages, where ``--use_ema`` asks for them."""
     if not args.use_ema:
         return None
-    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+    parameters = list(parameters)
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    ema = EMAModel(parameters, decay=args.ema_decay, foreach=not sharded)  # PyTorch copies no lists of shards
     ema.to(device)
     return ema
 

@@ -57,6 +57,11 @@ def passing(pipeline: DiffusionPipeline, argument: str, wanted: Sequence[str]) -
     return {title: values} if title in ARGUMENTS else {"inputs": {name: values}}
 
 
+def columns_of_grid(width: int, most: int) -> int:
+    """How many images of a width stand in a row of a grid: at most so many, and as 2,048 pixels hold, but four."""
+    return min(most, max(4, 2048 // width))
+
+
 def save_grid(images: Sequence[Image.Image], columns: int, output_dir: Path, step: int) -> Image.Image:
     """Keep images of one size as ``samples/step-{step}.png``, so many in a row."""
     folder = output_dir / "samples"
@@ -106,5 +111,5 @@ def draw_validation(
         lines = [f"{one}: {made}" for one, made in zip(wanted, written, strict=True)]
         (args.output_dir / "samples" / f"step-{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
-    save_grid(images, min(8, len(images)), args.output_dir, step)
+    save_grid(images, min(columns_of_grid(images[0].width, 8), len(images)), args.output_dir, step)
     log_images(accelerator, "validation", images, step)

@@ -1,4 +1,5 @@
-"""One process and two with the same global batch train the same weights; so do two runs with the same seed.
+"""One process and two with the same global batch train the same weights, sharded too (FSDP2, which runs on CPUs); so
+do two runs with the same seed.
 
 What makes the same sums in another order differ by more than rounding, and is kept out of these runs:
 
@@ -74,6 +75,11 @@ CASES = {
         "--pretrained_model_name_or_path {teacher} --codes_dir {codes} --num_teacher_steps 4 --num_student_steps 1 "
         "--tasks text->image:2,image->text:1 --gradient_accumulation_steps 2 --use_ema --guidance_scale 2",
     ),
+    "lora": (
+        "train_vqdit",
+        4,
+        "--pretrained_model_name_or_path {teacher} --codes_dir {codes} --rank 2 --use_ema --tasks=text->image",
+    ),
     "latent_dit": (
         "train_latent_dit",
         8,
@@ -89,9 +95,13 @@ CASES = {
 }
 
 
+SHARDED = ("vqdit", "distilled", "lora", "latent_dit")  # transformers; of the first a run is resumed, too
+
+
 @pytest.fixture(scope="module")
 def trained(root, script, encoders, tmp_path_factory):
-    """Every case in one process twice and in two once: run -> case -> its folder, reports and placed codes."""
+    """Every case in one process twice and in two once, and some in two with shards: run -> case -> its folder, reports
+    and placed codes."""
     folder = tmp_path_factory.mktemp("processes")
     data = str(root / "training/data/emoji.parquet")
     torch.manual_seed(0)
@@ -159,17 +169,22 @@ def trained(root, script, encoders, tmp_path_factory):
     parts = {name: folder / name for name in ("codes", "buckets", "states", "t5", "image_vq", "text_vq", "teacher")}
 
     def jobs(run, processes):
-        for case, (name, batch, arguments) in CASES.items():
+        cases = {name: CASES[name] for name in SHARDED} if run == "sharded" else CASES
+        if run == "sharded":
+            halfway = f" --resume_from_checkpoint {folder / run / SHARDED[0] / f'checkpoint-{STEPS // 2}'}"
+            name, batch, arguments = CASES[SHARDED[0]]
+            cases["resumed"] = (name, batch, arguments + halfway)
+        for case, (name, batch, arguments) in cases.items():
             source = "" if "codes_dir" in arguments else f"--dataset_name {data} --max_train_samples 40 "
             options = (
                 f"{source}{arguments.format(**parts)} --output_dir {folder / run / case.replace(', ', '_')} "
                 f"--train_batch_size {batch // processes} --max_train_steps {STEPS} --lr_warmup_steps 10 "
-                "--mixed_precision no --report_to none"
+                f"--mixed_precision no --report_to none --checkpointing_steps {STEPS // 2}"
             )
             log = str(folder / f"{run}-{case}.json")
             yield {"script": str(root / f"training/{name}.py"), "arguments": options.split(), "log": log}
 
-    runs = {"one": 1, "again": 1, "two": 2}
+    runs = {"one": 1, "again": 1, "two": 2, "sharded": 2}
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -177,21 +192,28 @@ def trained(root, script, encoders, tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
     started = []
-    for processes in (1, 2):
-        path = folder / f"{processes}.json"
-        path.write_text(json.dumps([job for run, n in runs.items() if n == processes for job in jobs(run, n)]))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+    for group in (["one", "again"], ["two"], ["sharded"]):
+        path = folder / f"{group[0]}.json"
+        path.write_text(json.dumps([job for run in group for job in jobs(run, runs[run])]))
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        launcher = several if runs[group[0]] > 1 else []
         command = [sys.executable, "-W", "ignore", *launcher, str(Path(__file__).with_name("run_jobs.py")), str(path)]
-        with open(folder / f"{processes}.txt", "w") as output:
-            started.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder))
-    for processes, process in enumerate(started, 1):
-        assert process.wait(timeout=600) == 0, (folder / f"{processes}.txt").read_text()[-3000:]
+        shared = {"SHARDED": "1"} if group == ["sharded"] else {}
+        with open(path.with_suffix(".txt"), "w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment | shared, cwd=folder)
+        started.append((path.with_suffix(".txt"), process))
+    for output, process in started:
+        assert process.wait(timeout=900) == 0, output.read_text()[-3000:]
+    logs = {run: sorted(folder.glob(f"{run}-*.json")) for run in runs}
     return {
         run: {
-            case: (folder / run / case.replace(", ", "_"), json.loads((folder / f"{run}-{case}.json").read_text()))
-            for case in CASES
+            (case := path.stem.removeprefix(f"{run}-")): (
+                folder / run / case.replace(", ", "_"),
+                json.loads(path.read_text()),
+            )
+            for path in paths
         }
-        for run in runs
+        for run, paths in logs.items()
     }
 
 
@@ -230,3 +252,41 @@ def test_two_runs_with_the_same_seed_are_bit_identical(trained, case):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def published(folder):
+    """The tensors of what was saved for use, and those of the last checkpoint's averages."""
+    checkpoints = [folder / f"checkpoint-{STEPS}/ema.safetensors"]
+    found = {path for path in folder.rglob("*.safetensors") if "checkpoint" not in str(path.relative_to(folder))}
+    files = {path.relative_to(folder): load_file(path) for path in [*found, *checkpoints] if path.is_file()}
+    return {f"{path}: {name}": value for path, tensors in files.items() for name, value in tensors.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*SHARDED, "resumed"])
+def test_sharded_processes_train_the_same_weights_as_one(trained, case):
+    (folder, one), (other, sharded) = trained["one"]["vqdit" if case == "resumed" else case], trained["sharded"][case]
+    steps, found = ([report for report in log["reports"] if "lr" in report] for log in (one, sharded))
+    assert len(found) == (STEPS // 2 if case == "resumed" else STEPS)
+    for report, expected in zip(reversed(found), reversed(steps), strict=False):
+        assert report == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    found, expected = published(other), published(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    if case in SHARDED[:2]:
+        averages, final = (f"checkpoint-{STEPS}/{name}" for name in ("ema.safetensors", "pytorch_model_fsdp_0"))
+        assert (other / averages).is_file() and (other / final).is_dir()  # the weights in shards
+
+
+@pytest.mark.slow
+def test_a_pipeline_trained_in_shards_draws_what_one_trained_whole_does(trained):
+    drawn = [
+        VQDiTPipeline.from_pretrained(trained[run]["vqdit"][0])(
+            "a dog", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+        ).images
+        for run in ("one", "sharded")
+    ]
+    torch.testing.assert_close(*drawn, atol=1e-3, rtol=0)

@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_vqdit.training.optimization import evaluated
+from diffusers_vqdit.training.checkpoints import save_checkpoint
+from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.run import SETTINGS, training_run
-from diffusers_vqdit.training.setup import make_ema, prepare, run_batches
-from diffusers_vqdit.training.validation import save_grid
+from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_learning_rate
+from diffusers_vqdit.training.sharding import evaluated
+from diffusers_vqdit.training.validation import columns_of_grid, save_grid
 
 
 def arguments(**changes):
@@ -40,6 +42,18 @@ def test_epochs_become_steps_and_the_rate_follows_the_batch(changes, scale_lr, s
     assert (max_steps, [group["lr"] for group in optimizer.param_groups]) == (steps, [rate, rate])
 
 
+def test_a_learning_rate_follows_the_model_but_a_run_that_goes_on_keeps_its_own(tmp_path):
+    """Also one of before there was such a default."""
+    assert tokenizer_learning_rate([24, 48, 96]) == 2e-3 == tokenizer_learning_rate([16, 16])
+    rates = [tokenizer_learning_rate(widths) for widths in ([64, 128], [64, 128, 256], [64, 128, 256, 512, 512])]
+    assert rates == pytest.approx([1.5e-3, 7.5e-4, 2e-3 * 96 / 512 / 4])
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"learning_rate": 2e-3})
+    for given, source, expected in ((None, None, 5e-4), (None, checkpoint, 2e-3), (1e-3, checkpoint, 1e-3)):
+        args = argparse.Namespace(learning_rate=given)
+        set_learning_rate(args, source, 5e-4)
+        assert args.learning_rate == expected
+
+
 def test_batches_go_on_where_the_steps_stopped():
     whole, rest = (run_batches(arguments(), Accelerator(), 10, step) for step in (0, 3))
     skipped = [next(whole) for _ in range(3 * 2)]
@@ -52,8 +66,8 @@ def test_averages_are_made_only_where_asked_for_and_given_back():
     ema = make_ema(arguments(), model.parameters(), torch.device("cpu"))
     start = model.weight.detach().clone()
     model.weight.data += 1
-    with pytest.raises(KeyError), evaluated(model, ema, model.parameters()):
-        assert not model.training and torch.equal(model.weight, start)
+    with pytest.raises(KeyError), evaluated(Accelerator(), model, ema, model.parameters()) as whole:
+        assert whole is model and not model.training and torch.equal(model.weight, start)
         raise KeyError
     assert model.training and torch.equal(model.weight, start + 1)
 
@@ -67,6 +81,11 @@ def test_a_run_keeps_its_states_and_skipped_steps(tmp_path):
         kept = run.kept(loss=0.5)
     assert kept["states"] == {"ema": ema} and kept["identity"] == {"a": 1} and kept["run"] == run.id
     assert kept["measures"] == {"loss": 0.5, "skipped_steps": 2} and kept["settings"]["processes"] == 1
+
+
+@pytest.mark.parametrize(("width", "columns"), [(32, 16), (128, 16), (256, 8), (512, 4), (4096, 4)])
+def test_a_row_of_a_grid_is_no_wider_than_a_screen_where_four_images_are_not(width, columns):
+    assert columns_of_grid(width, 16) == columns
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, (8, 8)), (3, (24, 8)), (5, (24, 16)), (6, (24, 16))])

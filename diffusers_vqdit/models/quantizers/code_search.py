@@ -1,4 +1,4 @@
-"""The search for the best code of each vector: exact, in float32, never all scores at once."""
+"""The search for the best code of each vector: exact, in float32, never all scores at once; and for rows apart."""
 
 import torch
 import torch.nn.functional as F
@@ -60,3 +60,22 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTe
         (N,) int64.
     """
     return best_codes(vectors, codebook, -0.5 * codebook.detach().float().square().sum(1))
+
+
+def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:
+    """Indices (M,), M <= `count`, of the first rows of (N, D) that have no earlier row within `radius`."""
+    found, kept = [torch.zeros(0, dtype=torch.int64, device=rows.device)], rows[:0]
+    size = max(1, SEARCH_ELEMENTS // max(count, 2048))
+    for start in range(0, len(rows), size):
+        if len(kept) >= count:
+            break
+        part = rows[start : start + size]
+        near = _distances(part, part).le(radius).tril(-1).any(1) | _distances(part, kept).le(radius).any(1)
+        found.append(start + (~near).nonzero()[:, 0])
+        kept = torch.cat([kept, part[~near]])
+    return torch.cat(found)[:count]
+
+
+def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    # By differences: the faster way by products is off by more than the distances that matter here.
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...utils.distributed import gather_rows, sum_over_processes
 from ..config_checks import check_quantizer
-from .code_search import SEARCH_ELEMENTS, nearest_codes
+from .code_search import SEARCH_ELEMENTS, nearest_codes, rows_apart
 
 
 RETIRED = 1e3  # each channel of a code out of use: far from all vectors, and a number of half precision
@@ -107,25 +107,6 @@ def loaded_weight(module: nn.Embedding | nn.Linear) -> torch.Tensor:
     if isinstance(module, nn.Embedding):
         return module(torch.arange(module.num_embeddings))
     return module(torch.eye(module.in_features, dtype=module.weight.dtype)).T
-
-
-def rows_apart(rows: torch.Tensor, radius: torch.Tensor | float, count: int) -> torch.LongTensor:
-    """Indices (M,), M <= `count`, of the first rows of (N, D) that have no earlier row within `radius`."""
-    found, kept = [torch.zeros(0, dtype=torch.int64, device=rows.device)], rows[:0]
-    size = max(1, SEARCH_ELEMENTS // max(count, 2048))
-    for start in range(0, len(rows), size):
-        if len(kept) >= count:
-            break
-        part = rows[start : start + size]
-        near = _distances(part, part).le(radius).tril(-1).any(1) | _distances(part, kept).le(radius).any(1)
-        found.append(start + (~near).nonzero()[:, 0])
-        kept = torch.cat([kept, part[~near]])
-    return torch.cat(found)[:count]
-
-
-def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    # By differences: the faster way by products is off by more than the distances that matter here.
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rotate_to(vectors: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
@@ -231,6 +212,9 @@ class VectorQuantizer(CodebookQuantizer):
         gradient_estimator: how the gradient passes to the vectors: ``"straight_through"``, or ``"rotation"`` for the
             rotation trick, see [`rotate_to`].
         entropy_weight, entropy_temperature: of the entropy loss, see [`assignment_entropy`].
+        follow: for vectors that move fast, as an image encoder's do when training begins: the averages are of a few
+            batches at first, with decays of 0.1, 0.5, 0.9, ..., and a batch that has left the codes behind restarts
+            those that it doesn't use before it is quantized, where `restart_threshold` is not 0.
 
     All statistics are taken over the processes together, and restarts are the same on all of them.
     """
@@ -249,6 +233,7 @@ class VectorQuantizer(CodebookQuantizer):
         gradient_estimator: str = "straight_through",
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
+        follow: bool = False,
     ) -> None:
         check_quantizer(
             beta=beta,
@@ -268,6 +253,7 @@ class VectorQuantizer(CodebookQuantizer):
         self.codebook_init = codebook_init
         self.ema_decay = ema_decay
         self.restart_threshold = restart_threshold
+        self.follow = follow
         self.gradient_estimator = gradient_estimator
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
@@ -340,9 +326,12 @@ class VectorQuantizer(CodebookQuantizer):
             )
         if self.training and self.codebook_init != "uniform" and self.updates == 0:
             self._initialize(gather_rows(z.detach()))
-        codebook = self.codebook.float()
-        codes = nearest_codes(z, codebook)
-        quantized = F.embedding(codes, codebook)
+        codebook, codes, quantized, share = self._nearest(z)
+        if self.training and self.follow and self.restart_threshold > 0:
+            errors = (z - quantized).detach().square().sum(1)
+            if self._is_outrun(share, errors):
+                self._restart(share == 0, z.detach(), errors)
+                codebook, codes, quantized, share = self._nearest(z)
 
         loss = self.beta * F.mse_loss(z, quantized.detach())
         if self.codebook_update == "gradient":
@@ -353,7 +342,6 @@ class VectorQuantizer(CodebookQuantizer):
             terms = assignment_entropy(2 * z, codebook, -codebook.square().sum(1), self.entropy_temperature)
             entropy_loss = self.entropy_weight * terms
 
-        share = self.use_of_codes(codes)
         if self.training:
             self._update(z.detach(), codes, share, (z - quantized).detach().square().sum(1))
         return QuantizerOutput(
@@ -365,28 +353,54 @@ class VectorQuantizer(CodebookQuantizer):
             perplexity=perplexity(share),
         )
 
+    def _nearest(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor, torch.Tensor, torch.Tensor]:
+        """The codebook (K, D), and of vectors (N, D) the codes (N,), the codes' vectors, and the use (K,) of codes."""
+        codebook = self.codebook.float()
+        codes = nearest_codes(z, codebook)
+        return codebook, codes, F.embedding(codes, codebook), self.use_of_codes(codes)
+
+    def _is_outrun(self, share: torch.Tensor, errors: torch.Tensor) -> bool:
+        """Whether the vectors have moved away from the codes: a batch uses less than 70 % of the codes that it
+        would use if these were used as they were lately. It is so at a training's start, and soon few codes would
+        have all vectors.
+
+        Args:
+            share: of the codes (K,) in the batch, over all processes.
+            errors: squared errors (N,) of this process's vectors.
+        """
+        error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(errors))]))
+        expected = 1.0 - (1.0 - self.cluster_size.clamp(0.0, 1.0)) ** total
+        return bool(torch.isfinite(error) & ((share > 0).sum() < 0.7 * expected.sum()))
+
+    def _restart(self, dead: torch.Tensor, flat: torch.Tensor, errors: torch.Tensor) -> None:
+        """Put codes, True in (K,), onto vectors of the batch, drawn by their errors, as far as there are some."""
+        places = dead.nonzero()[:, 0]
+        if len(places):
+            flat, errors = gather_rows(flat), gather_rows(errors)
+            drawn = self._draw(flat, len(places), errors)
+            self._place(places[: len(drawn)], flat[drawn])
+
     @torch.no_grad()
     def _update(self, flat: torch.Tensor, codes: torch.LongTensor, share: torch.Tensor, errors: torch.Tensor) -> None:
         """Moving averages, the EMA codebook, and the restart of dead codes; not by a batch that is not finite."""
         if not (hasattr(self, "updates") or hasattr(self, "cluster_size")):
             return
         error, total = sum_over_processes(torch.stack([errors.sum(), errors.new_tensor(len(flat))]))
-        finite = torch.isfinite(error)  # stays on the device: nothing waits for it
+        finite = torch.isfinite(error)
+        decay = self.ema_decay
+        if self.follow and hasattr(self, "updates"):  # as an EMAModel's
+            decay = min(decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         if hasattr(self, "cluster_size"):
-            self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - self.ema_decay)
+            self.cluster_size.lerp_(torch.where(finite, share, self.cluster_size), 1 - decay)
         if self.codebook_update == "ema":
             sums = sum_over_processes(torch.zeros_like(self.cluster_mean).index_add_(0, codes, flat))
-            self.cluster_mean.lerp_(torch.where(finite, sums / total, self.cluster_mean), 1 - self.ema_decay)
+            self.cluster_mean.lerp_(torch.where(finite, sums / total, self.cluster_mean), 1 - decay)
             # A code without assignments keeps its place: both averages decay alike.
             moved = (self.cluster_size > 1e-8) & finite
             average = self.cluster_mean / self.cluster_size.clamp_min(1e-8)[:, None]
             self.embedding.weight.copy_(torch.where(moved[:, None], average, self.embedding.weight))
         if self.restart_threshold > 0:
-            dead = (finite & (self.cluster_size < self.restart_threshold / self.num_codes)).nonzero()[:, 0]
-            if len(dead):
-                flat, errors = gather_rows(flat), gather_rows(errors)
-                drawn = self._draw(flat, len(dead), errors)
-                self._place(dead[: len(drawn)], flat[drawn])
+            self._restart(finite & (self.cluster_size < self.restart_threshold / self.num_codes), flat, errors)
         if hasattr(self, "updates"):
             self.updates += finite
 

@@ -8,6 +8,7 @@ from diffusers_vqdit.models.quantizers.codebook import IndexBackpropagationQuant
 from diffusers_vqdit.models.quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from diffusers_vqdit.models.quantizers.residual import ResidualVectorQuantizer
 from diffusers_vqdit.models.quantizers.vector import VectorQuantizer, assignment_entropy, rotate_to
+from diffusers_vqdit.training.metrics import expected_usage
 
 
 def test_loss_and_gradients_equal_autograd_on_the_formula():
@@ -86,7 +87,64 @@ def test_dead_codes_restart_where_the_error_is():
     assert reference.usage < 0.1 < output.usage
 
 
+MOVES = {
+    "a jump": lambda z, step: z + (5.0 if step >= 20 else 0.0),
+    "a drift": lambda z, step: z + 0.2 * step,
+    "growth from one direction": lambda z, step: 1.0 + min(1.0, (5 + step) / 40) * z,
+    "a mirror": lambda z, step: z if step % 20 < 10 else -z - 3,
+}
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("move", MOVES)
+def test_codes_stay_in_use_at_every_step_while_the_vectors_move(move, update, norm):
+    """As an encoder's do at the start of training; without restarts a few codes would have them all."""
+    torch.manual_seed(0)
+    options = {"codebook_norm": norm, "codebook_update": update, "codebook_init": "kmeans"}
+    usages = {}
+    for threshold in (0.0, 0.1):
+        quantizer = VectorQuantizer(64, 8, restart_threshold=threshold, follow=True, **options).train()
+        usages[threshold] = [quantizer(MOVES[move](torch.randn(200, 8), step)).usage.item() for step in range(40)]
+    shown = expected_usage(64, 200)
+    assert min(usages[0.1]) > 0.5 * shown
+    assert move == "growth from one direction" or min(usages[0.0]) < 0.5 * shown
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_codes_of_uneven_use_are_let_be(update, monkeypatch):
+    """Texts have some words often and most rarely: that a batch uses few codes is no sign that they are outrun."""
+    torch.manual_seed(0)
+    words, often = torch.randn(100, 8), 1.0 / torch.arange(1, 101)
+    quantizer = VectorQuantizer(
+        128, 8, codebook_update=update, codebook_init="data", restart_threshold=0.01, ema_decay=0.9, follow=True
+    ).train()
+    outrun = []
+    restart = VectorQuantizer._is_outrun
+
+    def counting(self, share, errors):
+        outrun.append(restart(self, share, errors))
+        return outrun[-1]
+
+    monkeypatch.setattr(VectorQuantizer, "_is_outrun", counting)
+    for _ in range(60):
+        quantizer(words[torch.multinomial(often, 200, replacement=True)] + 0.01 * torch.randn(200, 8))
+    assert not any(outrun[20:])
+
+
+def test_averages_are_of_few_batches_at_first_and_of_many_later():
+    options = {"codebook_update": "ema", "codebook_init": "data", "ema_decay": 0.9}
+    quantizer = VectorQuantizer(4, 2, follow=True, **options).train()
+    for step in range(200):
+        before = quantizer.cluster_size.clone()
+        share = torch.bincount(quantizer(torch.randn(50, 2)).codes, minlength=4) / 50
+        decay = min(0.9, (1 + step) / (10 + step))
+        if step:  # the first batch places the codes
+            torch.testing.assert_close(quantizer.cluster_size, decay * before + (1 - decay) * share)
+
+
 PLACED = [
+    {"codebook_update": "ema", "codebook_init": "kmeans", "restart_threshold": 0.1, "follow": True},
     {"codebook_update": "ema", "codebook_init": "kmeans", "codebook_norm": "l2"},
     {"codebook_update": "ema", "codebook_init": "data"},
     {"codebook_init": "data", "restart_threshold": 0.9},
