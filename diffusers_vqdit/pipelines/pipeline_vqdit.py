@@ -386,10 +386,10 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 else processors[name].decode(value, output_type)
                 for name, value in codes.items()
             }
-        fields = [(processors[name].output_field, value) for name, value in segments.items()]
-        first = {field: value for field, value in reversed(fields)}
-        images, texts, labels = (first.get(field) for field in ("images", "texts", "labels"))
+        first: dict[str, Any] = {}
+        for name, value in reversed(segments.items()):
+            first |= processors[name].fields(value)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return images, texts, labels
-        return VQDiTPipelineOutput(images=images, texts=texts, labels=labels, segments=segments)
+            return tuple(first.get(field) for field in ("images", "texts", "labels"))
+        return VQDiTPipelineOutput(**first, segments=segments)
