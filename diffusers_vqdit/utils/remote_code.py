@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 
 REMOTE_CODE_FILE = "pipeline.py"
