@@ -1,5 +1,6 @@
 """Tiny audio codecs with random weights, of the real classes, with their feature extractors."""
 
+import soundfile
 import torch
 from transformers import (
     DacConfig,
@@ -73,3 +74,11 @@ def tone(seconds, frequency=200.0, rate=RATE):
     """A tone that fades out, (T,) float32."""
     time = torch.arange(int(seconds * rate)) / rate
     return (0.5 * torch.sin(2 * torch.pi * frequency * time) * (1 - time / seconds)).numpy()
+
+
+def sound_folder(folder, count=10):
+    """Sounds as FLAC files, all different."""
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        soundfile.write(folder / f"{index}.flac", tone(0.05 + 0.02 * index, 100 + 40 * (index % 4)), RATE)
+    return folder

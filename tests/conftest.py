@@ -164,6 +164,12 @@ def encoders():
     return of_this_folder("encoders")
 
 
+@pytest.fixture(scope="session")
+def audio_codecs():
+    """The module ``audio_codecs.py`` of this folder."""
+    return of_this_folder("audio_codecs")
+
+
 @pytest.fixture
 def picture_folder(tmp_path):
     """Ten captioned pictures, all different, with metadata.jsonl."""

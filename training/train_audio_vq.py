@@ -70,7 +70,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="log10 of the lowest mel amplitude that is told from silence, and of the highest.",
     )
-    model.add_argument("--block_out_channels", type=positive_integer, nargs="+", default=[32, 64, 96, 128])
+    model.add_argument("--block_out_channels", type=positive_integer, nargs="+", default=[24, 48, 96, 128])
     model.add_argument("--layers_per_block", type=positive_integer, default=1)
     model.add_argument("--norm_num_groups", type=positive_integer, default=8)
     model.add_argument("--latent_channels", type=positive_integer, default=64)
@@ -80,10 +80,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--restart_threshold", type=non_negative_number, default=0.1)
 
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset_name", required=True, help="Hub dataset, folder of sounds, or path of a parquet file."
-    )
+    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
     data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="Folder of sounds.")
     data.add_argument("--audio_column", default="audio")
     data.add_argument(
         "--validation_split",
@@ -166,7 +165,7 @@ def publish(
     files = [*save_pretrained_atomically(model, args.output_dir), "preprocessor_config.json"]
     extractor.save_pretrained(args.output_dir)
     split = "training sounds" if args.validation_split == "none" else f"{args.validation_split} split"
-    dataset = f"{Path(args.dataset_name).stem}, {split}"
+    dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
     measures = [
         Measure("audio tokenizer", name.removeprefix("validation/"), measured[name], dataset) for name in measured
     ]

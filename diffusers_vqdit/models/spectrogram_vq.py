@@ -73,7 +73,7 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         min_frequency: float = 40.0,
         max_frequency: float | None = None,
         log_mel_range: tuple[float, float] = (-4.0, 0.5),
-        block_out_channels: tuple[int, ...] = (32, 64, 96, 128),
+        block_out_channels: tuple[int, ...] = (24, 48, 96, 128),
         layers_per_block: int = 1,
         norm_num_groups: int = 8,
         latent_channels: int = 64,
