@@ -1,7 +1,12 @@
 """Tiny audio codecs with random weights, of the real classes, with their feature extractors."""
 
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import soundfile
 import torch
+from datasets import Audio, Features, Value
 from transformers import (
     DacConfig,
     DacFeatureExtractor,
@@ -78,7 +83,21 @@ def tone(seconds, frequency=200.0, rate=RATE):
 
 def sound_folder(folder, count=10):
     """Sounds as FLAC files, all different."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         soundfile.write(folder / f"{index}.flac", tone(0.05 + 0.02 * index, 100 + 40 * (index % 4)), RATE)
     return folder
+
+
+def sound_table(path, count=8, broken=()):
+    """A parquet file of sounds, each with a ``text`` and a ``label``; the rows of `broken` are no sounds."""
+    rows = []
+    for index in range(count):
+        file = io.BytesIO()
+        soundfile.write(file, tone(0.05 + 0.02 * index, 100 + 40 * (index % 4)), RATE, format="FLAC")
+        data = b"broken" if index in broken else file.getvalue()
+        text, label = f"a {('low', 'dull', 'clear', 'high')[index % 4]} tone", ("low", "high")[index % 4 > 1]
+        rows.append({"audio": {"bytes": data, "path": None}, "text": text, "label": label})
+    features = Features({"audio": Audio(RATE), "text": Value("string"), "label": Value("string")})
+    pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), path)
+    return path

@@ -234,12 +234,13 @@ class AudioSegment(SegmentProcessor):
         return as_sounds([self._waveform(one, size) for one, size in zip(codes, used, strict=True)], output_type)
 
     def _waveform(self, codes: torch.LongTensor, used: int) -> torch.Tensor:
-        """A waveform (T,) of the first `used` frames of codes (n, q); an end among them stands for the code before."""
+        """A waveform (T,) in [-1, 1] of the first `used` frames of codes (n, q); an end among them stands for the code
+        before."""
         codes = codes[:used].clone()
         for frame in range(used):
             stray = codes[frame] == self.end
             codes[frame][stray] = codes[frame - 1][stray] if frame else 0
-        return decode_waveform(self.vq, codes)
+        return decode_waveform(self.vq, codes).clamp(-1, 1)
 
 
 def as_sounds(waveforms: list[torch.Tensor], output_type: str) -> list:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,11 +44,10 @@ def decode_sounds(dataset: Any, audio_column: str, sampling_rate: int) -> list[t
 def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The sounds of the training split, and those that validation measures, as [`decode_sounds`] gives them; by the
     flags of the data, of which it settles ``validation_split``."""
-    if args.train_data_dir is not None and (args.dataset_name is not None or not Path(args.train_data_dir).is_dir()):
-        raise ValueError(f"train_data_dir={args.train_data_dir!r} must be a folder, in place of dataset_name")
     splits = load_splits(
-        dataset_name=args.dataset_name or args.train_data_dir,
+        dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
         columns=[args.audio_column],
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,

@@ -48,6 +48,8 @@ def test_sounds_come_out_with_their_rate(pipe):
     drawn = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2))
     assert drawn.sampling_rate == RATE and len(drawn.audios) == 2 and drawn.segments["sound"] is drawn.audios
     assert all(one.dtype == np.float32 and one.ndim == 1 and len(one) % 16 == 0 for one in drawn.audios)
+    assert all(np.abs(one).max() <= 1 for one in drawn.audios)
+    assert pipe(inputs={"sound": drawn.audios}).labels  # what is spoken can be heard
     tensors = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="pt").audios
     assert all(np.array_equal(one.numpy(), other) for one, other in zip(tensors, drawn.audios, strict=True))
     codes = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="latent")
