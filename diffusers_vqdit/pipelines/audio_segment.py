@@ -67,8 +67,9 @@ class AudioReader(ColumnReader):
         if audio_codebooks is not None:
             check_integer("audio_codebooks", audio_codebooks, 1)
         shape = encode_waveform(tokenizer, beside, longest, tokenizer.device, audio_codebooks).shape
-        self.shape = [frames or shape[0], shape[1]]
-        limit = self.shape[0] * samples_per_frame(tokenizer, beside) / self.rate
+        self.frames, self.codebooks = frames or shape[0], shape[1]
+        self.shape = [self.frames, self.codebooks]
+        limit = self.frames * samples_per_frame(tokenizer, beside) / self.rate
         if cut := sum(length > limit for length in lengths):
             self.notes = [f"column {column!r}: {cut} of {len(lengths)} sounds are cut to {limit:.1f} s"]
 
@@ -100,9 +101,8 @@ class AudioReader(ColumnReader):
         return [self._codes(read_sound(value, self.rate))[None] for value in values]
 
     def _codes(self, waveform: np.ndarray) -> torch.LongTensor:
-        frames, codebooks = self.shape or ()
-        codes = encode_waveform(self.tokenizer, self.beside, waveform, self.tokenizer.device, codebooks)
-        return with_end(codes, frames, self.end).cpu()
+        codes = encode_waveform(self.tokenizer, self.beside, waveform, self.tokenizer.device, self.codebooks)
+        return with_end(codes, self.frames, self.end).cpu()
 
 
 class AudioSegment(SegmentProcessor):

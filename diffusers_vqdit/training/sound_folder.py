@@ -72,8 +72,8 @@ def read_sound_folder(folder: str | Path) -> dict[str, Any]:
     tops = [path.relative_to(folder).parts for path, _ in rows]
     in_splits = all(len(parts) > 1 and parts[0] in SPLIT_FOLDERS for parts in tops)
     splits: dict[str, list] = {}
-    for row, parts in zip(rows, tops, strict=True):
-        splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(row)
+    for sample, parts in zip(rows, tops, strict=True):
+        splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(sample)
     return {name: _table(taken) for name, taken in splits.items()}
 
 

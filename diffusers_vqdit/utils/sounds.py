@@ -37,7 +37,7 @@ def read_sound(value: Any, sampling_rate: int) -> np.ndarray:
         ValueError: if it is none of these, has no samples, or some that are not finite or out of range.
         ImportError: if it must be decoded or resampled, and the library for that is missing.
     """
-    rate = sampling_rate
+    rate: Any = sampling_rate
     if hasattr(value, "get_all_samples"):  # torchcodec's decoder, of datasets
         decoded = value.get_all_samples()
         samples, rate = decoded.data, decoded.sample_rate
