@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffusers_vqdit import SpectrogramVQModel, VQDiTPipeline
+from diffusers_vqdit.pipelines.audio_codecs import load_audio_codec
 from diffusers_vqdit.training.codes import CodeDataset
 
 
@@ -60,6 +61,10 @@ def test_codecs_of_transformers(run, audio_codecs, hub, client, tmp_path, kind):
     assert np.array_equal(first.audios[0], second.audios[0]) and second.sampling_rate == audio_codecs.RATE
     tone = audio_codecs.tone(0.1)
     assert loaded(inputs={"sound": tone}, output="kind").labels == saved(inputs={"sound": tone}, output="kind").labels
+
+    # The codec of a pipeline is one to be given.
+    codec, _ = load_audio_codec(str(tmp_path / "out" / "segment_tokenizers" / "sound.tokenizer"))
+    assert type(codec) is type(saved.segment_tokenizers.tokenizers["sound"])
 
     # A pipeline's finetuning keeps its codec, its length and its codebooks.
     run(
