@@ -13,6 +13,7 @@ NEEDED = {
     "training/encode_dataset": "--image_vq x --output_dir x",
     "training/evaluate": "--pretrained_model_name_or_path x",
     "training/evaluate_tokenizer": "--tokenizer x",
+    "training/evaluate_speech": "--pretrained_model_name_or_path x",
     "benchmarks/kinds_of_diffusion": "--checkpoints x",
 }
 TRAINING = [f"training/train_{name}" for name in ("image_vq", "text_vq", "audio_vq", "vqdit", "latent_dit")]
@@ -96,6 +97,8 @@ SINGLE = {
         *(("num_samples", "0", "at least 1"), ("num_inference_steps", "0", "at least 1"), ("seed", "-1", "in [0,")),
         *(("guidance_scale", "inf", "a finite number"), ("batch_size", "-1", "at least 1")),
     ],
+    "training/evaluate_speech": [("num_samples", "0", "at least 1"), ("guidance_scale", "nan", "a finite number")],
+    "training/prepare_speech": [("voices_per_caption", "0", "at least 1"), ("sampling_rate", "-1", "at least 1")],
     "training/evaluate_tokenizer": [("batch_size", "0", "at least 1"), ("max_samples", "0", "at least 1")],
     "benchmarks/samplers": [("remask", "2", "in [0, 1]"), ("entropy_bounds", "-1", "at least 0")],
     "benchmarks/quantizers": [("seeds", "-1", "in [0,"), ("speed_rounds", "0", "at least 1")],
