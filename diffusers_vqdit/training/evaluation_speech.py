@@ -119,12 +119,11 @@ class SpeechData:
         chosen = {columns[args.caption_column][row] for some in rows.values() for row in some}
         recogniser = CaptionRecogniser(sorted(chosen))
         pictures, picture_of = None, []
-        if images:
+        if resolution is not None:
             files: dict[bytes, int] = {}
             values = [one["bytes"] for one in dataset[args.image_column]]
             picture_of = [files.setdefault(value, len(files)) for value in values]
-            size = {"resolution": resolution}
-            pictures = torch.stack([decode_image({"bytes": value}, **size) for value in files])
+            pictures = torch.stack([decode_image({"bytes": value}, resolution) for value in files])
             pictures = ((pictures + 1) * 127.5).round().to(torch.uint8)
         return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
 

@@ -102,7 +102,7 @@ def test_every_task_has_its_figure(run, pipe, table, tmp_path, monkeypatch):
         for task, figure in (("text", "exact match"), ("image", "nearest picture"), ("label", "right")):
             assert 0 <= report[f"sound->{task}"][f"{kind}, {figure}"]["value"] <= 1
         assert report["inpainting"][f"{kind}, middle third blanked, recognised"] == originals
-    assert "| codec | pair, originals recognised |" in (tmp_path / "evaluation_speech.md").read_text()
+    assert "| codec | voice, originals recognised |" in (tmp_path / "evaluation_speech.md").read_text()
 
 
 def test_a_pipeline_without_sounds_is_refused(run, pipeline, table, tmp_path, monkeypatch):
