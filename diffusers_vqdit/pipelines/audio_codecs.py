@@ -98,7 +98,7 @@ def encode_waveform(
     hop = samples_per_frame(codec, feature_extractor)
     whole = F.pad(torch.from_numpy(waveform), (0, -len(waveform) % hop))
     if has_own_codes(codec):
-        codes = codec.encode_codes(whole[None].to(device, codec.dtype))[0]  # (n, q)
+        codes = codec.encode_codes(whole[None].to(device))[0]  # (n, q)
     else:
         rate = feature_extractor.sampling_rate
         inputs = dict(feature_extractor(whole.numpy(), sampling_rate=rate, return_tensors="pt"))

@@ -12,12 +12,10 @@ from datasets import Audio, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.training import evaluation_speech
 from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser, levels, spoken_words
 
 
-TASKS = ["text->sound", "sound->text", "sound->image", "image->sound", "sound->label", "->sound"]
 WORDS = ["a red apple", "a blue box", "green", "a dot"]
 
 
@@ -33,33 +31,6 @@ class Told:
     def hears(self, waveform, sampling_rate, caption):
         assert sampling_rate == 1600 and caption in self.captions
         return len(waveform) > 100
-
-
-@pytest.fixture
-def pipe(image_vq, text_vq, tokenizer, audio_codecs):
-    codec, extractor = audio_codecs.audio_codec("encodec")
-    transformer = VQDiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        segments={
-            "text": {"vocab_size": 64, "shape": [12]},
-            "image": {"vocab_size": 32, "shape": [4, 4]},
-            "label": {"vocab_size": 2, "shape": [1]},
-            "sound": {"vocab_size": 17, "shape": [12, 3], "patch": [1, 3], "separate_codebooks": True},
-        },
-        tasks=TASKS,
-    )
-    return VQDiTPipeline(
-        transformer.eval(),
-        MaskedDiffusionScheduler(),
-        image_vq,
-        text_vq,
-        tokenizer,
-        id2label={0: "round", 1: "square"},
-        segments={"sound": {"modality": "audio", "tokenizer": "codec"}},
-        segment_tokenizers=MultiTokenizerModel({"codec": codec}, {"codec": extractor}),
-    )
 
 
 @pytest.fixture
@@ -86,13 +57,14 @@ def table(audio_codecs, tmp_path):
     return tmp_path / "speech.parquet"
 
 
-def test_every_task_has_its_figure(run, pipe, table, tmp_path, monkeypatch):
-    pipe.save_pretrained(tmp_path / "pipe")
+def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monkeypatch):
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
     monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
     options = f"--dataset_name {table} --num_samples 4 --num_inference_steps 2 --output_dir {tmp_path}"
     run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} {options}")
     report = json.loads((tmp_path / "evaluation_speech.json").read_text())
-    assert list(report) == ["codec", *TASKS, "inpainting"]
+    tasks = talking_pipeline.transformer.config.tasks
+    assert list(report) == ["codec", *tasks, "inpainting"]
     # Four of the even rows; of the odd ones those whose caption is known, without the Chinese one.
     for kind, count in (("pair", 4), ("voice", 3)):
         originals = report["codec"][f"{kind}, originals recognised"]
