@@ -103,12 +103,13 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for language in args.languages or list(VOICES):
             text, (*voices, last) = row[CAPTIONS[language]], VOICES[language]
             voices.sort(key=lambda voice: fraction(text, *map(str, voice)))
+            # Of a caption's voices one at most, so that training has it in another.
+            pair = voices[0] if fraction("pair", text) < HELD_OUT_PAIRS * args.voices_per_caption else None
+            pair = pair if args.voices_per_caption > 1 else None
             chosen = voices[: args.voices_per_caption]
             chosen += [last] if row["split"] == "test" or fraction(text, last[0]) < HELD_OUT_PAIRS else []
             for voice in chosen:
-                held = row["held_out"] or ("voice" if voice == last else "")
-                if not held and len(chosen) > 1 and fraction("pair", text, *map(str, voice)) < HELD_OUT_PAIRS:
-                    held = "pair"
+                held = row["held_out"] or ("voice" if voice == last else "pair" if voice == pair else "")
                 said = {"audio": speak(text, *voice), "text": text, "language": language, "voice": voice[0]}
                 kept = {name: row[name] for name in ("image", "emoji", "label")}
                 yield {**said, **kept, "split": "test" if held else "train", "held_out": held}

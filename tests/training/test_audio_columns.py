@@ -13,6 +13,7 @@ from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.audio_data import crop_sounds, decode_sounds
 from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
 from diffusers_vqdit.training.data import load_splits
+from diffusers_vqdit.training.sound_folder import holds_sounds
 
 
 @pytest.fixture
@@ -138,6 +139,9 @@ def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
         assert table["text"] == ["two", "zero", "one"]
         assert [len(one) for one in decode_sounds(table, "audio", 1600)] == [144, 80, 112]
     assert "row 4 names '9.flac', which is no regular file there" in caplog.text
+    assert holds_sounds(tmp_path / "files")
+    (tmp_path / "files" / "data.parquet").write_bytes(b"")
+    assert not holds_sounds(tmp_path / "files")
     for name in ("train", "test"):
         audio_codecs.sound_folder(tmp_path / "splits" / name, count=2)
     assert {name: len(one) for name, one in load_splits(dataset_name=str(tmp_path / "splits")).items()} == {
