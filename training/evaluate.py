@@ -7,7 +7,8 @@ Any data with a training and a test split will do (``--dataset_name``): without 
 what needs them is left out, and all of the test split is measured where it says held-out compositions.
 
 ``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
-options are those of ``training/evaluate_tokenizer.py``.
+options are those of ``training/evaluate_tokenizer.py``. ``--audio_column audio`` measures a pipeline that speaks or
+listens, on spoken captions, with the options of ``training/evaluate_speech.py``.
 
 Takes about half an hour on two CPU cores; ``--tasks`` measures some of them, and what the pipeline doesn't do is left
 out. One sample is drawn for each caption or
@@ -23,10 +24,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles
+from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
@@ -56,11 +55,7 @@ from diffusers_vqdit.utils.arguments import (
     argument_parser,
     font_file,
     model_name,
-    number,
     output_path,
-    positive_integer,
-    random_seed,
-    torch_device,
 )
 
 
@@ -121,16 +116,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=list(MEASURES),
         help=f"Of {', '.join(MEASURES)}; with commas, as in --tasks=->text,infilling.",
     )
-    parser.add_argument(
-        "--num_samples", type=positive_integer, default=236, help="Samples for each figure at the most."
-    )
-    parser.add_argument("--batch_size", type=positive_integer, default=32)
-    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
-    parser.add_argument(
-        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
-    )
-    parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_sampling_arguments(parser, num_samples=236)
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)
@@ -156,9 +142,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if any(argument.partition("=")[0] == "--tokenizer" for argument in sys.argv):
+    given = {argument.partition("=")[0] for argument in sys.argv}
+    if "--tokenizer" in given:
         import evaluate_tokenizer
 
         evaluate_tokenizer.main(evaluate_tokenizer.parse_args())
+    elif "--audio_column" in given:
+        import evaluate_speech
+
+        evaluate_speech.main(evaluate_speech.parse_args())
     else:
         main(parse_args())

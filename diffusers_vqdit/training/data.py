@@ -16,6 +16,7 @@ from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
+from .sound_folder import holds_sounds, read_sound_folder
 from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, kinds_of_tables, picture_folder, with_paths
 
 
@@ -59,7 +60,10 @@ def load_splits(
     ):
         raise ValueError("streaming needs dataset_name: a dataset of the Hub, or files of tables or tars")
     own, folder = None if output_dir is None else Path(output_dir), None
-    if dataset_name is None:
+    sounds = Path(dataset_name or train_data_dir or "")
+    if sounds.is_dir() and holds_sounds(sounds):
+        table = read_sound_folder(sounds)
+    elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
