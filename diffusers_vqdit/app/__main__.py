@@ -8,7 +8,6 @@ It shows the tasks that the pipeline knows, and needs about as long to start as 
 """
 
 import argparse
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

@@ -112,12 +112,12 @@ def find_tab(model: Any, pairs: Sequence[tuple[Field, Field]], examples: Example
         else:
             index = data[kept][1]
         output = model.pipeline.retrieve(value, index, top_k=min(MAX_FOUND, len(index)))
-        best = list(zip(output.indices[0].tolist(), output.scores[0].tolist(), strict=True))
+        best = output.indices[0].tolist()
         shown = {kept: (key, index)}
         if items.kind == IMAGES:
-            yield shown | {found: [(paths[row], f"{place}: {score:.1f}") for place, (row, score) in enumerate(best, 1)]}
+            yield shown | {found: [paths[row] for row in best]}
         else:
-            ranked = [f"{place}. {texts_given[row]} ({score:.1f})" for place, (row, score) in enumerate(best, 1)]
+            ranked = [f"{place}. {texts_given[row]}" for place, row in enumerate(best, 1)]
             yield shown | {lines: "\n".join(ranked)}
 
     def picked(name: str) -> list[Any]:

@@ -19,9 +19,9 @@ MAX_WAITING = 32  # people
 KEPT = 3600  # seconds that files are kept
 
 # No fonts of other hosts.
-THEME = gr.themes.Soft(
-    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="indigo"
-)
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="indigo")
+# A picture of few pixels is shown as large as its place is.
+CSS = ".fitted img { width: 100%; height: 100%; object-fit: contain; }"
 
 
 def make_page(pipeline: Any, name: str) -> gr.Blocks:
@@ -73,4 +73,6 @@ def pipeline_text(model: Any) -> str:
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve a page; `options` are gradio's."""
-    return page.launch(theme=THEME, max_file_size=MAX_FILE_SIZE, ssr_mode=False, footer_links=["api"], **options)
+    return page.launch(
+        theme=THEME, css=CSS, max_file_size=MAX_FILE_SIZE, ssr_mode=False, footer_links=["api"], **options
+    )

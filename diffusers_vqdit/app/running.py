@@ -22,6 +22,7 @@ MAX_SIDE = 4096  # pixels of a picture's height or width
 MAX_TILES = 64  # of a picture that is enlarged
 MAX_ITEMS = 256  # of a gallery, or of names to choose among
 MAX_FILE_SIZE = 20 * 2**20  # bytes
+UNREADABLE = "This file can't be read: it is broken, or of an unknown kind."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def refusing(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
         try:
             yield from function(*args)
         except ValueError as error:
-            raise gr.Error(_sentence(error), title="That doesn't work", print_exception=False) from error
+            raise gr.Error(_sentence(error), print_exception=False) from error
 
     return wrapped
 
@@ -54,11 +55,7 @@ def reading_files(component: Any) -> Any:
         try:
             return preprocess(payload)
         except Exception as error:  # of Pillow and its plugins
-            raise gr.Error(
-                "This file can't be read: it is broken, or of an unknown kind.",
-                title="That doesn't work",
-                print_exception=False,
-            ) from error
+            raise gr.Error(UNREADABLE, print_exception=False) from error
 
     component.preprocess = read
     return component
@@ -169,11 +166,15 @@ def read_picture(name: str, path: str | None, tile: tuple[int, int] | None = Non
         with Image.open(path) as image:
             if max(image.size) > MAX_SIDE:
                 width, height = image.size
-                raise ValueError(f"The picture has {width} x {height} pixels; at most {MAX_SIDE} a side are read here.")
+                raise ValueError(
+                    f"The picture has {width} x {height} pixels; at most {MAX_SIDE} a side are read here."
+                )
             image.load()
             picture = to_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{Path(path).name} can't be read as a picture: it is broken, or of an unknown kind.") from error
+        raise ValueError(
+            f"{Path(path).name} can't be read as a picture: it is broken, or of an unknown kind."
+        ) from error
     if tile is not None:
         rows, columns = (-(-side // one) for side, one in zip((picture.height, picture.width), tile, strict=True))
         if rows * columns > MAX_TILES:

@@ -1,4 +1,4 @@
-"""The tabs of the page that run one task: draw, caption, enlarge, edit, pairs, texts, sounds; and repaint and repair."""
+"""The tabs of the page that make something: draw, repaint, repair, enlarge, edit, caption, pairs, texts, sounds."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,15 +44,29 @@ def given_component(field: Field, visible: bool) -> Any:
     if field.kind == AUDIOS:
         sound = gr.Audio(sources=["microphone", "upload"], type="filepath", label=label, visible=visible)
         return reading_files(sound)
-    picture = gr.Image(type="filepath", image_mode=None, format="png", label=label, height=280, visible=visible)
-    return reading_files(picture)
+    return picture_component(label, visible)
+
+
+def picture_component(label: str, visible: bool = True) -> Any:
+    """A picture to be uploaded; small ones are shown large."""
+    return reading_files(
+        gr.Image(
+            type="filepath",
+            image_mode=None,
+            format="png",
+            label=label,
+            height=280,
+            elem_classes="fitted",
+            visible=visible,
+        )
+    )
 
 
 def generated_component(field: Field, visible: bool) -> Any:
     """What a value that comes out is shown in."""
     if field.kind == IMAGES:
         return gr.Gallery(
-            label=field.name, columns=2, height=440, object_fit="contain", buttons=["download"], visible=visible
+            label=field.name, columns=2, height=490, object_fit="contain", buttons=["download"], visible=visible
         )
     if field.kind == AUDIOS:
         return gr.Audio(label=field.name, interactive=False, visible=visible)
@@ -238,24 +252,25 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         with gr.Column():
             original = gr.State()
             if brush:
-                picture = gr.ImageEditor(
-                    type="pil",
-                    format="png",
-                    label="Picture",
-                    placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
-                    brush=gr.Brush(default_size=48, colors=["#e63c3c"], color_mode="fixed"),
-                    layers=False,
-                    transforms=(),
-                    sources=["upload", "clipboard"],
-                    canvas_size=(SIDE, SIDE),
-                    height=SIDE,
+                picture = reading_files(
+                    gr.ImageEditor(
+                        type="pil",
+                        format="png",
+                        label="Picture",
+                        placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
+                        brush=gr.Brush(default_size=48, colors=["#e63c3c"], color_mode="fixed"),
+                        layers=False,
+                        transforms=(),
+                        sources=["upload", "clipboard"],
+                        canvas_size=(SIDE, SIDE),
+                        height=SIDE,
+                    )
                 )
             else:
-                picture = gr.Image(type="filepath", image_mode=None, format="png", label="Picture", height=280)
+                picture = picture_component("Picture")
             strength = gr.Slider(
                 0.05, 1, 0.3, step=0.05, label="Strength: share that is drawn anew", visible=not brush
             )
-            reading_files(picture)
             picker = TaskPicker(abilities)
             options = SamplingOptions(abilities[0], 4)
             button = gr.Button(name, variant="primary")
