@@ -166,15 +166,11 @@ def read_picture(name: str, path: str | None, tile: tuple[int, int] | None = Non
         with Image.open(path) as image:
             if max(image.size) > MAX_SIDE:
                 width, height = image.size
-                raise ValueError(
-                    f"The picture has {width} x {height} pixels; at most {MAX_SIDE} a side are read here."
-                )
+                raise ValueError(f"The picture has {width} x {height} pixels; at most {MAX_SIDE} a side are read.")
             image.load()
             picture = to_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{Path(path).name} can't be read as a picture: it is broken, or of an unknown kind."
-        ) from error
+        raise ValueError(UNREADABLE) from error
     if tile is not None:
         rows, columns = (-(-side // one) for side, one in zip((picture.height, picture.width), tile, strict=True))
         if rows * columns > MAX_TILES:
