@@ -57,10 +57,15 @@ def main(args: argparse.Namespace) -> None:
             f"The starter checkpoint is not at {STARTER}: it comes with the source tree, not with the wheel. Run from "
             "a clone, or give --pretrained_model_name_or_path."
         )
-    pipeline = load_pipeline(name)
-    from .page import launch, make_page
+    from .page import launch, make_page  # which need gradio
+    from .space import push_space
 
-    launch(make_page(pipeline, name))
+    pipeline = load_pipeline(name)
+    page = make_page(pipeline, name)
+    if args.push_to_space is None:
+        launch(page)
+    else:
+        print(push_space(pipeline, name, args.push_to_space, args.hub_token).commit_url)
 
 
 if __name__ == "__main__":
