@@ -27,6 +27,7 @@ class _LabelPicker(TaskPicker):
             for title, task in self.task.choices
         ]
         self.names = gr.Textbox(
+            "",
             label="Names to choose among, one a line",
             lines=4,
             max_length=MAX_CHARACTERS,
@@ -58,7 +59,7 @@ def label_tab(model: Any, labels: Sequence[Ability], texts: Sequence[Ability], e
     picker.task.change(picked, picker.task, [*picker.given.values(), picker.names], api_visibility="private")
     clicks = examples.show(picker)
     inputs = [picker.task, *picker.given.values(), picker.names]
-    run_on([button.click, *(click.then for click in clicks)], run, inputs, [label], "label")
+    run_on([button.click, *(click.then for click in clicks)], run, inputs, [label], "Label")
 
 
 def find_tab(model: Any, pairs: Sequence[tuple[Field, Field]], examples: Examples) -> None:
@@ -77,11 +78,11 @@ def find_tab(model: Any, pairs: Sequence[tuple[Field, Field]], examples: Example
                 height=240,
                 interactive=True,
                 format="png",
-                file_types=["image"],
                 sources=["upload"],
                 visible=of_pictures,
             )
             texts = gr.Textbox(
+                "",
                 label="Texts to look in, one a line",
                 lines=6,
                 max_length=MAX_CHARACTERS * 4,
@@ -141,4 +142,4 @@ def find_tab(model: Any, pairs: Sequence[tuple[Field, Field]], examples: Example
 
         outputs = [choice, pictures, queries[pairs[0][1].name]]
         events += [click.then for click in examples.show_pictures(entered, choice, outputs)]
-    run_on(events, run, inputs, [found, lines, kept], "find")
+    run_on(events, run, inputs, [found, lines, kept], "Find")

@@ -66,7 +66,8 @@ class _Notes(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.thread, self.messages = threading.get_ident(), []
+        self.thread = threading.get_ident()
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread == self.thread and record.getMessage() not in self.messages:

@@ -38,7 +38,7 @@ def given_component(field: Field, visible: bool) -> Any:
     """What a value to be given is entered with."""
     label = field.name
     if field.kind == TEXTS:
-        return gr.Textbox(label=label, max_length=MAX_CHARACTERS, lines=2, visible=visible)
+        return gr.Textbox("", label=label, max_length=MAX_CHARACTERS, lines=2, visible=visible)
     if field.kind == LABELS:
         return gr.Dropdown(list(field.choices), value=field.choices[0], label=label, visible=visible)
     if field.kind == AUDIOS:
@@ -161,9 +161,9 @@ class SamplingOptions:
 
 
 def run_on(events: Sequence[Any], function: Any, inputs: Sequence[Any], outputs: Sequence[Any], name: str) -> None:
-    """Let a function of the values by component run on events; `name` is what the page's API calls it."""
+    """Let a function of the values by component run on events; `name` is the tab's, and the API's."""
     for index, event in enumerate(events):
-        event(refusing(function), set(inputs), list(outputs), api_name=name if not index else False, **QUEUE)
+        event(refusing(function), set(inputs), list(outputs), api_name=name.lower() if not index else False, **QUEUE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
             known = None
             if how and not draws:
                 known = gr.Textbox(
-                    label="What it says already (may be empty)", info=how, max_length=MAX_CHARACTERS, lines=1
+                    "", label="What it says already (may be empty)", info=how, max_length=MAX_CHARACTERS, lines=1
                 )
             options = SamplingOptions(abilities[0], 4 if several else None)
             button = gr.Button(VERBS.get(name, name), variant="primary")
@@ -222,7 +222,7 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
     clicks = examples.show(picker)
     boxes = [one for field, one in zip(picker.fields, picker.given.values(), strict=True) if field.kind == TEXTS]
     events = [button.click, *(box.submit for box in boxes), *(click.then for click in clicks)]
-    run_on(events, run, inputs, [*outputs.values(), options.seed], name.lower())
+    run_on(events, run, inputs, [*outputs.values(), options.seed], name)
 
 
 def finished(
@@ -258,7 +258,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
                         format="png",
                         label="Picture",
                         placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
-                        brush=gr.Brush(default_size=48, colors=["#e63c3c"], color_mode="fixed"),
+                        brush=gr.Brush(default_size=48, colors=["#d946ef"], color_mode="fixed"),
                         layers=False,
                         transforms=(),
                         sources=["upload", "clipboard"],
@@ -313,7 +313,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
     clicks = examples.show_pictures(entered, picker.task, [picture, original, *given])
     inputs = [picture, original, strength, picker.task, *given, *options.components]
     events = [button.click, *([] if brush else [click.then for click in clicks])]
-    run_on(events, run, inputs, [gallery, options.seed], name.lower())
+    run_on(events, run, inputs, [gallery, options.seed], name)
 
 
 def enlarged(value: dict | None) -> tuple[Any, Image.Image | None]:

@@ -125,7 +125,7 @@ def push_folder(
         raise ValueError(f"folder={str(folder)!r} has no file to publish (allow_patterns={allow_patterns})")
     api, prefix, repository, operations = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else "", None, None
     kind: dict[str, Any] = {} if space_sdk is None else {"repo_type": "space"}
-    sdk = {} if space_sdk is None else {"space_sdk": space_sdk}
+    sdk: dict[str, Any] = {} if space_sdk is None else {"space_sdk": space_sdk}
     attempt = 0
     while True:
         try:
