@@ -1,5 +1,7 @@
 """Pipelines for the page, and pages that are served on this machine."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -62,7 +64,15 @@ def served(page_pipeline, latent_page_pipeline, tmp_path_factory):
     from diffusers_vqdit.app.page import launch, make_page
 
     pipelines = {"codes": page_pipeline, "latents": latent_page_pipeline}
-    pages = {name: make_page(one, str(tmp_path_factory.mktemp(name))) for name, one in pipelines.items()}
+    folders = {name: tmp_path_factory.mktemp(name) for name in pipelines}
+    examples = folders["codes"] / "examples"
+    examples.mkdir()
+    prompts = {"text": ["a red apple", "a blue box"], "text_zh": ["红苹果"]}
+    (examples / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    (examples / "captions.json").write_text(json.dumps({"0.png": "a yellow dot", "1.png": "green"}), encoding="utf-8")
+    for index, color in enumerate(("yellow", "green")):
+        Image.new("RGB", (16, 16), color).save(examples / f"{index}.png")
+    pages = {name: make_page(one, str(folders[name])) for name, one in pipelines.items()}
     yield {name: launch(page, prevent_thread_lock=True, quiet=True)[1] for name, page in pages.items()}
     for page in pages.values():
         page.close()
