@@ -133,7 +133,7 @@ class HubServer:
         port: 0 for any free one.
 
     Attributes:
-        repositories: by id, such as ``"alice/model"``.
+        repositories: by id, such as ``"alice/model"`` or, of a Space, ``"spaces/alice/page"``.
         requests: the log.
         fail_every: answer every n-th request with 503, without doing it; 0 for none.
         lose_answers: patterns of paths; the next request that matches one is done, but its answer is lost.
@@ -324,7 +324,7 @@ class Handler(BaseHTTPRequestHandler):
     def repository(self, repo_id: str, write: bool = False) -> Repository:
         """A repository that the user may read, or write to."""
         repository = self.server_hub.repositories.get(repo_id)
-        owned = self.user is not None and repo_id.startswith(f"{self.user}/")
+        owned = self.user is not None and repo_id.removeprefix("spaces/").startswith(f"{self.user}/")
         if repository is None or (repository.private and not owned):
             # The Hub doesn't tell what is private from what isn't there.
             raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
@@ -363,10 +363,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid username or password.")
         if owner != self.user:
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo_id = f"{owner}/{wanted['name']}"
+        kind = wanted.get("type") or "model"
+        if kind == "space" and not wanted.get("sdk"):
+            raise Refusal(400, "A Space needs an sdk")
+        repo_id = f"{'spaces/' if kind == 'space' else ''}{owner}/{wanted['name']}"
         answer = {"name": repo_id, "url": f"{self.server_hub.endpoint}/{repo_id}"}
         if repo_id in self.server_hub.repositories:
-            return 409, {**answer, "error": "You already created this model repo"}
+            return 409, {**answer, "error": f"You already created this {kind} repo"}
         repository = Repository(private=wanted.get("visibility") == "private" or wanted.get("private") is True)
         attributes = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in sorted(LFS_SUFFIXES)).encode()
         repository.commit("main", "initial commit", {".gitattributes": File(attributes, lfs=False)})
@@ -580,21 +583,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, "a token was sent to the large file storage")
 
 
-REPO, REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<revision>[^/]+)"
+REPO, REVISION = r"(?P<repo>(?:spaces/)?[\w.-]+/[\w.-]+)", r"(?P<revision>[^/]+)"
+API = rf"/api/(?:models/(?!spaces/)|(?=spaces/)){REPO}"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create_repository),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("GET", f"/api/models/{REPO}", Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
-    ("POST", f"/api/models/{REPO}/paths-info/{REVISION}", Handler.paths_info),
-    ("GET", f"/api/models/{REPO}/refs", Handler.refs),
-    ("GET", f"/api/models/{REPO}/commits/{REVISION}", Handler.history),
-    ("POST", f"/api/models/{REPO}/branch/(?P<branch>[^/]+)", Handler.create_branch),
-    ("POST", f"/api/models/{REPO}/tag/{REVISION}", Handler.create_tag),
-    ("POST", f"/api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
-    ("POST", f"/api/models/{REPO}/commit/{REVISION}", Handler.create_commit),
+    ("GET", API, Handler.info),
+    ("GET", f"{API}/revision/{REVISION}", Handler.info),
+    ("GET", f"{API}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
+    ("POST", f"{API}/paths-info/{REVISION}", Handler.paths_info),
+    ("GET", f"{API}/refs", Handler.refs),
+    ("GET", f"{API}/commits/{REVISION}", Handler.history),
+    ("POST", f"{API}/branch/(?P<branch>[^/]+)", Handler.create_branch),
+    ("POST", f"{API}/tag/{REVISION}", Handler.create_tag),
+    ("POST", f"{API}/preupload/{REVISION}", Handler.preupload),
+    ("POST", f"{API}/commit/{REVISION}", Handler.create_commit),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", Handler.lfs_verify),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_upload),

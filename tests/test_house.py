@@ -23,7 +23,7 @@ SCRIPTS = sorted((ROOT / "training").glob("*.py"))
 
 # Each room may import itself and those of lower rank.
 RANKS = {"version": 0, "utils": 1, "tasks": 1, "interop": 2, "models": 3, "schedulers": 3, "likelihood": 4}
-RANKS |= {"pipelines": 5, "training": 6, "scripts": 7}
+RANKS |= {"pipelines": 5, "training": 6, "app": 6, "scripts": 7}
 # Modules that are run with python -m, and the package itself, which gives out names of all rooms.
 COMMANDS = {"__init__", "__main__", "interop.convert"}
 # The old name of VQDiTTransformer2DModel.from_original gives out a model.
@@ -40,6 +40,7 @@ NAMED = {
     "pipelines.latent_inputs_mixin": "a public argument in a message",
     "utils.images": "a public argument in a message",
     "utils.provenance": "an attribute of Pillow's pictures",
+    "app.examples": "a key of the Hub's cards",
     "training.image_folder": "columns, as datasets' image folders call them",
 }
 

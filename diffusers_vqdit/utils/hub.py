@@ -83,10 +83,11 @@ def push_folder(
     files: Sequence[str] | None = None,
     allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] = (),
+    space_sdk: str | None = None,
     max_retries: int = 5,
     wait: float = 1.0,
 ) -> CommitInfo:
-    """Upload a folder to a model repository, which is created if it isn't there, in one commit.
+    """Upload a folder to a model repository, or a Space, which is created if it isn't there, in one commit.
 
     Weights are uploaded first and become part of the repository with the commit, so its readers see all of the new
     files or none. After a failure the next try, or the next call, uploads only what hasn't arrived.
@@ -102,6 +103,7 @@ def push_folder(
         path_in_repo: folder of the repository to write to; by default its root.
         files: paths in the folder of what is published, and nothing else is; by default all of the folder.
         allow_patterns, ignore_patterns: wildcards of the files to publish and to leave out.
+        space_sdk: such as ``"gradio"``, of a Space to upload to, in place of a model repository.
         max_retries: how often to try again where the server fails or the connection drops.
         wait: seconds before the first retry; each further one waits twice as long.
 
@@ -122,12 +124,16 @@ def push_folder(
     if not names:
         raise ValueError(f"folder={str(folder)!r} has no file to publish (allow_patterns={allow_patterns})")
     api, prefix, repository, operations = HfApi(token=token), f"{path_in_repo}/" if path_in_repo else "", None, None
+    kind: dict[str, Any] = {} if space_sdk is None else {"repo_type": "space"}
+    sdk: dict[str, Any] = {} if space_sdk is None else {"space_sdk": space_sdk}
     attempt = 0
     while True:
         try:
-            repository = repository or api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            repository = repository or api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk).repo_id
             operations = operations or [CommitOperationAdd(prefix + name, _content(folder, name)) for name in names]
-            return api.create_commit(repository, operations, commit_message=commit_message, create_pr=create_pr)
+            return api.create_commit(
+                repository, operations, commit_message=commit_message, create_pr=create_pr, **kind
+            )
         except Exception as error:
             if attempt == max_retries or not _is_transient(error):
                 raise

@@ -105,6 +105,8 @@ SINGLE = {
     "benchmarks/kinds_of_diffusion": [("num_inference_steps", "0", "at least 1")],
     "benchmarks/dit_forward": [("batch_sizes", "0", "at least 1"), ("rounds", "0", "at least 1")],
     "examples/lora_style": [("rank", "0", "at least 1"), ("num_train_pictures", "0", "at least 1")],
+    "examples/animate_sampling": [("side", "0", "at least 1"), ("seed", "-1", "in [0,")],
+    "diffusers_vqdit/app/__main__": [("push_to_space", "a/b/c", "must be the name of a repository")],
     "diffusers_vqdit/__main__": [("seed", "-1", "in [0,"), ("num_inference_steps", "0", "at least 1")],
 }
 BAD = [(script, *case) for script in TRAINING for case in SHARED]
@@ -118,7 +120,7 @@ def parse(root):
 
     def parse(name, arguments, monkeypatch):
         if name not in modules:
-            package = "diffusers_vqdit" if name.startswith("diffusers_vqdit") else None
+            package = name.rpartition("/")[0].replace("/", ".") if name.startswith("diffusers_vqdit") else None
             spec = importlib.util.spec_from_file_location(name.replace("/", "."), root / f"{name}.py")
             modules[name] = importlib.util.module_from_spec(spec)
             modules[name].__package__ = package

@@ -1,0 +1,72 @@
+"""The page, ``python -m diffusers_vqdit.app``: try a pipeline in a browser, or push the page to a Space of the Hub.
+
+    pip install -c constraints.txt -e ".[app]"
+    python -m diffusers_vqdit.app
+    python -m diffusers_vqdit.app --pretrained_model_name_or_path you/model --push_to_space you/space
+
+It shows the tasks that the pipeline knows, and needs about as long to start as the pipeline to load.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
+from ..utils.arguments import argument_parser, hub_token, model_name, repository
+
+
+STARTER = Path(__file__).resolve().parents[2] / "model_cards" / "vqdit-emoji"
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(
+        prog="python -m diffusers_vqdit.app", description="A page to try a pipeline in a browser."
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        type=model_name,
+        default=str(STARTER),
+        help="Pipeline: a folder or a Hub id.",
+    )
+    parser.add_argument(
+        "--push_to_space",
+        type=repository,
+        help="Space of the Hub to push the page to, with the pipeline if that is a folder, in place of showing it.",
+    )
+    parser.add_argument("--hub_token", type=hub_token)
+    return parser.parse_args(input_args)
+
+
+def load_pipeline(name: str) -> Any:
+    """A pipeline of ours, of the class that its model_index.json says."""
+    config = VQDiTPipeline.load_config(name)
+    kind = VQDiTPipeline if config["_class_name"] == VQDiTPipeline.__name__ else VQDiTLatentPipeline
+    return kind.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(args: argparse.Namespace) -> None:
+    if find_spec("gradio") is None:
+        raise SystemExit('The page needs gradio: pip install "diffusers_vqdit[app]"')
+    name = args.pretrained_model_name_or_path
+    if name == str(STARTER) and not STARTER.is_dir():
+        raise SystemExit(
+            f"The starter checkpoint is not at {STARTER}: it comes with the source tree, not with the wheel. Run from "
+            "a clone, or give --pretrained_model_name_or_path."
+        )
+    from .page import launch, make_page  # which need gradio
+    from .space import push_space
+
+    pipeline = load_pipeline(name)
+    page = make_page(pipeline, name)
+    if args.push_to_space is None:
+        launch(page)
+    else:
+        print(push_space(pipeline, name, args.push_to_space, args.hub_token).commit_url)
+
+
+if __name__ == "__main__":
+    main(parse_args())
