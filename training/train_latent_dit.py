@@ -321,10 +321,8 @@ def run_identity(
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    device = accelerator.device
-
     # 1. Pictures, labels, captions
-    parts = load_components(args)
+    device, parts = accelerator.device, load_components(args)
     vae = parts["vae"].eval().to(device)
     if parts["text_encoder"] is not None:
         parts["text_encoder"].eval().requires_grad_(False).to(device)
@@ -334,8 +332,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     cached = cache_latents(args, vae, images, device)
     latents = cached.tensor
     captions, labels = take_rows(cached.rows, captions, labels)
-    with accelerator.main_process_first():  # the others read the file
-        states = encode_captions_of(args, parts, captions, device)
+    states = encode_captions_of(args, parts, captions, device)
     mean, deviation = settle_statistics(vae, cached, measure=args.pretrained_model_name_or_path is None)
 
     # 3. Transformer, optimizer, learning rate

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
@@ -98,15 +99,16 @@ def encode_captions_of(
     if not captions:
         return None
     encoder, length = parts["text_encoder"], parts["max_sequence_length"]
-    return cache_captions(
-        encoder,
-        parts["tokenizer"],
-        (text for lists in captions.values() for row in lists for text in row),
-        encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
-        args.states_file or args.output_dir / STATES_FILE,
-        kept=args.states_file is not None,
-        device=device,
-    )
+    with PartialState().main_process_first():  # the others read the file
+        return cache_captions(
+            encoder,
+            parts["tokenizer"],
+            (text for lists in captions.values() for row in lists for text in row),
+            encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
+            args.states_file or args.output_dir / STATES_FILE,
+            kept=args.states_file is not None,
+            device=device,
+        )
 
 
 def draw_conditions(
