@@ -27,6 +27,7 @@ from .running import (
 MAX_SAMPLES, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 8, 256, 20.0, 2**31 - 1
 QUEUE = {"concurrency_limit": 2, "concurrency_id": "model"}  # calls of the model at once; others wait
 VERBS = {"Sound": "Run", "Pairs": "Make pairs", "Texts": "Write", "Caption": "Describe"}
+BRUSH = "#d946ef"
 SIDE = 512  # pixels of the longer side of a picture that is painted on
 
 
@@ -258,7 +259,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
                         format="png",
                         label="Picture",
                         placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
-                        brush=gr.Brush(default_size=48, colors=["#d946ef"], color_mode="fixed"),
+                        brush=gr.Brush(default_size=48, colors=[BRUSH], color_mode="fixed"),
                         layers=False,
                         transforms=(),
                         sources=["upload", "clipboard"],
