@@ -9,7 +9,7 @@ import torch
 
 from ..schedulers.samplers import uniform
 from ..utils.sounds import read_sound
-from .data import choose_validation_split, load_splits, read_rows, take_split
+from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, try_rows
 from .draws import row_generators
 
 
@@ -35,7 +35,9 @@ def decode_sounds(dataset: Any, audio_column: str, sampling_rate: int) -> list[t
         waveform = read_sound(column[row][audio_column], sampling_rate)
         return torch.from_numpy((waveform.clip(-1, 1) * 32767).round().astype(np.int16))
 
-    sounds, _ = read_rows(read, lambda row: f"in row {row}", range(len(column)), "sound")
+    sounds, _, problems = try_rows(read, lambda row: f"in row {row}", range(len(column)))
+    for problem in problems[:MAX_NAMED]:
+        logger.warning(f"skipped sound {problem}")
     if not sounds:
         raise ValueError(f"column {audio_column!r}: none of the {len(column)} sounds could be read")
     return sounds
