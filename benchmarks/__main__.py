@@ -20,7 +20,16 @@ import torch
 from .common import table
 
 
-BENCHMARKS = ("nearest_code", "scheduler_step", "vq_forward", "text_to_image", "training_step", "gallery")
+BENCHMARKS = (
+    "nearest_code",
+    "scheduler_step",
+    "vq_forward",
+    "dit_forward",
+    "training_step",
+    "text_to_image",
+    "prefix",
+    "gallery",
+)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

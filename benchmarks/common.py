@@ -10,6 +10,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+
+def _attention_flops(query, key, value, *args, out_val=None, **kwargs):
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_attention_flops._get_raw = True  # takes tensors, not shapes
+# PyTorch counts those of GPUs only.
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def flops(function: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def same(ours: Any, theirs: Any) -> str:

@@ -1,4 +1,4 @@
-"""One query of a gallery's features at three sizes: the search in blocks, as without faiss, beside one product."""
+"""One query of a gallery's features at four sizes: the search in blocks, as without faiss, beside one product."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
     rank = retrieval.NUM_FEATURES
     query = torch.randn(1, rank)
     with patch.object(gallery, "find_spec", lambda name: None):
-        for size in (1_000, 10_000, 100_000):
+        for size in (1_000, 10_000, 100_000, 1_000_000):
             tensors = {
                 "codes": torch.zeros(size, 1, dtype=torch.int16),
                 "features": torch.randn(size, rank).half(),

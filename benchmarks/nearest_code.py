@@ -1,6 +1,8 @@
-"""The nearest of 16,384 codes for 4,096 vectors: beside diffusers' `VectorQuantizer`, which takes all distances."""
+"""The nearest of 16,384 codes for 4,096 vectors: beside diffusers' `VectorQuantizer`, which takes all distances, and
+vector-quantize-pytorch where it is installed (`pip install vector-quantize-pytorch`), which looks them up, too."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,5 +23,11 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
                 [torch.addmm(b, part, c.T).argmax(1) for part in z.split(2**22 // len(c))]
             ),
         }
+        if find_spec("vector_quantize_pytorch") is not None:
+            from vector_quantize_pytorch import VectorQuantize
+
+            theirs = VectorQuantize(dim, len(codebook)).eval().to(device)
+            theirs._codebook.embed.copy_(codebook[None])
+            functions["vector-quantize-pytorch"] = lambda z=vectors, m=theirs: m(z[None])[1][0]
         flops = 2 * len(vectors) * codebook.numel()
         yield compare(f"nearest code, D = {dim}", functions, rounds=rounds, device=device, flops=flops)

@@ -1,7 +1,7 @@
-"""Text to image: the small starter beside itself with guidance in two passes and with adaLN at each call, and a model
-of 256 codes beside aMUSEd.
+"""Text to image: the small starter beside itself with guidance in two passes and with adaLN at each call, and models
+of 256 codes, one or four a position, beside aMUSEd.
 
-Both large models have random weights and about as many of them, twelve guided steps and a batch of 1; neither text
+All large models have random weights and about as many of them, twelve guided steps and a batch of 1; neither text
 encoder nor image tokenizer is timed.
 """
 
@@ -28,6 +28,19 @@ def two_passes(transformer: Callable, codes: dict, prefix: VQDiTPrefix, **option
     own = transformer(codes, prefix=prefix, **options).sample
     free = transformer(codes, **options).sample
     return {name: torch.cat([own[name], free[name]]) for name in own}
+
+
+def large_model(device: str, **options: Any) -> VQDiTTransformer2DModel:
+    """A text-to-image model of random weights; `options` are the image segment's."""
+    segments = {
+        "text": {"vocab_size": 512, "shape": [TOKENS]},
+        "image": {"vocab_size": CODES, "shape": [SIDE, SIDE], **options},
+    }
+    model = VQDiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, num_layers=11, segments=segments)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval().to(device)
 
 
 def sample_ours(transformer: VQDiTTransformer2DModel, text: torch.Tensor, device: str, once: bool) -> torch.Tensor:
@@ -89,14 +102,7 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
     }
     yield compare("text->image, starter, guided, batch 1", functions, rounds=rounds, device=device)
 
-    segments = {
-        "text": {"vocab_size": 512, "shape": [TOKENS]},
-        "image": {"vocab_size": CODES, "shape": [SIDE, SIDE]},
-    }
-    ours = VQDiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, num_layers=11, segments=segments)
-    for parameter in ours.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    ours, four = large_model(device), large_model(device, patch=[2, 2])
     theirs = UVit2DModel(
         hidden_size=512,
         in_channels=512,
@@ -109,17 +115,18 @@ def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
         codebook_size=CODES,
         sample_size=SIDE,
     )
-    ours, theirs = ours.eval().to(device), theirs.eval().to(device)
-    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (ours, theirs)]
+    theirs = theirs.eval().to(device)
+    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (ours, four, theirs)]
     for dtype in (torch.float32, torch.bfloat16):
         text = torch.randint(512, (1, TOKENS), device=device)
         states = torch.randn(2, TOKENS, 768, device=device, dtype=dtype)
         pooled = torch.randn(2, 768, device=device, dtype=dtype)
-        own, other = ours.to(dtype), theirs.to(dtype)
+        own, patched, other = ours.to(dtype), four.to(dtype), theirs.to(dtype)
         functions = {
             f"ours, {sizes[0]:.0f} M": partial(sample_ours, own, text, device, True),
             "ours, guidance in two passes": partial(sample_ours, own, text, device, False),
-            f"diffusers: aMUSEd, {sizes[1]:.0f} M": partial(sample_amused, other, states, pooled, device),
+            f"ours, four codes a position, {sizes[1]:.0f} M": partial(sample_ours, patched, text, device, True),
+            f"diffusers: aMUSEd, {sizes[2]:.0f} M": partial(sample_amused, other, states, pooled, device),
         }
         case = f"text->image, 256 codes, {STEPS} guided steps, {str(dtype).removeprefix('torch.')}"
         yield compare(

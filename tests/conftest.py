@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before huggingface_hub is imported: a test that asks the Hub fails at once, and those of a Hub of their own say so.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is: the processes of pytest-xdist, and those that their tests start, share the cores.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,16 +1,20 @@
-"""What things cost, in quantities that are the same on any machine: operators, FLOPs, weights, calls, waits."""
+"""What things cost, in quantities that are the same on any machine: operators, FLOPs, weights, memory, calls,
+waits."""
 
+import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import flops
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.check_inputs import FiniteChecks
 
 
+MIB = 2**20
 DIM, LAYERS, IMAGE, TEXT, SIZE = 32, 2, 16, 12, 32  # of the tiny transformer
 SAMPLERS = ["ancestral", "confidence", "halton", "entropy_bound", "threshold"]
 
@@ -31,18 +35,35 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def attention_flops(query, key, value, *args, out_val=None, **kwargs):
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and not yet let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {storage._cdata for storage in self._storages((args, kwargs))}  # views are of these
+        for storage in self._storages(result):
+            if storage._cdata not in before | self.live.keys():
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._let_go, storage._cdata)
+        return result
+
+    def _storages(self, values):
+        return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+    def _let_go(self, storage):
+        self.now -= self.live.pop(storage)
 
 
-attention_flops._get_raw = True  # takes tensors, not shapes
-
-
-def flops(function):
-    counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
+def peak_bytes(function):
+    with torch.no_grad(), PeakBytes() as counter:
         function()
-    return counter.get_total_flops()
+    return counter.peak
 
 
 def adaln_flops(segments):
@@ -127,6 +148,44 @@ def test_weights_of_a_model_by_its_formula(transformer):
     codes = sum(DIM * (size + 1) + (DIM + 1) * size for size in (64, SIZE, 3))
     expected = LAYERS * (block + biases) + codes + 6 * DIM + 2 * DIM**2 + 2 * DIM
     assert sum(parameter.numel() for parameter in transformer.parameters()) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_peak_bytes_are_those_of_what_is_alive():
+    def work():
+        kept = torch.ones(1000)
+        for _ in range(5):
+            kept + 1
+        del kept
+        torch.ones(500).view(10, 50)
+
+    assert peak_bytes(work) == 2 * 4000
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_of_many_logits_makes_few_of_them_again(sampler):
+    logits, sample = torch.randn(4, 256, 8192), torch.full((4, 256), 8192)  # 32 MiB
+    scheduler = MaskedDiffusionScheduler(sampler=sampler)
+    scheduler.set_timesteps(12)
+    assert peak_bytes(lambda: scheduler.step(logits, scheduler.timesteps[5], sample)) < 4.5 * MIB
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_a_forward_pass_keeps_no_layer_but_one(side):
+    """As much with eight layers as with two, and a fixed number of channels a position at any size."""
+    peaks = []
+    for layers in (2, 8):
+        segments = {"image": {"vocab_size": 64, "shape": [side, side]}}
+        model = VQDiTTransformer2DModel(2, 16, num_layers=layers, segments=segments).eval()
+        codes = {"image": torch.full((2, side, side), 64)}
+        options = {"modulation": model.encode_modulation(codes), "check_values": False}
+        model(codes, **options)  # once: positions are kept
+        peaks.append(peak_bytes(lambda m=model, c=codes, o=options: m(c, **o)))
+    activations = 4 * 2 * side**2 * DIM  # of one layer, (B, N, D) in float32
+    assert abs(peaks[0] - peaks[1]) <= activations and max(peaks) < 20 * activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------

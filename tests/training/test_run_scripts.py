@@ -245,7 +245,8 @@ def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(run, pipelin
     print(f"layers of LoRA that are not there: {len(bad)} refused")
 
 
-# How many moments of each script: `KILLS=20 python -m pytest tests/training/test_run_scripts.py -k random_moment -s`
+# How many moments of each script:
+# `KILLS=20 python -m pytest tests/training/test_run_scripts.py -k random_moment -n 0 -s`
 KILLS = int(os.environ.get("KILLS", 1))
 
 
