@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw a training run's losses, use of codes, throughput, validation and newest samples into one PNG.
 
-    pip install ".[plots]" && python training/plot_run.py --output_dir outputs/image_vq
+    pip install matplotlib && python training/plot_run.py --output_dir outputs/image_vq
 
 reads the TensorBoard files of a script's run (``--report_to tensorboard``, the default) and ``samples/``, and writes
 ``run.png`` there; while the run goes on, too. Warnings of the run are vertical lines.
