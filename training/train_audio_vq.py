@@ -27,9 +27,10 @@ from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, p
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.metrics import code_usage, psnr
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import averaged_weights, evaluated, unwrap
+from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
+from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -174,6 +175,7 @@ def publish(
 
 def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
+    check_unsharded(accelerator)
     files = ["README.md", "config.json", "preprocessor_config.json"]
     with setup.open_run(args, accelerator, project=PROJECT, folders=["samples"], files=files) as run:
         train(args, accelerator, run)
@@ -240,15 +242,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             kept = {"total_limit": args.checkpoints_total_limit, **run.kept(validation=measured)}
             save_checkpoint(accelerator, args.output_dir, step, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and not last and not stop:
-                with evaluated(unwrap(model), ema, trained):
-                    publish(args, unwrap(model), measured, step)
+                with evaluated(accelerator, model, ema, trained) as whole:
+                    publish(args, whole, measured, step)
     progress.close()
 
     # 5. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (step == max_steps or not stop):
-        with evaluated(unwrap(model), ema, trained):
-            publish(args, unwrap(model), measured)
+        with evaluated(accelerator, model, ema, trained) as whole:
+            publish(args, whole, measured)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

@@ -350,15 +350,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if adversarial and step >= args.adversarial_start:
                 fooling, more = adversarial_loss(args, accelerator, model, discriminator, made, reconstruction)
                 loss, logs = loss + fooling, logs | more
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(
-                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
-                )
+            norm = run.descend(optimizer, list(model.parameters()), loss, args.max_grad_norm, lr_scheduler, ema)
+            if norm is not None:
                 logs["gradient_norm"] = norm
-                if ema is not None and stepped:
-                    ema.step(model.parameters())
-            optimizer.zero_grad()
 
             # The discriminator, which starts earlier, so that its first advice is worth something
             if adversarial and step >= args.adversarial_start - args.discriminator_warmup:
