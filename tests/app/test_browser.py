@@ -61,9 +61,15 @@ class Visitor:
         self.panel.locator("button.gallery-item").filter(has=self.page.locator("img")).nth(example).click()
 
     def upload(self, *paths):
-        with self.page.expect_response(re.compile("/upload")):
-            self.panel.locator("input[type=file]").first.set_input_files(list(paths))
-        self.page.wait_for_timeout(500)
+        for _ in range(10):  # a component that isn't ready yet takes no file
+            try:
+                with self.page.expect_response(re.compile("/upload"), timeout=6_000):
+                    self.panel.locator("input[type=file]").first.set_input_files(list(paths))
+            except playwright.TimeoutError:
+                continue
+            self.page.wait_for_timeout(500)
+            return
+        raise AssertionError("nothing could be uploaded")
 
     def sees(self, text):
         expect(self.page.get_by_text(re.compile(text)).filter(visible=True).first).to_be_visible(timeout=PATIENCE)
