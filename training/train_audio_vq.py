@@ -36,6 +36,8 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.utilisation import Utilisation
+from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -213,11 +215,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(sounds), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
     trained, difference = list(model.parameters()), F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
+    utilisation = Utilisation(args, accelerator)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).vq.quantize)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         part = {"seed": args.seed, "step": micro_step, "rank": accelerator.process_index}
         waveforms = crop_sounds(sounds, next(batches), length, **part)
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), utilisation.counting():
             output = model(waveforms.to(accelerator.device))
             reconstruction = difference(output.sample.float(), output.spectrogram.float())
             loss = reconstruction + output.commit_loss
@@ -235,7 +239,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         progress.set_postfix({**{name: f"{value:.4f}" for name, value in logs.items()}, **measured})
         logs |= {"perplexity": output.perplexity.item(), "gradient_norm": norm, "lr": lr_scheduler.get_last_lr()[0]}
         speed = {"skipped_steps": run.skipped_steps, "sounds_per_second": seen / (time.time() - started)}
-        accelerator.log({**logs, **speed}, step=step)
+        accelerator.log({**logs, **speed, **utilisation.figures()}, step=step)
+        watch.look(step, logs["reconstruction"], norm, output.codes, logs["usage"])
         last = step == max_steps
         if accelerator.is_main_process and (last or due(step, args.validation_steps)):
             with averaged_weights(ema, trained):

@@ -27,12 +27,14 @@ class SpectrogramVQOutput(CastableOutput):
         sample (`torch.Tensor` of shape `(B, 1, M, n)`): the reconstruction of the log-mel spectrogram.
         spectrogram (`torch.Tensor` of shape `(B, 1, M, n)`): the spectrogram itself, in [-1, 1].
         commit_loss (`torch.Tensor`): the quantizer's loss, a scalar.
+        codes (`torch.LongTensor` of shape `(B, n, q)`): in [0, num_codes).
         usage, perplexity (`torch.Tensor`): of the batch's codes, see [`~models.quantizers.QuantizerOutput`].
     """
 
     sample: torch.Tensor
     spectrogram: torch.Tensor | None = None
     commit_loss: torch.Tensor | None = None
+    codes: torch.LongTensor | None = None
     usage: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
 
@@ -213,6 +215,7 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             sample=output.sample,
             spectrogram=spectrogram,
             commit_loss=output.commit_loss,
+            codes=output.codes.transpose(1, 2),
             usage=output.usage,
             perplexity=output.perplexity,
         )
