@@ -314,7 +314,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
     given = list(picker.given.values())
     picker.task.change(picked, picker.task, [*given, options.guidance, options.steps], api_visibility="private")
     if brush:
-        picture.upload(enlarged, picture, [picture, original], api_visibility="private")
+        picture.upload(uploaded, [picture, original], [picture, original], api_visibility="private")
     clicks = examples.show_pictures(entered, picker.task, [picture, original, *given])
     inputs = [picture, original, strength, picker.task, *given, *options.components]
     events = [button.click, *([] if brush else [click.then for click in clicks])]
@@ -330,6 +330,16 @@ def enlarged(value: dict | None) -> tuple[Any, Image.Image | None]:
     scale = SIDE / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return gr.update(value={"background": picture.resize(size), "layers": [], "composite": None}), picture
+
+
+def uploaded(value: dict | None, kept: Image.Image | None) -> tuple[Any, Any]:
+    """[`enlarged`], but where the editor tells of the enlarged picture itself, which then stays."""
+    background = (value or {}).get("background")
+    if kept is not None and background is not None and max(background.size) == SIDE:
+        differences = np.subtract(background.convert("RGB"), kept.resize(background.size), dtype=np.float32)
+        if np.abs(differences).mean() < 4:
+            return gr.skip(), gr.skip()
+    return enlarged(value)
 
 
 def painted(value: dict | None, original: Image.Image | None) -> tuple[Image.Image, Image.Image]:
