@@ -24,7 +24,8 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training.data import shuffled_batches, to_pixels
+from diffusers_vqdit.training.data import shuffled_batches
+from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.metrics import expected_usage
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options

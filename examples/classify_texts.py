@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.codes import encode_texts
+from diffusers_vqdit.pipelines.text_segment import encode_texts
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.utils.arguments import (
     argument_parser,

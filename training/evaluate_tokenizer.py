@@ -17,7 +17,7 @@ import json
 from accelerate import Accelerator
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training.columns import caption_lists
+from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features

@@ -32,7 +32,7 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
-from diffusers_vqdit.training.data import to_pixels
+from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.image_dataset import ImageDataset, first_batches, load_batches, load_images

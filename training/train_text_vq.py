@@ -23,7 +23,8 @@ from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.columns import caption_lists, warn_of_cut
+from diffusers_vqdit.training.columns import warn_of_cut
+from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically

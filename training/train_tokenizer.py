@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
-from diffusers_vqdit.training.columns import caption_lists
+from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.run import output_folder

@@ -19,7 +19,8 @@ from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
 from ..utils.decoding import as_picture_column, decode_image
-from .data import decode_images, load_training_dataset, to_pixels
+from .data import decode_images, load_training_dataset
+from ..utils.decoding import to_pixels
 
 
 CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them

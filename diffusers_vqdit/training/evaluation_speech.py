@@ -14,7 +14,8 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..tasks import Task
 from ..utils.decoding import decode_image
 from ..utils.sounds import audio_library, read_sound
-from .data import load_training_dataset, to_pixels
+from .data import load_training_dataset
+from ..utils.decoding import to_pixels
 from .evaluation import mean, reconstruct, sample, share
 from .evaluation_texts import equal
 

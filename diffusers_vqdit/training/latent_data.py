@@ -11,7 +11,9 @@ from ..models.vae_latents import downsample_factor, latent_statistics, measure_l
 from ..utils.distributed import from_main_process, process_rank
 from .caption_states import CaptionStates, cache_captions
 from .checkpoints import fingerprint
-from .columns import caption_lists, draw_captions, encode_labels, warn_of_cut
+from .columns import draw_captions, warn_of_cut
+from ..utils.texts import caption_lists
+from ..utils.labels import encode_labels
 from .data import load_training_dataset
 from .image_dataset import ImageDataset
 from .latent_loss import drawn_to_drop

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..models.vae_latents import raw_latents
 from ..utils.fingerprints import model_fingerprint, tensor_sha256
 from ..utils.weight_files import replacing_file
-from .data import to_pixels
+from ..utils.decoding import to_pixels
 from .files import check_output_file
 from .image_dataset import ImageDataset
 from .picture_tensors import PictureTensors, check_tensor_file, encode_pictures, map_tensor, opened_tensors

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline
-from diffusers_vqdit.training.data import decode_image
+from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.images import fitted_box, resize_image
 
 

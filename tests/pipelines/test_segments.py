@@ -14,7 +14,8 @@ from PIL import Image
 from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.segment_base import ColumnReader, SegmentColumn, SegmentProcessor
 from diffusers_vqdit.pipelines.segment_processors import MODALITIES
-from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
+from diffusers_vqdit.training.codes import CodeDataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.segment_columns import segment_flag
 
 

@@ -2,14 +2,9 @@ import pytest
 import torch
 from datasets import ClassLabel
 
-from diffusers_vqdit.training.columns import (
-    caption_lists,
-    check_captions,
-    draw_captions,
-    encode_labels,
-    label_names,
-    warn_of_cut,
-)
+from diffusers_vqdit.training.columns import draw_captions, warn_of_cut
+from diffusers_vqdit.utils.texts import caption_lists, check_captions
+from diffusers_vqdit.utils.labels import encode_labels, label_names
 
 
 @pytest.mark.parametrize(

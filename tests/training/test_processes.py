@@ -30,7 +30,7 @@ from diffusers_vqdit import (
     VQDiTPipeline,
     VQDiTTransformer2DModel,
 )
-from diffusers_vqdit.training.codes import encode_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
 
 

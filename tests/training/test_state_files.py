@@ -11,7 +11,8 @@ from PIL import Image
 
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.tasks import Task
-from diffusers_vqdit.training.codes import CodeDataset, encode_dataset
+from diffusers_vqdit.training.codes import CodeDataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.state_files import StatesColumn, read_states, split_padded, write_states
 
 

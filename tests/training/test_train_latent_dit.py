@@ -9,7 +9,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline
 from diffusers_vqdit.models.vae_latents import encode_latents
-from diffusers_vqdit.training.data import decode_images, load_training_dataset, to_pixels
+from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 @pytest.fixture

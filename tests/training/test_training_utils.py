@@ -9,8 +9,9 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.training.arguments import tracker_config
-from diffusers_vqdit.training.columns import check_captions
-from diffusers_vqdit.training.data import decode_image, decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.utils.texts import check_captions
+from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.training.metrics import code_usage, psnr, ssim
 from diffusers_vqdit.training.optimization import parameter_groups, set_dropout
 

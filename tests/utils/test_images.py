@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_vqdit.training.data import decode_image
+from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.images import (
     RESIZE_MODES,
     cut_out,
