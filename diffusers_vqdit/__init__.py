@@ -17,6 +17,7 @@ _import_structure = {
     "models.generation_cache": ["GenerationCacheConfig"],
     "models.image_vq": ["ImageVQModel"],
     "models.multi_tokenizer": ["MultiTokenizerModel"],
+    "models.spectrogram_vq": ["SpectrogramVQModel"],
     "models.text_vq": ["TextVQModel"],
     "models.transformer_vqdit": ["VQDiTTransformer2DModel"],
     "pipelines.pipeline_vqdit": ["VQDiTPipeline", "VQDiTPipelineOutput"],
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .models.generation_cache import GenerationCacheConfig
     from .models.image_vq import ImageVQModel
     from .models.multi_tokenizer import MultiTokenizerModel
+    from .models.spectrogram_vq import SpectrogramVQModel
     from .models.text_vq import TextVQModel
     from .models.transformer_vqdit import VQDiTTransformer2DModel
     from .pipelines.pipeline_vqdit import VQDiTPipeline, VQDiTPipelineOutput

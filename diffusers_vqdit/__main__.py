@@ -1,4 +1,5 @@
-"""The demo, ``python -m diffusers_vqdit``: pictures from English and Chinese prompts, and captions of pictures.
+"""The demo, ``python -m diffusers_vqdit``: pictures from English and Chinese prompts, and captions of pictures; or,
+with ``--say`` and ``--listen``, speech of texts and texts of speech, by a pipeline that was trained on sounds.
 
 It uses the starter checkpoint of the checkout, unless another pipeline is named.
 """
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
+from .pipelines.segment_base import TEXT
 from .training.files import check_output_file
 from .utils.arguments import argument_parser, model_name, number, output_path, positive_integer, random_seed
 from .utils.provenance import save_generated
@@ -49,6 +51,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Pipeline: a folder or a Hub id.",
     )
     parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
+    parser.add_argument("--say", nargs="+", help="Texts to speak, each into a WAV file, in place of drawing.")
+    parser.add_argument("--listen", nargs="+", help="Files of sounds to write down, in place of drawing.")
     parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
     parser.add_argument("--guidance_scale", type=number(), help="By default the pipeline's own.")
     parser.add_argument("--seed", type=random_seed, default=0)
@@ -83,6 +87,27 @@ def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int =
     return grid
 
 
+def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
+    """Write what ``--say`` asks for beside ``--output_file``, as WAV files, and print what ``--listen`` hears."""
+    fields = {name: one.output_field for name, one in sorted(pipeline._segments.items())}
+    audio, text = (next((n for n in fields if fields[n] == field), None) for field in ("audios", "texts"))
+    if audio is None or text is None:
+        raise SystemExit(
+            f"The pipeline has the segments {list(fields)}; to speak and to listen it needs sounds and texts."
+        )
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    for index, said in enumerate(args.say or []):
+        passed: dict = {"prompt": said} if text == TEXT else {"inputs": {text: said}}
+        generator = torch.Generator().manual_seed(args.seed + index)
+        spoken = pipeline(**passed, **options, output=audio, generator=generator)
+        path = args.output_file.with_name(f"{args.output_file.stem}-{index}.wav")
+        about = {"model_id": args.pretrained_model_name_or_path, "description": said}
+        save_generated(spoken.audios[0], path, sampling_rate=spoken.sampling_rate, **about)
+        print(f"{path.resolve()}: {said}, {len(spoken.audios[0]) / spoken.sampling_rate:.1f} s")
+    for heard in args.listen or []:
+        print(f"{heard}: {pipeline(inputs={audio: heard}, output=text, **options).segments[text][0]}")
+
+
 def main(args: argparse.Namespace) -> None:
     started = time.time()
     try:
@@ -96,6 +121,9 @@ def main(args: argparse.Namespace) -> None:
             "a clone, or give --pretrained_model_name_or_path."
         )
     pipeline = VQDiTPipeline.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.say or args.listen:
+        speak_and_listen(pipeline, args)
+        return
     pairs = [(prompt, None) for prompt in args.prompt] if args.prompt else PROMPTS
     prompts = [prompt for prompt, _ in pairs]
     generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(prompts))]

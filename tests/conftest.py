@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 from diffusers_vqdit import (  # noqa: E402
     ImageVQModel,
     MaskedDiffusionScheduler,
+    MultiTokenizerModel,
     TextVQModel,
     VQDiTPipeline,
     VQDiTTransformer2DModel,
@@ -165,6 +166,40 @@ def hub_server():
 def encoders():
     """The module ``encoders.py`` of this folder."""
     return of_this_folder("encoders")
+
+
+@pytest.fixture(scope="session")
+def audio_codecs():
+    """The module ``audio_codecs.py`` of this folder."""
+    return of_this_folder("audio_codecs")
+
+
+@pytest.fixture
+def talking_pipeline(image_vq, text_vq, tokenizer, audio_codecs):
+    """One of texts, pictures, labels and sounds."""
+    codec, extractor = audio_codecs.audio_codec("encodec")
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        segments={
+            "text": {"vocab_size": 64, "shape": [12]},
+            "image": {"vocab_size": 32, "shape": [4, 4]},
+            "label": {"vocab_size": 2, "shape": [1]},
+            "sound": {"vocab_size": 17, "shape": [12, 3], "patch": [1, 3], "separate_codebooks": True},
+        },
+        tasks=["text->sound", "sound->text", "sound->image", "image->sound", "sound->label", "->sound"],
+    )
+    return VQDiTPipeline(
+        transformer.eval(),
+        MaskedDiffusionScheduler(),
+        image_vq,
+        text_vq,
+        tokenizer,
+        id2label={0: "round", 1: "square"},
+        segments={"sound": {"modality": "audio", "tokenizer": "codec"}},
+        segment_tokenizers=MultiTokenizerModel({"codec": codec}, {"codec": extractor}),
+    )
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from diffusers_vqdit.training.segment_columns import (
     add_segment_argument,
     add_text_arguments,
     add_text_tokenizer_argument,
+    audio_options,
     files_of,
     has_captions,
     load_encoders,
@@ -146,7 +147,7 @@ def encode(args: argparse.Namespace) -> None:
     for model in [*(encoders[name] for name in ENCODERS[::2] if encoders[name]), *(one for one, _ in loaded.values())]:
         model.to(args.device)
     sample_size = image_vq.config.sample_size if image_vq and args.aspect_ratio_buckets is None else 0
-    sizes = {} if args.resolution is None else {"resolution": args.resolution}
+    sizes = audio_options(args) | ({} if args.resolution is None else {"resolution": args.resolution})
     encode_dataset(
         dataset,
         args.output_dir,

@@ -7,7 +7,8 @@ Any data with a training and a test split will do (``--dataset_name``): without 
 what needs them is left out, and all of the test split is measured where it says held-out compositions.
 
 ``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
-options are those of ``training/evaluate_tokenizer.py``.
+options are those of ``training/evaluate_tokenizer.py``. ``--audio_column audio`` measures a pipeline that speaks or
+listens, on spoken captions, with the options of ``training/evaluate_speech.py``.
 
 Takes about half an hour on two CPU cores; ``--tasks`` measures some of them, and what the pipeline doesn't do is left
 out. One sample is drawn for each caption or
@@ -156,9 +157,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if any(argument.partition("=")[0] == "--tokenizer" for argument in sys.argv):
+    given = {argument.partition("=")[0] for argument in sys.argv}
+    if "--tokenizer" in given:
         import evaluate_tokenizer
 
         evaluate_tokenizer.main(evaluate_tokenizer.parse_args())
+    elif "--audio_column" in given:
+        import evaluate_speech
+
+        evaluate_speech.main(evaluate_speech.parse_args())
     else:
         main(parse_args())

@@ -19,9 +19,13 @@ class VQDiTPipelineOutput(BaseOutput):
         labels: list of label names, or codes (B, 1).
         segments: all that was generated, by the segment's name. Where a task generates several pictures or several
             texts, `images` and `texts` are the first of them by name.
+        audios: list of sounds (T,), arrays or with ``output_type="pt"`` tensors, or codes (B, n, q).
+        sampling_rate: of `audios`, in Hz; None of codes.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None
     texts: list[str] | torch.Tensor | None = None
     labels: list[str] | torch.Tensor | None = None
     segments: dict[str, Any] | None = None
+    audios: list[np.ndarray] | list[torch.Tensor] | torch.Tensor | None = None
+    sampling_rate: int | None = None

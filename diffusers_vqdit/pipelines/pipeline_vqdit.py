@@ -64,8 +64,8 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white. Pictures to repaint are always fitted whole.
-        segments: what the segments are, by name: ``"modality"``: ``"image"``, ``"text"``, ``"label"``, or of
-            encoders ``"states"`` and ``"image_states"``;
+        segments: what the segments are, by name: ``"modality"``: ``"image"``, ``"text"``, ``"label"``, ``"audio"``, or
+            of encoders ``"states"`` and ``"image_states"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of
             `segment_tokenizers`; a label's ``"names"``, a list or a dict by code; a picture's ``"buckets"``, the grids
             [[h, w], ...] of all aspect ratios trained on, the transformer's first; and ``"lowres_of"`` for pictures
@@ -263,7 +263,7 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 or none: ``"text"`` when a picture or a blank is given, without mask or strength, else ``"image"``.
             mask_image: one mask or one a picture, white where to repaint: of the one picture segment that is both
                 passed and generated. The codes that white pixels change are generated; black pixels come out as they
-                went in, and so does the size.
+                went in, and so does the size. Of a sound an array over its time, 1 where to fill in.
             strength: share of the codes to draw anew in (0, 1], those that fit the others worst
                 ([`~likelihood.bounds.code_log_probabilities`]).
             inputs: what is given by segment, for segments other than ``text``, ``image`` and ``label``. Wherever a
@@ -386,10 +386,10 @@ class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipe
                 else processors[name].decode(value, output_type)
                 for name, value in codes.items()
             }
-        fields = [(processors[name].output_field, value) for name, value in segments.items()]
-        first = {field: value for field, value in reversed(fields)}
-        images, texts, labels = (first.get(field) for field in ("images", "texts", "labels"))
+        first: dict[str, Any] = {}
+        for name, value in reversed(segments.items()):
+            first |= processors[name].fields(value)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return images, texts, labels
-        return VQDiTPipelineOutput(images=images, texts=texts, labels=labels, segments=segments)
+            return tuple(first.get(field) for field in ("images", "texts", "labels"))
+        return VQDiTPipelineOutput(**first, segments=segments)

@@ -316,6 +316,10 @@ class SegmentProcessor(ABC):
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> Any:
         """Values of codes (B, *shape)."""
 
+    def fields(self, value: Any) -> dict[str, Any]:
+        """The fields of the pipeline's output that a generated value fills."""
+        return {self.output_field: value} if self.output_field else {}
+
     def encode_given(self, values: list) -> EncodedValue:
         """Codes of values that others are generated from."""
         return EncodedValue(self.encode(values))

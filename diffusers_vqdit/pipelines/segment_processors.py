@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from ..models.multi_tokenizer import MultiTokenizerModel
 from ..models.segment_layers import has_codebooks
 from ..utils.checks import check_choice, shown
+from .audio_segment import AudioSegment
 from .codes_segment import CodesSegment
 from .image_segment import ImageSegment, LowResolutionSegment
 from .label_segment import LabelSegment, names_by_code
@@ -27,6 +28,7 @@ MODALITIES: dict[str, type[SegmentProcessor]] = {
     "states": TextStatesSegment,
     "image_states": ImageStatesSegment,
     "codes": CodesSegment,
+    "audio": AudioSegment,
 }
 
 

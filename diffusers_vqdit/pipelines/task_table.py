@@ -41,6 +41,10 @@ _HUB_TASKS = {
     ("images", "labels"): "image-classification",
     ("texts", "texts"): "text-generation",
     ("texts", "labels"): "text-classification",
+    ("texts", "audios"): "text-to-speech",
+    ("audios", "texts"): "automatic-speech-recognition",
+    ("audios", "labels"): "audio-classification",
+    ("audios", "audios"): "audio-to-audio",
 }
 
 

@@ -15,6 +15,7 @@ from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
+from .sound_folder import holds_sounds, read_sound_folder
 
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ def load_splits(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
-    own = None if output_dir is None else Path(output_dir)
-    if dataset_name is None:
+    own, folder = None if output_dir is None else Path(output_dir), Path(dataset_name or train_data_dir or "")
+    if folder.is_dir() and holds_sounds(folder):
+        table = read_sound_folder(folder)
+    elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")

@@ -34,6 +34,7 @@ _OF_NEW_MODELS = {
     *("num_vq_embeddings", "vq_embed_dim", "fsq_levels", "quantizer_type", *sum(QUANTIZER_OPTIONS.values(), ())),
     *("tokenizer_vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_codes", "code_dim"),
     *("hidden_size", "kernel_size", "codebook_norm", "restart_threshold"),
+    *("sampling_rate", "n_fft", "hop_length", "num_mel_bins", "min_frequency", "max_frequency", "log_mel_range"),
 } - {"ema_decay"}
 # Arguments that do something only where another is given and not 0, by that one's name.
 _DEPENDENT = {

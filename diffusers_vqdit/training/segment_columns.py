@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..pipelines.audio_segment import MAX_AUDIO_LENGTH
 from ..pipelines.codes_segment import CodesSegment
 from ..pipelines.image_segment import ImageSegment
 from ..pipelines.label_segment import LabelSegment
@@ -14,7 +15,7 @@ from ..pipelines.segment_processors import MODALITIES, modality_of
 from ..pipelines.states_segment import ImageStatesSegment, TextStatesSegment
 from ..pipelines.text_segment import TextSegment
 from ..tasks import SEGMENT_NAME
-from ..utils.arguments import model_name, positive_integer
+from ..utils.arguments import model_name, positive_integer, positive_number
 from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
 from .code_files import SUFFIXES
@@ -85,6 +86,22 @@ def add_segment_argument(group: argparse._ActionsContainer) -> None:
         help="Segments of ready codes, which need no tokenizer, and their columns: nested lists of integers, or flat "
         "ones with their SHAPE, such as 4x16x16. SIZE is how many codes there are; without, those in the data.",
     )
+    group.add_argument(
+        "--max_audio_length",
+        type=positive_number,
+        default=MAX_AUDIO_LENGTH,
+        help="Of sounds: seconds at most. Longer ones are cut, and counted in a warning.",
+    )
+    group.add_argument(
+        "--audio_codebooks",
+        type=positive_integer,
+        help="Of sounds: codes a frame, the first so many that the codec makes; by default all.",
+    )
+
+
+def audio_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of columns of sounds."""
+    return {name: getattr(args, name) for name in ("max_audio_length", "audio_codebooks")}
 
 
 def add_encoder_arguments(group: argparse._ActionsContainer) -> None:

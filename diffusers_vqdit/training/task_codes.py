@@ -26,6 +26,7 @@ from .segment_columns import (
     add_bucket_argument,
     add_segment_argument,
     add_text_arguments,
+    audio_options,
     files_of,
     load_tokenizers,
 )
@@ -234,7 +235,7 @@ def segment_columns(
     """
     known, available = known_segments(parts), _available(parts)
     flags = [(flag.name, flag.modality, flag.column) for flag in args.segment if flag.name in segments]
-    said = {flag.name: flag.options for flag in args.segment}
+    said = {flag.name: audio_options(args) | flag.options for flag in args.segment}
     if LABEL in segments and args.label_column is not None:
         if LABEL in [name for name, *_ in flags]:
             raise ValueError(

@@ -54,8 +54,8 @@ _GENERATOR_RISKS = """\
 * **Bias.** It reproduces what is frequent in its training data, with its stereotypes and its gaps."""
 
 _TOKENIZER_RISKS = """\
-* **Forgery.** It reconstructs pictures or texts with changes that look or read naturally: a reconstruction is no
-  evidence of what the original shows.
+* **Forgery.** It reconstructs pictures, texts or sounds with changes that look, read or sound naturally: a
+  reconstruction is no evidence of what the original shows.
 * **Privacy.** Codes are no encryption: whoever has the model can decode them.
 * **Bias.** What is rare in its training data is reconstructed worst."""
 
@@ -76,6 +76,21 @@ def describe_model(model: Any) -> dict[str, Any]:
             "intended_use": "Codes of pictures like those it was trained on, for generation, retrieval or "
             "compression where losses do no harm.",
             "limits": "It loses detail, and more of it on pictures unlike its training data.",
+            "risks": _TOKENIZER_RISKS,
+        }
+    if "SpectrogramVQModel" in kinds:
+        return {
+            "pipeline_tag": "audio-to-audio",
+            "tags": ["audio-tokenizer"],
+            "summary": f"An audio tokenizer: waveforms to frames of codes of {model.num_codes}, and back, by "
+            "diffusers_vqdit.",
+            "usage": "from diffusers_vqdit import SpectrogramVQModel\n\n"
+            'model = SpectrogramVQModel.from_pretrained("{name}")\n'
+            f"codes = model.encode_codes(waveform)  # (B, T) at {model.config.sampling_rate} Hz to (B, n, q)\n"
+            "waveform = model.decode_codes(codes).sample",
+            "intended_use": "Codes of sounds like those it was trained on, for generation and recognition.",
+            "limits": "It keeps amplitudes and makes phases up: voices sound hollow, and music worse. What is above "
+            f"{model.config.sampling_rate // 2} Hz is lost.",
             "risks": _TOKENIZER_RISKS,
         }
     if "TextVQModel" in kinds:

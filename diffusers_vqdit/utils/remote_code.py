@@ -8,8 +8,12 @@ import ast
 import importlib.util
 import inspect
 import os
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
 
 
 REMOTE_CODE_FILE = "pipeline.py"
@@ -67,9 +71,9 @@ def self_contained_source(pipeline_class: type) -> str:
                     "file for people without the package"
                 )
         parts.append(f"\n# {'-' * 117}\n# {module}\n\n{_without_relative_imports(source, tree, module).strip()}\n")
-    parts.append(
-        _FOOTER.format(line="-" * 117, package=package, components=", ".join(_components(pipeline_class, package)))
-    )
+    components = _components(pipeline_class, package)
+    components += [name for name in _models(sources) if name not in components]
+    parts.append(_FOOTER.format(line="-" * 117, package=package, components=", ".join(components)))
     return "\n".join(parts)
 
 
@@ -135,3 +139,10 @@ def _components(pipeline_class: Any, package: str) -> list[str]:
     """Names of the classes of the package among the annotations of a pipeline's components."""
     types = [one for types in pipeline_class._get_signature_types().values() for one in types]
     return [one.__name__ for one in types if isinstance(one, type) and one.__module__.split(".")[0] == package]
+
+
+def _models(modules: Collection[str]) -> list[str]:
+    """Names of the models that modules define: a `MultiTokenizerModel` looks for its own by name, too."""
+    every = [one for name in modules for one in vars(sys.modules[name]).values() if isinstance(one, type)]
+    found = [one.__name__ for one in every if issubclass(one, ModelMixin) and one.__module__ in modules]
+    return list(dict.fromkeys(found))

@@ -206,7 +206,7 @@ def test_an_entry_may_tell_an_old_name_anew(image_vq, text_vq, tokenizer):
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ({"sketch": {"modality": "audio"}}, r"segments\['sketch'\]\['modality'\]='audio' must be one of"),
+        ({"sketch": {"modality": "smell"}}, r"segments\['sketch'\]\['modality'\]='smell' must be one of"),
         ({"sketch": {}}, r"\['modality'\]=None must be one of"),
         ({"sketch": "image"}, r"segments\['sketch'\]='image' must be a dict"),
         ({"speech": {"modality": "text"}}, "segments has 'speech', but the transformer has"),
@@ -369,7 +369,7 @@ def test_columns_that_do_not_fit_are_named(image_vq, text_vq, tmp_path):
     data = datasets.Dataset.from_dict({"kind": ["a", "b"], "drawing": [PICTURE] * 2})
     picture = SegmentColumn("image", "drawing", image_vq)
     for columns, message in [
-        ({"kind": SegmentColumn("audio", "kind")}, "modality='audio' must be one of"),
+        ({"kind": SegmentColumn("smell", "kind")}, "modality='smell' must be one of"),
         ({"kind": SegmentColumn("label", "kind", image_vq)}, r"segments\['kind'\] has a tokenizer, which a label"),
         ({"sketch": SegmentColumn("image", "drawing")}, r"segments\['sketch'\] needs a tokenizer .* or image_vq"),
         ({"title": SegmentColumn("text", "kind", text_vq)}, r"\['title'\]: its tokenizer needs a tokenizer beside it"),

@@ -13,9 +13,10 @@ NEEDED = {
     "training/encode_dataset": "--image_vq x --output_dir x",
     "training/evaluate": "--pretrained_model_name_or_path x",
     "training/evaluate_tokenizer": "--tokenizer x",
+    "training/evaluate_speech": "--pretrained_model_name_or_path x",
     "benchmarks/kinds_of_diffusion": "--checkpoints x",
 }
-TRAINING = [f"training/train_{name}" for name in ("image_vq", "text_vq", "vqdit", "latent_dit")]
+TRAINING = [f"training/train_{name}" for name in ("image_vq", "text_vq", "audio_vq", "vqdit", "latent_dit")]
 TRAINING.append("training/distill_vqdit")
 
 # Flag, value, and what is accepted: of all training scripts, and of single ones.
@@ -62,13 +63,19 @@ SINGLE = {
             for name in ("num_codebooks", "num_quantizers", "num_codes", "code_dim", "hidden_size", "num_layers")
         ),
     ],
+    "training/train_audio_vq": [
+        *((name, "0", "at least 1") for name in ("sampling_rate", "n_fft", "hop_length", "num_mel_bins")),
+        *((name, value, "above 0") for name in ("max_frequency", "crop_length") for value in ("0", "nan")),
+        *((name, "-1", "at least 0") for name in ("min_frequency", "beta", "restart_threshold")),
+    ],
     "training/train_vqdit": [
         *(("dropout", "1.5", "in [0, 1]"), ("lora_dropout", "-1", "in [0, 1]"), ("rank", "0", "at least 1")),
         *(("lora_alpha", "0", "at least 1"), ("image_augmentations", "-1", "at least 0")),
         *(("lowres_factor", "1", "at least 2"), ("num_attention_heads", "0", "at least 1")),
         *(("segment", value, "NAME=MODALITY:COLUMN") for value in ("sketch", "a b=image:x", "=image:x", "a=image")),
         *(("max_sequence_length", "0", "at least 1"), ("segment", "a=states", "NAME=MODALITY:COLUMN")),
-        *(("segment", "a=audio:x", "must be one of"), ("segment", "a=label:x:y", "a label doesn't need")),
+        *(("max_audio_length", "0", "above 0"), ("audio_codebooks", "0", "at least 1")),
+        *(("segment", "a=smell:x", "must be one of"), ("segment", "a=label:x:y", "a label doesn't need")),
         *(("aspect_ratio_buckets", value, "must be pairs of height,width") for value in ("32", "32x32", "8,8;a,8")),
         ("aspect_ratio_buckets", "8,8;16,16", "which have one aspect ratio"),
     ],
@@ -90,6 +97,8 @@ SINGLE = {
         *(("num_samples", "0", "at least 1"), ("num_inference_steps", "0", "at least 1"), ("seed", "-1", "in [0,")),
         *(("guidance_scale", "inf", "a finite number"), ("batch_size", "-1", "at least 1")),
     ],
+    "training/evaluate_speech": [("num_samples", "0", "at least 1"), ("guidance_scale", "nan", "a finite number")],
+    "training/prepare_speech": [("voices_per_caption", "0", "at least 1"), ("sampling_rate", "-1", "at least 1")],
     "training/evaluate_tokenizer": [("batch_size", "0", "at least 1"), ("max_samples", "0", "at least 1")],
     "benchmarks/samplers": [("remask", "2", "in [0, 1]"), ("entropy_bounds", "-1", "at least 0")],
     "benchmarks/quantizers": [("seeds", "-1", "in [0,"), ("speed_rounds", "0", "at least 1")],

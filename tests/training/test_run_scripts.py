@@ -19,12 +19,12 @@ from diffusers_vqdit.training.files import checkpoints
 from diffusers_vqdit.training.run import TrainingRun
 
 
-SCRIPTS = ["train_image_vq", "train_text_vq", "train_vqdit", "train_latent_dit", "distill_vqdit"]
+SCRIPTS = ["train_image_vq", "train_text_vq", "train_audio_vq", "train_vqdit", "train_latent_dit", "distill_vqdit"]
 SMALL = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --dropout 0.1"
 
 
 @pytest.fixture
-def arguments(image_vq, text_vq, tokenizer, pipeline, picture_folder, tmp_path):
+def arguments(image_vq, text_vq, tokenizer, pipeline, picture_folder, audio_codecs, tmp_path):
     """The arguments of a small run of each script, as a function of its output folder."""
     image_vq.save_pretrained(tmp_path / "image_vq")
     text_vq.save_pretrained(tmp_path / "text_vq")
@@ -35,6 +35,9 @@ def arguments(image_vq, text_vq, tokenizer, pipeline, picture_folder, tmp_path):
         "--resolution 16 --num_vq_embeddings 16 --validation_steps 3 --adversarial_weight 0.5 --adversarial_start 2 "
         "--lecam_weight 0.01 --discriminator_channels 4 --discriminator_layers 2",
         "train_text_vq": "--validation_split none --tokenizer_vocab_size 300 --num_codes 32 --hidden_size 8",
+        "train_audio_vq": "--validation_split none --sampling_rate 1600 --n_fft 32 --hop_length 8 --num_mel_bins 6 "
+        "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 4 --num_vq_embeddings 16 --crop_length 0.1 "
+        "--validation_steps 3 --gradient_accumulation_steps 2",
         "train_vqdit": f"--image_vq {tmp_path}/image_vq --text_vq {tmp_path}/text_vq --tasks text->image:2,->image:1 "
         f"{SMALL} --gradient_accumulation_steps 2",
         "train_latent_dit": f"--image_vq {tmp_path}/image_vq --label_column label {SMALL}",
@@ -43,8 +46,9 @@ def arguments(image_vq, text_vq, tokenizer, pipeline, picture_folder, tmp_path):
     }
 
     def arguments(name, folder, more=""):
+        data = audio_codecs.sound_folder(tmp_path / "sounds") if name == "train_audio_vq" else picture_folder
         return (
-            f"--train_data_dir {picture_folder} --output_dir {tmp_path / folder} --report_to none --use_ema "
+            f"--train_data_dir {data} --output_dir {tmp_path / folder} --report_to none --use_ema "
             f"--ema_decay 0.9 --train_batch_size 4 --max_train_steps 6 --checkpointing_steps 2 {options[name]} {more}"
         ).split()
 
@@ -117,7 +121,11 @@ def test_a_run_that_was_stopped_anywhere_ends_bit_identical(run, tmp_path, monke
         raise Killed
 
     with pytest.raises(Killed):
-        final = "publish_pipeline" if not name.endswith(("image_vq", "text_vq")) else "save_pretrained_atomically"
+        final = (
+            "publish_pipeline"
+            if not name.endswith(("image_vq", "text_vq", "audio_vq"))
+            else "save_pretrained_atomically"
+        )
         run(name, "broken", "--resume_from_checkpoint latest", **{final: killed})
     assert verify_checkpoint(tmp_path / "broken" / "checkpoint-6").step == 6
     assert not (tmp_path / "broken" / "README.md").exists()
@@ -161,6 +169,7 @@ def test_what_must_not_change_is_refused(run, tmp_path, caplog, name):
     changes = {
         "train_image_vq": ("--reconstruction_loss l1", "reconstruction_loss='l2', which is now 'l1'"),
         "train_text_vq": ("--num_codes 40", "model.num_codes=32, which is now 40"),
+        "train_audio_vq": ("--crop_length 0.2", "crop_length=0.1, which is now 0.2"),
         "train_vqdit": ("--loss_weighting nelbo", "loss_weighting='flat', which is now 'nelbo'"),
         "train_latent_dit": ("--objective v_prediction", "objective='flow', which is now 'v_prediction'"),
         "distill_vqdit": ("--num_teacher_steps 2", "num_teacher_steps=4, which is now 2"),
@@ -197,9 +206,10 @@ def test_validation_is_tried_before_the_first_step(run, tmp_path, monkeypatch, n
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_folder_is_tried_before_anything_is_read(run, tmp_path, name):
-    folders = {"train_image_vq": "samples", "train_text_vq": "tokenizer"}.get(name, "transformer")
+    folders = {"train_image_vq": "samples", "train_text_vq": "tokenizer", "train_audio_vq": "samples"}
     logs = {"train_image_vq": "image_vq", "train_text_vq": "text_vq", "train_latent_dit": "vqdit-latent"}
-    logs |= {"distill_vqdit": "vqdit-distillation"}
+    logs |= {"distill_vqdit": "vqdit-distillation", "train_audio_vq": "audio_vq"}
+    folders = folders.get(name, "transformer")
     for number, place in enumerate(["logs", f"logs/{logs.get(name, 'vqdit')}", "older-checkpoints", folders]):
         path = tmp_path / f"out{number}" / place
         path.parent.mkdir(parents=True)

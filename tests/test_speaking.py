@@ -1,0 +1,32 @@
+"""The demo's ``--say`` and ``--listen``."""
+
+import numpy as np
+import soundfile
+
+from diffusers_vqdit.__main__ import main, parse_args
+from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
+
+
+def test_texts_are_spoken_and_sounds_written_down(talking_pipeline, audio_codecs, tmp_path, capsys):
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    folder = audio_codecs.sound_folder(tmp_path / "sounds", count=2)
+    place = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--output_file", str(tmp_path / "demo.png")]
+    files = [str(folder / "0.flac"), str(folder / "1.flac")]
+    main(parse_args([*place, "--say", "a red apple", "green", "--listen", *files, "--num_inference_steps", "4"]))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4 and "a red apple" in told[0] and told[2].startswith(f"{files[0]}: ")
+    for index in range(2):
+        path = tmp_path / f"demo-{index}.wav"
+        assert soundfile.info(path).samplerate == audio_codecs.RATE and digital_source_type(path) == GENERATED
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_a_sound_is_found_by_its_text(talking_pipeline, audio_codecs):
+    talking_pipeline.set_progress_bar_config(disable=True)
+    sounds = [audio_codecs.tone(0.05 + 0.02 * index) for index in range(3)]
+    gallery = talking_pipeline.index(inputs={"sound": sounds}, query="text")
+    assert len(gallery) == 3
+    found = talking_pipeline.retrieve("a red apple", gallery, top_k=3)
+    assert found.indices.sort().values.tolist() == [[0, 1, 2]]
+    drawn = talking_pipeline("a red apple", inputs={"sound": sounds[0]}, output="sound", mask_image=np.array([0, 1]))
+    assert np.array_equal(drawn.audios[0][: len(sounds[0]) // 2], sounds[0][: len(sounds[0]) // 2])

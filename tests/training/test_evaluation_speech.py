@@ -1,0 +1,100 @@
+"""Figures of a pipeline that speaks and listens, with a recogniser that is told what to hear."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Audio, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from diffusers_vqdit.training import evaluation_speech
+from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser, levels, spoken_words
+
+
+WORDS = ["a red apple", "a blue box", "green", "a dot"]
+
+
+class Told:
+    """Hears the caption in what lasts long enough, and knows all captions but one."""
+
+    def __init__(self, captions):
+        self.captions = captions
+
+    def knows(self, caption):
+        return caption != "a dot"
+
+    def hears(self, waveform, sampling_rate, caption):
+        assert sampling_rate == 1600 and caption in self.captions
+        return len(waveform) > 100
+
+
+@pytest.fixture
+def table(audio_codecs, tmp_path):
+    rows = []
+    for index in range(16):
+        sound, picture = io.BytesIO(), io.BytesIO()
+        audio_codecs.soundfile.write(sound, audio_codecs.tone(0.05 + 0.01 * (index % 8)), 1600, format="FLAC")
+        Image.new("RGB", (16, 16), (16 * (index % 4), 200, 0)).save(picture, format="PNG")
+        rows.append(
+            {
+                "audio": {"bytes": sound.getvalue(), "path": None},
+                "image": {"bytes": picture.getvalue(), "path": None},
+                "text": WORDS[index % 4],
+                "label": ("round", "square")[index % 2],
+                "language": "zh" if index == 9 else "en",
+                "split": "train" if index == 0 else "test",
+                "held_out": "" if index == 0 else ("pair", "voice")[index % 2],
+            }
+        )
+    strings = {name: Value("string") for name in ("text", "label", "language", "split", "held_out")}
+    features = Features({"audio": Audio(1600), "image": ImageFeature(), **strings})
+    pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), tmp_path / "speech.parquet")
+    return tmp_path / "speech.parquet"
+
+
+def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monkeypatch):
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    options = f"--dataset_name {table} --num_samples 4 --num_inference_steps 2 --output_dir {tmp_path}"
+    run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} {options}")
+    report = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    tasks = talking_pipeline.transformer.config.tasks
+    assert list(report) == ["codec", *tasks, "inpainting"]
+    # Four of the even rows; of the odd ones those whose caption is known, without the Chinese one.
+    for kind, count in (("pair", 4), ("voice", 3)):
+        originals = report["codec"][f"{kind}, originals recognised"]
+        assert originals["count"] == count and originals == report["codec"][f"{kind}, round trips recognised"]
+        assert f"{kind}, recognised" in report["text->sound"] and f"{kind}, recognised" in report["image->sound"]
+        assert f"{kind}, recognised" not in report["->sound"] and report["->sound"][f"{kind}, level"]["unit"] == "dB"
+        for task, figure in (("text", "exact match"), ("image", "nearest picture"), ("label", "right")):
+            assert 0 <= report[f"sound->{task}"][f"{kind}, {figure}"]["value"] <= 1
+        assert report["inpainting"][f"{kind}, middle third blanked, recognised"] == originals
+    assert "| codec | voice, originals recognised |" in (tmp_path / "evaluation_speech.md").read_text()
+
+
+def test_a_pipeline_without_sounds_is_refused(run, pipeline, table, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    with pytest.raises(ValueError, match="the pipeline has no sounds"):
+        run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table}")
+
+
+def test_levels_are_those_of_the_samples():
+    found = levels([np.full(100, 0.1), np.ones(100), torch.zeros(0)])
+    assert found["level"]["value"] == pytest.approx(-10) and found["clipped samples"]["value"] == 0.5
+    assert found["empty"]["value"] == pytest.approx(1 / 3)
+
+
+def test_a_recogniser_is_no_dictionary_of_signs():
+    assert spoken_words("Waving hand: medium-dark skin tone!") == "waving hand medium dark skin tone"
+    pytest.importorskip("pocketsphinx")
+    recogniser = CaptionRecogniser(["red apple", "ZZZ", "苹果"])
+    assert recogniser.knows("red apple") and not recogniser.knows("ZZZ") and not recogniser.knows("苹果")
+    assert not recogniser.hears(np.zeros(8000), 16000, "red apple")
+    with pytest.raises(ValueError, match="none of the captions"):
+        CaptionRecogniser(["苹果"])

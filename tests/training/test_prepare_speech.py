@@ -1,0 +1,89 @@
+"""The dataset of spoken captions: what is held out is held out; and the folder of Tux Paint's stamps as a table."""
+
+import io
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import soundfile
+from datasets import Audio, load_dataset
+from PIL import Image
+
+
+@pytest.fixture
+def prepare(script, root, tmp_path, monkeypatch):
+    """Make the table with arguments, and read it; voices are tones of their own."""
+    module = script("prepare_speech")
+
+    def speak(text, voice, speed):
+        time = np.arange(220 + 22 * len(text)) / 2205
+        return {"array": 0.5 * np.sin(2 * np.pi * (200 + speed) * time), "sampling_rate": 2205}
+
+    monkeypatch.setattr(module, "speak", speak)
+
+    def prepare(arguments):
+        path = tmp_path / "speech.parquet"
+        emoji = root / "training/data/emoji.parquet"
+        module.main(module.parse_args(f"--emoji_file {emoji} --output_file {path} {arguments}".split()))
+        table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+        return table.cast_column("audio", Audio(decode=False))
+
+    return prepare
+
+
+def test_what_is_held_out_is_not_in_training(prepare, script):
+    table, voices = prepare("--max_captions 400 --sampling_rate 1000"), script("prepare_speech").VOICES
+    rows = [
+        dict(zip(names, values, strict=True))
+        for names in [("text", "voice", "language", "split", "held_out", "emoji")]
+        for values in zip(*(table[name] for name in names), strict=True)
+    ]
+    train = [row for row in rows if row["split"] == "train"]
+    known, pairs = defaultdict(set), {(row["text"], row["voice"]) for row in train}
+    for row in train:
+        assert row["held_out"] == "" and row["voice"] != voices[row["language"]][-1][0]
+        known[row["text"]].add(row["voice"])
+    counts = Counter(row["held_out"] for row in rows)
+    assert set(counts) == {"", "pair", "voice", "composition", "picture"} and counts["pair"] > 10
+    assert {row["voice"] for row in train} == {voice for every in voices.values() for voice, _ in every[:-1]}
+    for row in rows:
+        if row["held_out"]:
+            assert row["split"] == "test"
+        if row["held_out"] in ("pair", "voice"):
+            assert known[row["text"]] and (row["text"], row["voice"]) not in pairs
+        if row["held_out"] == "voice":
+            assert row["voice"] == voices[row["language"]][-1][0]
+    with io.BytesIO(table[0]["audio"]["bytes"]) as file:
+        header = soundfile.info(file)
+    assert (header.samplerate, header.channels, header.format) == (1000, 1, "FLAC")
+    assert table[0]["image"].size == (64, 64)
+
+
+def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
+    folder = tmp_path / "stamps" / "animals"
+    folder.mkdir(parents=True)
+    for index in range(30):
+        name = f"dog{index}"
+        (folder / f"{name}.txt").write_text(f"A dog {index}.\nes.utf8=Un perro {index}. \nfr.utf8=Un chien\n")
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+        for ending in ("_desc.ogg", "_desc_es.ogg", "_desc_de.ogg", ".ogg"):  # the last is a sound effect
+            soundfile.write(folder / f"{name}{ending}", np.sin(np.arange(800) / 5), 8000)
+    (folder / "dog0_desc_es.ogg").write_bytes(b"broken")
+    table = prepare(f"--stamps_dir {tmp_path / 'stamps'} --languages en es de --sampling_rate 4000")
+    assert "1 could not be read" in capsys.readouterr().out
+    assert Counter(table["language"]) == {"en": 30, "es": 29}  # without captions in German
+    assert set(table["label"]) == {"animals"} and table[0]["image"].size == (8, 8)
+    assert {text for text, language in zip(table["text"], table["language"], strict=True) if language == "es"} == {
+        f"Un perro {index}." for index in range(1, 30)
+    }
+    splits = defaultdict(set)
+    for name, split in zip(table["emoji"], table["split"], strict=True):
+        splits[name].add(split)
+    assert all(len(found) == 1 for found in splits.values()) and set.union(*splits.values()) == {"train", "test"}
+    with pytest.raises(ValueError, match="has no recordings of captions"):
+        prepare(f"--stamps_dir {tmp_path / 'stamps'} --languages tlh")
+
+
+def test_other_languages_are_refused(prepare):
+    with pytest.raises(SystemExit):
+        prepare("--languages fr")

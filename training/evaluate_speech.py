@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Measure a pipeline that speaks or listens on spoken captions that it was not trained on.
+
+    python training/evaluate.py --pretrained_model_name_or_path outputs/talking --audio_column audio \
+        --dataset_name outputs/speech.parquet
+
+``training/evaluate.py`` hands over to this script where ``--audio_column`` is given. Speech is judged by pocketsphinx
+(``pip install pocketsphinx``), which says which of the measured captions it hears: in the recordings, in what the
+codec makes of them, and in what the pipeline says. Figures are for each kind of ``held_out``: captions in another
+voice, voices and captions never heard.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.training.evaluation_report import as_table
+from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    model_name,
+    number,
+    output_path,
+    positive_integer,
+    random_seed,
+    torch_device,
+)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser("Measure a VQDiT pipeline on spoken captions.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=model_name, required=True, help="Pipeline: a folder or a Hub id."
+    )
+    parser.add_argument("--dataset_name", default="outputs/speech.parquet", help="What prepare_speech.py wrote.")
+    parser.add_argument("--audio_column", default="audio")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--language", default="en", help="Of the column of this name; the recogniser knows English.")
+    parser.add_argument(
+        "--num_samples", type=positive_integer, default=95, help="Samples for each figure at the most."
+    )
+    parser.add_argument("--batch_size", type=positive_integer, default=32)
+    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
+    parser.add_argument(
+        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
+    )
+    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = args.output_dir or Path(args.pretrained_model_name_or_path)
+    files = {"json": folder / "evaluation_speech.json", "md": folder / "evaluation_speech.md"}
+    for file in files.values():
+        check_output_file("output_dir", file)
+    pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    segments = pipeline._segments
+    pictures = next((one for one in segments.values() if one.output_field == "images"), None)
+    resolution = None if pictures is None else pictures.shape[0] * pictures.vq.downsample_factor
+    report = measure_speech(pipeline, SpeechData.load(args, resolution), args)
+    files["json"].write_text(json.dumps(report, indent=2))
+    files["md"].write_text(as_table(report) + "\n")
+    print(files["md"].read_text())
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""Build a dataset of spoken captions with their texts and pictures, as one parquet file.
+
+    apt-get install espeak-ng
+    python training/prepare_speech.py --output_file outputs/speech.parquet
+
+speaks the captions of the emoji dataset, English and Chinese, in several voices and speeds, as a formant synthesiser
+does; what it says is nobody's. Takes ten minutes of one core. With
+
+    apt-get install tuxpaint-stamps-default
+    python training/prepare_speech.py --stamps_dir /usr/share/tuxpaint/stamps --languages ro es ru fr \
+        --output_file outputs/stamps.parquet
+
+the captions are those of Debian's drawings for Tux Paint, read aloud by people. Those are under the GPL-2, and so is
+the table made of them: it isn't this project's to give away.
+
+Columns: ``audio`` (FLAC, one channel, ``--sampling_rate``), ``text`` (what is said), ``image``, ``language``,
+``voice``, ``emoji`` (of stamps their file's name), ``label``, ``split`` and ``held_out``. By caption and voice alone,
+1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in ``train`` in other voices, and the voice with
+other captions. All that the last voice of each language says is in ``test`` (``"voice"``), and so is what the emoji
+dataset holds out (``"composition"`` and ``"picture"``). Of stamps 1 in 10 is held out (``"picture"``).
+"""
+
+import argparse
+import hashlib
+import io
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+from datasets import Audio, Features, Image, Value, load_dataset
+
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
+from diffusers_vqdit.utils.sounds import read_sound
+from diffusers_vqdit.utils.weight_files import replacing_file
+
+
+# espeak-ng's voices and words a minute; the last of each language is in no training row.
+VOICES = {
+    "en": [("en-us", 160), ("en-us+f3", 145), ("en-gb+m3", 170), ("en-gb-scotland+f2", 155), ("en-us-nyc+m7", 150)],
+    "zh": [("cmn", 160), ("cmn+f3", 145), ("cmn+m3", 170), ("cmn+f2", 155), ("cmn+m7", 150)],
+}
+CAPTIONS = {"en": "text", "zh": "text_zh"}
+HELD_OUT_PAIRS, HELD_OUT_STAMPS = 1 / 25, 1 / 10
+COLUMNS = ("text", "language", "voice", "emoji", "label", "split", "held_out")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser("Build a dataset of spoken captions.")
+    parser.add_argument("--emoji_file", default="training/data/emoji.parquet", help="What prepare_emoji.py wrote.")
+    parser.add_argument("--stamps_dir", type=Path, help="Tux Paint's stamps, in place of the emoji and espeak-ng.")
+    parser.add_argument(
+        "--languages", nargs="+", help="By default en and zh, of stamps all those with more than 500 recordings."
+    )
+    parser.add_argument(
+        "--voices_per_caption", type=positive_integer, default=2, help="Voices of training that say a caption."
+    )
+    parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
+    parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
+    parser.add_argument("--output_file", type=output_path, default=Path("outputs/speech.parquet"))
+    args = parser.parse_args(input_args)
+    if args.stamps_dir is None and (unknown := sorted(set(args.languages or []) - set(VOICES))):
+        parser.error(f"--languages {unknown}: espeak-ng speaks the captions in {list(VOICES)}")
+    return args
+
+
+def fraction(*texts: str) -> float:
+    """A number in [0, 1) that depends on texts alone."""
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "big") / 2**64
+
+
+def flac(value: Any, sampling_rate: int, name: str) -> dict[str, Any]:
+    """A sound as `datasets` keeps it: a file of one channel, at this rate."""
+    out = io.BytesIO()
+    soundfile.write(out, read_sound(value, sampling_rate), sampling_rate, format="FLAC", subtype="PCM_16")
+    return {"bytes": out.getvalue(), "path": f"{name}.flac"}
+
+
+def speak(text: str, voice: str, speed: int) -> dict[str, Any]:
+    """What espeak-ng says, as the bytes of a WAV file."""
+    command = ["espeak-ng", "-v", voice, "-s", str(speed), "--stdout", "--", text]
+    spoken = subprocess.run(command, check=True, capture_output=True).stdout
+    # Written to a pipe, its header says that it is endless.
+    samples, rate = soundfile.read(
+        io.BytesIO(spoken[44:]), format="RAW", subtype="PCM_16", channels=1, samplerate=22050
+    )
+    return {"array": samples, "sampling_rate": rate}
+
+
+def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    emoji = load_dataset("parquet", data_files=args.emoji_file, split="train").cast_column(
+        "image", Image(decode=False)
+    )
+    if args.max_captions is not None:
+        emoji = emoji.select(range(min(args.max_captions, len(emoji))))
+    for row in emoji:
+        for language in args.languages or list(VOICES):
+            text, (*voices, last) = row[CAPTIONS[language]], VOICES[language]
+            voices.sort(key=lambda voice: fraction(text, *map(str, voice)))
+            # Of a caption's voices one at most, so that training has it in another.
+            pair = voices[0] if fraction("pair", text) < HELD_OUT_PAIRS * args.voices_per_caption else None
+            pair = pair if args.voices_per_caption > 1 else None
+            chosen = voices[: args.voices_per_caption]
+            chosen += [last] if row["split"] == "test" or fraction(text, last[0]) < HELD_OUT_PAIRS else []
+            for voice in chosen:
+                held = row["held_out"] or ("voice" if voice == last else "pair" if voice == pair else "")
+                said = {"audio": speak(text, *voice), "text": text, "language": language, "voice": voice[0]}
+                kept = {name: row[name] for name in ("image", "emoji", "label")}
+                yield {**said, **kept, "split": "test" if held else "train", "held_out": held}
+
+
+def stamp_captions(path: Path) -> dict[str, str]:
+    """The captions of a stamp by language; the first line of its text is the English one."""
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    found = dict(line.split(".utf8=", 1) for line in others if ".utf8=" in line)
+    return {language: text.strip() for language, text in {"en": first, **found}.items() if text.strip()}
+
+
+def stamps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Each recording of a caption, with the picture where that is a PNG file."""
+    files = sorted(args.stamps_dir.rglob("*.txt"))
+    spoken = [(path, sound) for path in files for sound in sorted(path.parent.glob(f"{path.stem}_desc*.ogg"))]
+    of = {sound: sound.stem.removeprefix(f"{path.stem}_desc").removeprefix("_") or "en" for path, sound in spoken}
+    counts = Counter(of.values())
+    languages = args.languages or [language for language, count in counts.items() if count > 500]
+    for path, sound in spoken[: args.max_captions]:
+        text, picture = stamp_captions(path).get(of[sound]), path.with_suffix(".png")
+        if of[sound] not in languages or text is None:
+            continue
+        held = "picture" if fraction(path.stem) < HELD_OUT_STAMPS else ""
+        yield {
+            "audio": str(sound),
+            "text": text,
+            "image": {"bytes": picture.read_bytes(), "path": picture.name} if picture.is_file() else None,
+            "language": of[sound],
+            "voice": f"reader of {of[sound]}",
+            "emoji": path.stem,
+            "label": path.relative_to(args.stamps_dir).parts[0],
+            "split": "test" if held else "train",
+            "held_out": held,
+        }
+
+
+def main(args: argparse.Namespace) -> None:
+    check_output_file("output_file", args.output_file)
+    rows, failed = [], 0
+    for row in spoken_captions(args) if args.stamps_dir is None else stamps(args):
+        try:
+            rows.append({**row, "audio": flac(row["audio"], args.sampling_rate, f"{len(rows):06d}")})
+        except ValueError:  # a broken recording
+            failed += 1
+    if not rows:
+        raise ValueError(f"stamps_dir={str(args.stamps_dir)!r} has no recordings of captions")
+    features = Features(
+        {"audio": Audio(args.sampling_rate), "image": Image(), **{n: Value("string") for n in COLUMNS}}
+    )
+    table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+    with replacing_file(args.output_file) as unfinished:
+        pq.write_table(table, unfinished, row_group_size=1000)  # `datasets` would encode the sounds once more
+    size = args.output_file.stat().st_size / 2**20
+    print(f"{args.output_file}: {len(rows)} sounds, {size:.1f} MiB; {failed} could not be read")
+    for held, count in sorted(Counter(row["held_out"] for row in rows).items()):
+        print(f"  {'test, held-out ' + held if held else 'train'}: {count}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
