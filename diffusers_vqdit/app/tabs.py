@@ -174,7 +174,7 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
     """A tab whose tasks differ in what is given and what comes out."""
     fields = union(ability.generated for ability in abilities)
     draws = any(field.kind == IMAGES for field in fields)
-    several = draws and name != "Enlarge"
+    several = draws and name not in ("Enlarge", "Sound")
     with gr.Row():
         with gr.Column():
             picker = TaskPicker(abilities)
