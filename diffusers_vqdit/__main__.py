@@ -17,9 +17,8 @@ from .pipelines.segment_base import TEXT
 from .training.files import check_output_file
 from .utils.arguments import argument_parser, model_name, number, output_path, positive_integer, random_seed
 from .utils.provenance import save_generated
+from .utils.starter import STARTER, check_starter
 
-
-STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
 
 # Prompt, and its meaning where it isn't English, for a label that any font can show.
 PROMPTS = [
@@ -115,11 +114,7 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     path = args.pretrained_model_name_or_path
-    if path == str(STARTER) and not STARTER.is_dir():
-        raise SystemExit(
-            f"The starter checkpoint is not at {STARTER}: it comes with the source tree, not with the wheel. Run from "
-            "a clone, or give --pretrained_model_name_or_path."
-        )
+    check_starter(path)
     pipeline = VQDiTPipeline.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
     if args.say or args.listen:
         speak_and_listen(pipeline, args)

@@ -18,9 +18,7 @@ from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.app.unmasking import unmasking_image
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, random_seed
-
-
-STARTER = Path(__file__).resolve().parent.parent / "model_cards" / "vqdit-emoji"
+from diffusers_vqdit.utils.starter import STARTER
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,7 +9,6 @@ It shows the tasks that the pipeline knows, and needs about as long to start as 
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ import torch
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
 from ..utils.arguments import argument_parser, hub_token, model_name, repository
-
-
-STARTER = Path(__file__).resolve().parents[2] / "model_cards" / "vqdit-emoji"
+from ..utils.starter import STARTER, check_starter
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -52,11 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise SystemExit('The page needs gradio: pip install "diffusers_vqdit[app]"')
     name = args.pretrained_model_name_or_path
-    if name == str(STARTER) and not STARTER.is_dir():
-        raise SystemExit(
-            f"The starter checkpoint is not at {STARTER}: it comes with the source tree, not with the wheel. Run from "
-            "a clone, or give --pretrained_model_name_or_path."
-        )
+    check_starter(name)
     from .page import launch, make_page  # which need gradio
     from .space import push_space
 

@@ -49,8 +49,8 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
     examples, model_id = Examples.load(name, pipeline_text(model)), Path(name).name
     with gr.Blocks(title=model_id, analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gr.Markdown(
-            f"# {model_id}\nWhat comes out is made by a model, and may be wrong; files of pictures say that they are "
-            "generated, in their metadata."
+            f"# {model_id}\nWhat comes out is made by a model, and may be wrong. Files that you download say that "
+            "they are generated, in their metadata."
         )
         with gr.Tabs():
             for title in (title for title in ORDER if title in tabs):

@@ -19,6 +19,7 @@ from ..utils.provenance import save_generated
 
 MAX_CHARACTERS = 2000  # of a text
 MAX_SIDE = 4096  # pixels of a picture's height or width
+MAX_FRAMES = 16  # of the pictures that are shown while a call runs
 MAX_TILES = 64  # of a picture that is enlarged
 MAX_ITEMS = 256  # of a gallery, or of names to choose among
 MAX_FILE_SIZE = 20 * 2**20  # bytes
@@ -78,23 +79,28 @@ class _Left(Exception):
     """The person has left while a call was running."""
 
 
-def steps_of(call: Callable[[Callable], Any], preview: Callable[[Any], Any]) -> Iterator[tuple[bool, Any]]:
+def steps_of(
+    call: Callable[[Callable], Any], preview: Callable[[Any], Any], num_inference_steps: int = MAX_FRAMES
+) -> Iterator[tuple[bool, Any]]:
     """Run a pipeline's call in a thread of its own, and tell how it goes.
 
     Args:
         call: takes what the pipeline's ``callback_on_step_end`` is to be. It ends early where the iteration does.
         preview: makes what is shown of a step's latents.
+        num_inference_steps: of the call. Of more than there are to be frames, some are left out.
 
     Yields:
         (False, a preview) after each step, and at last (True, what the call returned).
     """
+    every = -(-num_inference_steps // MAX_FRAMES)
     events: queue.SimpleQueue = queue.SimpleQueue()
     left = threading.Event()
 
     def callback(pipeline: Any, step: int, timestep: Any, inputs: dict) -> dict:
         if left.is_set():
             raise _Left
-        events.put((False, preview(inputs["latents"])))
+        if step % every == 0:
+            events.put((False, preview(inputs["latents"])))
         return inputs
 
     def run() -> None:

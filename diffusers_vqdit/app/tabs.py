@@ -27,6 +27,7 @@ from .running import (
 MAX_SAMPLES, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 8, 256, 20.0, 2**31 - 1
 QUEUE = {"concurrency_limit": 2, "concurrency_id": "model"}  # calls of the model at once; others wait
 VERBS = {"Sound": "Run", "Pairs": "Make pairs", "Texts": "Write", "Caption": "Describe"}
+BRUSH = "#d946ef"
 SIDE = 512  # pixels of the longer side of a picture that is painted on
 
 
@@ -38,7 +39,7 @@ def given_component(field: Field, visible: bool) -> Any:
     """What a value to be given is entered with."""
     label = field.name
     if field.kind == TEXTS:
-        return gr.Textbox("", label=label, max_length=MAX_CHARACTERS, lines=2, visible=visible)
+        return gr.Textbox("", label=label, max_length=MAX_CHARACTERS, lines=1, visible=visible)
     if field.kind == LABELS:
         return gr.Dropdown(list(field.choices), value=field.choices[0], label=label, visible=visible)
     if field.kind == AUDIOS:
@@ -200,7 +201,9 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
             arguments["callback_on_step_end"] = callback if draws else None
             return model(ability, values, **arguments)
 
-        for done, made in steps_of(call, lambda latents: model.preview(ability, latents)):
+        for done, made in steps_of(
+            call, lambda latents: model.preview(ability, latents), arguments["num_inference_steps"]
+        ):
             updates = {outputs[key]: value for key, value in made.items()}
             if done:
                 updates = finished(ability, made, outputs, model, model_id, description)
@@ -259,7 +262,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
                         format="png",
                         label="Picture",
                         placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
-                        brush=gr.Brush(default_size=48, colors=["#d946ef"], color_mode="fixed"),
+                        brush=gr.Brush(default_size=48, colors=[BRUSH], color_mode="fixed"),
                         layers=False,
                         transforms=(),
                         sources=["upload", "clipboard"],
@@ -292,7 +295,9 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         def call(callback: Any) -> dict[str, list]:
             return model(ability, values, callback_on_step_end=callback, **arguments)
 
-        for done, made in steps_of(call, lambda latents: model.preview(ability, latents)):
+        for done, made in steps_of(
+            call, lambda latents: model.preview(ability, latents), arguments["num_inference_steps"]
+        ):
             images = made[target.name]
             if done:
                 images = saved_files(images, gallery.GRADIO_CACHE, model_id, description=description, composite=True)

@@ -1,15 +1,21 @@
 """The page in a browser, each tab used as a person would."""
 
+import io
 import re
 import shutil
 
 import pytest
+from PIL import Image, ImageColor
 
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
+
+from diffusers_vqdit.app.tabs import BRUSH  # noqa: E402
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
@@ -107,16 +113,22 @@ def test_a_downloaded_picture_says_that_it_is_generated(visitor, tmp_path):
 
 
 def paint(visitor):
-    visitor.idle()
-    box = visitor.panel.locator("canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    visitor.page.mouse.move(x - 60, y)
-    visitor.page.mouse.down()
-    for step in range(12):
-        visitor.page.mouse.move(x - 60 + 10 * step, y + step)
-        visitor.page.wait_for_timeout(30)
-    visitor.page.mouse.up()
-    visitor.page.wait_for_timeout(500)
+    """Paint across the middle; again while the editor, which is still making its canvas, has taken no stroke."""
+    for _ in range(20):
+        visitor.idle()
+        box = visitor.panel.locator("canvas").first.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        visitor.page.mouse.move(x - 60, y)
+        visitor.page.mouse.down()
+        for step in range(12):
+            visitor.page.mouse.move(x - 60 + 10 * step, y)
+            visitor.page.wait_for_timeout(30)
+        visitor.page.mouse.up()
+        visitor.page.wait_for_timeout(1000)
+        seen = visitor.page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
+        if Image.open(io.BytesIO(seen)).convert("RGB").getpixel((0, 0)) == ImageColor.getrgb(BRUSH):
+            return
+    raise AssertionError("nothing could be painted")
 
 
 def test_a_picture_is_repainted_where_the_brush_was(visitor, picture_file):

@@ -25,6 +25,17 @@ def test_steps_come_in_order_and_then_the_result():
     ]
 
 
+@pytest.mark.parametrize("steps", [1, 16, 17, 50, 256])
+def test_of_many_steps_some_are_shown(steps):
+    def call(callback):
+        for step in range(steps):
+            callback(None, step, 0.0, {"latents": step})
+
+    shown = [value for done, value in running.steps_of(call, lambda latents: latents, steps) if not done]
+    assert shown[0] == 0 and len(shown) <= running.MAX_FRAMES and 2 * len(shown) >= min(steps, running.MAX_FRAMES)
+    assert len(set(map(int.__sub__, shown[1:], shown))) <= 1
+
+
 def test_what_a_call_raises_is_raised():
     def call(callback):
         callback(None, 0, 0.0, {"latents": 1})
