@@ -24,10 +24,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles
+from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
@@ -57,11 +55,7 @@ from diffusers_vqdit.utils.arguments import (
     argument_parser,
     font_file,
     model_name,
-    number,
     output_path,
-    positive_integer,
-    random_seed,
-    torch_device,
 )
 
 
@@ -122,16 +116,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=list(MEASURES),
         help=f"Of {', '.join(MEASURES)}; with commas, as in --tasks=->text,infilling.",
     )
-    parser.add_argument(
-        "--num_samples", type=positive_integer, default=236, help="Samples for each figure at the most."
-    )
-    parser.add_argument("--batch_size", type=positive_integer, default=32)
-    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
-    parser.add_argument(
-        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
-    )
-    parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_sampling_arguments(parser, num_samples=236)
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)

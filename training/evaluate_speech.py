@@ -14,21 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.training.evaluation import add_sampling_arguments
 from diffusers_vqdit.training.evaluation_report import as_table
 from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import (
-    argument_parser,
-    model_name,
-    number,
-    output_path,
-    positive_integer,
-    random_seed,
-    torch_device,
-)
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -42,16 +33,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--language", default="en", help="Of the column of this name; the recogniser knows English.")
-    parser.add_argument(
-        "--num_samples", type=positive_integer, default=95, help="Samples for each figure at the most."
-    )
-    parser.add_argument("--batch_size", type=positive_integer, default=32)
-    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
-    parser.add_argument(
-        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
-    )
-    parser.add_argument("--seed", type=random_seed, default=0)
-    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_sampling_arguments(parser, num_samples=95)
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     return parser.parse_args(input_args)
 

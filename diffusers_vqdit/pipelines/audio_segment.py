@@ -214,17 +214,25 @@ class AudioSegment(SegmentProcessor):
         return EncodedValue(codes.masked_fill(touched[..., None], self.vocab_size), self.name, finish)
 
     def paste(self, filled: torch.Tensor, known: np.ndarray, mask: torch.Tensor) -> torch.Tensor:
-        """The samples of `known` where a mask is 0, and those of `filled`, faded in, where it is 1; of its length."""
+        """The samples of `known` where a mask is 0, and those of `filled` where it is 1, of its length.
+
+        By how much they differ at the edges is added to what is filled in and fades out there: no click is heard, and
+        nothing of what was blanked.
+        """
         rate, own = self.sampling_rate, self.beside.sampling_rate
         if rate != own:
             known = audio_library("soxr").resample(known, own, rate)
             mask = mask[torch.arange(len(known)) * len(mask) // len(known)]
-        samples = torch.from_numpy(known)
+        samples, places = torch.from_numpy(known), (~mask).nonzero()[:, 0].numpy()
         filled = F.pad(filled.cpu()[: len(samples)], (0, max(0, len(samples) - len(filled))))
+        if not len(places):
+            return filled
+        steps = np.interp(np.arange(len(samples)), places, (samples - filled).numpy()[places])
         size = 2 * int(FADE * rate) + 1
         near = F.avg_pool1d(mask.float()[None], size, 1, size // 2, count_include_pad=False)[0]
-        share = (2 * near - 1).clamp(0, 1) * mask  # 0 at the mask's edges, 1 some way in
-        return torch.where(mask, torch.lerp(samples, filled, share), samples)
+        share = (2 * near - 1).clamp(0, 1)  # 0 at the mask's edges, 1 some way in
+        joined = filled + torch.from_numpy(steps).float() * (1 - share)
+        return torch.where(mask, joined.clamp(-1, 1), samples)
 
     def decode(self, codes: torch.LongTensor, output_type: str = "pil") -> list:
         """Waveforms (T,) of codes (B, frames, q), each up to its end: arrays, or with ``"pt"`` tensors."""

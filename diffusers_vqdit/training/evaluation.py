@@ -16,11 +16,26 @@ from ..models.image_vq import ImageVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
+from ..utils.arguments import number, positive_integer, random_seed, torch_device
 from ..utils.decoding import as_picture_column, decode_image
 from .data import decode_images, load_training_dataset, to_pixels
 
 
 CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, num_samples: int) -> None:
+    """Add the flags of how samples are drawn to be measured, at most `num_samples` by default."""
+    parser.add_argument(
+        "--num_samples", type=positive_integer, default=num_samples, help="Samples for each figure at the most."
+    )
+    parser.add_argument("--batch_size", type=positive_integer, default=32)
+    parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
+    parser.add_argument(
+        "--guidance_scale", type=number(), help="For generated pictures; by default the pipeline's own."
+    )
+    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)

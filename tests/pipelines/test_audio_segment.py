@@ -115,6 +115,21 @@ def test_what_is_known_of_a_sound_stays(pipe, start):
         assert codes[:, mask == 0].equal(whole[:, mask == 0]) and not codes.equal(whole)
 
 
+def test_what_was_blanked_is_not_heard_and_edges_dont_click(pipe):
+    """Whatever stood under the mask, beyond the frames that it told its neighbours of."""
+    segment, mask = pipe._segments["sound"], torch.zeros(LENGTH, dtype=torch.bool)
+    mask[48:96] = True
+    known = (0.5 * np.sin(np.arange(LENGTH) / 8)).astype(np.float32)
+    filled = torch.full((LENGTH,), 0.25)
+    joined = segment.paste(filled, known, mask)
+    spoiled = np.where(mask.numpy(), 0.9, known).astype(np.float32)
+    assert joined.equal(segment.paste(filled, spoiled, mask))
+    assert joined[~mask].equal(torch.from_numpy(known)[~mask])
+    assert joined[66:78].allclose(filled[66:78])  # far from the edges what was generated
+    assert joined.diff().abs().max() < 0.15
+    assert segment.paste(filled, known, torch.ones_like(mask)).equal(filled)
+
+
 def test_what_is_filled_in_is_no_shorter_than_the_sound(pipe):
     """Of sounds of several lengths and rates, each as long as it was."""
     sounds = [
