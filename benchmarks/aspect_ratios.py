@@ -22,11 +22,12 @@ from PIL import Image
 from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import bucket_batches, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
-from diffusers_vqdit.utils.images import resize_image, to_rgb
+from diffusers_vqdit.utils.fitting import resize_image
+from diffusers_vqdit.utils.images import to_rgb
 
 from .masked_training import MaskedTraining, add_arguments, bits_per_code
 

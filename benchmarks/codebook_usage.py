@@ -25,12 +25,12 @@ from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.data import shuffled_batches
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.metrics import expected_usage
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import argument_parser, positive_integer, random_seed
+from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.utils.images import to_rgb
 
 from .quantizers import Foreign

@@ -27,7 +27,7 @@ from diffusers_vqdit.likelihood.retrieval import NUM_FEATURES
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.code_files import write_index, write_shard
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.utils.arguments import argument_parser, positive_integer
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 
 from .common import flops, number, timed
 
@@ -39,7 +39,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Measure growth.")
     parser.add_argument("--rounds", type=positive_integer, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/growth"))
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/growth"))
     return parser.parse_args(input_args)
 
 
@@ -111,7 +111,7 @@ def dataset_rows(device: str) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = list(torch.randint(1024, (10_000, 8, 8)))
-        shards = [write_shard(folder / f"codes-{number:05d}.parquet", {"image": rows}) for number in range(100)]
+        shards = [write_shard(folder / f"codes-{number:05d}.arrow", {"image": rows}) for number in range(100)]
         for count in (1, 10, 100):
             index = {"segments": {"image": {"vocab_size": 1024, "shape": [8, 8]}}, "labels": [], "lowres_factor": None}
             write_index(folder, index | {"fingerprints": {}, "settings": {}, "shards": shards[:count]})

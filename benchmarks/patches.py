@@ -24,8 +24,8 @@ import torch
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, positive_number
 
 from .masked_training import MaskedTraining, add_arguments, bits_per_code

@@ -27,7 +27,6 @@ from diffusers.utils import make_image_grid
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.models.quantizers.vector import Quantizer, QuantizerOutput, perplexity
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -37,6 +36,7 @@ from diffusers_vqdit.utils.arguments import (
     random_seed,
     torch_device,
 )
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

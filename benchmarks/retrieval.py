@@ -22,8 +22,8 @@ from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.likelihood.retrieval import build_index, retrieve
 from diffusers_vqdit.pipelines.text_segment import encode_texts
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 def parse_args() -> argparse.Namespace:

@@ -31,8 +31,9 @@ _import_structure = {
 _training_utils = {
     "training.arguments": ["tracker_config"],
     "training.checkpoints": ["find_checkpoint", "save_checkpoint"],
-    "training.columns": ["check_captions"],
-    "training.data": ["decode_image", "decode_images", "load_training_dataset", "shuffled_batches", "to_pixels"],
+    "utils.texts": ["check_captions"],
+    "utils.decoding": ["decode_image", "to_pixels"],
+    "training.data": ["decode_images", "load_training_dataset", "shuffled_batches"],
     "training.draws": ["row_generators", "step_generator"],
     "training.files": ["checkpoint_step", "checkpoints", "save_pretrained_atomically"],
     "training.metrics": ["code_usage", "psnr", "ssim"],

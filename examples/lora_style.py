@@ -31,8 +31,8 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, positive_number
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,8 @@ from accelerate import PartialState
 from diffusers_vqdit.pipelines.segment_base import ENCODERS, IMAGE, TEXT, SegmentColumn
 from diffusers_vqdit.training.code_files import INDEX_FILE
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_splits, take_split
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.run import output_folder

@@ -17,7 +17,6 @@ import json
 from accelerate import Accelerator
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
@@ -26,6 +25,7 @@ from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer
+from diffusers_vqdit.utils.texts import caption_lists
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

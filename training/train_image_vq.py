@@ -32,7 +32,6 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.image_dataset import ImageDataset, first_batches, load_batches, load_images
@@ -65,6 +64,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     positive_number,
 )
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 logger = get_logger(__name__)

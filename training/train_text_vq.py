@@ -24,7 +24,6 @@ from diffusers_vqdit.training.arguments import add_keeping_arguments, add_traini
 from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.columns import warn_of_cut
-from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
@@ -40,7 +39,7 @@ from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
-from diffusers_vqdit.utils.texts import tokenize_to_length
+from diffusers_vqdit.utils.texts import caption_lists, tokenize_to_length
 
 
 logger = get_logger(__name__)

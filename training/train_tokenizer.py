@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
-from diffusers_vqdit.utils.texts import caption_lists
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer
+from diffusers_vqdit.utils.texts import caption_lists
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

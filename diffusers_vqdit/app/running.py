@@ -199,17 +199,26 @@ def read_sound(name: str, path: str | None) -> str:
     return path
 
 
-def saved_pictures(
-    images: Sequence[Image.Image], cache_dir: str, model_id: str, *, description: str = "", composite: bool = False
+def saved_files(
+    values: Sequence[Any],
+    cache_dir: str,
+    model_id: str,
+    *,
+    description: str = "",
+    composite: bool = False,
+    sampling_rate: int | None = None,
 ) -> list[str]:
-    """Files of generated pictures, which say that they are generated, as they are downloaded.
+    """Files of generated pictures, or sounds, which say that they are generated, as they are downloaded.
 
     Args:
         cache_dir: the component's, whose files gradio serves as they are.
+        sampling_rate: of sounds.
     """
     folder = Path(cache_dir) / secrets.token_hex(16)
     folder.mkdir(parents=True)
-    paths = [folder / f"{Path(model_id).name}-{index}.png" for index in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        save_generated(image, path, model_id=model_id, description=description or None, composite=composite)
+    suffix = "png" if sampling_rate is None else "wav"
+    paths = [folder / f"{Path(model_id).name}-{index}.{suffix}" for index in range(len(values))]
+    options: dict[str, Any] = {"model_id": model_id, "description": description or None, "composite": composite}
+    for value, path in zip(values, paths, strict=True):
+        save_generated(value, path, **options, sampling_rate=sampling_rate)
     return [str(path) for path in paths]

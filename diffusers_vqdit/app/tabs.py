@@ -19,7 +19,7 @@ from .running import (
     read_text,
     reading_files,
     refusing,
-    saved_pictures,
+    saved_files,
     steps_of,
 )
 
@@ -238,11 +238,12 @@ def finished(
     for field in ability.generated:
         value, component = made[field.name], outputs[field.name]
         if field.kind == IMAGES:
-            paths = saved_pictures(value, component.GRADIO_CACHE, model_id, description=description)
+            paths = saved_files(value, component.GRADIO_CACHE, model_id, description=description)
             updates[component] = list(zip(paths, captions, strict=True)) if captions else paths
         elif field.kind == AUDIOS:
             rate = model.segments[field.name].sampling_rate
-            updates[component] = rate, (np.clip(value[0], -1, 1) * 32767).astype(np.int16)
+            options = {"description": description, "sampling_rate": rate}
+            (updates[component],) = saved_files(value[:1], component.GRADIO_CACHE, model_id, **options)
         else:
             updates[component] = "\n".join(map(str, value))
     return updates
@@ -299,9 +300,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         ):
             images = made[target.name]
             if done:
-                images = saved_pictures(
-                    images, gallery.GRADIO_CACHE, model_id, description=description, composite=True
-                )
+                images = saved_files(images, gallery.GRADIO_CACHE, model_id, description=description, composite=True)
             yield {gallery: images, options.seed: seed if done else gr.skip()}
 
     def picked(task: str) -> list[Any]:
@@ -336,7 +335,9 @@ def uploaded(value: dict | None, kept: Image.Image | None) -> tuple[Any, Any]:
     """[`enlarged`], but where the editor tells of the enlarged picture itself, which then stays."""
     background = (value or {}).get("background")
     if kept is not None and background is not None and max(background.size) == SIDE:
-        differences = np.subtract(background.convert("RGB"), kept.resize(background.size), dtype=np.float32)
+        differences = np.asarray(background.convert("RGB"), np.float32) - np.asarray(
+            kept.resize(background.size), np.float32
+        )
         if np.abs(differences).mean() < 4:
             return gr.skip(), gr.skip()
     return enlarged(value)

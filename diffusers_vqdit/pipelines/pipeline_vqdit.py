@@ -18,7 +18,7 @@ from ..models.transformer_vqdit import VQDiTPrefix, VQDiTTransformer2DModel
 from ..schedulers.scheduling_masked_diffusion import MaskedDiffusionScheduler
 from ..tasks import Task
 from ..utils.checks import check_choice, check_integer
-from ..utils.images import RESIZE_MODES
+from ..utils.fitting import RESIZE_MODES
 from .block_generation import BlockGenerationMixin
 from .check_inputs import callback_inputs
 from .guidance import Scales, encode_given, guidance_scales, guidance_steps

@@ -20,13 +20,8 @@ from ..models.text_vq import TextVQModel
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..models.vae_latents import decode_latents, downsample_factor, encode_latents
 from ..utils.checks import check_choice, check_integer, shown
-from ..utils.images import (
-    RESIZE_MODES,
-    cut_out,
-    fill_with_surroundings,
-    resize_pixels,
-    touched_patches,
-)
+from ..utils.fitting import RESIZE_MODES
+from ..utils.images import cut_out, fill_with_surroundings, resize_pixels, touched_patches
 from .check_inputs import FiniteChecks, callback_inputs, check_labels
 from .guided_prefix import GuidedPrefix
 from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures

@@ -25,13 +25,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..pipelines.text_segment import encode_texts  # noqa: F401
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
 from .checkpoints import fingerprint
 from .code_files import INDEX_FILE, SUFFIXES, bucket_segments, check_shards, read_index, read_shard
-from .encoding import encode_dataset, tokenizer_fingerprints  # noqa: F401
+from .encoding import tokenizer_fingerprints
 from .mapped_codes import CodeColumn, LoadedCodes
 from .state_files import StatesColumn, read_states
 

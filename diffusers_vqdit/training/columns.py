@@ -5,8 +5,7 @@ import logging
 import torch
 
 from ..schedulers.samplers import Generators, uniform
-from ..utils.labels import encode_labels, label_names  # noqa: F401
-from ..utils.texts import caption_lists, check_captions, cut_texts  # noqa: F401
+from ..utils.texts import cut_texts
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from ..utils.checks import shown
-from ..utils.decoding import as_picture_column, decode_image, place, to_bytes, to_pixels  # noqa: F401
+from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
 from .sound_folder import holds_sounds, read_sound_folder

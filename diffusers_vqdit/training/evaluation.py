@@ -18,9 +18,8 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
-from ..utils.decoding import as_picture_column, decode_image
+from ..utils.decoding import as_picture_column, decode_image, to_pixels
 from .data import decode_images, load_training_dataset
-from ..utils.decoding import to_pixels
 
 
 CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them

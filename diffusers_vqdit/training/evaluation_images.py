@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from ..models.text_vq import TextVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from ..utils.images import lower_resolution, resize
 from ..pipelines.text_segment import encode_texts
 from ..utils.decoding import to_pixels
+from ..utils.images import lower_resolution, resize
 from .evaluation import (
     EmojiData,
     Roles,

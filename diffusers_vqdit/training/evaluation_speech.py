@@ -12,10 +12,9 @@ import torch
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..tasks import Task
-from ..utils.decoding import decode_image
+from ..utils.decoding import decode_image, to_pixels
 from ..utils.sounds import audio_library, read_sound
 from .data import load_training_dataset
-from ..utils.decoding import to_pixels
 from .evaluation import mean, reconstruct, sample, share
 from .evaluation_texts import equal
 

@@ -9,11 +9,11 @@ from accelerate import PartialState
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
 from ..utils.distributed import from_main_process, process_rank
+from ..utils.labels import encode_labels
+from ..utils.texts import caption_lists
 from .caption_states import CaptionStates, cache_captions
 from .checkpoints import fingerprint
 from .columns import draw_captions, warn_of_cut
-from ..utils.texts import caption_lists
-from ..utils.labels import encode_labels
 from .data import load_training_dataset
 from .image_dataset import ImageDataset
 from .latent_loss import drawn_to_drop

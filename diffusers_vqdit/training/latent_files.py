@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..models.vae_latents import raw_latents
+from ..utils.decoding import to_pixels
 from ..utils.fingerprints import model_fingerprint, tensor_sha256
 from ..utils.weight_files import replacing_file
-from ..utils.decoding import to_pixels
 from .files import check_output_file
 from .image_dataset import ImageDataset
 from .picture_tensors import PictureTensors, check_tensor_file, encode_pictures, map_tensor, opened_tensors

@@ -22,8 +22,8 @@ from ..utils.arguments import integer, non_negative_integer, positive_integer
 from ..utils.buckets import check_bucket_steps
 from ..utils.checks import shown
 from .codes import CodeDataset
-from .encoding import encode_dataset, tokenizer_fingerprints
 from .data import load_training_dataset
+from .encoding import encode_dataset, tokenizer_fingerprints
 from .image_arguments import add_image_arguments
 from .segment_columns import (
     RESERVED,

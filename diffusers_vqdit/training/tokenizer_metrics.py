@@ -6,9 +6,9 @@ import torch
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
+from ..utils.decoding import to_pixels
 from ..utils.distributed import sum_over_processes
 from ..utils.texts import normalized, tokenize_to_length
-from ..utils.decoding import to_pixels
 from .frechet_distance import FrechetDistance
 from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 

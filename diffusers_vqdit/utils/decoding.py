@@ -12,7 +12,8 @@ import torch
 from PIL import ExifTags, Image
 
 from .checks import shown
-from .images import resize_image, to_channels
+from .fitting import resize_image
+from .images import to_channels
 
 
 def decode_image(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .fitting import RESIZE_MODES, fitted_box, padding_colour, resize_image, resize_planes  # noqa: F401
+from .fitting import fitted_box, padding_colour, resize_image, resize_planes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

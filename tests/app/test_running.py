@@ -145,7 +145,7 @@ def test_the_tiles_of_a_picture_that_is_enlarged_are_bounded(picture_file, size,
 @pytest.mark.parametrize(("composite", "source"), [(False, GENERATED), (True, COMPOSITE)])
 def test_pictures_say_that_they_are_generated(tmp_path, composite, source):
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    paths = running.saved_pictures(pictures, str(tmp_path), "you/model", description="红苹果", composite=composite)
+    paths = running.saved_files(pictures, str(tmp_path), "you/model", description="红苹果", composite=composite)
     assert [digital_source_type(path) for path in paths] == [source] * 2
     assert Image.open(paths[1]).text["Description"] == "红苹果" and paths[1].endswith("/model-1.png")
 

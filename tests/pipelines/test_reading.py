@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline
 from diffusers_vqdit.utils.decoding import decode_image
-from diffusers_vqdit.utils.images import fitted_box, resize_image
+from diffusers_vqdit.utils.fitting import fitted_box, resize_image
 
 
 def picture(size=(16, 16), seed=0):

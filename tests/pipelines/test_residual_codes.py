@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.pipelines.text_segment import encode_texts
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
-from diffusers_vqdit.pipelines.text_segment import encode_texts
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 
 
 RESIDUAL = {"quantizer_type": "rvq", "num_quantizers": 2}

@@ -12,8 +12,8 @@ from diffusers_vqdit.pipelines.audio_codecs import encode_waveform
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.audio_data import crop_sounds, decode_sounds
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_splits
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.sound_folder import holds_sounds
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 from diffusers_vqdit import Task
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import bucket_batches, shuffled_batches
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.training.setup import run_batches
-from diffusers_vqdit.utils.images import lower_resolution, resize_image
+from diffusers_vqdit.utils.fitting import resize_image
+from diffusers_vqdit.utils.images import lower_resolution
 
 
 BUCKETS = [[16, 16], [24, 12], [12, 24]]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from diffusers_vqdit import Task
-from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.pipelines.text_segment import encode_texts
+from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.images import lower_resolution
 

@@ -3,8 +3,8 @@ import torch
 from datasets import ClassLabel
 
 from diffusers_vqdit.training.columns import draw_captions, warn_of_cut
-from diffusers_vqdit.utils.texts import caption_lists, check_captions
 from diffusers_vqdit.utils.labels import encode_labels, label_names
+from diffusers_vqdit.utils.texts import caption_lists, check_captions
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from PIL import Image
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.code_files import code_type
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 
 
 COUNT = 40

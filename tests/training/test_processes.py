@@ -30,8 +30,8 @@ from diffusers_vqdit import (
     VQDiTPipeline,
     VQDiTTransformer2DModel,
 )
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 
 
 STEPS = 20

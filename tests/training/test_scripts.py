@@ -15,9 +15,9 @@ from transformers import ResNetConfig, ResNetModel
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.metrics import psnr
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 @pytest.fixture(scope="session")

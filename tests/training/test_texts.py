@@ -16,8 +16,8 @@ from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 from diffusers_vqdit.training.code_files import read_shard
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.data import bucket_batches
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.masked_loss import block_timesteps, masked_diffusion_loss
 from diffusers_vqdit.training.text_rows import one_text_a_row

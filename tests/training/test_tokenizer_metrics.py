@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.training.frechet_distance import FrechetDistance, inception_features
 from diffusers_vqdit.training.metrics import code_usage, psnr, ssim
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
+from diffusers_vqdit.utils.decoding import to_pixels
 
 
 def features(pixels):

@@ -9,11 +9,11 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.training.arguments import tracker_config
-from diffusers_vqdit.utils.texts import check_captions
 from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
-from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.training.metrics import code_usage, psnr, ssim
 from diffusers_vqdit.training.optimization import parameter_groups, set_dropout
+from diffusers_vqdit.utils.decoding import decode_image
+from diffusers_vqdit.utils.texts import check_captions
 
 
 def test_an_image_folder_loads_with_captions_and_labels(picture_folder):

@@ -11,17 +11,15 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusers_vqdit.utils.decoding import decode_image
+from diffusers_vqdit.utils.fitting import RESIZE_MODES, fitted_box, resize_image
 from diffusers_vqdit.utils.images import (
-    RESIZE_MODES,
     cut_out,
     fit_images,
-    fitted_box,
     lower_resolution,
     own_size,
     read_images,
     read_mask,
     resize,
-    resize_image,
     resize_pixels,
     shift_and_scale,
     to_rgb,
