@@ -29,7 +29,13 @@ from diffusers_vqdit.training.metrics import expected_usage
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
-from diffusers_vqdit.utils.arguments import argument_parser, positive_integer, random_seed
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    output_path,
+    positive_integer,
+    positive_number,
+    random_seed,
+)
 from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.utils.images import to_rgb
 
@@ -63,11 +69,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, required=True, help="Folder of photographs.")
     parser.add_argument("--crops", type=positive_integer, default=40, help="Of each photograph.")
     parser.add_argument("--max_train_steps", type=positive_integer, default=80)
-    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1 / 3, 3.0], help="Of the learning rate.")
+    parser.add_argument(
+        "--factors", type=positive_number, nargs="+", default=[1.0, 1 / 3, 3.0], help="Of the learning rate."
+    )
     parser.add_argument("--only", nargs="+", help="Names of settings; by default all.")
     parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/codebook_usage"))
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/codebook_usage"))
     args = parser.parse_args(input_args)
     if unknown := set(args.only or []) - set(SETTINGS):
         parser.error(f"--only {sorted(unknown)} must be among {list(SETTINGS)}")
@@ -123,7 +131,7 @@ def train(
         foreign: with vector-quantize-pytorch's quantizer; None is returned where there is none.
     """
     widths, resolution, batch_size, flags = SETTINGS[name]
-    parser = argparse.ArgumentParser()
+    parser = argument_parser("Defaults of quantizers.")
     add_quantizer_arguments(parser.add_argument_group("quantizer"))
     options = quantizer_options(parser.parse_args(flags.split()))
     torch.manual_seed(args.seed)

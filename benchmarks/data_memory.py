@@ -26,7 +26,7 @@ from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.code_files import write_index, write_shard
-from diffusers_vqdit.utils.arguments import argument_parser, non_negative_integer, positive_integer
+from diffusers_vqdit.utils.arguments import argument_parser, non_negative_integer, output_path, positive_integer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="That pictures are encoded at, a multiple of 32.",
     )
     parser.add_argument("--dataloader_num_workers", type=non_negative_integer, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/data_memory"))
+    parser.add_argument("--output_dir", type=output_path, default=Path("outputs/data_memory"))
     return parser.parse_args(input_args)
 
 
