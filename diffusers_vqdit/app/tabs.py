@@ -255,23 +255,19 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
     with gr.Row():
         with gr.Column():
             original = gr.State()
-            if brush:
-                picture = reading_files(
-                    gr.ImageEditor(
-                        type="pil",
-                        format="png",
-                        label="Picture",
-                        placeholder="# Upload a picture,\nand paint over what is to be drawn anew",
-                        brush=gr.Brush(default_size=48, colors=[BRUSH], color_mode="fixed"),
-                        layers=False,
-                        transforms=(),
-                        sources=["upload", "clipboard"],
-                        canvas_size=(SIDE, SIDE),
-                        height=SIDE,
-                    )
-                )
-            else:
-                picture = picture_component("Picture")
+            picture = picture_component("Picture")
+            canvas = gr.ImageEditor(
+                type="pil",
+                format="png",
+                label="Paint over what is to be drawn anew",
+                brush=gr.Brush(default_size=48, colors=[BRUSH], color_mode="fixed"),
+                layers=False,
+                transforms=(),
+                sources=(),  # it is given the picture above, made large
+                canvas_size=(SIDE, SIDE),
+                height=SIDE,
+                visible=brush,
+            )
             strength = gr.Slider(
                 0.05, 1, 0.3, step=0.05, label="Strength: share that is drawn anew", visible=not brush
             )
@@ -286,7 +282,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         description = picker.description(values)
         arguments, seed = options.read(data, ability)
         if brush:
-            image, arguments["mask_image"] = painted(data[picture], data[original])
+            image, arguments["mask_image"] = painted(data[canvas], data[original])
         else:
             image = read_picture("Picture", data[picture])
             arguments["strength"] = check_number("Strength", data[strength], 0, 1, above=True)
@@ -307,40 +303,26 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         return [*picker.shown(task, picker.fields, "given"), *options.defaults(picker.abilities[task])]
 
     def entered(task: str, image: Image.Image, caption: str) -> list[Any]:
-        texts = [caption if one.name == examples.prompt else gr.skip() for one in picker.fields]
-        return [*(enlarged({"background": image}) if brush else (image, None)), *texts]
+        return [image, *(caption if one.name == examples.prompt else gr.skip() for one in picker.fields)]
+
+    def opened(path: str | None) -> Iterator[Any]:
+        yield (None, None) if path is None else enlarged(read_picture("Picture", path))
 
     given = list(picker.given.values())
     picker.task.change(picked, picker.task, [*given, options.guidance, options.steps], api_visibility="private")
     if brush:
-        picture.upload(uploaded, [picture, original], [picture, original], api_visibility="private")
-    clicks = examples.show_pictures(entered, picker.task, [picture, original, *given])
-    inputs = [picture, original, strength, picker.task, *given, *options.components]
+        picture.change(refusing(opened), picture, [canvas, original], api_visibility="private")
+    clicks = examples.show_pictures(entered, picker.task, [picture, *given])
+    inputs = [picture, canvas, original, strength, picker.task, *given, *options.components]
     events = [button.click, *([] if brush else [click.then for click in clicks])]
     run_on(events, run, inputs, [gallery, options.seed], name)
 
 
-def enlarged(value: dict | None) -> tuple[Any, Image.Image | None]:
-    """A picture that was put into the editor, made large enough to paint on, and itself."""
-    background = (value or {}).get("background")
-    if background is None:
-        return gr.skip(), None
-    picture = background.convert("RGB")
+def enlarged(picture: Image.Image) -> tuple[dict, Image.Image]:
+    """What shows a picture in the editor, large enough to paint on, and the picture."""
     scale = SIDE / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return gr.update(value={"background": picture.resize(size), "layers": [], "composite": None}), picture
-
-
-def uploaded(value: dict | None, kept: Image.Image | None) -> tuple[Any, Any]:
-    """[`enlarged`], but where the editor tells of the enlarged picture itself, which then stays."""
-    background = (value or {}).get("background")
-    if kept is not None and background is not None and max(background.size) == SIDE:
-        differences = np.asarray(background.convert("RGB"), np.float32) - np.asarray(
-            kept.resize(background.size), np.float32
-        )
-        if np.abs(differences).mean() < 4:
-            return gr.skip(), gr.skip()
-    return enlarged(value)
+    return {"background": picture.resize(size), "layers": [], "composite": None}, picture
 
 
 def painted(value: dict | None, original: Image.Image | None) -> tuple[Image.Image, Image.Image]:
@@ -350,15 +332,14 @@ def painted(value: dict | None, original: Image.Image | None) -> tuple[Image.Ima
         ValueError: if there is no picture, or nothing was painted on it.
     """
     background, layers = (value or {}).get("background"), (value or {}).get("layers") or []
-    if background is None:
+    if background is None or original is None:
         raise ValueError("Give a picture first, and paint over what is to be drawn anew.")
-    picture = original or background.convert("RGB")
     mask = np.zeros(background.size[::-1], dtype=bool)
     for layer in layers:
         mask |= np.asarray(layer.convert("RGBA").resize(background.size))[..., 3] > 0
     if not mask.any():
         raise ValueError("Paint over what is to be drawn anew: nothing is painted on the picture yet.")
     # A pixel is drawn anew where any of it is painted.
-    return picture, Image.fromarray(mask).resize(picture.size, Image.Resampling.BOX).convert("L").point(
+    return original, Image.fromarray(mask).resize(original.size, Image.Resampling.BOX).convert("L").point(
         lambda grey: 255 if grey else 0
     )

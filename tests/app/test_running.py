@@ -10,7 +10,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio")
 
 from diffusers_vqdit.app import running  # noqa: E402
-from diffusers_vqdit.app.tabs import SIDE, enlarged, painted, uploaded  # noqa: E402
+from diffusers_vqdit.app.tabs import SIDE, enlarged, painted  # noqa: E402
 from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type  # noqa: E402
 
 
@@ -153,11 +153,9 @@ def test_pictures_say_that_they_are_generated(tmp_path, composite, source):
 @pytest.mark.parametrize("size", [(32, 32), (300, 120), (7, 64), (1000, 900)])
 def test_what_is_painted_is_the_mask_at_the_picture_s_own_size(size):
     picture = Image.effect_noise(size, 64).convert("RGB")
-    update, kept = enlarged({"background": picture.convert("RGBA"), "layers": [], "composite": None})
-    shown = update["value"]["background"]
-    assert kept.tobytes() == picture.tobytes() and max(shown.size) == SIDE
-    assert uploaded({"background": shown}, kept) == (gr.skip(), gr.skip())
-    assert uploaded({"background": shown.point(lambda value: 255 - value)}, kept)[1] is not None
+    value, kept = enlarged(picture)
+    shown = value["background"]
+    assert kept is picture and max(shown.size) == SIDE
     with pytest.raises(ValueError, match="nothing is painted"):
         painted({"background": shown, "layers": [Image.new("RGBA", shown.size)]}, kept)
     layer = Image.new("RGBA", shown.size)
