@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--side", type=positive_integer, default=192, help="Pixels of a picture's side.")
     parser.add_argument("--frame_ms", type=positive_integer, default=150, help="Milliseconds of a step.")
-    parser.add_argument("--output_file", type=output_path, default=Path("sampling.gif"))
+    parser.add_argument("--output_file", type=output_path, default=Path("outputs/sampling.gif"))
     return parser.parse_args()
 
 
@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
     grids = [make_image_grid([one.resize(size) for one in row], rows=1, cols=len(row)) for row in frames]
     # The finished pictures stay for two seconds.
     durations = [args.frame_ms] * (len(grids) - 1) + [2000]
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
     grids[0].save(args.output_file, save_all=True, append_images=grids[1:], duration=durations, loop=0)
     print(f"{args.output_file.resolve()}: {len(grids)} frames")
 

@@ -321,8 +321,8 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
 def enlarged(picture: Image.Image) -> tuple[dict, Image.Image]:
     """What shows a picture in the editor, large enough to paint on, and the picture."""
     scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return {"background": picture.resize(size), "layers": [], "composite": None}, picture
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return {"background": picture.resize((width, height)), "layers": [], "composite": None}, picture
 
 
 def painted(value: dict | None, original: Image.Image | None) -> tuple[Image.Image, Image.Image]:
@@ -332,8 +332,9 @@ def painted(value: dict | None, original: Image.Image | None) -> tuple[Image.Ima
         ValueError: if there is no picture, or nothing was painted on it.
     """
     background, layers = (value or {}).get("background"), (value or {}).get("layers") or []
-    if background is None or original is None:
+    if background is None:
         raise ValueError("Give a picture first, and paint over what is to be drawn anew.")
+    original = original or background.convert("RGB")  # of a program, which has no editor
     mask = np.zeros(background.size[::-1], dtype=bool)
     for layer in layers:
         mask |= np.asarray(layer.convert("RGBA").resize(background.size))[..., 3] > 0

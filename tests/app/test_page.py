@@ -111,7 +111,8 @@ def test_repainting_keeps_the_rest_bit_for_bit(person, picture_file, tmp_path):
     layer.save(tmp_path / "layer.png")
     background = handle_file(path)
     editor = {"background": background, "layers": [handle_file(str(tmp_path / "layer.png"))], "composite": background}
-    shown, _ = person.use("repaint", Picture=editor, text="a blue box", How_many=2, **FIXED)
+    painted = {"Paint over what is to be drawn anew": editor}
+    shown, _ = person.use("repaint", **painted, text="a blue box", How_many=2, **FIXED)
     before = np.array(Image.open(path).convert("RGB"))
     for one in shown:
         assert (pixels(one)[:, 8:] == before[:, 8:]).all() and (pixels(one)[:, :8] != before[:, :8]).any()
