@@ -47,6 +47,7 @@ def run(tree, arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_worked_example_trains_draws_and_is_loaded_without_the_package(page, tree):
     command = shlex.split(block(page, "train").replace("\\\n", " "))
     assert command[0] == "python"

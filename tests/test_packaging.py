@@ -57,6 +57,7 @@ def test_the_installed_wheel_passes_the_tests_that_need_no_source_tree(wheel, ro
     assert "passed" in output
 
 
+@pytest.mark.slow
 def test_importing_costs_little_more_than_diffusers(tmp_path):
     code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
 

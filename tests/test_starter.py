@@ -55,6 +55,7 @@ def test_its_tokenizers_keep_what_the_card_says(starter, folder, measured):
         assert figure["value"] == pytest.approx(report[name]["value"], rel=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "figures"), [("text->image", 4), ("image->text", 4), ("inpainting", 3)])
 def test_its_transformer_does_what_the_card_says(starter, folder, measured, task, figures):
     evaluate, args, data = measured

@@ -43,6 +43,7 @@ def test_its_card_shows_the_figures_that_were_measured(folder, root, name):
     assert module.as_table(json.loads((folder / name).read_text())) in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_draws_what_the_card_says(starter, root, script, report):
     evaluate = script("evaluate")
     options = ["--dataset_name", str(root / "training/data/emoji.parquet"), "--num_samples", "24", "--seed", "1"]

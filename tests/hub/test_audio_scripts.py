@@ -75,6 +75,7 @@ def test_codecs_of_transformers(run, audio_codecs, hub, client, tmp_path, kind):
     assert CodeDataset(tmp_path / "tuned" / "codes").segments["sound"]["shape"] == [15, 2]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_was_trained_here(run, audio_codecs, hub, client, tmp_path):
     folder, data = audio_codecs.sound_folder(tmp_path / "files"), audio_codecs.sound_table(tmp_path / "sounds.parquet")
     sizes = "--sampling_rate 1600 --n_fft 32 --hop_length 8 --num_mel_bins 6 --block_out_channels 8 8 "

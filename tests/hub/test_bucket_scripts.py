@@ -59,6 +59,7 @@ def same(one, other):
     return all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
 
 
+@pytest.mark.slow
 def test_three_aspect_ratios(run, places, hub, client):
     data = f"--train_data_dir {places / 'pictures'} --image_vq {places / 'image_vq'} --text_vq {places / 'text_vq'}"
     data += " --lowres_factor 2 --image_augmentations 1"

@@ -83,6 +83,7 @@ def without_the_package(hub, places, repository, given):
     return torch.tensor(json.loads((places / "alone.json").read_text()))
 
 
+@pytest.mark.slow
 def test_captions_as_states_of_t5(run, places, hub, client):
     """``--text_encoder`` in place of ``--text_vq``: encoded before or at the start, resumed, loaded over HTTP."""
     data = f"--dataset_name {places / 'data.parquet'} --image_vq {places / 'image_vq'}"

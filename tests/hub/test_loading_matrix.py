@@ -18,6 +18,7 @@ MATRIX = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "place", "cell"), MATRIX)
 def test_loading(processes, way, place, cell):
     outcome = processes(way, place)[cell]

@@ -78,6 +78,7 @@ def published(folder, hub, client, name):
     return saved, loaded, json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_sketch(run, places, hub, client):
     """Pictures with their own tokenizer beside the pictures there are: ``sketch``, of one channel, 6 x 6 codes."""
     data = f"--dataset_name {places / 'data.parquet'} --image_column photo --image_vq {places / 'image_vq'}"
@@ -146,6 +147,7 @@ def test_sketch(run, places, hub, client):
         )
 
 
+@pytest.mark.slow
 def test_style(run, places, hub, client):
     """A second label."""
     data = f"--dataset_name {places / 'data.parquet'} --image_column photo --image_vq {places / 'image_vq'}"
@@ -177,6 +179,7 @@ def test_style(run, places, hub, client):
     assert pipe().labels[0] in STYLES and pipe(inputs={"style": "bold"}).labels[0] in ("box", "dot")
 
 
+@pytest.mark.slow
 def test_document_to_summary(run, places, hub, client):
     """A pair of texts that are not ``text``, by one tokenizer, and then by two."""
     data = f"--dataset_name {places / 'data.parquet'} --text_vq {places / 'text_vq'}"
@@ -218,6 +221,7 @@ def test_document_to_summary(run, places, hub, client):
     assert found["document->summary"] == ["list", 1, None] and found["repainted"] == {"summary": True}
 
 
+@pytest.mark.slow
 def test_two_texts_with_tokenizers_of_their_own(run, places, hub, client):
     """Token ids of two bare tokenizers, and of a third for all others: encoded, trained, published, gone on with."""
     for name, words, size in (("one", ["a red box and a dot"] * 3, 262), ("two", ["a blue box", "green"] * 3, 266)):

@@ -49,6 +49,7 @@ def published_files(hub, repo_id):
     return repository.resolve("main").files
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_trained_pushed_and_drawn_from_bit_for_bit(run, hub, client, pipeline, picture_folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     run(
@@ -100,6 +101,7 @@ draw()
 """
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_pushed_and_loaded_over_its_base(run, hub, client, pipeline, picture_folder, tmp_path):
     pytest.importorskip("peft")
     pipeline.push_to_hub("alice/base", token="hf_alice")
@@ -409,6 +411,7 @@ def test_the_hub_refuses_a_card_that_is_not_valid(client):
 )
 def test_a_card_lists_what_applied(script, pipeline, name, arguments, shown, hidden):
     args = script(name).parse_args(arguments.split())
+    args.learning_rate = args.learning_rate or 1e-3  # where none is given, that of the model is entered
     assert set(hidden.split()) | set(shown.split()) <= set(vars(args))
     card = training_card(args, pipeline, command=["x.py"]).content
     assert {one for one in shown.split() if f"| `{one}` |" not in card} == set()

@@ -130,6 +130,7 @@ def test_another_tokenizer_than_the_codes_is_refused(words, inputs):
         make(words, size=3)(inputs=inputs, output="poem", num_inference_steps=1)
 
 
+@pytest.mark.slow
 def test_samples_have_the_distribution_of_the_blocks(words):
     """Against the chain rule over blocks, and in a block over all orders, as the exact ancestral sampler has it."""
     pipe = make(words, size=3, sampler="ancestral", masking="linear")

@@ -284,6 +284,7 @@ def test_a_process_stopped_at_a_random_moment_ends_bit_identical(run, root, argu
     print(f"\n{name}: {KILLS} of {KILLS} bit-identical; checkpoints there were when stopped: {', '.join(found)}")
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_is_wrong_warns_of_nothing(root, pipeline, picture_folder, tmp_path):
     """Nor does it repeat what other libraries tell of each file; a resumed finetuning, as the terminal shows it."""
     pipeline.save_pretrained(tmp_path / "pipe")
