@@ -228,6 +228,27 @@ def named_file(row: dict[str, Any], metadata: Path, folder: Path, known: dict[st
     raise ValueError(f"names {shown(name, 60)}, which is no regular file there")
 
 
+def described_files(
+    folder: Path, files: list[Path], metadata: list[Path], column: str
+) -> list[tuple[Path, dict[str, Any]]]:
+    """The files of a folder that metadata rows name, and what else these say but for `column`, which the files will
+    be; tells what was left out."""
+    known = {spelling(path): path for path in files}
+    found = []
+    for path in metadata:
+        skipped: list[str] = []
+        for number, row in read_metadata(path, skipped):
+            try:
+                file = named_file(row, path, folder, known)
+            except ValueError as error:
+                skipped.append(f"row {number} {error}")
+                continue
+            found.append((file, {name: value for name, value in row.items() if name not in ("file_name", column)}))
+        if skipped:
+            logger.warning(f"{str(path)!r}: left out {len(skipped)} rows: {'; '.join(skipped[:20])}")
+    return found
+
+
 def spelling(path: Path) -> str:
     """A path under which both ways to write an accent are the same."""
     return unicodedata.normalize("NFC", str(path))
@@ -286,20 +307,8 @@ def _described(folder: Path, pictures: list[Path], metadata: list[Path]) -> tupl
     for path in metadata:
         if beside := [other.name for other in metadata if other.parent == path.parent and other != path]:
             raise ValueError(f"{str(path.parent)!r} has both {path.name} and {beside[0]}; keep one of them")
-    known = {spelling(path): path for path in pictures}
-    files, rows = [], []
-    for path in metadata:
-        skipped: list[str] = []
-        for number, row in read_metadata(path, skipped):
-            try:
-                file = named_file(row, path, folder, known)
-            except ValueError as error:
-                skipped.append(f"row {number} {error}")
-                continue
-            files.append(file)
-            rows.append({name: value for name, value in row.items() if name not in ("file_name", IMAGE_COLUMN)})
-        if skipped:
-            logger.warning(f"{str(path)!r}: left out {len(skipped)} rows: {'; '.join(skipped[:20])}")
+    described = described_files(folder, pictures, metadata, IMAGE_COLUMN)
+    files, rows = [file for file, _ in described], [row for _, row in described]
     if not files:
         raise ValueError(f"none of the rows of {first_of(metadata)} names a picture: there is nothing to read")
     named = set(files)

@@ -8,11 +8,9 @@ from typing import Any
 from .image_folder import (
     METADATA_FILES,
     SPLIT_FOLDERS,
+    described_files,
     first_of,
     holds_pictures_only,
-    named_file,
-    read_metadata,
-    spelling,
 )
 
 
@@ -54,21 +52,9 @@ def read_sound_folder(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(os.path.abspath(folder))
     sounds, metadata = list_sound_files(folder)
-    known = {spelling(path): path for path in sounds}
-    rows: list[tuple[Path, dict[str, Any]]] = [] if metadata else [(path, {}) for path in sounds]
-    for path in metadata:
-        skipped: list[str] = []
-        for number, row in read_metadata(path, skipped):
-            try:
-                file = named_file(row, path, folder, known)
-            except ValueError as error:
-                skipped.append(f"row {number} {error}")
-                continue
-            rows.append(
-                (file, {name: value for name, value in row.items() if name not in ("file_name", AUDIO_COLUMN)})
-            )
-        if skipped:
-            logger.warning(f"{str(path)!r}: left out {len(skipped)} rows: {'; '.join(skipped[:20])}")
+    rows: list[tuple[Path, dict[str, Any]]] = [(path, {}) for path in sounds]
+    if metadata:
+        rows = described_files(folder, sounds, metadata, AUDIO_COLUMN)
     if not rows:
         raise ValueError(f"none of the rows of {first_of(metadata)} names a sound: there is nothing to read")
     tops = [path.relative_to(folder).parts for path, _ in rows]
