@@ -5,7 +5,7 @@
     python -m benchmarks nearest_code scheduler_step --rounds 9 --output_dir outputs/benchmarks
 
 Prints Markdown tables and writes them and their numbers to ``benchmarks.md`` and ``benchmarks.json``. Ratios are of
-CPU time on CPUs; on a GPU read the wall time. Takes about ten minutes on one idle CPU core.
+CPU time on CPUs, of wall time on GPUs. Takes about ten minutes on one idle CPU core.
 """
 
 import argparse

@@ -96,19 +96,19 @@ def compare(
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(timed(function))
-    rates = ceilings(device, dtype)
+    rates, clock = ceilings(device, dtype), int(device == "cpu")
     rows = []
     for name, pairs in times.items():
         wall, cpu = ([pair[index] for pair in pairs] for index in (0, 1))
-        of_ours = [other[1] / own[1] for other, own in zip(pairs, times[ours], strict=True)]
+        of_ours = [other[clock] / own[clock] for other, own in zip(pairs, times[ours], strict=True)]
         rows.append(
             {
                 "name": name,
                 "cpu_ms": statistics.median(cpu),
                 "wall_ms": statistics.median(wall),
                 "wall_ms_spread": [min(wall), max(wall)],
-                "cpu_over_ours": statistics.median(of_ours),
-                "cpu_over_ours_spread": [min(of_ours), max(of_ours)],
+                "over_ours": statistics.median(of_ours),
+                "over_ours_spread": [min(of_ours), max(of_ours)],
                 "result": differences[name] if name != ours else "",
             }
         )
@@ -127,14 +127,14 @@ def table(case: dict[str, Any]) -> str:
     lines = [
         f"**{case['case']}** (medians of {case['rounds']}{floor})",
         "",
-        "| | CPU ms | wall ms (from, to) | CPU time over ours (from, to) | result |",
+        "| | CPU ms | wall ms (from, to) | over ours (from, to) | result |",
         "|---|---|---|---|---|",
     ]
     for row in case["rows"]:
         low, high = map(number, row["wall_ms_spread"])
-        least, most = map(number, row["cpu_over_ours_spread"])
+        least, most = map(number, row["over_ours_spread"])
         lines.append(
             f"| {row['name']} | {number(row['cpu_ms'])} | {number(row['wall_ms'])} ({low}, {high}) | "
-            f"{number(row['cpu_over_ours'])} ({least}, {most}) | {row['result']} |"
+            f"{number(row['over_ours'])} ({least}, {most}) | {row['result']} |"
         )
     return "\n".join(lines) + "\n"

@@ -262,7 +262,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     batch.given,
                     batch.generated,
                     timesteps=batch.timesteps,
-                    generator=batch.generators,
+                    generator=batch.generator,
                     num_inference_steps=args.num_teacher_steps >> this_round,
                     guidance_scale=guidance_scale,
                     temperature=temperature,

@@ -81,6 +81,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--layers_per_block", type=positive_integer, default=1)
     model.add_argument("--norm_num_groups", type=positive_integer, default=8)
     model.add_argument("--mid_block_attention", action="store_true")
+    model.add_argument(
+        "--encoder_norm_type",
+        choices=("group", "position"),
+        default="group",
+        help="position: codes depend on what is near them alone, not on the whole picture.",
+    )
     model.add_argument("--latent_channels", type=positive_integer, default=64)
     add_quantizer_arguments(model)
 
@@ -173,6 +179,7 @@ def build_model(args: argparse.Namespace) -> ImageVQModel:
             layers_per_block=args.layers_per_block,
             norm_num_groups=args.norm_num_groups,
             mid_block_add_attention=args.mid_block_attention,
+            encoder_norm_type=args.encoder_norm_type,
             latent_channels=args.latent_channels,
             sample_size=args.resolution,
             **quantizer_options(args),

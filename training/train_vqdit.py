@@ -314,7 +314,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 batch.generated,
                 weighting=args.loss_weighting,
                 timesteps=batch.timesteps,
-                generator=batch.generators,
+                generator=batch.generator,
             )
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1

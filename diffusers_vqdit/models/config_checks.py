@@ -115,6 +115,7 @@ def check_block_types(config: Mapping[str, Any], code_dim: int) -> None:
             ("up_block_types", set(c["up_block_types"]), {MASKGIT_BLOCKS[1]}),
             ("act_fn", c["act_fn"], "silu"),
             ("norm_type", c["norm_type"], "group"),
+            ("encoder_norm_type", c["encoder_norm_type"], "group"),
             ("mid_block_add_attention", c["mid_block_add_attention"], False),
             ("vq_embed_dim", code_dim, c["latent_channels"]),
         ):
@@ -155,6 +156,7 @@ def check_image_vq(
     activation = c["act_fn"].lower() if isinstance(c["act_fn"], str) else c["act_fn"]
     check_choice("act_fn", activation, tuple(ACT2CLS))
     check_choice("norm_type", c["norm_type"], ("group", "spatial"))
+    check_choice("encoder_norm_type", c["encoder_norm_type"], ("group", "position"))
     code_dim = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
     check_integer("vq_embed_dim", code_dim, 1, MAX_WIDTH)
     check_block_types(c, code_dim)

@@ -21,6 +21,7 @@ from ..utils.weight_files import check_converted
 from .config_checks import MASKGIT_BLOCKS, check_image_vq
 from .maskgit_blocks import MaskGITDecoder, MaskGITEncoder
 from .outputs import CastableOutput
+from .position_norm import replace_group_norms
 from .quantizers.codebook import IndexBackpropagationQuantizer, SimVectorQuantizer
 from .quantizers.lookup_free import FiniteScalarQuantizer, LookupFreeQuantizer
 from .quantizers.residual import ResidualVectorQuantizer
@@ -99,6 +100,9 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         fsq_levels: levels of each of FSQ's channels. `vq_embed_dim` must be their number, and `num_vq_embeddings`
             their product; with ``"lfq"`` it must be 2^vq_embed_dim.
         num_quantizers: levels q of ``"rvq"``, each with a codebook of `num_vq_embeddings` codes.
+        encoder_norm_type: ``"group"``, as in `VQModel`; or ``"position"``, a norm of each position on its own
+            ([`~models.position_norm.PositionNorm`]), with which a patch's code depends on what is around it and not on
+            the whole picture.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.
@@ -141,6 +145,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         fsq_levels: tuple[int, ...] | None = None,
         pixel_range: tuple[float, float] = (-1.0, 1.0),
         num_quantizers: int = 1,
+        encoder_norm_type: str = "group",
     ) -> None:
         parameters = inspect.signature(ImageVQModel.__init__).parameters
         check_image_vq(self.config, QUANTIZER_OPTIONS, {name: one.default for name, one in parameters.items()})
@@ -161,6 +166,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
             self.encoder = Encoder(
                 in_channels, latent_channels, down_block_types=down_block_types, double_z=False, **widths
             )
+            if encoder_norm_type == "position":
+                replace_group_norms(self.encoder)
             self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
             self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
             self.decoder = Decoder(

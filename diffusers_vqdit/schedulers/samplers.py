@@ -5,13 +5,29 @@ Pure functions: the noise comes from an explicit generator or is an argument.
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 
-Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+@dataclass(frozen=True)
+class SharedGenerator:
+    """The rows of one process in what a generator draws for the rows of all, which is the same however many they are.
+
+    Args:
+        generator: alike on all processes, each of which draws the same shapes in the same order.
+        rank: of this process.
+        world_size: processes.
+    """
+
+    generator: torch.Generator
+    rank: int = 0
+    world_size: int = 1
+
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | SharedGenerator | None
 
 
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
@@ -27,6 +43,10 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> t
         sources = {one.device if isinstance(one, torch.Generator) else device for one in generator}
         source = sources.pop() if len(sources) == 1 else device
         return torch.stack([uniform(shape[1:], one, source) for one in generator]).to(device)
+    if isinstance(generator, SharedGenerator):
+        first, rows = generator.rank * shape[0], generator.world_size * shape[0]
+        whole = uniform(torch.Size([rows, *shape[1:]]), generator.generator, generator.generator.device)
+        return whole[first : first + shape[0]].to(device)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator={generator!r} must be a torch.Generator or a list of them, one a row")
     source = generator.device if generator is not None else device

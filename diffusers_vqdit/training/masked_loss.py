@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ..schedulers.samplers import Generators, uniform
+from ..schedulers.samplers import Generators, SharedGenerator, uniform
 from ..tasks import Task
 from ..utils.checks import check_choice
 from ..utils.distributed import mean_over_processes
 from .codes import CodeDataset
-from .draws import row_generators, step_generator
+from .draws import step_generator
 from .optimization import unwrap
 from .state_files import PaddedStates, split_padded
 
@@ -49,14 +49,14 @@ class Batch:
         task: what is given and what is generated.
         given, generated: name -> codes (B, *shape) int64; of what is given also states.
         timesteps: times (B,) in (0, 1], on the CPU.
-        generators: one a row, on the CPU, which draw its masks.
+        generator: draws the masks, on the CPU.
     """
 
     task: Task
     given: dict[str, torch.Tensor | PaddedStates]
     generated: dict[str, torch.Tensor]
     timesteps: torch.Tensor
-    generators: list[torch.Generator]
+    generator: SharedGenerator
 
 
 def draw_batch(
@@ -73,12 +73,12 @@ def draw_batch(
     rank, generator = accelerator.process_index, step_generator(seed, step)
     task = draw_task(tasks, generator)
     times = stratified_timesteps(len(rows), generator, rank=rank, world_size=accelerator.num_processes)
-    generators = row_generators(seed, step, len(rows), rank=rank)
-    given, generated = codes.batch(rows, task, generator=generators)
+    shared = SharedGenerator(generator, rank, accelerator.num_processes)
+    given, generated = codes.batch(rows, task, generator=shared)
     given, generated = (
         {name: value.to(accelerator.device) for name, value in side.items()} for side in (given, generated)
     )
-    return Batch(task, given, generated, times, generators)
+    return Batch(task, given, generated, times, shared)
 
 
 def track_loss(accelerator: Accelerator, losses: dict[str, float], task: Task, loss: torch.Tensor) -> float:
@@ -111,7 +111,7 @@ def masked_diffusion_loss(
     *,
     weighting: str = "flat",
     timesteps: torch.Tensor | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
 ) -> torch.Tensor:
     """Cross-entropy at the masked codes of one batch of one task.
 
@@ -125,7 +125,7 @@ def masked_diffusion_loss(
             nats per generated code (Sahoo et al. 2024, eq. 10); ``"flat"`` takes the mean over
             the masked codes (MaskGIT).
         timesteps: times (B,) in (0, 1] on the CPU; by default [`stratified_timesteps`] of this batch.
-        generator: draws the masks, and the times where they are not given; one, or one a row, on the CPU.
+        generator: draws the masks, and the times where they are not given, which take a single one; on the CPU.
 
     Returns:
         the loss, a scalar. With several processes all must call this together, and the mean of their losses, as of
@@ -134,8 +134,8 @@ def masked_diffusion_loss(
     check_choice("weighting", weighting, ("flat", "nelbo"))
     device, batch_size = next((codes.device, len(codes)) for codes in generated.values())
     if timesteps is None:
-        if isinstance(generator, list):
-            raise ValueError("generator is a list of one a row, which can't draw stratified times: give timesteps")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError("generator is not a single one, and can't draw stratified times: give timesteps")
         timesteps = stratified_timesteps(batch_size, generator)
     segments = unwrap(transformer).config.segments
     vocab_sizes = {name: segments[name]["vocab_size"] for name in generated}

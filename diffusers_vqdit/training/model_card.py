@@ -30,7 +30,8 @@ _NOT_HYPERPARAMETERS = {
 _OF_NEW_MODELS = {
     *("num_layers", "num_attention_heads", "attention_head_dim", "patch", "patch_size", "masking", "shift"),
     *("image_vq", "text_vq", "text_encoder", "image_encoder"),
-    *("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_attention", "latent_channels"),
+    *("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_attention", "encoder_norm_type"),
+    "latent_channels",
     *("num_vq_embeddings", "vq_embed_dim", "fsq_levels", "quantizer_type", *sum(QUANTIZER_OPTIONS.values(), ())),
     *("tokenizer_vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_codes", "code_dim"),
     *("hidden_size", "kernel_size", "codebook_norm", "restart_threshold"),

@@ -11,8 +11,10 @@ CACHED_ELEMENTS = 2**18  # scores that a CPU's second cache holds: 1 MiB of floa
 def first_largest(scores: torch.Tensor) -> torch.LongTensor:
     """`scores.argmax(1)` of (N, K), the first of equal ones: the maxima of blocks first, then the place within one.
 
-    PyTorch's maximum along rows is vectorized on CPUs, its argmax isn't.
+    PyTorch's maximum along rows is vectorized on CPUs, its argmax isn't; a GPU's argmax is one kernel, and fast.
     """
+    if scores.device.type != "cpu":
+        return scores.argmax(1)
     width = 128
     if scores.shape[1] % width:
         scores = F.pad(scores, (0, -scores.shape[1] % width), value=-torch.inf)
