@@ -51,11 +51,13 @@ from diffusers_vqdit.training.evaluation_texts import (
     measure_text_to_text,
 )
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     font_file,
     model_name,
     output_path,
+    positive_integer,
 )
 
 
@@ -117,6 +119,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help=f"Of {', '.join(MEASURES)}; with commas, as in --tasks=->text,infilling.",
     )
     add_sampling_arguments(parser, num_samples=236)
+    parser.add_argument(
+        "--features",
+        type=model_name,
+        help="Vision model of transformers, a Hub id or a folder: a second judge of pictures drawn from texts.",
+    )
+    parser.add_argument(
+        "--features_image_size", type=positive_integer, help="Side that pictures are resized to for it."
+    )
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)
@@ -131,7 +141,8 @@ def main(args: argparse.Namespace) -> None:
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     side = pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
-    data = EmojiData.load(pipeline.image_vq, side * pipeline.image_vq.downsample_factor, args)
+    judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size) if args.features else None
+    data = EmojiData.load(pipeline.image_vq, side * pipeline.image_vq.downsample_factor, args, judge)
     measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
     report = {name: figures for name, figures in measured.items() if figures}
     table = as_table(report)

@@ -5,10 +5,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Image
 from tqdm.auto import tqdm
 
@@ -20,6 +21,7 @@ from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
 from ..utils.decoding import as_picture_column, decode_image, to_pixels
 from .data import decode_images, load_training_dataset
+from .image_losses import BackboneFeatures
 
 
 CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them
@@ -149,6 +151,10 @@ class EmojiData:
         captions: what the report calls the captions of a column, by column; the first is the captions' own.
         label_column: the labels'.
         splits: both, with their pictures undecoded, for columns of other pictures.
+        styles: rows whose emoji, and whose style, training saw, never together: ``held_out`` says "style".
+        unseen: rows of the training split with a text in a column ``unseen``, of words that training never saw.
+        judge: a second one beside the nearest pixels: features of a vision backbone.
+        features: (N, C), unit length, of what all pictures decode to; None without a judge.
     """
 
     pictures: torch.Tensor
@@ -162,9 +168,19 @@ class EmojiData:
     captions: dict[str, str]
     label_column: str
     splits: Any = None
+    styles: list[int] = field(default_factory=list)
+    unseen: list[int] = field(default_factory=list)
+    judge: BackboneFeatures | None = None
+    features: torch.Tensor | None = None
 
     @classmethod
-    def load(cls, image_vq: ImageVQModel, resolution: int, args: argparse.Namespace) -> "EmojiData":
+    def load(
+        cls,
+        image_vq: ImageVQModel,
+        resolution: int,
+        args: argparse.Namespace,
+        judge: BackboneFeatures | None = None,
+    ) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
         ``batch_size`` of `args`."""
         train, test = (
@@ -177,7 +193,10 @@ class EmojiData:
         test_rows = list(range(len(train), len(pictures)))
         held = columns.get("held_out", ["composition"] * len(pictures))
         composition = [row for row in test_rows if held[row] == "composition"] or list(test_rows)
-        random.Random(args.seed).shuffle(composition)
+        styles = [row for row in test_rows if held[row] == "style"]
+        unseen = [row for row, text in enumerate(columns.get("unseen", [])[: len(train)]) if text]
+        for rows in (composition, styles, unseen):
+            random.Random(args.seed).shuffle(rows)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
         captions = {name: title for name, title in args.caption_columns.items() if name in columns}
         if captions != args.caption_columns and args.caption_columns != CAPTIONS:
@@ -199,6 +218,10 @@ class EmojiData:
             captions,
             args.label_column,
             [train, test],
+            styles[: args.num_samples],
+            unseen[: args.num_samples],
+            judge,
+            None if judge is None else unit_features(judge, decoded, args.batch_size),
         )
 
     @property
@@ -255,6 +278,23 @@ class EmojiData:
         named = distance.gather(1, torch.tensor(rows)[:, None])[:, 0]
         # Two emoji may look the same: the named one must be as near as the nearest.
         return (named <= distance.min(1).values + 1e-4).tolist()
+
+    def judged(self, samples: torch.Tensor, rows: list[int], batch_size: int) -> dict[str, dict[str, Any]]:
+        """The share of samples, in [0, 1], to which no picture is nearer than their rows', by what is looked at: its
+        pixels, and the judge's features where there is one. ``""`` is the pixels' key."""
+        found = {"": share(self.nearest(samples, rows))}
+        if self.judge is not None and self.features is not None:
+            likeness = unit_features(self.judge, samples.float().cpu() * 2 - 1, batch_size) @ self.features.T  # (S, N)
+            own = likeness.gather(1, torch.tensor(rows)[:, None])[:, 0]
+            found[" by features"] = share((own >= likeness.max(1).values - 1e-5).tolist())
+        return found
+
+
+@torch.no_grad()
+def unit_features(judge: BackboneFeatures, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Features (N, C) of pictures (N, 3, H, W) in [-1, 1], of unit length."""
+    parts = [judge.pooled(pixels[part]) for part in batched(len(pixels), batch_size, "Features")]
+    return F.normalize(torch.cat(parts), dim=1)
 
 
 def share(hits: list[bool]) -> dict[str, Any]:

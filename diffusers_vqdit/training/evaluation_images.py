@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..models.text_vq import TextVQModel
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.text_segment import encode_texts
+from ..tasks import Task
 from ..utils.decoding import to_pixels
 from ..utils.images import lower_resolution, resize
 from .evaluation import (
@@ -63,14 +64,20 @@ def drawn_right(
 def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Captions in all languages as prompts, and other texts as what they are."""
     roles, figures = Roles.of(pipeline), {}
-    for name, rows in (("training captions", data.train), ("held-out compositions", data.composition)):
-        for task in tasks_between(pipeline, [*roles.texts, *roles.states], [roles.image]):
-            (given,) = task.given
-            for column in roles.columns(given, data):
-                passed = {given: data.texts(rows, column)}
-                drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
-                figure = share(data.nearest(drawn, rows))
-                figures[f"{name}, {data.title(column)}, nearest picture is the one named"] = figure
+
+    def draw(name: str, task: Task, column: str, title: str, rows: list[int]) -> None:
+        drawn = sample(pipeline, args, len(rows), name, roles.image, {task.given[0]: data.texts(rows, column)})
+        for how, figure in data.judged(drawn, rows, args.batch_size).items():
+            figures[f"{name}, {title}, nearest picture{how} is the one named"] = figure
+
+    for task in tasks_between(pipeline, [*roles.texts, *roles.states], [roles.image]):
+        sets = {"training captions": data.train, "held-out compositions": data.composition}
+        sets |= {"held-out styles": data.styles} if data.styles else {}
+        for name, rows in sets.items():
+            for column in roles.columns(task.given[0], data):
+                draw(name, task, column, data.title(column), rows)
+        if data.unseen and task.given == (roles.prompt,):
+            draw("training pictures", task, "unseen", "words never seen", data.unseen)
     return figures
 
 

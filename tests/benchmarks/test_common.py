@@ -29,7 +29,7 @@ def test_functions_take_turns_and_the_slower_one_has_the_larger_ratio():
     case = compare("products", functions, rounds=3, device="cpu", flops=1e9)
     assert calls == ["ours", "theirs"] * 4
     ours, theirs = case["rows"]
-    assert theirs["cpu_over_ours"] > 1 == ours["cpu_over_ours"] and theirs["result"] == "equal"
+    assert theirs["over_ours"] > 1 == ours["over_ours"] and theirs["result"] == "equal"
     assert case["floor_ms"] == pytest.approx(1e12 / case["ceilings"]["flops"])
     text = table(case)
     assert "| theirs |" in text and len({line.count("|") for line in text.splitlines()[2:]}) == 1

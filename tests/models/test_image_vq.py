@@ -145,6 +145,21 @@ def test_quantizer_options_that_do_not_fit_are_named(options, message):
         ImageVQModel(**{**CONFIG, **options})
 
 
+@pytest.mark.parametrize("norm_type", ["group", "position"])
+def test_with_norms_of_positions_codes_depend_on_what_is_near(norm_type, tmp_path):
+    model = ImageVQModel(**CONFIG, mid_block_add_attention=False, encoder_norm_type=norm_type).eval()
+    sample = torch.rand(1, 3, 96, 96) * 2 - 1
+    other = sample.clone()
+    other[..., 64:] = -1
+    first, second = (model.encode(x).latents for x in (sample, other))
+    # 32 pixels from the change, beyond the sight of two levels with a block each: 16 columns of codes.
+    assert torch.equal(first[..., :16], second[..., :16]) == (norm_type == "position")
+    assert not torch.equal(first[..., 32:], second[..., 32:])
+    model.save_pretrained(tmp_path)
+    loaded = ImageVQModel.from_pretrained(tmp_path)
+    assert loaded.config.encoder_norm_type == norm_type and torch.equal(loaded.encode(sample).latents, first)
+
+
 def test_the_pixel_range_is_changed_outside_the_convolutions():
     torch.manual_seed(0)
     plain = ImageVQModel(**CONFIG).eval()

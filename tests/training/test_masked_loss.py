@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_vqdit import MaskedDiffusionScheduler, Task
+from diffusers_vqdit.schedulers.samplers import SharedGenerator, uniform
 from diffusers_vqdit.training.draws import row_generators, step_generator
 from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
 
@@ -35,6 +36,21 @@ def test_draws_are_those_of_the_global_batch(world_size, transformer):
         codes = {"image": torch.randint(32, (8, 4, 4))}
         generators = row_generators(1, 2, 8)
         masked_diffusion_loss(transformer, MaskedDiffusionScheduler(), {}, codes, generator=generators)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_shared_generator_draws_the_rows_of_the_global_batch(world_size):
+    size, device = 8 // world_size, torch.device("cpu")
+
+    def drawn(rank, count):
+        shared = SharedGenerator(step_generator(1, 2), rank, count)
+        return [uniform(torch.Size([8 // count, *rest]), shared, device) for rest in ((), (3,), (4, 4))]
+
+    parts = zip(*(drawn(rank, world_size) for rank in range(world_size)), strict=True)
+    for whole, part in zip(drawn(0, 1), parts, strict=True):
+        assert torch.equal(torch.cat(part), whole) and all(len(rows) == size for rows in part)
+        assert len(whole.unique()) == whole.numel()
+    assert not torch.isin(drawn(0, 1)[2], drawn(0, 1)[1]).any()
 
 
 @pytest.mark.parametrize("weighting", ["flat", "nelbo"])
