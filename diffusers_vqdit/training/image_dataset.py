@@ -12,13 +12,13 @@ from typing import Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
+from ..utils.decoding import as_picture_column, place
 from .checkpoints import fingerprint
 from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
-from .draws import step_generator
+from .image_reader import ImageReader
 from .image_stream import ImageStream, picture_stream
 
 
@@ -27,26 +27,16 @@ logger = logging.getLogger(__name__)
 CACHED_BYTES = 1 << 26  # all decoded pictures are kept in memory where they take no more
 VALIDATION_PICTURES = (1024, 256)  # at most: of a split of their own, of the training split
 MAX_TRIED = 1000  # pictures in a row that can't be read
-_DRAWS = 3  # tells the draws of a picture from others of its step
 
 Problem = tuple[int, str]  # a row, and why it can't be read
 
 
-class ImageDataset(Dataset):
-    """Pictures (3, resolution, resolution) uint8 of a column, each decoded, cropped and resized when it is asked for.
+class ImageDataset(ImageReader):
+    """Pictures of a `datasets.Dataset`, each decoded, cropped and resized when it is asked for.
 
     An item's index is a row and its position in the order of the run, which its crop and flip are drawn from. In place
     of a picture that can't be read stands the next one that can. A small dataset is decoded once and kept; what can't
     be read is left out of it.
-
-    Args:
-        dataset: a `datasets.Dataset` with an undecoded column of pictures.
-        image_column: the column's name.
-        resolution: side of the pictures in pixels.
-        resize_mode, interpolation: as in [`~utils.fitting.resize_image`].
-        random_crop: cut another part out each time, in place of what `resize_mode` says.
-        random_flip: mirror half of the pictures, other ones each time.
-        seed: of these draws.
 
     Attributes:
         pictures (`torch.Tensor`, *optional*): all of them, (N, 3, resolution, resolution) uint8, where they are kept.
@@ -56,28 +46,13 @@ class ImageDataset(Dataset):
         ValueError: if no picture of a small dataset, or none of the first thousand of another, can be read.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_column: str,
-        resolution: int,
-        *,
-        resize_mode: str = "crop",
-        interpolation: str = "lanczos",
-        random_crop: bool = False,
-        random_flip: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.image_column, self.resolution, self.seed = image_column, resolution, seed
-        self.resize_mode = "crop" if random_crop else resize_mode
-        self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
-        self.column = dataset.select_columns(image_column)  # the others need not be read, or decoded
+    def _open(self, dataset: Any) -> None:
+        self.column = dataset.select_columns(self.image_column)  # the others need not be read, or decoded
         self.pictures: torch.Tensor | None = None
         self.rows: Sequence[int] = range(len(dataset))
-        if not random_crop and len(dataset) * 3 * resolution**2 <= CACHED_BYTES:
-            self.pictures, self.rows = decode_images(
-                dataset, image_column, resolution, resize_mode=resize_mode, interpolation=interpolation
-            )
+        if not self.random_crop and len(dataset) * 3 * self.resolution**2 <= CACHED_BYTES:
+            options = {"resize_mode": self.resize_mode, "interpolation": self.interpolation}
+            self.pictures, self.rows = decode_images(dataset, self.image_column, self.resolution, **options)
         else:
             self[0, 0]
 
@@ -88,18 +63,12 @@ class ImageDataset(Dataset):
         """A row's picture, (3, resolution, resolution) uint8. It raises what the picture makes Pillow raise."""
         if self.pictures is not None:
             return self.pictures[row]
-        value = self.column[row][self.image_column]
-        mode = self.resize_mode
-        picture = decode_image(value, self.resolution, mode, interpolation=self.interpolation, centering=centering)
-        return to_bytes(picture)
+        return self._decode(self.column[row][self.image_column], centering)
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[torch.Tensor, list[Problem]]:
         """The picture of a row at a position of the run's order, and the rows it stands in for, with the reasons."""
         row, position = index
-        across, down, flip = 0.5, 0.5, 1.0
-        if self.random_crop or self.random_flip:
-            across, down, flip = torch.rand(3, generator=step_generator(self.seed, position, _DRAWS)).tolist()
-        centering = (across, down) if self.random_crop else (0.5, 0.5)
+        centering, mirrored = self._draw(position)
         problems: list[Problem] = []
         for other in range(row, row + min(len(self), MAX_TRIED)):
             try:
@@ -112,7 +81,7 @@ class ImageDataset(Dataset):
                 f"column {self.image_column!r}: none of {len(problems)} pictures from row {row} on could be read: "
                 f"{problems[0][1]}"
             )
-        return picture.flip(-1) if self.random_flip and flip < 0.5 else picture, problems
+        return picture.flip(-1) if mirrored else picture, problems
 
     def identity(self) -> dict[str, str]:
         """What tells these pictures from others, for the identity of a run."""

@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..utils.decoding import decode_image, to_bytes
 from ..utils.distributed import process_rank
 from .data import MAX_NAMED
 from .draws import step_generator
+from .image_reader import ImageReader
 
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 1000  # samples, undecoded, that are shuffled together
-_CROP, _ORDER = 3, 4  # tell the draws of one kind from another
+_ORDER = 4  # tells the draws of orders from those of pictures
 
 
-class ImageStream(Dataset):
+class ImageStream(ImageReader):
     """Pictures of an undecoded column of a `datasets.IterableDataset`, again and again.
 
     In each epoch the shards come in another order, of the seed and the epoch, and each window of a thousand samples in
@@ -29,29 +29,11 @@ class ImageStream(Dataset):
     In place of a picture that can't be read stands the next one of its batch that can.
 
     Its state is where the batches that were taken end: the epoch, the window, and the place of `datasets` before it.
-
-    Args:
-        dataset: with the column alone.
-        image_column, resolution, resize_mode, interpolation, random_crop, random_flip, seed: as in [`ImageDataset`].
     """
 
     pictures = None  # in memory
 
-    def __init__(
-        self,
-        dataset: Any,
-        image_column: str,
-        resolution: int,
-        *,
-        resize_mode: str = "crop",
-        interpolation: str = "lanczos",
-        random_crop: bool = False,
-        random_flip: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.image_column, self.resolution, self.seed = image_column, resolution, seed
-        self.resize_mode = "crop" if random_crop else resize_mode
-        self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
+    def _open(self, dataset: Any) -> None:
         self.rank, self.world_size = process_rank()
         if self.world_size > 1:
             from datasets.distributed import split_dataset_by_node
@@ -91,6 +73,22 @@ class ImageStream(Dataset):
                 raise ValueError(f"column {self.image_column!r}: process {self.rank} finds no samples in the stream")
             epoch, window, state = epoch + 1, 0, None
 
+    def __getitem__(self, sample: tuple[Any, int]) -> torch.Tensor | str:
+        """The picture of an undecoded value at a position, or what is wrong with it."""
+        value, position = sample
+        value = {"bytes": value, "path": None} if isinstance(value, bytes) else value
+        centering, mirrored = self._draw(position)
+        try:
+            picture = self._decode(value, centering)
+        except Exception as error:  # whatever a picture raises: it is one of many
+            path = value.get("path") if isinstance(value, dict) else None
+            return f"{path or f'at position {position}'}: {type(error).__name__}: {error}"
+        return picture.flip(-1) if mirrored else picture
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For the processes that decode: they are handed the values, and have no use for where these are from.
+        return {**self.__dict__, "dataset": None, "begun": None}
+
     def batches(self, batch_size: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
         """Pictures (B, 3, resolution, resolution) uint8, decoded by `num_workers` processes, or by this one."""
 
@@ -100,7 +98,7 @@ class ImageStream(Dataset):
                 yield [next(samples) for _ in range(batch_size)]
 
         loader: Iterable[Any] = DataLoader(
-            _Decoder(self),
+            self,
             batch_sampler=places(),
             num_workers=num_workers,
             collate_fn=list,
@@ -149,29 +147,6 @@ class ImageStream(Dataset):
         self.start = tuple(start)
         self.taken = 0
         self.begun.clear()
-
-
-class _Decoder(Dataset):
-    """Undecoded values to pictures (3, resolution, resolution) uint8, or to what is wrong with them."""
-
-    def __init__(self, stream: ImageStream) -> None:
-        self.resolution, self.seed = stream.resolution, stream.seed
-        self.resize_mode, self.interpolation = stream.resize_mode, stream.interpolation
-        self.random_crop, self.random_flip = stream.random_crop, stream.random_flip
-
-    def __getitem__(self, sample: tuple[Any, int]) -> torch.Tensor | str:
-        value, position = sample
-        value = {"bytes": value, "path": None} if isinstance(value, bytes) else value
-        across, down, flip = torch.rand(3, generator=step_generator(self.seed, position, _CROP)).tolist()
-        centering = (across, down) if self.random_crop else (0.5, 0.5)
-        try:
-            picture = decode_image(
-                value, self.resolution, self.resize_mode, interpolation=self.interpolation, centering=centering
-            )
-        except Exception as error:  # whatever a picture raises: it is one of many
-            path = value.get("path") if isinstance(value, dict) else None
-            return f"{path or f'at position {position}'}: {type(error).__name__}: {error}"
-        return to_bytes(picture.flip(-1) if self.random_flip and flip < 0.5 else picture)
 
 
 def picture_stream(dataset: Any, column: str) -> Any:
