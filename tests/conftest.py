@@ -110,6 +110,18 @@ def tiny_transformer():
     return model.eval()
 
 
+def tiny_latent_transformer():
+    return VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        sample_size=4,
+        patch_size=1,
+        num_embeds_ada_norm=3,
+        caption_channels=4,
+    ).share_embedder()
+
+
 def tiny_pipeline(transformer, image_vq, text_vq, tokenizer):
     pipe = VQDiTPipeline(
         transformer, MaskedDiffusionScheduler(), image_vq, text_vq, tokenizer, labels=["fruit", "box", "dot"]
@@ -147,6 +159,12 @@ def make_pipeline(tokenizer):
         return tiny_pipeline(tiny_transformer(), tiny_image_vq(), tiny_text_vq(tokenizer), tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_latent_transformer():
+    """Makes a tiny transformer of latents, as it is before training."""
+    return tiny_latent_transformer
 
 
 def of_this_folder(name):

@@ -39,19 +39,11 @@ def page_pipeline(make_pipeline):
 
 
 @pytest.fixture(scope="session")
-def latent_page_pipeline(make_pipeline):
+def latent_page_pipeline(make_pipeline, make_latent_transformer):
     """A tiny pipeline over latents, of prompts and labels."""
     parts = make_pipeline(0)
     torch.manual_seed(0)
-    transformer = VQDiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        sample_size=4,
-        patch_size=1,
-        num_embeds_ada_norm=3,
-        caption_channels=4,
-    ).share_embedder()
+    transformer = make_latent_transformer()
     return VQDiTLatentPipeline(
         transformer.eval(), parts.image_vq, DDIMScheduler(), parts.text_vq, parts.tokenizer, id2label={0: "apple"}
     )
