@@ -52,7 +52,8 @@ def starter(args: argparse.Namespace) -> None:
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     side = pipeline.transformer.config.segments["image"]["shape"][0]
-    data = evaluation.EmojiData.load(pipeline.image_vq, side * pipeline.image_vq.downsample_factor, args)
+    resolution = side * pipeline.image_vq.downsample_factor
+    data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args, resize_mode=pipeline.config.resize_mode)
     kinds = {"training captions": data.train, "held-out compositions": data.composition}
     found = {cache: {"seconds": 0.0, "codes": [], "right": []} for cache in CACHES}
     for rows in kinds.values():

@@ -132,7 +132,8 @@ def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
         image_vq, side = pipeline.vae, pipeline.transformer.config.sample_size
     else:
         image_vq, side = pipeline.image_vq, pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
-    data = EmojiData.load(image_vq, side * downsample_factor(image_vq), args)
+    resize_mode = pipeline.config.resize_mode
+    data = EmojiData.load(image_vq, side * downsample_factor(image_vq), args, resize_mode=resize_mode)
     name, results = Path(checkpoint).name, []
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
     most = max(args.num_inference_steps)

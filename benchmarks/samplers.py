@@ -114,7 +114,7 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict, int | str]]:
 def compare(pipeline: VQDiTPipeline, args: argparse.Namespace) -> list[dict]:
     side = pipeline.transformer.config.segments[evaluation.Roles.of(pipeline).image]["shape"][0]
     resolution = side * pipeline.image_vq.downsample_factor
-    data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args)
+    data = evaluation.EmojiData.load(pipeline.image_vq, resolution, args, resize_mode=pipeline.config.resize_mode)
     rows = data.train if args.captions == "training" else data.composition
     captions = data.texts(rows)
 

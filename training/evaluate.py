@@ -142,7 +142,8 @@ def main(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     side = pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
     judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size) if args.features else None
-    data = EmojiData.load(pipeline.image_vq, side * pipeline.image_vq.downsample_factor, args, judge)
+    resolution = side * pipeline.image_vq.downsample_factor
+    data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode)
     measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
     report = {name: figures for name, figures in measured.items() if figures}
     table = as_table(report)

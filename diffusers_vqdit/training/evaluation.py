@@ -155,6 +155,7 @@ class EmojiData:
         unseen: rows of the training split with a text in a column ``unseen``, of words that training never saw.
         judge: a second one beside the nearest pixels: features of a vision backbone.
         features: (N, C), unit length, of what all pictures decode to; None without a judge.
+        resize_mode: how pictures that are not square are read.
     """
 
     pictures: torch.Tensor
@@ -172,6 +173,7 @@ class EmojiData:
     unseen: list[int] = field(default_factory=list)
     judge: BackboneFeatures | None = None
     features: torch.Tensor | None = None
+    resize_mode: str = "crop"
 
     @classmethod
     def load(
@@ -180,14 +182,17 @@ class EmojiData:
         resolution: int,
         args: argparse.Namespace,
         judge: BackboneFeatures | None = None,
+        resize_mode: str = "crop",
     ) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
-        ``batch_size`` of `args`."""
+        ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`."""
         train, test = (
             load_training_dataset(dataset_name=args.dataset_name, split=split, image_column=args.image_column)
             for split in ("train", "test")
         )
-        pictures = torch.cat([decode_images(part, args.image_column, resolution)[0] for part in (train, test)])
+        pictures = torch.cat(
+            [decode_images(part, args.image_column, resolution, resize_mode=resize_mode)[0] for part in (train, test)]
+        )
         names = [name for name, feature in train.features.items() if not isinstance(feature, Image)]
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
@@ -222,6 +227,7 @@ class EmojiData:
             unseen[: args.num_samples],
             judge,
             None if judge is None else unit_features(judge, decoded, args.batch_size),
+            resize_mode,
         )
 
     @property
@@ -259,7 +265,7 @@ class EmojiData:
         for row in rows:
             split, place = (self.splits[0], row) if row < first else (self.splits[1], row - first)
             value = as_picture_column(split.select_columns(column), column)[place][column]
-            found.append(decode_image(value, self.pictures.shape[-1]))
+            found.append(decode_image(value, self.pictures.shape[-1], self.resize_mode))
         return torch.stack(found) / 2 + 0.5
 
     def labels(self, rows: list[int]) -> list[str]:

@@ -1,0 +1,64 @@
+"""The data that pipelines are measured on, and how drawn pictures are judged."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, ResNetModel
+
+from diffusers_vqdit.training.image_losses import BackboneFeatures
+
+
+@pytest.fixture
+def styles(tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(10)]
+    rows = {
+        "image": pictures,
+        "text": [f"thing {i}" for i in range(10)],
+        "unseen": ["gadget", "", "gizmo", *[""] * 7],
+        "split": ["train"] * 6 + ["test"] * 4,
+        "held_out": [""] * 6 + ["composition", "style", "style", "picture"],
+    }
+    features = {name: datasets.Value("string") for name in rows} | {"image": datasets.Image()}
+    path = tmp_path / "styles.parquet"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(path))
+    return path
+
+
+def test_the_sets_that_are_measured_and_both_judges(styles, image_vq, script):
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {styles}".split())
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    data = evaluate.EmojiData.load(image_vq, 16, args, BackboneFeatures(ResNetModel(config)))
+    assert data.composition == [6] and sorted(data.styles) == [7, 8] and sorted(data.unseen) == [0, 2]
+    own = data.decoded / 2 + 0.5
+    rows = [0, 4, 9]
+    right = data.judged(own[rows], rows, 2)
+    assert {how: figure["value"] for how, figure in right.items()} == {"": 1.0, " by features": 1.0}
+    wrong = data.judged(own[rows], [1, 2, 3], 2)
+    assert {how: figure["value"] for how, figure in wrong.items()} == {"": 0.0, " by features": 0.0}
+    without = evaluate.EmojiData.load(image_vq, 16, args)
+    assert without.judged(own[rows], rows, 2).keys() == {""}
+
+
+@pytest.mark.parametrize("resize_mode", ["crop", "pad"])
+def test_pictures_are_read_as_the_pipeline_reads_them(resize_mode, pipeline, script, tmp_path, monkeypatch):
+    """Padding leaves white above and below a wide black picture, cropping does not."""
+    black = [Image.new("RGB", (32, 16))] * 4
+    kinds = {"image": datasets.Image(), "sketch": datasets.Image(), "split": datasets.Value("string")}
+    columns = {"image": black, "sketch": black, "split": ["train"] * 2 + ["test"] * 2}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).to_parquet(tmp_path / "wide.parquet")
+    pipeline.register_to_config(resize_mode=resize_mode)
+    pipeline.save_pretrained(tmp_path / "pipe")
+    evaluate, found = script("evaluate"), []
+    monkeypatch.setitem(evaluate.MEASURES, "tokenizers", lambda pipe, data, args: found.append(data) or {})
+    monkeypatch.setattr(evaluate, "draw_rows", lambda rows, font: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(evaluate, "task_rows", lambda *args: [])
+    source = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {tmp_path / 'wide.parquet'}"
+    evaluate.main(evaluate.parse_args([*source.split(), "--tasks=tokenizers"]))
+    (data,) = found
+    for pictures in (data.real([0, 3]), data.others([0, 3], "sketch")):
+        assert bool((pictures[:, :, 0] == 1).all()) == (resize_mode == "pad") and (pictures[:, :, 8] < 0.1).all()
