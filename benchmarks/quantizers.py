@@ -75,7 +75,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
     ours = {
         "vq": {**codebook, **ema},
         "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
-        # Theirs restarts codes below twice the uniform share; so many more than a tenth, as the others here.
+        # Theirs restarts all codes below twice the uniform share; ours takes shares below 1, and by default a tenth.
         "rvq, two codes": {
             **{**codebook, **ema, "codebook_norm": "none", "restart_threshold": 0.5},
             **{"quantizer_type": "rvq", "num_quantizers": 2},

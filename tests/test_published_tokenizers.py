@@ -36,7 +36,7 @@ def test_the_speech_codec(root):
     ]
     sound = 0.1 * sum(weight * torch.sin(k * phase) for k, weight in formants)[None]
     codes = codec.encode_codes(sound)
-    assert codes.shape == (1, codec.encode_codes(torch.zeros_like(sound)).shape[1], 8)
+    assert codes.shape == (1, 11, 8)
     real = codec.spectrogram(sound)
     made = codec.vq.decode_codes(codes.transpose(1, 2)).sample
     silent = codec.vq.decode_codes(codec.encode_codes(torch.zeros_like(sound)).transpose(1, 2)).sample

@@ -63,7 +63,7 @@ def test_every_command(root, photographs, script, monkeypatch):
             (path,) = [word for word in words if word.endswith(".py")]
             name = path.removeprefix("training/").removesuffix(".py")
             arguments = words[words.index(path) + 1 :] + SMALL[name].split()
-            # What a test machine lacks: a compiler's minutes, and metrics of float32 products.
+            # One takes a compiler's minutes, the other would change float32 products of the tests after this one.
             arguments = [word for word in arguments if word not in ("--compile", "--allow_tf32")]
             if name == "evaluate" and "--tokenizer" in arguments:
                 name = "evaluate_tokenizer"

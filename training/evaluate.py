@@ -15,7 +15,8 @@ out. One sample is drawn for each caption or
 picture, from a seed of its own, and each share comes with its standard error. The captions and pictures are held-out
 compositions (a role and a skin tone that training never saw together) or, where it says so, training captions or the
 whole test split. *Nearest picture* is the one of all 3,786 whose reconstruction by the image tokenizer has the
-smallest pixel distance to a sample.
+smallest pixel distance to a sample; with ``--features``, also the one whose features are nearest by a vision model.
+Where a column ``held_out`` says "style", and where a column ``unseen`` has texts, these are measured besides.
 """
 
 import argparse
@@ -141,7 +142,9 @@ def main(args: argparse.Namespace) -> None:
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     side = pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
-    judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size) if args.features else None
+    judge = None
+    if args.features is not None:
+        judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
     resolution = side * pipeline.image_vq.downsample_factor
     data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode)
     measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}

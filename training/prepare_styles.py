@@ -76,7 +76,7 @@ def shortcodes(archive: tarfile.TarFile, sets: tuple[str, ...]) -> dict[str, lis
 
 
 def toned(words: str, tone: str, order: int) -> str:
-    """A wording with its skin tone, in one of four orders."""
+    """A wording with its skin tone, in one of four orders; without a tone as it is, with "the", or in the plural."""
     if not tone:
         return [words, f"the {words}", words if words.endswith("s") else f"{words}s", words][order]
     named = " and ".join(tone.split("+"))
@@ -109,7 +109,7 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
         picture = row.pop("image")
         name = Path(picture["path"]).stem
         base = key(TONE.sub("", name.upper()))
-        flat, round_one = PILImage.open(io.BytesIO(picture["bytes"])), fluent.get(key(name))
+        flat, solid = PILImage.open(io.BytesIO(picture["bytes"])), fluent.get(key(name))
         row |= {
             f"wording_{index + 1}": words
             for index, words in enumerate(other_wordings(row, trained.get(base, []), key(name)))
@@ -118,8 +118,8 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
         new = [word for word in judged.get(base, []) if taken[word] == 1 and word not in told]
         row["unseen"] = new[0] if new and not row["skin_tone"] else ""
         pictures = {"flat": png(on_white(flat, size), f"{name}-flat")}
-        if round_one is not None:
-            pictures["3d"] = png(round_one, f"{name}-3d")
+        if solid is not None:
+            pictures["3d"] = png(solid, f"{name}-3d")
         for style, image in pictures.items():
             others = [other for which, other in pictures.items() if which != style]
             made = dict(row)

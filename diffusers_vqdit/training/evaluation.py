@@ -222,12 +222,12 @@ class EmojiData:
             decoded,
             captions,
             args.label_column,
-            [train, test],
-            styles[: args.num_samples],
-            unseen[: args.num_samples],
-            judge,
-            None if judge is None else unit_features(judge, decoded, args.batch_size),
-            resize_mode,
+            splits=[train, test],
+            styles=styles[: args.num_samples],
+            unseen=unseen[: args.num_samples],
+            judge=judge,
+            features=None if judge is None else unit_features(judge, decoded, args.batch_size),
+            resize_mode=resize_mode,
         )
 
     @property
@@ -298,8 +298,9 @@ class EmojiData:
 
 @torch.no_grad()
 def unit_features(judge: BackboneFeatures, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Features (N, C) of pictures (N, 3, H, W) in [-1, 1], of unit length."""
-    parts = [judge.pooled(pixels[part]) for part in batched(len(pixels), batch_size, "Features")]
+    """Features (N, C) of pictures (N, 3, H, W) in [-1, 1], of unit length, on the CPU."""
+    device = next(judge.parameters()).device
+    parts = [judge.pooled(pixels[part].to(device)).cpu() for part in batched(len(pixels), batch_size, "Features")]
     return F.normalize(torch.cat(parts), dim=1)
 
 

@@ -135,7 +135,10 @@ def masked_diffusion_loss(
     device, batch_size = next((codes.device, len(codes)) for codes in generated.values())
     if timesteps is None:
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError("generator is not a single one, and can't draw stratified times: give timesteps")
+            raise ValueError(
+                f"generator is a {type(generator).__name__}, which can't draw stratified times: it must be a single "
+                "torch.Generator, or give timesteps"
+            )
         timesteps = stratified_timesteps(batch_size, generator)
     segments = unwrap(transformer).config.segments
     vocab_sizes = {name: segments[name]["vocab_size"] for name in generated}
