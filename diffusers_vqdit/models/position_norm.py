@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 
 class PositionNorm(nn.Module):
-    """Layer norm over the channels of each position of a feature map (B, C, H, W).
+    """Layer norm over the channels of each position of a feature map (B, C, H, W), or (B, C, N) as attention has it.
 
     Group norm has one mean and variance for a whole picture, so that a patch gets other codes when anything far from
-    it changes, or the picture's size does. This norm leaves them as they were.
+    it changes, or the picture's size does. This norm leaves them as they were, where the model has no attention.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:

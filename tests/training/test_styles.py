@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetConfig, ResNetModel
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 
@@ -51,13 +51,6 @@ def test_rows_of_both_styles(prepare):
         "emojibase": {},
         "joypixels": {"1F34E": ["red_apple", "fruit"], "1F680": "rocket_ship", "1F697": "fruit"},
     }
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, found in codes.items():
-            data = json.dumps(found).encode()
-            info = tarfile.TarInfo(f"package/en/shortcodes/{name}.json")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
     common = {"keywords": "x", "label": "food", "skin_tone": "", "split": "train", "held_out": ""}
     rows = [
         {"path": "1f34e.png", "text": "red apple", "text_zh": "红苹果", "phrase": "a red apple", "emoji": "🍎"},
@@ -72,8 +65,7 @@ def test_rows_of_both_styles(prepare):
     columns |= {name: [value] * 2 for name, value in common.items()}
     features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
     emoji = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    file.seek(0)
-    with tarfile.open(fileobj=file) as names:
+    with names_of_codes(codes) as names:
         made = prepare.rows(emoji, {"1F34E": Image.new("RGB", (16, 16), "pink")}, names, 16)
 
     assert [(row["style"], row["text"]) for row in made] == [
@@ -93,6 +85,46 @@ def test_rows_of_both_styles(prepare):
     assert [row["unseen"] for row in made] == ["", "", ""]
     with Image.open(io.BytesIO(round_one["image"]["bytes"])) as picture:
         assert picture.size == (16, 16)
+
+
+def names_of_codes(sets):
+    """An archive of shortcodes, none but for what `sets` has."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name in ("github", "iamcal", "cldr", "emojibase", "joypixels"):
+            data = json.dumps(sets.get(name, {})).encode()
+            info = tarfile.TarInfo(f"package/en/shortcodes/{name}.json")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    file.seek(0)
+    return tarfile.open(fileobj=file)
+
+
+def test_no_training_row_has_a_held_out_picture(prepare):
+    """Neither as its picture nor as its source."""
+    count, columns = 64, {name: [] for name in ("image", "text", "text_zh", "phrase", "split", "held_out")}
+    codes = [f"{0x1F400 + row:x}" for row in range(count)]
+    for row, code in enumerate(codes):
+        data = io.BytesIO()
+        Image.new("RGB", (8, 8), (row + 1, 0, 0)).save(data, format="PNG")
+        columns["image"].append({"bytes": data.getvalue(), "path": f"{code}.png"})
+        for name in ("text", "text_zh", "phrase"):
+            columns[name].append(f"thing {row}")
+        columns["split"].append("test" if row % 8 == 0 else "train")
+        columns["held_out"].append("composition" if row % 8 == 0 else "")
+    columns |= {name: [value] * count for name, value in {"keywords": "x", "label": "y", "skin_tone": ""}.items()}
+    columns["emoji"] = codes
+    features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
+    emoji = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    round_ones = {code.upper(): Image.new("RGB", (8, 8), (0, row + 1, 0)) for row, code in enumerate(codes)}
+    with names_of_codes({}) as names:
+        made = prepare.rows(emoji, round_ones, names, 8)
+    held = {row["image"]["bytes"] for row in made if row["split"] == "test"}
+    assert len(made) == 2 * count and any(row["held_out"] == "style" for row in made)
+    for row in made:
+        assert row["split"] == "test" or (row["image"]["bytes"] not in held and row["source"]["bytes"] not in held)
+        if row["held_out"]:  # what is judged still has the other style as its source
+            assert row["source"]["bytes"] != row["image"]["bytes"]
 
 
 @pytest.fixture
@@ -127,3 +159,32 @@ def test_the_sets_that_are_measured_and_both_judges(styles, image_vq, script):
     assert {how: figure["value"] for how, figure in wrong.items()} == {"": 0.0, " by features": 0.0}
     without = evaluate.EmojiData.load(image_vq, 16, args)
     assert without.judged(own[rows], rows, 2).keys() == {""}
+
+
+def test_a_judge_of_another_size_is_refused_before_the_work(styles, image_vq, script, monkeypatch):
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {styles}".split())
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    backbone = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16))
+    evaluate.EmojiData.load(image_vq, 16, args, BackboneFeatures(backbone, image_size=32))
+    monkeypatch.setattr("diffusers_vqdit.training.evaluation.reconstruct", None)
+    with pytest.raises(ValueError, match="features_image_size=None: ViTModel doesn't take pictures of 16 px"):
+        evaluate.EmojiData.load(image_vq, 16, args, BackboneFeatures(backbone))
+
+
+@pytest.mark.parametrize("missing", ["unseen", "held_out"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_columns_of_these_sets_may_be_empty_or_missing(styles, image_vq, script, missing, empty, tmp_path):
+    data = datasets.load_dataset("parquet", data_files=str(styles), split="train", cache_dir=str(tmp_path / "cache"))
+    data = data.remove_columns(missing)
+    if empty:
+        data = data.add_column(missing, [None] * len(data), feature=datasets.Value("string"))
+    path = tmp_path / "other.parquet"
+    data.to_parquet(str(path))
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {path}".split())
+    data = evaluate.EmojiData.load(image_vq, 16, args)
+    if missing == "unseen":
+        assert data.unseen == [] and data.composition == [6] and sorted(data.styles) == [7, 8]
+    else:
+        assert data.styles == [] and sorted(data.composition) == [6, 7, 8, 9] and sorted(data.unseen) == [0, 2]
