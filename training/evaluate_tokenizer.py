@@ -89,6 +89,7 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         features = inception_features().to(accelerator.device)
     elif args.features is not None:
         backbone = BackboneFeatures.from_pretrained(args.features, args.features_image_size)
+        backbone.check_size(resolution)
         features = backbone.to(accelerator.device).pooled
     return measure_image_tokenizer(
         model,

@@ -10,11 +10,11 @@ Emoji in 3D style); and the shortcodes of GitHub, Slack (iamcal), CLDR and emoji
 ``emojibase-data`` 17.0.0 (MIT).
 
 Each emoji has a row for each of its pictures. Columns: ``image``; ``source`` (the same emoji in the other style; where
-there is none, the picture itself); ``style`` ("flat" or "3d"); ``text``, ``text_zh``, ``phrase`` and ``keywords`` as
-in the emoji dataset, those of 3D pictures followed by ", 3d" or "，立体"; ``wording_1`` to ``wording_4`` (other
-wordings: shortcodes as words, without accents, commas or articles, in the plural, the skin tone before or after);
-``unseen`` (a wording of JoyPixels that is none of these, of this emoji alone, or ""; to judge with, never trained on);
-``label``, ``skin_tone``, ``emoji``, ``split`` and ``held_out``.
+there is none, or training must not see it, the picture itself); ``style`` ("flat" or "3d"); ``text``, ``text_zh``,
+``phrase`` and ``keywords`` as in the emoji dataset, those of 3D pictures followed by ", 3d" or "，立体"; ``wording_1``
+to ``wording_4`` (other wordings: shortcodes as words, without accents, commas or articles, in the plural, the skin
+tone before or after); ``unseen`` (a wording of JoyPixels that is none of these, of this emoji alone, or ""; to judge
+with, never trained on); ``label``, ``skin_tone``, ``emoji``, ``split`` and ``held_out``.
 
 The split is that of the emoji dataset, and of the 3D pictures that are left 1 in 16 is held out too (``held_out =
 "style"``): training saw the emoji flat and the style on others.
@@ -114,20 +114,23 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
             f"wording_{index + 1}": words
             for index, words in enumerate(other_wordings(row, trained.get(base, []), key(name)))
         }
-        told = {plain(text) for column, text in row.items() if column not in ("text_zh", "label", "emoji")}
-        new = [word for word in judged.get(base, []) if taken[word] == 1 and word not in told]
+        told = [plain(text) for column, text in row.items() if column not in ("text_zh", "label", "emoji")]
+        known = {frozenset(text.split()) for text in told}  # the same words in another order are not new
+        new = [one for one in judged.get(base, []) if taken[one] == 1 and frozenset(one.split()) not in known]
         row["unseen"] = new[0] if new and not row["skin_tone"] else ""
         pictures = {"flat": png(on_white(flat, size), f"{name}-flat")}
         if solid is not None:
             pictures["3d"] = png(solid, f"{name}-3d")
+        held = "3d" in pictures and row["split"] == "train" and fraction("style " + name) < 1 / 16
         for style, image in pictures.items():
-            others = [other for which, other in pictures.items() if which != style]
+            # No training row shows a held-out picture, not even as what is given.
+            others = [other for which, other in pictures.items() if which != style and not (held and style == "flat")]
             made = dict(row)
             if style == "3d":
                 spoken = ("text", "text_zh", "phrase", "keywords", *(f"wording_{i + 1}" for i in range(NUM_WORDINGS)))
                 made |= {column: row[column] + SUFFIXES.get(column, ", 3d") for column in spoken}
                 made["unseen"] = ""
-                if row["split"] == "train" and fraction("style " + name) < 1 / 16:
+                if held:
                     made |= {"split": "test", "held_out": "style"}
             out.append({"image": image, "source": others[0] if others else image, "style": style, **made})
     return out

@@ -85,7 +85,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--encoder_norm_type",
         choices=("group", "position"),
         default="group",
-        help="position: codes depend on what is near them alone, not on the whole picture.",
+        help="position: without attention, codes depend on what is near them alone, not on the whole picture.",
     )
     model.add_argument("--latent_channels", type=positive_integer, default=64)
     add_quantizer_arguments(model)

@@ -102,7 +102,8 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         num_quantizers: levels q of ``"rvq"``, each with a codebook of `num_vq_embeddings` codes.
         encoder_norm_type: ``"group"``, as in `VQModel`; or ``"position"``, a norm of each position on its own
             ([`~models.position_norm.PositionNorm`]), with which a patch's code depends on what is around it and not on
-            the whole picture, where the middle block has no attention (`mid_block_add_attention`).
+            the whole picture; but attention, of `mid_block_add_attention` or of ``"AttnDownEncoderBlock2D"``, still
+            looks at all of it.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others.

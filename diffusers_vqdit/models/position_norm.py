@@ -8,7 +8,7 @@ class PositionNorm(nn.LayerNorm):
     """Layer norm over the channels C of each position of features (B, C, H, W), or (B, C, N) as attention has them.
 
     Group norm has one mean and variance for a whole picture, so that a patch gets other codes when anything far from
-    it changes, or the picture's size does. This norm leaves them as they were.
+    it changes, or the picture's size does. This norm leaves them as they were, where the model has no attention.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

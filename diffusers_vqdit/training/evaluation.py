@@ -152,7 +152,7 @@ class EmojiData:
         label_column: the labels'.
         splits: both, with their pictures undecoded, for columns of other pictures.
         styles: rows whose emoji, and whose style, training saw, never together: ``held_out`` says "style".
-        unseen: rows of the training split with a text in a column ``unseen``, of words that training never saw.
+        unseen: rows of the training split with a text in a column ``unseen``, a wording that training never saw.
         judge: a second one beside the nearest pixels: features of a vision backbone.
         features: (N, C), unit length, of what all pictures decode to; None without a judge.
         resize_mode: how pictures that are not square are read.
@@ -185,7 +185,13 @@ class EmojiData:
         resize_mode: str = "crop",
     ) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
-        ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`."""
+        ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`.
+
+        Raises:
+            ValueError: if the judge doesn't take pictures of this size.
+        """
+        if judge is not None:
+            judge.check_size(resolution)
         train, test = (
             load_training_dataset(dataset_name=args.dataset_name, split=split, image_column=args.image_column)
             for split in ("train", "test")

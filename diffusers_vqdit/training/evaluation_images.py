@@ -77,7 +77,7 @@ def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpar
             for column in roles.columns(task.given[0], data):
                 draw(name, task, column, data.title(column), rows)
         if data.unseen and task.given == (roles.prompt,):
-            draw("training pictures", task, "unseen", "words never seen", data.unseen)
+            draw("training pictures", task, "unseen", "wordings never seen", data.unseen)
     return figures
 
 

@@ -77,6 +77,17 @@ class BackboneFeatures(nn.Module):
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
         return list(self.backbone(pixel_values=pixels, output_hidden_states=True).hidden_states)
 
+    @torch.no_grad()
+    def check_size(self, size: int) -> None:
+        """Raise a ValueError if the backbone doesn't take pictures of this side, after what they are resized to."""
+        try:
+            self(torch.zeros(1, self.mean.shape[1], size, size, device=self.mean.device))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"features_image_size={self.image_size}: {type(self.backbone).__name__} doesn't take pictures of "
+                f"{self.image_size or size} px; give the side that it was trained with ({error})"
+            ) from error
+
     def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         """One vector (B, C) for each picture: the mean of its last hidden state over all positions."""
         last = self(pixels)[-1].float()

@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn as nn
 from accelerate import cpu_offload
 from accelerate.utils import convert_to_fp32
 from diffusers import VQModel
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.models.position_norm import PositionNorm
 
 
 CONFIG = {
@@ -158,6 +160,50 @@ def test_with_norms_of_positions_codes_depend_on_what_is_near(norm_type, tmp_pat
     model.save_pretrained(tmp_path)
     loaded = ImageVQModel.from_pretrained(tmp_path)
     assert loaded.config.encoder_norm_type == norm_type and torch.equal(loaded.encode(sample).latents, first)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 6, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_positions_is_that_of_each_vector(shape, dtype):
+    norm = PositionNorm(6).to(dtype)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = (3 * torch.randn(shape) + 2).to(dtype)
+    vectors = x.double().movedim(1, -1)
+    expected = (vectors - vectors.mean(-1, keepdim=True)) / (vectors.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    expected = (expected * norm.weight.double() + norm.bias.double()).movedim(-1, 1)
+    assert norm(x).shape == x.shape and norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "rvq", "fsq", "lfq"])
+@pytest.mark.parametrize("attention", [False, True])
+def test_norms_of_positions_with_attention_half_precision_and_checkpointing(quantizer, attention):
+    """No group norm is left in the encoder, all norms learn, and gradients are the same with checkpointing."""
+    options = {
+        "vq": {},
+        "rvq": {"quantizer_type": "rvq", "num_quantizers": 2},
+        "fsq": {"quantizer_type": "fsq", "fsq_levels": (3, 3), "num_vq_embeddings": 9, "vq_embed_dim": 2},
+        "lfq": {"quantizer_type": "lfq", "num_vq_embeddings": 16, "vq_embed_dim": 4},
+    }[quantizer]
+    blocks = ["DownEncoderBlock2D"] * (len(CONFIG["block_out_channels"]) - 1)
+    options |= {"down_block_types": [*blocks, "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D"]}
+    options |= {"mid_block_add_attention": attention, "encoder_norm_type": "position"}
+    torch.manual_seed(0)
+    model = ImageVQModel(**{**CONFIG, **options}).train()
+    assert not any(isinstance(module, nn.GroupNorm) for module in model.encoder.modules())
+    sample, gradients = torch.rand(2, 3, 32, 32) * 2 - 1, []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(sample).sample.square().mean().backward()
+        gradients.append({name: one.grad.clone() for name, one in model.encoder.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+    half = model.eval().to(torch.bfloat16)
+    picture = half.decode_codes(half.encode_codes(sample)).sample
+    assert picture.dtype == torch.bfloat16 and picture.isfinite().all()
 
 
 def test_the_pixel_range_is_changed_outside_the_convolutions():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetConfig, ResNetModel
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 
@@ -62,3 +62,32 @@ def test_pictures_are_read_as_the_pipeline_reads_them(resize_mode, pipeline, scr
     (data,) = found
     for pictures in (data.real([0, 3]), data.others([0, 3], "sketch")):
         assert bool((pictures[:, :, 0] == 1).all()) == (resize_mode == "pad") and (pictures[:, :, 8] < 0.1).all()
+
+
+def test_a_judge_of_another_size_is_refused_before_the_work(styles, image_vq, script, monkeypatch):
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {styles}".split())
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    backbone = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16))
+    evaluate.EmojiData.load(image_vq, 16, args, BackboneFeatures(backbone, image_size=32))
+    monkeypatch.setattr("diffusers_vqdit.training.evaluation.reconstruct", None)
+    with pytest.raises(ValueError, match="features_image_size=None: ViTModel doesn't take pictures of 16 px"):
+        evaluate.EmojiData.load(image_vq, 16, args, BackboneFeatures(backbone))
+
+
+@pytest.mark.parametrize("missing", ["unseen", "held_out"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_columns_of_these_sets_may_be_empty_or_missing(styles, image_vq, script, missing, empty, tmp_path):
+    data = datasets.load_dataset("parquet", data_files=str(styles), split="train", cache_dir=str(tmp_path / "cache"))
+    data = data.remove_columns(missing)
+    if empty:
+        data = data.add_column(missing, [None] * len(data), feature=datasets.Value("string"))
+    path = tmp_path / "other.parquet"
+    data.to_parquet(str(path))
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {path}".split())
+    data = evaluate.EmojiData.load(image_vq, 16, args)
+    if missing == "unseen":
+        assert data.unseen == [] and data.composition == [6] and sorted(data.styles) == [7, 8]
+    else:
+        assert data.styles == [] and sorted(data.composition) == [6, 7, 8, 9] and sorted(data.unseen) == [0, 2]

@@ -46,13 +46,6 @@ def test_rows_of_both_styles(prepare):
         "emojibase": {},
         "joypixels": {"1F34E": ["red_apple", "fruit"], "1F680": ["rocket_ship", "space_craft"], "1F697": "fruit"},
     }
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, found in codes.items():
-            data = json.dumps(found).encode()
-            info = tarfile.TarInfo(f"package/en/shortcodes/{name}.json")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
     common = {"keywords": "x", "label": "food", "skin_tone": "", "split": "train", "held_out": ""}
     rows = [
         {"path": "1f34e.png", "text": "red apple", "text_zh": "红苹果", "phrase": "a red apple", "emoji": "🍎"},
@@ -67,8 +60,7 @@ def test_rows_of_both_styles(prepare):
     columns |= {name: [value] * 2 for name, value in common.items()}
     features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
     emoji = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    file.seek(0)
-    with tarfile.open(fileobj=file) as names:
+    with names_of_codes(codes) as names:
         made = prepare.rows(emoji, {"1F34E": Image.new("RGB", (16, 16), "pink")}, names, 16)
 
     assert [(row["style"], row["text"]) for row in made] == [
@@ -88,3 +80,43 @@ def test_rows_of_both_styles(prepare):
     assert [row["unseen"] for row in made] == ["", "", "space craft"]
     with Image.open(io.BytesIO(solid["image"]["bytes"])) as picture:
         assert picture.size == (16, 16)
+
+
+def names_of_codes(sets):
+    """An archive of shortcodes, none but for what `sets` has."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name in ("github", "iamcal", "cldr", "emojibase", "joypixels"):
+            data = json.dumps(sets.get(name, {})).encode()
+            info = tarfile.TarInfo(f"package/en/shortcodes/{name}.json")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    file.seek(0)
+    return tarfile.open(fileobj=file)
+
+
+def test_no_training_row_has_a_held_out_picture(prepare):
+    """Neither as its picture nor as its source."""
+    count, columns = 64, {name: [] for name in ("image", "text", "text_zh", "phrase", "split", "held_out")}
+    codes = [f"{0x1F400 + row:x}" for row in range(count)]
+    for row, code in enumerate(codes):
+        data = io.BytesIO()
+        Image.new("RGB", (8, 8), (row + 1, 0, 0)).save(data, format="PNG")
+        columns["image"].append({"bytes": data.getvalue(), "path": f"{code}.png"})
+        for name in ("text", "text_zh", "phrase"):
+            columns[name].append(f"thing {row}")
+        columns["split"].append("test" if row % 8 == 0 else "train")
+        columns["held_out"].append("composition" if row % 8 == 0 else "")
+    columns |= {name: [value] * count for name, value in {"keywords": "x", "label": "y", "skin_tone": ""}.items()}
+    columns["emoji"] = codes
+    features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
+    emoji = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    round_ones = {code.upper(): Image.new("RGB", (8, 8), (0, row + 1, 0)) for row, code in enumerate(codes)}
+    with names_of_codes({}) as names:
+        made = prepare.rows(emoji, round_ones, names, 8)
+    held = {row["image"]["bytes"] for row in made if row["split"] == "test"}
+    assert len(made) == 2 * count and any(row["held_out"] == "style" for row in made)
+    for row in made:
+        assert row["split"] == "test" or (row["image"]["bytes"] not in held and row["source"]["bytes"] not in held)
+        if row["held_out"]:  # what is judged still has the other style as its source
+            assert row["source"]["bytes"] != row["image"]["bytes"]
