@@ -98,7 +98,11 @@ def titled_columns(name: str) -> tuple[str, str]:
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser("Measure a VQDiT pipeline on the emoji dataset.")
+    parser = argument_parser(
+        "Measure a VQDiT pipeline on the emoji dataset. With --tokenizer it measures a tokenizer, with --audio_column "
+        "a pipeline of sounds; these have options of their own: evaluate.py --tokenizer FOLDER --help, "
+        "evaluate.py --audio_column COLUMN --help."
+    )
     parser.add_argument(
         "--pretrained_model_name_or_path", type=model_name, required=True, help="Pipeline: a folder or a Hub id."
     )

@@ -180,7 +180,9 @@ class InputsMixin(PromptMixin, SizesMixin):
         for name in inputs or {}:
             others = sorted(set(self.transformer.config.segments) - set(ARGUMENTS.values()))
             if name not in others:
-                raise ValueError(f"inputs has {name!r}; it takes {others}; the others have arguments of their own")
+                own_argument = next((argument for argument, segment in ARGUMENTS.items() if segment == name), None)
+                also = f"; {name!r} is passed as {own_argument}" if own_argument else ""
+                raise ValueError(f"inputs has {name!r}; it takes {others}{also}")
             if named.get(name) is not None:
                 raise ValueError(f"inputs has {name!r}, which {arguments[name]} says too; give one of them")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
