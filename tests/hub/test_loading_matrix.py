@@ -25,6 +25,7 @@ def test_loading(processes, way, place, cell):
     assert outcome == "ok", outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_loading_offline(processes, way):
     outcome = processes(way, "hub", offline=True)["offline"]
