@@ -1,5 +1,6 @@
 """What reading the pictures of a dataset and of a stream have in common: their size, crops and flips."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .draws import step_generator
 _DRAWS = 3  # tells the draws of a picture from others of its step
 
 
-class ImageReader(Dataset):
+class ImageReader(Dataset, ABC):
     """Pictures (3, resolution, resolution) uint8 of an undecoded column.
 
     Args:
@@ -42,8 +43,9 @@ class ImageReader(Dataset):
         self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
         self._open(dataset)
 
+    @abstractmethod
     def _open(self, dataset: Any) -> None:
-        raise NotImplementedError
+        """Take the dataset, by the row or as a stream."""
 
     def _draw(self, position: int) -> tuple[tuple[float, float], bool]:
         """Where the picture at a position of the run's order is cut out, and whether it is mirrored."""
