@@ -132,15 +132,14 @@ def test_code_within_lines(root, trained, monkeypatch):
     monkeypatch.chdir(trained)
     starter = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
     pipes = {whose: VQDiTPipeline.from_pretrained(f"outputs/{whose}") for whose in WHOSE}
-    count, names = 0, passed(starter)
+    names, found = passed(starter), {}
     for page in pages(root):
-        text = BLOCK.sub("", page.read_text(encoding="utf-8"))
-        for code in INLINE.findall(text):
-            if NOT_RUN.search(code):
-                continue
-            whose = next((one for one, segments in WHOSE.items() if re.search(segments, code)), None)
-            pipe = pipes[whose] if whose else starter
-            own = {"mask": torch.arange(64) < 16} if whose == "speech" else {}
-            exec(compile(code, str(page), "exec"), names | own | {"pipe": pipe})
-            count += 1
-    assert count >= 50
+        for code in INLINE.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
+            found.setdefault(code, page)  # the README's rows stand in docs/tasks.md, too
+    run = [code for code in found if not NOT_RUN.search(code)]
+    assert len(run) >= 30
+    for code in run:
+        whose = next((one for one, segments in WHOSE.items() if re.search(segments, code)), None)
+        own = {"mask": torch.arange(64) < 16} if whose == "speech" else {}
+        pipe = pipes[whose] if whose else starter
+        exec(compile(code, str(found[code]), "exec"), names | own | {"pipe": pipe})
