@@ -26,12 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.models.segment_layers import segment_patch
 from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
     measure_label_to_image,
     measure_repair,
+    measure_sizes,
     measure_super_resolution,
     measure_text_to_image,
     measure_tokenizers,
@@ -53,6 +55,7 @@ from diffusers_vqdit.training.evaluation_texts import (
 )
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.image_losses import BackboneFeatures
+from diffusers_vqdit.training.segment_columns import picture_sizes
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     font_file,
@@ -65,6 +68,7 @@ from diffusers_vqdit.utils.arguments import (
 MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dict]] = {
     "tokenizers": measure_tokenizers,
     "text->image": measure_text_to_image,
+    "sizes": measure_sizes,
     "label->image": measure_label_to_image,
     "inpainting": measure_inpainting,
     "repair": measure_repair,
@@ -125,6 +129,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add_sampling_arguments(parser, num_samples=236)
     parser.add_argument(
+        "--sizes",
+        type=picture_sizes,
+        metavar="HEIGHT,WIDTH;...",
+        help="Heights and widths in pixels, such as '32,32;40,24', at which pictures are drawn from captions, too.",
+    )
+    parser.add_argument(
         "--features",
         type=model_name,
         help="Vision model of transformers, a Hub id or a folder: a second judge of pictures drawn from texts.",
@@ -145,7 +155,10 @@ def main(args: argparse.Namespace) -> None:
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    side = pipeline.transformer.config.segments[Roles.of(pipeline).image]["shape"][0]
+    image, segments = Roles.of(pipeline).image, pipeline.transformer.config.segments
+    side = segments[image]["shape"][0]
+    for size in args.sizes or ():
+        pipeline._segments[image].shape_of(*size, segment_patch(segments, image))  # wrong ones end here
     judge = None
     if args.features is not None:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)

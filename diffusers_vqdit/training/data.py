@@ -279,18 +279,23 @@ def _without_magic(source: str, cache_dir: str | None) -> str:
 
 
 def decode_images(
-    dataset, image_column: str, resolution: int, *, resize_mode: str = "crop", interpolation: str = "lanczos"
+    dataset,
+    image_column: str,
+    resolution: int | tuple[int, int],
+    *,
+    resize_mode: str = "crop",
+    interpolation: str = "lanczos",
 ) -> tuple[torch.Tensor, list[int]]:
     """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
 
     Args:
         dataset: with an undecoded picture column.
         image_column: the column's name.
-        resolution: side of the pictures in pixels.
+        resolution: height and width of the pictures in pixels; one number for both.
         resize_mode, interpolation: as in [`decode_image`].
 
     Returns:
-        a uint8 tensor (N, 3, resolution, resolution) and the row numbers it holds.
+        a uint8 tensor (N, 3, height, width) and the row numbers it holds.
 
     Raises:
         ValueError: if no picture could be read.

@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -196,9 +196,7 @@ class EmojiData:
             load_training_dataset(dataset_name=args.dataset_name, split=split, image_column=args.image_column)
             for split in ("train", "test")
         )
-        pictures = torch.cat(
-            [decode_images(part, args.image_column, resolution, resize_mode=resize_mode)[0] for part in (train, test)]
-        )
+        pictures = read_pictures([train, test], args.image_column, resolution, resize_mode)
         names = [name for name, feature in train.features.items() if not isinstance(feature, Image)]
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
@@ -235,6 +233,12 @@ class EmojiData:
             features=None if judge is None else unit_features(judge, decoded, args.batch_size),
             resize_mode=resize_mode,
         )
+
+    def at_size(self, image_vq: ImageVQModel, size: tuple[int, int], args: argparse.Namespace) -> "EmojiData":
+        """The same rows with pictures of another height and width, looked at by their pixels alone."""
+        pictures = read_pictures(self.splits, args.image_column, size, self.resize_mode)
+        codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
+        return replace(self, pictures=pictures, codes=codes, decoded=decoded, judge=None, features=None)
 
     @property
     def caption_column(self) -> str:
@@ -300,6 +304,11 @@ class EmojiData:
             own = likeness.gather(1, torch.tensor(rows)[:, None])[:, 0]
             found[" by features"] = share((own >= likeness.max(1).values - 1e-5).tolist())
         return found
+
+
+def read_pictures(splits: list[Any], column: str, resolution: int | tuple[int, int], resize_mode: str) -> torch.Tensor:
+    """(N, 3, H, W) uint8, of all splits."""
+    return torch.cat([decode_images(split, column, resolution, resize_mode=resize_mode)[0] for split in splits])
 
 
 @torch.no_grad()

@@ -81,6 +81,20 @@ def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpar
     return figures
 
 
+def measure_sizes(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
+    """Pictures drawn from captions at each of ``sizes``, beside the data's pictures fitted to it."""
+    roles, figures = Roles.of(pipeline), {}
+    if not task_between(pipeline, [roles.prompt], [roles.image]):
+        return {}
+    for height, width in args.sizes or ():
+        fitted, size = data.at_size(pipeline.image_vq, (height, width), args), f"{height} x {width} px"
+        for title, rows in (("training captions", data.train), ("held-out compositions", data.composition)):
+            passed, options = {roles.prompt: data.texts(rows)}, {"height": height, "width": width}
+            drawn = sample(pipeline, args, len(rows), size, roles.image, passed, **options)
+            figures[f"{size}, {title}, nearest picture is the one named"] = share(fitted.nearest(drawn, rows))
+    return figures
+
+
 def measure_label_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """The nearest picture's label, of pictures drawn for each label in turn."""
     roles = Roles.of(pipeline)

@@ -159,15 +159,20 @@ def code_column(text: str) -> SegmentFlag:
     return SegmentFlag(match[1], modality_of(CodesSegment), match[2] or match[1], None, grid, size)
 
 
-def bucket_sizes(text: str) -> list[list[int]]:
-    """The type of ``--aspect_ratio_buckets``, in the format of diffusers' DreamBooth scripts."""
+def picture_sizes(text: str) -> list[list[int]]:
+    """The type of ``--sizes``: heights and widths in the format of ``--aspect_ratio_buckets``."""
     pairs = [part.split(",") for part in text.strip().removesuffix(";").split(";")]
     if not all(len(pair) == 2 and all(re.fullmatch(r" *\d+ *", size) for size in pair) for pair in pairs):
         raise argparse.ArgumentTypeError(
             f"value={shown(text)} must be pairs of height,width in pixels, such as '32,32;24,40;40,24'"
         )
+    return [[int(size) for size in pair] for pair in pairs]
+
+
+def bucket_sizes(text: str) -> list[list[int]]:
+    """The type of ``--aspect_ratio_buckets``, in the format of diffusers' DreamBooth scripts."""
     try:
-        return check_buckets(f"value={shown(text)}", [[int(size) for size in pair] for pair in pairs])
+        return check_buckets(f"value={shown(text)}", picture_sizes(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

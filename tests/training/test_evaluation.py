@@ -91,3 +91,28 @@ def test_columns_of_these_sets_may_be_empty_or_missing(styles, image_vq, script,
         assert data.unseen == [] and data.composition == [6] and sorted(data.styles) == [7, 8]
     else:
         assert data.styles == [] and sorted(data.composition) == [6, 7, 8, 9] and sorted(data.unseen) == [0, 2]
+
+
+def test_pictures_of_other_sizes_are_judged_beside_their_own(styles, pipeline, script, tmp_path, monkeypatch):
+    """What a pipeline draws that returns each prompt's picture, fitted to the size, is right."""
+    pipeline.save_pretrained(tmp_path / "pipe")
+    evaluate, data = script("evaluate"), []
+    source = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--dataset_name", str(styles)]
+    measure = evaluate.MEASURES["sizes"]
+
+    def draw(pipe, args, count, size, output, passed, height, width):
+        fitted = data[0].at_size(pipe.image_vq, (height, width), args)
+        rows = [data[0].columns["text"].index(text) for text in passed["text"]]
+        if (height, width) == (8, 24):
+            rows = [row + 1 for row in rows]  # another's
+        assert fitted.decoded.shape[2:] == (height, width)
+        return fitted.decoded[rows] / 2 + 0.5
+
+    monkeypatch.setattr("diffusers_vqdit.training.evaluation_images.sample", draw)
+    args = evaluate.parse_args([*source, "--tasks", "sizes", "--sizes", "16,16;24,16;8,24", "--num_samples", "4"])
+    data.append(evaluate.EmojiData.load(pipeline.image_vq, 16, args))
+    figures = measure(pipeline, data[0], args)
+    assert [figure["value"] for figure in figures.values()] == [1, 1, 1, 1, 0, 0]
+    assert next(iter(figures)) == "16 x 16 px, training captions, nearest picture is the one named"
+    with pytest.raises(ValueError, match="width=18 must be a multiple of 4"):
+        evaluate.main(evaluate.parse_args([*source, "--sizes", "16,18"]))
