@@ -36,6 +36,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
@@ -119,7 +120,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     ).add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2", help="Of log-mel spectrograms.")
 
     add_keeping_arguments(parser)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    refuse_unused_arguments(parser, args)
+    return args
 
 
 def build_model(args: argparse.Namespace) -> SpectrogramVQModel:

@@ -276,6 +276,11 @@ def test_a_secret_is_nowhere_in_card_pictures_and_trackers(script, pipeline, tmp
     arguments |= {
         place if place in EVERYWHERE else "caption_column": EVERYWHERE.get(place, "a{}").format(secret, secret)
     }
+    # What the others need to have a say.
+    arguments |= {"tasks": "label->image"} if place == "label_column" else {}
+    arguments |= {"pretrained_model_name_or_path": "x"} if place in ("revision", "variant") else {}
+    if "pretrained_model_name_or_path" in arguments:
+        del arguments["image_vq"]
     words = ["/home/bob/train_vqdit.py", *(word for k, v in arguments.items() for word in (f"--{k}", v))]
     words += [f"--{key}={one}" for key, one in arguments.items()]
     args = script("train_vqdit").parse_args(words[1:])
