@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..tasks import parse_tasks
 from ..utils.cards import CARD_TEMPLATE, describe_model
 from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
 from .unused_arguments import unused_arguments
@@ -149,15 +150,28 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             f"{args.num_teacher_steps} steps to {steps}).",
             "usage": f"{kind['usage']}\n\n# Pass num_inference_steps={steps} to all that it generates",
         }
-    if getattr(args, "rank", None) is None:
-        return kind
+    trained = _trained_tasks(args, model, base)
+    if (rank := getattr(args, "rank", None)) is None:
+        return {**kind, "summary": kind["summary"] + trained}
     return {
         **kind,
         "tags": ["lora", *kind["tags"]],
-        "summary": f"A LoRA of rank {args.rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.",
+        "summary": f"A LoRA of rank {rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.{trained}",
         "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
     }
+
+
+def _trained_tasks(args: argparse.Namespace, model: Any, base: str | None) -> str:
+    """Of a pretrained pipeline's tasks, those that a run trained, and those that are the pretrained one's alone."""
+    if base is None or "tasks" not in args:
+        return ""
+    trained = [str(task) for task, _ in parse_tasks(args.tasks)]
+    others = [f"`{task}`" for task in model.transformer.config.tasks if task not in trained]
+    told = f" This run trained {', '.join(f'`{task}`' for task in trained)}."
+    if not others:
+        return told
+    return f"{told} It did not train {', '.join(others)}: these are of `{base}`, and may have become worse."
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -423,3 +423,20 @@ def test_a_card_lists_what_applied(script, pipeline, name, arguments, shown, hid
     assert {one for one in hidden.split() if f"| `{one}` |" in card} == set()
     for one in ("seed", "train_batch_size", "learning_rate", "adam_beta2", "train_data_dir"):
         assert f"| `{one}` |" in card or (one == "train_data_dir" and args.train_data_dir is None)
+
+
+@pytest.mark.parametrize("rank", ["", "--rank 2"])
+@pytest.mark.parametrize("tasks", [["label->image"], ["text->image", "->image", "image->text"], None])
+def test_a_card_says_which_tasks_the_run_trained(script, pipeline, tasks, rank):
+    known = pipeline.transformer.config.tasks
+    tasks = tasks or known
+    source = f"--train_data_dir x --tasks {','.join(tasks)}"
+    finetuned = f"{source} --pretrained_model_name_or_path someone/base {rank}"
+    card = training_card(script("train_vqdit").parse_args(finetuned.split()), pipeline, command=["x.py"]).content
+    summary = card.split("## Use")[0]
+    assert f"This run trained {', '.join(f'`{task}`' for task in tasks)}." in summary
+    others = [f"`{task}`" for task in known if task not in tasks]
+    assert (f"It did not train {', '.join(others)}: these are of `someone/base`" in summary) == bool(others)
+    if not rank:
+        anew = script("train_vqdit").parse_args(f"{source} --image_vq x".split())
+        assert "This run" not in training_card(anew, pipeline, command=["x.py"]).content
