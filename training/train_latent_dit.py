@@ -385,7 +385,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = ((latents[rows, variant] - mean) / deviation).to(device)
-        class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
+        class_labels, conditions = draw_conditions(args, null_label, states, labels, rows, generator)
         with accelerator.accumulate(model), utilisation.counting():
             loss = latent_diffusion_loss(
                 model,

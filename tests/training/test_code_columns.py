@@ -43,9 +43,8 @@ def clips(vidtok, tmp_path):
 def test_videos(run, clips, vidtok, text_vq, tokenizer, tmp_path, column, patch):
     text_vq.save_pretrained(tmp_path / "text_vq")
     tokenizer.save_pretrained(tmp_path / "text_vq" / "tokenizer")
-    data = (
-        f"--dataset_name {tmp_path / 'clips.parquet'} --text_vq {tmp_path / 'text_vq'} --code_columns video={column}"
-    )
+    source = f"--dataset_name {tmp_path / 'clips.parquet'} --code_columns video={column}"
+    data = f"{source} --text_vq {tmp_path / 'text_vq'}"
     run("encode_dataset", f"{data} --output_dir {tmp_path / 'codes'}")
     codes, size = CodeDataset(tmp_path / "codes"), 512 if ":" in column else int(clips.max()) + 1
     assert codes.segments["video"] == {"vocab_size": size, "shape": [2, 4, 4]}
@@ -70,7 +69,7 @@ def test_videos(run, clips, vidtok, text_vq, tokenizer, tmp_path, column, patch)
     assert len(pipe(inputs={"video": begun[:, :1].repeat(1, 2, 1, 1)}, output="text").texts) == 2
     # Finetuned, with what the pipeline knows of the codes.
     tuned = f"--pretrained_model_name_or_path {tmp_path / 'out'} --report_to none --train_batch_size 2"
-    run("train_vqdit", f"{tuned} --max_train_steps 1 {data} {tasks} --output_dir {tmp_path / 'tuned'}")
+    run("train_vqdit", f"{tuned} --max_train_steps 1 {source} {tasks} --output_dir {tmp_path / 'tuned'}")
     assert VQDiTPipeline.from_pretrained(tmp_path / "tuned").config.segments["video"] == {"modality": "codes"}
 
 

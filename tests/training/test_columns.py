@@ -1,8 +1,12 @@
-import pytest
-import torch
-from datasets import ClassLabel
+import itertools
 
-from diffusers_vqdit.training.columns import draw_captions, warn_of_cut
+import pytest
+from datasets import ClassLabel, Dataset, load_from_disk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_vqdit.training.checkpoints import fingerprint
+from diffusers_vqdit.training.columns import CaptionColumn, number_texts, texts_in_order, warn_of_cut
 from diffusers_vqdit.utils.labels import encode_labels, label_names
 from diffusers_vqdit.utils.texts import caption_lists, check_captions
 
@@ -32,15 +36,33 @@ def test_what_is_no_caption_is_named(value, message):
         check_captions(["fine", value, ["also", "fine"]], "text")
 
 
-def test_captions_are_drawn_evenly_from_columns_and_lists():
-    assert caption_lists(["a", ["b", "c"]], "text") == [["a"], ["b", "c"]]
-    captions = {"en": [["a"], ["b", "c", "d"]], "zh": [["e"], ["f"]]}
-    generator = torch.Generator().manual_seed(0)
-    drawn = [text for _ in range(2000) for text in draw_captions(captions, torch.tensor([1, 0]), generator)]
-    share = {text: drawn.count(text) / 2000 for text in "abcdef"}
-    expected = {"a": 1 / 2, "e": 1 / 2, "f": 1 / 2, "b": 1 / 6, "c": 1 / 6, "d": 1 / 6}
-    for text, value in expected.items():
-        assert share[text] == pytest.approx(value, abs=0.06), text  # five standard deviations
+LISTS = st.lists(
+    st.lists(st.sampled_from(["a", "b", "红", "b ", "ab"]), min_size=1, max_size=3), min_size=1, max_size=6
+)
+
+
+@given(columns=st.lists(st.lists(TEXTS, min_size=1, max_size=6), min_size=1, max_size=3))
+def test_equal_texts_have_one_number_in_the_order_of_the_first(columns):
+    numbers, is_first = number_texts(columns)
+    every = list(texts_in_order(columns))
+    unique = list(dict.fromkeys(every))
+    assert list(itertools.compress(every, is_first)) == unique
+    for column, (found, bounds) in zip(columns, numbers, strict=True):
+        rows = [[unique[number] for number in found[start:end]] for start, end in itertools.pairwise(bounds)]
+        assert rows == column
+
+
+@pytest.mark.parametrize("values", [["a", "b", "c", "红"], [["a"], ["b", "c"], ["d"], ["e", "e"]]])
+def test_a_column_on_disk_is_the_list_of_its_rows(values, tmp_path):
+    dataset = Dataset.from_dict({"text": values, "other": [0, 1, 2, 3]})
+    dataset.save_to_disk(tmp_path)
+    column, expected = CaptionColumn(load_from_disk(tmp_path), "text"), caption_lists(values, "text")
+    assert list(column) == expected and [column[row] for row in range(4)] == expected and len(column) == 4
+    assert list(column.take([0, 1, 2, 3])) == expected
+    assert list(column.take([3, 1])) == [expected[3], expected[1]] and column.take([3, 1])[0] == expected[3]
+    assert fingerprint({"text": column}) == fingerprint({"text": expected})
+    with pytest.raises(ValueError, match="column 'other' has 4 rows of the type int"):
+        CaptionColumn(dataset, "other")
 
 
 def test_one_warning_for_captions_that_are_cut(tokenizer, caplog):
