@@ -103,7 +103,7 @@ def unused_arguments(args: argparse.Namespace) -> dict[str, str]:
 
 def _of_data(args: argparse.Namespace) -> dict[str, str]:
     """Of the arguments of a script that encodes data."""
-    given, found = vars(args), {}
+    given, found = vars(args), dict[str, str]()
     named, pretrained = {flag.name for flag in args.segment}, given.get("pretrained_model_name_or_path") is not None
     if "tasks" in given:
         try:

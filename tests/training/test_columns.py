@@ -36,9 +36,7 @@ def test_what_is_no_caption_is_named(value, message):
         check_captions(["fine", value, ["also", "fine"]], "text")
 
 
-LISTS = st.lists(
-    st.lists(st.sampled_from(["a", "b", "红", "b ", "ab"]), min_size=1, max_size=3), min_size=1, max_size=6
-)
+TEXTS = st.lists(st.sampled_from(["a", "b", "红", "b ", "ab"]), min_size=1, max_size=3)  # of a row
 
 
 @given(columns=st.lists(st.lists(TEXTS, min_size=1, max_size=6), min_size=1, max_size=3))
