@@ -1,4 +1,4 @@
-"""Columns of captions, on disk: their texts, numbered, and how many are cut. What they may hold: ``utils/texts.py``."""
+"""Columns of captions on disk: their texts, numbered, and how many are cut. What they may hold stands in ``utils``."""
 
 import copy
 import hashlib
