@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
@@ -178,6 +179,37 @@ def of_this_folder(name):
 def hub_server():
     """The module ``hub_server.py`` of this folder."""
     return of_this_folder("hub_server")
+
+
+@pytest.fixture(scope="session")
+def hub(hub_server):
+    with hub_server.HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, use_hub, monkeypatch):
+    """This process's huggingface_hub as a client of the local Hub."""
+    use_hub(hub, monkeypatch)
+    return huggingface_hub.HfApi()
+
+
+@pytest.fixture(scope="session")
+def use_hub():
+    """Makes a process's huggingface_hub a client of a local Hub."""
+
+    def use_hub(hub, monkeypatch):
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+
+    return use_hub
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Columns of ready codes through the public scripts: of videos by diffusers' tokenizer, and of any shape."""
 
-import argparse
 import warnings
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.segment_columns import code_column
 
 
 TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --report_to none --train_batch_size 2"
@@ -83,28 +81,6 @@ def test_a_row_of_another_shape_is_named(run, clips, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run("encode_dataset", f"{data} --code_columns video={column.replace('::', ':2x4x4:')}")
-
-
-@pytest.mark.parametrize(
-    "text, parsed",
-    [
-        ("video", ("video", "codes", "video", None, None, None)),
-        ("video=c", ("video", "codes", "c", None, None, None)),
-        ("video=c d:4x16x16", ("video", "codes", "c d", None, (4, 16, 16), None)),
-        ("video=c:12:64", ("video", "codes", "c", None, (12,), 64)),
-        *(
-            (wrong, None)
-            for wrong in ("", "=c", "a-b=c", "9=c", "v=c:2x", "v=c:1x2x3x4", "v=c:0", "v=c:2:0", "forward=c")
-        ),
-    ],
-)
-def test_code_column(text, parsed):
-    if parsed is None:
-        with pytest.raises(argparse.ArgumentTypeError, match="value="):
-            code_column(text)
-    else:
-        assert code_column(text) == parsed
-        assert code_column(str(code_column(text)).replace("=codes:", "=", 1)) == parsed
 
 
 def test_a_task_of_a_segment_that_is_not_encoded_says_how_to(run, clips, tmp_path):
