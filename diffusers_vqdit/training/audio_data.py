@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..schedulers.samplers import uniform
-from ..utils.sounds import read_part, read_sound, sound_seconds
+from ..utils.sounds import part_start, read_part, read_sound, sound_seconds
 from .checkpoints import fingerprint
 from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, try_rows
 from .data_identity import rows_fingerprint
@@ -77,7 +77,7 @@ class SoundDataset:
             return self._readable(
                 row, lambda own: _kept(read_part(self._value(own), self.sampling_rate, share, length))
             )
-        start = int(share * (max(len(self.sounds[row]) - length, 0) + 1))
+        start = part_start(len(self.sounds[row]), share, length)
         return self.sounds[row][start : start + length]
 
     def identity(self) -> dict[str, str]:
@@ -106,13 +106,16 @@ class SoundDataset:
 
     def _readable(self, row: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """What `read` gives of a row, or of the next one that can be read."""
-        for other in range(row, row + min(len(self), MAX_TRIED)):
+        first, tried = "", min(len(self), MAX_TRIED)
+        for other in range(row, row + tried):
             try:
                 return read(other % len(self))
             except Exception as error:  # whatever a sound raises: it is one of many
-                self._tell(other % len(self), f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                self._tell(other % len(self), reason)
+                first = first or reason
         raise ValueError(
-            f"column {self.audio_column!r}: none of {min(len(self), MAX_TRIED)} sounds from row {row} on could be read"
+            f"column {self.audio_column!r}: none of {tried} sounds from row {row} on could be read: {first}"
         )
 
     def _tell(self, row: int, reason: str) -> None:

@@ -96,7 +96,7 @@ def read_part(value: Any, sampling_rate: int, share: float, length: int) -> np.n
     try:
         with soundfile.SoundFile(_file_of(value)) as file:
             rate, step = file.samplerate, file.samplerate // math.gcd(file.samplerate, sampling_rate)
-            start = _part_start(file.frames * sampling_rate // rate, share, length)
+            start = part_start(file.frames * sampling_rate // rate, share, length)
             around = 0 if rate == sampling_rate else rate // 10  # that the resampler sees, at either end
             first = max(0, start * rate // sampling_rate - around) // step * step
             wanted = min(-(-(start + length) * rate // sampling_rate) + around, file.frames) - first
@@ -106,13 +106,14 @@ def read_part(value: Any, sampling_rate: int, share: float, length: int) -> np.n
         samples, wanted = np.empty((1, 0)), 1
     if samples.shape[1] < wanted:  # a file that is shorter than its header says, or none
         whole = read_sound(value, sampling_rate)
-        start = _part_start(len(whole), share, length)
+        start = part_start(len(whole), share, length)
         return whole[start : start + length]
     offset = start - first * sampling_rate // rate
     return read_sound({"array": samples, "sampling_rate": rate}, sampling_rate)[offset : offset + length]
 
 
-def _part_start(total: int, share: float, length: int) -> int:
+def part_start(total: int, share: float, length: int) -> int:
+    """Where a part of `length` samples begins in `total`, at a `share` in [0, 1) of all places."""
     return int(share * (max(total - length, 0) + 1))
 
 
