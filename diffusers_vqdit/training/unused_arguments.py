@@ -105,20 +105,20 @@ def _of_data(args: argparse.Namespace) -> dict[str, str]:
     """Of the arguments of a script that encodes data."""
     given, found = vars(args), dict[str, str]()
     named, pretrained = {flag.name for flag in args.segment}, given.get("pretrained_model_name_or_path") is not None
-    if "tasks" in given:
+    if "tasks" not in given:  # encode_dataset.py
+        pictures, texts = given["image_vq"] or named, ("caption_column", "prompt_columns", "text_columns")
+        found |= {} if pictures else dict.fromkeys((*_OF_PICTURES, "resize_mode"), "without --image_vq")
+        found |= {} if has_captions(args) else dict.fromkeys(texts, "without --text_vq")
+    elif args.tasks is not None:
         try:
             segments = {name for task, _ in parse_tasks(args.tasks) for name in task.segments}
         except ValueError:  # which the script raises itself
             return {}
-        pictures, captions = {IMAGE, LOWRES} & segments - named, segments - named - set(RESERVED) | {TEXT} & segments
-        captions -= named
+        pictures = {IMAGE, LOWRES} & segments or named
+        captions = segments - named - (set(RESERVED) - {TEXT})
         found |= {} if LABEL in segments else {"label_column": f"without a task of {LABEL!r}"}
-        found |= {} if pictures or named else dict.fromkeys(_OF_PICTURES, f"without a task of {IMAGE!r}")
+        found |= {} if pictures else dict.fromkeys(_OF_PICTURES, f"without a task of {IMAGE!r}")
         found |= {} if captions else dict.fromkeys(("caption_column", "prompt_columns"), f"without a task of {TEXT!r}")
-    else:
-        pictures, texts = given["image_vq"] or named, ("caption_column", "prompt_columns", "text_columns")
-        found |= {} if pictures else dict.fromkeys((*_OF_PICTURES, "resize_mode"), "without --image_vq")
-        found |= {} if has_captions(args) else dict.fromkeys(texts, "without --text_vq")
     if not (given.get("text_tokenizer") or named or pretrained):
         found |= dict.fromkeys(("block_length", "max_text_length"), "without --text_tokenizer")
     if not (given.get("text_encoder") or named or pretrained):
