@@ -16,6 +16,7 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from diffusers import DDIMScheduler  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 from diffusers_vqdit import (  # noqa: E402
@@ -23,6 +24,7 @@ from diffusers_vqdit import (  # noqa: E402
     MaskedDiffusionScheduler,
     MultiTokenizerModel,
     TextVQModel,
+    VQDiTLatentPipeline,
     VQDiTPipeline,
     VQDiTTransformer2DModel,
 )
@@ -166,6 +168,19 @@ def make_pipeline(tokenizer):
 def make_latent_transformer():
     """Makes a tiny transformer of latents, as it is before training."""
     return tiny_latent_transformer
+
+
+@pytest.fixture
+def latent_pipeline(image_vq, text_vq, tokenizer, make_latent_transformer):
+    """A tiny pipeline over latents, as there is one over codes."""
+    image_vq.register_to_config(latents_mean=[0.1, 0.2, -0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 0.1])
+    transformer = make_latent_transformer()
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    names = {0: "fruit, apple", 1: "box", 2: "dot"}
+    pipe = VQDiTLatentPipeline(transformer.eval(), image_vq, DDIMScheduler(), text_vq, tokenizer, id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def of_this_folder(name):
