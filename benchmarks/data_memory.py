@@ -4,10 +4,13 @@
     python -m benchmarks.data_memory --photographs my_pictures --counts 1000 20000 --code_counts 10000 1000000
 
 cuts 256 px JPEG pictures out of photographs (out of coloured noise without any), writes them into parquet files, and
-simulates codes; then runs encode_dataset.py over all of them, train_image_vq.py and train_latent_dit.py for a few
-steps, and train_vqdit.py over the codes, with models as small as they can be. Prints the peak of each process:
-``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped files, which the system keeps while
-it has no other use for them. 20,000 pictures take about ten minutes of two CPU cores and 1 GB of disk.
+simulates codes, sounds and captions; then runs encode_dataset.py over all pictures, train_image_vq.py and
+train_latent_dit.py for a few steps, train_vqdit.py over the codes, train_audio_vq.py over the sounds, and
+train_latent_dit.py over small pictures with five captions each, with models as small as they can be.
+
+Prints the peak of each process: ``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped
+files, which the system keeps while it has no other use for them. 20,000 pictures take about ten minutes of two CPU
+cores and 1 GB of disk.
 """
 
 import argparse
@@ -21,10 +24,13 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import soundfile
 import torch
+from datasets import Audio, Features
 from PIL import Image
 
-from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit import ImageVQModel, TextVQModel
+from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.code_files import write_index, write_shard
 from diffusers_vqdit.utils.arguments import argument_parser, non_negative_integer, output_path, positive_integer
 
@@ -38,6 +44,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--photographs", type=Path, help="Folder of pictures of at least 256 px to cut others out of.")
     parser.add_argument("--counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
     parser.add_argument("--code_counts", type=positive_integer, nargs="*", default=[10_000, 1_000_000])
+    parser.add_argument("--sound_counts", type=positive_integer, nargs="*", default=[1000, 20_000])
+    parser.add_argument("--caption_counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
     parser.add_argument("--max_train_steps", type=positive_integer, default=10)
     parser.add_argument(
         "--encoding_resolution",
@@ -78,6 +86,36 @@ def write_pictures(path: Path, photographs: Path | None, count: int) -> None:
                 rows = []
 
 
+def write_sounds(path: Path, count: int, seconds: float = 2.0, rate: int = 11025) -> None:
+    """A parquet file of FLAC sounds, each a tone of its own."""
+    features = Features({"audio": Audio(rate)})
+    with pq.ParquetWriter(path, features.arrow_schema) as writer:
+        for start in range(0, count, 100):
+            rows = []
+            for index in range(start, min(start + 100, count)):
+                data = io.BytesIO()
+                tone = 0.5 * np.sin(np.arange(int(seconds * rate)) * (0.05 + index / count))
+                soundfile.write(data, tone, rate, format="FLAC")
+                rows.append({"audio": {"bytes": data.getvalue(), "path": None}})
+            writer.write_table(pa.Table.from_pylist(rows, features.arrow_schema))
+
+
+def write_captioned(path: Path, count: int) -> None:
+    """A parquet file of small PNG pictures, each with five captions of some 200 characters, no two alike."""
+    kind = pa.schema(
+        [("image", pa.struct({"bytes": pa.binary(), "path": pa.string()})), ("text", pa.list_(pa.string()))]
+    )
+    with pq.ParquetWriter(path, kind) as writer:
+        for start in range(0, count, 100):
+            rows = []
+            for index in range(start, min(start + 100, count)):
+                data = io.BytesIO()
+                Image.new("RGB", (32, 32), (index % 256, index // 256 % 256, 0)).save(data, "PNG")
+                texts = [f"the {index}th picture, in the {number}th wording " * 5 for number in range(5)]
+                rows.append({"image": {"bytes": data.getvalue(), "path": None}, "text": texts})
+            writer.write_table(pa.Table.from_pylist(rows, kind))
+
+
 def write_codes(folder: Path, count: int) -> None:
     """A folder of simulated codes (8, 8) of 1024."""
     folder.mkdir(parents=True)
@@ -115,15 +153,21 @@ def main(args: argparse.Namespace) -> None:
     small = {"down_block_types": ("DownEncoderBlock2D",) * 6, "up_block_types": ("UpDecoderBlock2D",) * 6}
     small |= {"block_out_channels": (4,) * 6, "norm_num_groups": 2, "latent_channels": 4, "num_vq_embeddings": 1024}
     ImageVQModel(**small, sample_size=SIDE).save_pretrained(out / "image_vq")
+    tokenizer = train_tokenizer(["the 0123456789th picture, in the 0th wording"], 300, 32)
+    tokenizer.save_pretrained(out / "text_vq" / "tokenizer")
+    sizes = {"max_length": 32, "num_codes": 64, "hidden_size": 8, "code_dim": 4}
+    TextVQModel(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes).save_pretrained(
+        out / "text_vq"
+    )
     tiny = "--num_layers 1 --num_attention_heads 1 --attention_head_dim 8 --report_to none --train_batch_size 8"
     steps = f"--max_train_steps {args.max_train_steps} --checkpointing_steps 0 --validation_steps 0"
     model = "--block_out_channels 4 4 4 4 4 4 --norm_num_groups 2 --latent_channels 4 --num_vq_embeddings 64"
     print("| script | samples | anonymous, MB | resident, MB |\n|---|---|---|---|", flush=True)
 
-    def measure(script: str, count: int, arguments: str) -> None:
-        name = f"{script}-{count}"
+    def measure(script: str, count: int, arguments: str, of: str = "") -> None:
+        name = f"{script}-{count}{'-captions' * bool(of)}"
         found = peak(script, f"{arguments} --output_dir {out / name}", out / f"{name}.log")
-        print(f"| {script}.py | {count:,} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
+        print(f"| {script}.py{of} | {count:,} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
 
     for count in args.counts:
         path = out / f"pictures-{count}.parquet"
@@ -141,6 +185,20 @@ def main(args: argparse.Namespace) -> None:
             write_codes(out / f"codes-{count}", count)
         codes = f"--codes_dir {out / f'codes-{count}'} --image_vq {out / 'image_vq'} --tasks ->image"
         measure("train_vqdit", count, f"{codes} {tiny} {steps}".replace("--tasks ", "--tasks="))
+    for count in args.sound_counts:
+        path = out / f"sounds-{count}.parquet"
+        if not path.is_file():
+            write_sounds(path, count)
+        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --validation_split none --report_to none"
+        shape = "--n_fft 256 --num_mel_bins 16 --block_out_channels 4 4 --norm_num_groups 2 --latent_channels 4"
+        measure("train_audio_vq", count, f"{data} {shape} --num_vq_embeddings 64 {steps}")
+    for count in args.caption_counts:
+        path = out / f"captions-{count}.parquet"
+        if not path.is_file():
+            write_captioned(path, count)
+        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --caption_columns text --resolution 64"
+        data += f" --image_vq {out / 'image_vq'} --text_vq {out / 'text_vq'} --patch_size 1"
+        measure("train_latent_dit", count, f"{data} {tiny} {steps}", " (captions)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,15 @@ from PIL import Image, ImageDraw, ImageFont
 from . import VQDiTPipeline
 from .pipelines.segment_base import TEXT
 from .training.files import check_output_file
-from .utils.arguments import argument_parser, model_name, number, output_path, positive_integer, random_seed
+from .utils.arguments import (
+    argument_parser,
+    model_name,
+    number,
+    output_path,
+    positive_integer,
+    random_seed,
+    refuse_unused,
+)
 from .utils.provenance import save_generated
 from .utils.starter import STARTER, check_starter
 
@@ -56,7 +64,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=number(), help="By default the pipeline's own.")
     parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--output_file", type=output_path, default=Path("vqdit_demo.png"))
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.say or args.listen:
+        refuse_unused(parser, args, {"prompt": "with --say or --listen"})
+    if args.listen and not args.say:
+        refuse_unused(parser, args, dict.fromkeys(("seed", "output_file"), "with --listen alone"))
+    return args
 
 
 def wrapped(

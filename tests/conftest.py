@@ -13,8 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from diffusers import DDIMScheduler  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 from diffusers_vqdit import (  # noqa: E402
@@ -22,6 +24,7 @@ from diffusers_vqdit import (  # noqa: E402
     MaskedDiffusionScheduler,
     MultiTokenizerModel,
     TextVQModel,
+    VQDiTLatentPipeline,
     VQDiTPipeline,
     VQDiTTransformer2DModel,
 )
@@ -167,6 +170,19 @@ def make_latent_transformer():
     return tiny_latent_transformer
 
 
+@pytest.fixture
+def latent_pipeline(image_vq, text_vq, tokenizer, make_latent_transformer):
+    """A tiny pipeline over latents, as there is one over codes."""
+    image_vq.register_to_config(latents_mean=[0.1, 0.2, -0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 0.1])
+    transformer = make_latent_transformer()
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    names = {0: "fruit, apple", 1: "box", 2: "dot"}
+    pipe = VQDiTLatentPipeline(transformer.eval(), image_vq, DDIMScheduler(), text_vq, tokenizer, id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def of_this_folder(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up there
@@ -178,6 +194,37 @@ def of_this_folder(name):
 def hub_server():
     """The module ``hub_server.py`` of this folder."""
     return of_this_folder("hub_server")
+
+
+@pytest.fixture(scope="session")
+def hub(hub_server):
+    with hub_server.HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, use_hub, monkeypatch):
+    """This process's huggingface_hub as a client of the local Hub."""
+    use_hub(hub, monkeypatch)
+    return huggingface_hub.HfApi()
+
+
+@pytest.fixture(scope="session")
+def use_hub():
+    """Makes a process's huggingface_hub a client of a local Hub."""
+
+    def use_hub(hub, monkeypatch):
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+
+    return use_hub
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,38 @@ NAMED = {
     "utils.provenance": "an attribute of Pillow's pictures",
     "app.examples": "a key of the Hub's cards",
     "training.image_folder": "columns, as datasets' image folders call them",
+}
+
+
+# Files of tests below tests/<room>/ that are of several modules together, and of what.
+CROSSING = {
+    "app.browser": "the whole page, in a browser",
+    "app.sound": "the page of a pipeline that speaks and listens",
+    "interop.interop": "every converter beside the code that it converts from",
+    "models.quantizers.quantizers": "laws of all quantizers",
+    "models.states": "states of encoders in segment_layers, config_checks and the transformer",
+    "pipelines.buckets": "aspect ratios, from the pipeline's call to the transformer's positions",
+    "pipelines.classify": "classify() and retrieve() of pipelines, over likelihood",
+    "pipelines.exchanged_components": "components set to others, in both pipelines",
+    "pipelines.pipeline_sampling": "samplers and settings of the scheduler as a pipeline's call meets them",
+    "pipelines.pipeline_tasks": "repainting, repairing, filling in, enlarging: several mixins and segments",
+    "pipelines.reading": "how both pipelines read pictures, are made of parts, and load LoRAs",
+    "pipelines.residual_codes": "residual codes from data to pictures",
+    "pipelines.threads": "both pipelines in several threads",
+    "schedulers.auto": "numbers of steps that the scheduler chooses, with and without a pipeline",
+    "training.audio_columns": "columns of sounds to folders of codes",
+    "training.buckets": "aspect ratios from data to batches",
+    "training.code_columns": "columns of ready codes through the scripts",
+    "training.compile": "--compile of all training scripts",
+    "training.data_scripts": "data of any kind through the scripts",
+    "training.evaluation_of_states": "evaluation of pipelines of states and token ids, texts and scores",
+    "training.flags": "the flags of all scripts",
+    "training.output_paths": "--output_dir and its kind of all scripts",
+    "training.pairs": "pictures from pictures through the scripts",
+    "training.processes": "runs on several processes",
+    "training.run_scripts": "runs that are stopped, damaged and resumed, by the scripts",
+    "training.scripts": "the scripts as a user runs them",
+    "training.texts": "texts of any length, from columns to a pipeline",
 }
 
 
@@ -101,6 +133,26 @@ def test_no_script_is_imported():
 def test_nothing_is_loose_at_the_root():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "tasks", "version"}
     assert {name.split(".")[0] for name in MODULES} - COMMANDS == set(RANKS) - {"scripts"}
+
+
+def misplaced(files: Iterable[str]) -> set[str]:
+    """Of files of tests such as ``"utils.hub"`` for ``tests/utils/test_hub.py``, those of no module of their room, and
+    of no script in that of training, that aren't told in [`CROSSING`] to be of several."""
+    known = MODULES.keys() | {f"training.{path.stem}" for path in SCRIPTS}
+    return {file for file in files if file.split(".")[0] in RANKS and file not in known | CROSSING.keys()}
+
+
+def test_tests_are_laid_out_as_the_package_is():
+    folder = ROOT / "tests"
+    paths = [path.relative_to(folder).with_suffix("") for path in folder.rglob("test_*.py")]
+    files = {".".join([*path.parts[:-1], path.name.removeprefix("test_")]) for path in paths}
+    assert not misplaced(files)
+    assert CROSSING.keys() <= files - MODULES.keys() and all(CROSSING.values())  # neither gone, nor of one module
+    assert misplaced({"training.hub", "utils.text_vq", "models.train_text_vq", "hub.space", "utils.hub"}) == {
+        "training.hub",
+        "utils.text_vq",
+        "models.train_text_vq",
+    }
 
 
 def docstring(node: ast.AST) -> ast.Expr | None:

@@ -45,6 +45,7 @@ from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpo
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated, whole_state
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
@@ -111,6 +112,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             f"num_teacher_steps={args.num_teacher_steps} must be 2, 4, 8, ... times "
             f"num_student_steps={args.num_student_steps}"
         )
+    refuse_unused_arguments(parser, args)
     return args
 
 

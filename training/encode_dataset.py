@@ -38,6 +38,7 @@ from diffusers_vqdit.training.segment_columns import (
     load_tokenizers,
 )
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     integer,
@@ -99,6 +100,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.resolution is not None and args.aspect_ratio_buckets is not None:
         parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
+    refuse_unused_arguments(parser, args)
     return args
 
 

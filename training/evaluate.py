@@ -56,6 +56,7 @@ from diffusers_vqdit.training.evaluation_texts import (
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.segment_columns import picture_sizes
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     font_file,
@@ -145,6 +146,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)
+    refuse_unused_arguments(parser, args)
     args.caption_columns = dict(args.caption_columns)
     return args
 

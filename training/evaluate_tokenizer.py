@@ -24,11 +24,12 @@ from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
+from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
 from diffusers_vqdit.utils.texts import caption_lists
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argument_parser("Measure an image or a text tokenizer.")
     parser.add_argument(
         "--tokenizer",
@@ -51,7 +52,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--features_image_size", type=positive_integer, help="Side that pictures are resized to for that model."
     )
     parser.add_argument("--output_file", type=output_path, help="JSON file for the figures.")
+    return parser
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(input_args)
+    refuse_unused_arguments(parser, args)
     if args.dataset_name is None and args.train_data_dir is None:
         args.dataset_name = "training/data/emoji.parquet"
     return args
@@ -107,7 +114,10 @@ def main(args: argparse.Namespace) -> None:
     if args.output_file is not None and accelerator.is_main_process:
         check_output_file("output_file", args.output_file)
     kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder)["_class_name"]
-    figures = measure_texts(args) if kind == "TextVQModel" else measure_images(args, accelerator)
+    of_texts = kind == "TextVQModel"
+    others = ("image_column", "resolution", "features", "features_image_size") if of_texts else ("caption_columns",)
+    refuse_unused(make_parser(), args, dict.fromkeys(others, f"with --tokenizer of a {kind}"))
+    figures = measure_texts(args) if of_texts else measure_images(args, accelerator)
     if accelerator.is_main_process:
         print(json.dumps(figures, indent=2))
         if args.output_file is not None:

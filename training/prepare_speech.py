@@ -36,7 +36,7 @@ import soundfile
 from datasets import Audio, Features, Image, Value, load_dataset
 
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
+from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, refuse_unused
 from diffusers_vqdit.utils.sounds import read_sound
 from diffusers_vqdit.utils.weight_files import replacing_file
 
@@ -67,6 +67,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.stamps_dir is None and (unknown := sorted(set(args.languages or []) - set(VOICES))):
         parser.error(f"--languages {unknown}: espeak-ng speaks the captions in {list(VOICES)}")
+    if args.stamps_dir is not None:
+        refuse_unused(parser, args, dict.fromkeys(("emoji_file", "voices_per_caption"), "with --stamps_dir"))
     return args
 
 

@@ -27,8 +27,8 @@ from transformers import EncodecFeatureExtractor
 from diffusers_vqdit import SpectrogramVQModel
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training.audio_data import as_waveform, crop_sounds, load_sounds
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, crop_sounds, load_sounds
+from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.metrics import code_usage, psnr
 from diffusers_vqdit.training.model_card import Measure
@@ -36,6 +36,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
@@ -55,7 +56,6 @@ PROJECT = "audio_vq"  # of the trackers
 SPECTROGRAM = ("sampling_rate", "n_fft", "hop_length", "num_mel_bins", "min_frequency", "max_frequency")
 SIZES = ("block_out_channels", "layers_per_block", "norm_num_groups", "latent_channels")
 CODEBOOK = ("num_vq_embeddings", "vq_embed_dim", "beta", "restart_threshold")
-MAX_VALIDATION = 256  # sounds
 KEPT = 4  # sounds that are kept to be listened to
 
 
@@ -119,7 +119,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     ).add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2", help="Of log-mel spectrograms.")
 
     add_keeping_arguments(parser)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    refuse_unused_arguments(parser, args)
+    return args
 
 
 def build_model(args: argparse.Namespace) -> SpectrogramVQModel:
@@ -140,9 +142,7 @@ def build_model(args: argparse.Namespace) -> SpectrogramVQModel:
 
 
 @torch.no_grad()
-def validate(
-    model: SpectrogramVQModel, sounds: list[torch.Tensor], args: argparse.Namespace, step: int
-) -> dict[str, float]:
+def validate(model: SpectrogramVQModel, sounds: SoundDataset, args: argparse.Namespace, step: int) -> dict[str, float]:
     """PSNR of log-mel spectrograms and codebook usage on `sounds`; what the first ones decode to is kept as WAV files.
 
     These tell what the data are, which may be private: they are never published.
@@ -150,8 +150,8 @@ def validate(
     model.eval()
     rate, values, codes = model.config.sampling_rate, [], []
     (args.output_dir / "samples").mkdir(parents=True, exist_ok=True)
-    for index, sound in enumerate(sounds[:MAX_VALIDATION]):
-        spectrogram = model.spectrogram(as_waveform(sound)[None].to(model.device))
+    for index in range(len(sounds)):
+        spectrogram = model.spectrogram(as_waveform(sounds[index])[None].to(model.device))
         found = model.vq.encode_codes(spectrogram)
         values.append(psnr(model.vq.decode_codes(found).sample, spectrogram).cpu())
         codes.append(found.flatten().cpu())
@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    # 1. The model; sounds, decoded once and kept in memory
+    # 1. The model, the sounds
     model = build_model(args)
     sounds, held_out = load_sounds(args, model.config.sampling_rate)
     frames = max(1, round(args.crop_length * model.config.sampling_rate / model.downsample_factor))
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "script": "train_audio_vq",
         **{name: getattr(args, name) for name in ("reconstruction_loss", "crop_length", "use_ema")},
         "model": plain_config(unwrap(model)),
-        "training data": fingerprint(sounds),
+        **sounds.identity(),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measured = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("validation", {})

@@ -53,6 +53,7 @@ from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import columns_of_grid, log_images, save_grid
 from diffusers_vqdit.training.watch import TrainingWatch
@@ -156,6 +157,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--streaming needs --dataset_name and --max_train_steps, and can't take --max_train_samples")
     if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
         parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
+    refuse_unused_arguments(parser, args)
     return args
 
 

@@ -64,6 +64,7 @@ from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpo
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
@@ -170,6 +171,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--snr_gamma is for --objective epsilon and v_prediction")
     if args.validation_prompts and args.validation_labels:
         parser.error("give one of --validation_prompts and --validation_labels")
+    refuse_unused_arguments(parser, args)
     return args
 
 
@@ -179,7 +181,9 @@ def load_components(args: argparse.Namespace) -> dict:
         pipeline = VQDiTLatentPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
         labels = {int(number): name for number, name in pipeline.config.id2label.items()}
         length = pipeline.config.max_sequence_length
-        if args.max_sequence_length is not None and pipeline.text_encoder is not None:
+        if args.max_sequence_length is not None:
+            if pipeline.text_encoder is None:
+                raise ValueError(f"max_sequence_length={args.max_sequence_length}: the pipeline has no text encoder")
             length = pipeline.length_of_texts(args.max_sequence_length)
         return {
             **pipeline.components,
@@ -381,7 +385,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         generator = row_generators(args.seed, micro_step, len(rows), rank=accelerator.process_index)
         variant = (uniform(rows.shape, generator, rows.device) * latents.shape[1]).long()
         clean = ((latents[rows, variant] - mean) / deviation).to(device)
-        class_labels, conditions = draw_conditions(args, null_label, states, captions, labels, rows, generator)
+        class_labels, conditions = draw_conditions(args, null_label, states, labels, rows, generator)
         with accelerator.accumulate(model), utilisation.counting():
             loss = latent_diffusion_loss(
                 model,

@@ -35,6 +35,7 @@ from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
@@ -115,7 +116,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     add_keeping_arguments(parser, validation_steps=250)
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    refuse_unused_arguments(parser, args)
+    return args
 
 
 def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:

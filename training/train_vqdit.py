@@ -54,6 +54,7 @@ from diffusers_vqdit.training.segment_columns import (
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
+from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
@@ -138,6 +139,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
+    refuse_unused_arguments(parser, args)
     return args
 
 

@@ -1,51 +1,134 @@
-"""Sounds of a dataset in memory, and random parts of them."""
+"""Sounds of a dataset, decoded when they are asked for, and random parts of them."""
 
 import argparse
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..schedulers.samplers import uniform
-from ..utils.sounds import read_sound
+from ..utils.sounds import part_start, read_part, read_sound, sound_seconds
+from .checkpoints import fingerprint
 from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, try_rows
+from .data_identity import rows_fingerprint
 from .draws import row_generators
+from .image_dataset import CACHED_BYTES, MAX_TRIED
 
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_SOUNDS = 256  # at most
 
-def decode_sounds(dataset: Any, audio_column: str, sampling_rate: int) -> list[torch.Tensor]:
-    """Every sound of a dataset, int16 (T,) at this rate, leaving out the broken ones with warnings that name them.
+
+class SoundDataset:
+    """Sounds of a `datasets.Dataset`, int16 (T,), each decoded when it is asked for.
+
+    In place of a sound that can't be read stands the next one that can. A small dataset is decoded once and kept; what
+    can't be read is left out of it. Either way, broken sounds are named in warnings.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        audio_column: its column of sounds: files, or their paths.
+        sampling_rate: that they are resampled to.
+
+    Attributes:
+        sounds (`list[torch.Tensor]`, *optional*): all of them, where they are kept.
 
     Raises:
-        ValueError: if no sound could be read.
+        ValueError: if the column is none of sounds, or no sound of a small dataset, or none of the first thousand of
+            another, can be read.
     """
-    from datasets import Audio
 
-    column = dataset.select_columns(audio_column)
-    try:
-        column = column.cast_column(audio_column, Audio(decode=False))
-    except Exception as error:  # of Arrow
-        found = dataset.features[audio_column]
-        raise ValueError(f"column {audio_column!r} of {found} can't be one of sounds: {error}") from error
+    def __init__(self, dataset: Any, audio_column: str, sampling_rate: int) -> None:
+        from datasets import Audio
 
-    def read(row: int) -> torch.Tensor:
-        waveform = read_sound(column[row][audio_column], sampling_rate)
-        return torch.from_numpy((waveform.clip(-1, 1) * 32767).round().astype(np.int16))
+        self.audio_column, self.sampling_rate = audio_column, sampling_rate
+        try:
+            self.column = dataset.select_columns(audio_column).cast_column(audio_column, Audio(decode=False))
+        except Exception as error:  # of Arrow
+            found = dataset.features[audio_column]
+            raise ValueError(f"column {audio_column!r} of {found} can't be one of sounds: {error}") from error
+        self.sounds: list[torch.Tensor] | None = None
+        self._told: set[int] = set()
+        if not self._is_small():
+            self[0]
+            return
+        self.sounds, _, problems = try_rows(self._decode, lambda row: f"in row {row}", range(len(self.column)))
+        for problem in problems[:MAX_NAMED]:
+            logger.warning(f"skipped sound {problem}")
+        if not self.sounds:
+            raise ValueError(f"column {audio_column!r}: none of the {len(self.column)} sounds could be read")
 
-    sounds, _, problems = try_rows(read, lambda row: f"in row {row}", range(len(column)))
-    for problem in problems[:MAX_NAMED]:
-        logger.warning(f"skipped sound {problem}")
-    if not sounds:
-        raise ValueError(f"column {audio_column!r}: none of the {len(column)} sounds could be read")
-    return sounds
+    def __len__(self) -> int:
+        return len(self.column if self.sounds is None else self.sounds)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """A row's whole sound, int16 (T,)."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.sounds[row] if self.sounds is not None else self._readable(row, self._decode)
+
+    def part(self, row: int, share: float, length: int) -> torch.Tensor:
+        """At most `length` samples of a row's sound, int16, that begin at a `share` in [0, 1) of all possible places;
+        of a sound that isn't kept, no more than these are decoded."""
+        if self.sounds is None:
+            return self._readable(
+                row, lambda own: _kept(read_part(self._value(own), self.sampling_rate, share, length))
+            )
+        start = part_start(len(self.sounds[row]), share, length)
+        return self.sounds[row][start : start + length]
+
+    def identity(self) -> dict[str, str]:
+        """What tells these sounds from others, for the identity of a run."""
+        if self.sounds is not None:
+            return {"training data": fingerprint(self.sounds)}
+        return {"sounds": rows_fingerprint(self.column, [self.audio_column])}
+
+    def _value(self, row: int) -> Any:
+        return self.column[row][self.audio_column]
+
+    def _decode(self, row: int) -> torch.Tensor:
+        return _kept(read_sound(self._value(row), self.sampling_rate))
+
+    def _is_small(self) -> bool:
+        """Whether all sounds take no more than [`CACHED_BYTES`], by their files' headers."""
+        left = CACHED_BYTES // 2  # samples
+        for row in range(len(self.column)):
+            try:
+                left -= round(sound_seconds(self._value(row)) * self.sampling_rate)
+            except ValueError:  # a broken one, which is left out
+                continue
+            if left < 0:
+                return False
+        return True
+
+    def _readable(self, row: int, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """What `read` gives of a row, or of the next one that can be read."""
+        first, tried = "", min(len(self), MAX_TRIED)
+        for other in range(row, row + tried):
+            try:
+                return read(other % len(self))
+            except Exception as error:  # whatever a sound raises: it is one of many
+                reason = f"{type(error).__name__}: {error}"
+                self._tell(other % len(self), reason)
+                first = first or reason
+        raise ValueError(
+            f"column {self.audio_column!r}: none of {tried} sounds from row {row} on could be read: {first}"
+        )
+
+    def _tell(self, row: int, reason: str) -> None:
+        if row not in self._told and len(self._told) < MAX_NAMED:
+            logger.warning(f"skipped sound in row {row}: {reason}; the next one stands in for it")
+            self._told.add(row)
+            if len(self._told) == MAX_NAMED:
+                logger.warning(f"more sounds that can't be read than {MAX_NAMED} are not named")
 
 
-def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The sounds of the training split, and those that validation measures, as [`decode_sounds`] gives them; by the
-    flags of the data, of which it settles ``validation_split``."""
+def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[SoundDataset, SoundDataset]:
+    """The sounds of the training split, and the first of those that validation measures; by the flags of the data, of
+    which it settles ``validation_split``."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -55,12 +138,21 @@ def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[list[torc
         output_dir=args.output_dir,
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
-    names = ["train"] if args.validation_split == "none" else ["train", args.validation_split]
-    every = []
-    for name in names:
-        split = take_split(splits, name, columns=[args.audio_column], max_samples=args.max_train_samples)
-        every.append(decode_sounds(split, args.audio_column, sampling_rate))
-    return every[0], every[-1]
+    held_out = "train" if args.validation_split == "none" else args.validation_split
+    limit = min(VALIDATION_SOUNDS, args.max_train_samples or VALIDATION_SOUNDS)
+    train, measured = (
+        take_split(splits, name, columns=[args.audio_column], max_samples=count)
+        for name, count in (("train", args.max_train_samples), (held_out, limit))
+    )
+    return (
+        SoundDataset(train, args.audio_column, sampling_rate),
+        SoundDataset(measured, args.audio_column, sampling_rate),
+    )
+
+
+def _kept(waveform: np.ndarray) -> torch.Tensor:
+    """A waveform as it is kept, int16."""
+    return torch.from_numpy((waveform.clip(-1, 1) * 32767).round().astype(np.int16))
 
 
 def as_waveform(sound: torch.Tensor) -> torch.Tensor:
@@ -69,14 +161,13 @@ def as_waveform(sound: torch.Tensor) -> torch.Tensor:
 
 
 def crop_sounds(
-    sounds: list[torch.Tensor], rows: torch.Tensor, length: int, *, seed: int, step: int, rank: int = 0
+    sounds: SoundDataset, rows: torch.Tensor, length: int, *, seed: int, step: int, rank: int = 0
 ) -> torch.Tensor:
     """Parts (B, length) of the sounds of some rows, each drawn from (seed, step, row of the global batch) alone;
     shorter ones are followed by silence."""
     found = torch.zeros(len(rows), length)
     shares = uniform(rows.shape, row_generators(seed, step, len(rows), rank=rank), rows.device).tolist()
     for index, (row, share) in enumerate(zip(rows.tolist(), shares, strict=True)):
-        start = int(share * (max(len(sounds[row]) - length, 0) + 1))
-        part = sounds[row][start : start + length]
+        part = sounds.part(row, share, length)
         found[index, : len(part)] = as_waveform(part)
     return found

@@ -1,18 +1,23 @@
 """The states of a dataset's captions, encoded once, into a file that says what they were made of."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..models.text_vq import TextVQModel
 from ..pipelines.frozen_encoders import encode_captions, state_channels
 from ..pipelines.padded_states import PaddedStates, join_states, to_halves
+from ..schedulers.samplers import Generators, uniform
 from ..utils.fingerprints import file_sha256, model_fingerprint, tokenizer_fingerprint
+from ..utils.texts import in_parts
 from ..utils.weight_files import replacing_file
+from .columns import number_texts, texts_in_order
 from .state_files import StateRows, StatesColumn, read_states, write_states
 from .verified_files import changed_files
 
@@ -21,19 +26,31 @@ COLUMN = "captions"
 
 
 class CaptionStates:
-    """States of captions, on disk, by their text.
+    """States of columns of captions, on disk.
 
     Args:
         column: one row for each text.
-        rows: its number, by text.
+        numbers: for each column of captions the rows of its texts' states, and where each of its rows begins and ends
+            in these, as [`~training.columns.number_texts`] gives them.
     """
 
-    def __init__(self, column: StatesColumn, rows: dict[str, int]) -> None:
-        self.column, self.rows = column, rows
+    def __init__(self, column: StatesColumn, numbers: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.column, self.numbers = column, numbers
 
-    def batch(self, texts: list[str]) -> PaddedStates:
-        """Those of some texts, filled up to the longest of them, float16."""
-        return join_states([PaddedStates(self.column.variants(self.rows[text])[0][None]) for text in texts])
+    def draw(self, rows: torch.LongTensor, generator: Generators = None) -> PaddedStates:
+        """Those of one caption for each of `rows`, filled up to the longest of them, float16: a column drawn evenly,
+        then one of its texts there.
+
+        `generator` may be a list with one a row.
+        """
+        columns = (uniform(rows.shape, generator, rows.device) * len(self.numbers)).long().tolist()
+        shares = uniform(rows.shape, generator, rows.device).tolist()
+        drawn = []
+        for column, row, share in zip(columns, rows.tolist(), shares, strict=True):
+            numbers, bounds = self.numbers[column]
+            number = numbers[bounds[row] + int(share * (bounds[row + 1] - bounds[row]))]
+            drawn.append(PaddedStates(self.column.variants(int(number))[0][None]))
+        return join_states(drawn)
 
 
 def caption_channels(encoder: torch.nn.Module) -> int:
@@ -44,7 +61,7 @@ def caption_channels(encoder: torch.nn.Module) -> int:
 def cache_captions(
     encoder: torch.nn.Module,
     tokenizer,
-    captions: Iterable[str],
+    captions: Sequence[Iterable[list[str]]],
     length: int,
     path: Path,
     *,
@@ -55,7 +72,7 @@ def cache_captions(
     """The states of captions, read from a file if it is there and theirs, else encoded into it.
 
     Args:
-        captions: of which each is encoded once.
+        captions: columns of them, one or several texts a row, which are read several times. Each text is encoded once.
         length: tokens of a text, at most.
         path: of the file; beside it a ``.json`` says what it was made of.
         kept: whether it is the user's own file, which isn't replaced by one of other captions or another encoder.
@@ -63,11 +80,15 @@ def cache_captions(
     Raises:
         ValueError: if it is to be kept and is damaged, or of others; or a caption has no tokens.
     """
-    texts = list(dict.fromkeys(captions))
-    rows = {text: index for index, text in enumerate(texts)}
+    numbers, is_first = number_texts(captions)
+    count = int(is_first.sum())
+
+    def texts() -> Iterator[str]:
+        return itertools.compress(texts_in_order(captions), is_first)
+
     channels, index_path = {COLUMN: caption_channels(encoder)}, path.with_name(f"{path.name}.json")
     identity = {
-        "captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "captions": _digest(texts()),
         "text encoder": model_fingerprint(encoder),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "max_sequence_length": str(length),
@@ -75,13 +96,12 @@ def cache_captions(
     if path.exists():
         reason = _differing(path, index_path, identity)
         if reason is None:
-            return CaptionStates(StatesColumn(read_states(path, channels, len(texts))[COLUMN], channels[COLUMN]), rows)
+            return CaptionStates(StatesColumn(read_states(path, channels, count)[COLUMN], channels[COLUMN]), numbers)
         if kept:
             raise ValueError(f"states_file={str(path)!r} {reason}; delete it or name another")
 
     def batches() -> Iterator[dict[str, StateRows]]:
-        for start in tqdm(range(0, len(texts), batch_size), desc="Captions"):
-            part = texts[start : start + batch_size]
+        for part in tqdm(in_parts(texts(), batch_size), total=-(-count // batch_size), desc="Captions"):
             states, mask, counts = encode_captions(encoder, tokenizer, part, length, device)
             if empty := [text for text, count in zip(part, counts, strict=True) if not count]:
                 raise ValueError(f"the caption {empty[0]!r} has nothing to read")
@@ -93,7 +113,16 @@ def cache_captions(
     write_states(path, [COLUMN], batches())
     with replacing_file(index_path) as unfinished:
         unfinished.write_text(json.dumps({**identity, "sha256": file_sha256(path)}, indent=2), encoding="utf-8")
-    return CaptionStates(StatesColumn(read_states(path, channels, len(texts))[COLUMN], channels[COLUMN]), rows)
+    return CaptionStates(StatesColumn(read_states(path, channels, count)[COLUMN], channels[COLUMN]), numbers)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    """SHA-256 of a list of texts as JSON."""
+    digest = hashlib.sha256(b"[")
+    for number, text in enumerate(texts):
+        digest.update((", " * (number > 0) + json.dumps(text)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _differing(path: Path, index_path: Path, identity: dict[str, str]) -> str | None:

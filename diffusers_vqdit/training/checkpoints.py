@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import check_finite, finish_file, fsync, new_file_mode
+from .columns import CaptionColumn
 from .files import (
     CHECKPOINT_PREFIX,
     SCRATCH_PREFIX,
@@ -333,7 +334,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
 
 
 def fingerprint(*values: Any) -> str:
-    """SHA-256 of tensors, modules (weights and config), texts, numbers, and lists and dicts of them."""
+    """SHA-256 of tensors, modules (weights and config), texts, numbers, and lists, columns and dicts of them."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -344,7 +345,7 @@ def fingerprint(*values: Any) -> str:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(value, dict):
             add([entry for key in sorted(value, key=str) for entry in (str(key), value[key])])
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | CaptionColumn):
             digest.update(f"[{len(value)}".encode())
             for entry in value:
                 add(entry)

@@ -10,10 +10,9 @@ from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
 from ..utils.distributed import from_main_process, process_rank
 from ..utils.labels import encode_labels
-from ..utils.texts import caption_lists
 from .caption_states import CaptionStates, cache_captions
 from .checkpoints import fingerprint
-from .columns import draw_captions, warn_of_cut
+from .columns import CaptionColumn, texts_in_order, warn_of_cut
 from .data import load_training_dataset
 from .image_dataset import ImageDataset
 from .latent_loss import drawn_to_drop
@@ -25,7 +24,7 @@ STATES_FILE = "caption_states.arrow"  # in a run's folder
 
 def load_data(
     args: argparse.Namespace, parts: dict[str, Any]
-) -> tuple[ImageDataset, dict[str, list[list[str]]], torch.Tensor | None, dict[int, str]]:
+) -> tuple[ImageDataset, dict[str, CaptionColumn], torch.Tensor | None, dict[int, str]]:
     """What is trained on: pictures; by row of the data their captions by column, and labels; the labels' names."""
     if args.caption_columns and parts["text_encoder"] is None:
         raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
@@ -44,12 +43,16 @@ def load_data(
     if resolution is None:
         size = vae.config.sample_size
         resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
-    captions = {column: caption_lists(dataset[column], column) for column in args.caption_columns}
+    captions = {column: CaptionColumn(dataset, column) for column in args.caption_columns}
     if captions:
-        every = [text for lists in captions.values() for row in lists for text in row]
         ours = isinstance(parts["text_encoder"], TextVQModel)
         length = parts["text_encoder"].config.max_length if ours else parts["max_sequence_length"]
-        warn_of_cut(every, parts["tokenizer"], length, "max_length" if ours else "max_sequence_length")
+        warn_of_cut(
+            texts_in_order(captions.values()),
+            parts["tokenizer"],
+            length,
+            "max_length" if ours else "max_sequence_length",
+        )
     labels, id2label = None, parts["id2label"]
     if args.label_column is not None:
         known = transformer.config.num_embeds_ada_norm if transformer is not None else 0
@@ -60,15 +63,15 @@ def load_data(
 
 
 def take_rows(
-    rows: Any, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
-) -> tuple[dict[str, list[list[str]]], torch.Tensor | None]:
+    rows: Any, captions: dict[str, CaptionColumn], labels: torch.Tensor | None
+) -> tuple[dict[str, CaptionColumn], torch.Tensor | None]:
     """The captions and labels of some rows (N,) of the data."""
-    captions = {column: [lists[row] for row in rows] for column, lists in captions.items()}
+    captions = {name: column.take(rows) for name, column in captions.items()}
     return captions, labels[torch.as_tensor(rows)] if labels is not None else None
 
 
 def data_identity(
-    images: ImageDataset, captions: dict[str, list[list[str]]], labels: torch.Tensor | None
+    images: ImageDataset, captions: dict[str, CaptionColumn], labels: torch.Tensor | None
 ) -> dict[str, str]:
     """What tells the data from others, for the identity of a run."""
     if images.pictures is not None:
@@ -95,7 +98,7 @@ def settle_statistics(
 
 
 def encode_captions_of(
-    args: argparse.Namespace, parts: dict[str, Any], captions: dict[str, list[list[str]]], device: torch.device
+    args: argparse.Namespace, parts: dict[str, Any], captions: dict[str, CaptionColumn], device: torch.device
 ) -> CaptionStates | None:
     """The states of all captions, on disk; None where there are none. The text encoder isn't needed after that."""
     if not captions:
@@ -105,7 +108,7 @@ def encode_captions_of(
         return cache_captions(
             encoder,
             parts["tokenizer"],
-            (text for lists in captions.values() for row in lists for text in row),
+            list(captions.values()),
             encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
             args.states_file or args.output_dir / STATES_FILE,
             kept=args.states_file is not None,
@@ -117,7 +120,6 @@ def draw_conditions(
     args: argparse.Namespace,
     null_label: int,
     states: CaptionStates | None,
-    captions: dict[str, list[list[str]]],
     labels: torch.Tensor | None,
     rows: torch.Tensor,
     generator: list[torch.Generator],
@@ -133,7 +135,7 @@ def draw_conditions(
         class_labels = torch.where(drop, null_label, labels[rows])
     if states is None:
         return class_labels, {}
-    drawn = states.batch(draw_captions(captions, rows, generator))
+    drawn = states.draw(rows, generator)
     drop = drawn_to_drop(len(rows), args.caption_dropout, generator)
     mask = torch.ones(drawn.states.shape[:2], dtype=torch.bool) if drawn.mask is None else drawn.mask
     return class_labels, {"encoder_hidden_states": drawn.states, "encoder_attention_mask": mask & ~drop[:, None]}

@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..models.image_vq import QUANTIZER_OPTIONS
+from ..tasks import parse_tasks
 from ..utils.cards import CARD_TEMPLATE, describe_model
 from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
-from .quantizer_arguments import quantizer_options
+from .unused_arguments import unused_arguments
 
 
 # Arguments that say where things are, or are secrets, and not how the model was trained.
@@ -24,37 +24,6 @@ _NOT_HYPERPARAMETERS = {
     *("hub_token", "hub_model_id", "hub_strategy", "push_to_hub", "license", "data_license", "language"),
     *("resume_from_checkpoint", "checkpoints_total_limit", "checkpointing_steps"),
     *("validation_prompts", "validation_images", "validation_labels"),
-}
-
-# Arguments that make a new model, which a pretrained one has no use for.
-_OF_NEW_MODELS = {
-    *("num_layers", "num_attention_heads", "attention_head_dim", "patch", "patch_size", "masking", "shift"),
-    *("image_vq", "text_vq", "text_encoder", "image_encoder"),
-    *("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_attention", "encoder_norm_type"),
-    "latent_channels",
-    *("num_vq_embeddings", "vq_embed_dim", "fsq_levels", "quantizer_type", *sum(QUANTIZER_OPTIONS.values(), ())),
-    *("tokenizer_vocab_size", "max_length", "downsample_factor", "num_codebooks", "num_codes", "code_dim"),
-    *("hidden_size", "kernel_size", "codebook_norm", "restart_threshold"),
-    *("sampling_rate", "n_fft", "hop_length", "num_mel_bins", "min_frequency", "max_frequency", "log_mel_range"),
-} - {"ema_decay"}
-# Arguments that do something only where another is given and not 0, by that one's name.
-_DEPENDENT = {
-    "rank": ("lora_alpha", "lora_dropout", "lora_layers"),
-    "use_ema": ("ema_decay",),
-    "alignment_encoder": ("alignment_weight", "alignment_layer"),
-    "caption_columns": ("caption_dropout",),
-    "label_column": ("label_dropout",),
-    "perceptual_weight": ("perceptual_backbone", "perceptual_image_size", "lpips_weights"),
-    "adversarial_weight": (
-        *("adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight", "lecam_weight"),
-        *("discriminator_channels", "discriminator_layers", "discriminator_learning_rate"),
-        "discriminator_max_grad_norm",
-    ),
-}
-# Arguments that say how data are read and encoded, which codes are already.
-_OF_DATA = {
-    *("image_column", "caption_column", "prompt_columns", "label_column", "image_augmentations"),
-    *("lowres_factor", "resize_mode", "max_train_samples"),
 }
 
 
@@ -181,15 +150,28 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             f"{args.num_teacher_steps} steps to {steps}).",
             "usage": f"{kind['usage']}\n\n# Pass num_inference_steps={steps} to all that it generates",
         }
-    if getattr(args, "rank", None) is None:
-        return kind
+    trained = _trained_tasks(args, model, base)
+    if (rank := getattr(args, "rank", None)) is None:
+        return {**kind, "summary": kind["summary"] + trained}
     return {
         **kind,
         "tags": ["lora", *kind["tags"]],
-        "summary": f"A LoRA of rank {args.rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.",
+        "summary": f"A LoRA of rank {rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.{trained}",
         "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
     }
+
+
+def _trained_tasks(args: argparse.Namespace, model: Any, base: str | None) -> str:
+    """Of a pretrained pipeline's tasks, those that a run trained, and those that are the pretrained one's alone."""
+    if base is None or "tasks" not in args:
+        return ""
+    trained = [str(task) for task, _ in parse_tasks(args.tasks)]
+    others = [f"`{task}`" for task in model.transformer.config.tasks if task not in trained]
+    told = f" This run trained {', '.join(f'`{task}`' for task in trained)}."
+    if not others:
+        return told
+    return f"{told} It did not train {', '.join(others)}: these are of `{base}`, and may have become worse."
 
 
 def _is_hub_id(name: str | None) -> bool:
@@ -233,26 +215,11 @@ def _table(measures: Sequence[Measure]) -> str:
 
 def _unused(args: argparse.Namespace) -> set[str]:
     """The arguments that had no say in a training, as others overruled them or they go with others."""
-    given, unused = vars(args), set()
-    for name, dependents in _DEPENDENT.items():
-        if name in given and not given[name]:
-            unused |= set(dependents)
-    if given.get("pretrained_model_name_or_path") is not None:
-        unused |= _OF_NEW_MODELS | ({"dropout"} if "objective" in given else set())  # of latents: never changed
-    elif "fsq_levels" in given:  # an image tokenizer
-        unused |= set(sum(QUANTIZER_OPTIONS.values(), ())) - {"ema_decay"} - set(quantizer_options(args))
-        unused |= {"num_vq_embeddings", "vq_embed_dim"} if given["fsq_levels"] else {"fsq_levels"}
-    elif given.get("quantizer_type", "rvq") != "rvq":
-        unused.add("num_quantizers")
-    if given.get("codes_dir") is not None:
-        unused |= _OF_DATA
-    if "objective" in given:
-        unused |= {"learn_sigma"} if given["objective"] != "epsilon" else set()
-        unused |= {"shift", "logit_normal"} if given["objective"] != "flow" else set()
-    if given.get("max_train_steps") is not None:
+    unused = set(unused_arguments(args))
+    if getattr(args, "codes_dir", None) is not None:
+        unused |= {"lowres_factor", "resize_mode"}  # which must be the codes' own
+    if getattr(args, "max_train_steps", None) is not None:
         unused.add("num_train_epochs")
-    if given.get("lr_scheduler") == "constant":
-        unused.add("lr_warmup_steps")
     return unused
 
 

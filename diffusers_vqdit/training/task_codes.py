@@ -127,9 +127,12 @@ def load_codes(
         segments: those that are trained on.
 
     Raises:
-        ValueError: if the codes are other tokenizers' or labels' than those there are.
+        ValueError: if the codes are other tokenizers' or labels' than those there are, or a segment of ``--segment``
+            would be made that no task names.
     """
     flags = [flag for flag in args.segment if flag.name in segments]
+    if args.codes_dir is None and (unread := sorted({flag.name for flag in args.segment} - segments)):
+        raise ValueError(f"--segment: {unread[0]!r} is in none of tasks={args.tasks!r}: leave it out")
     check_given_only(args, parts)
     available = _available(parts)
     own = {} if args.pretrained_model_name_or_path else {name: getattr(args, name) for name in OWN}

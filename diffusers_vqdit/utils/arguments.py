@@ -6,7 +6,7 @@ what is accepted.
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -137,6 +137,18 @@ def argument_parser(description: str, **kwargs: Any) -> argparse.ArgumentParser:
     the command is shown.
     """
     return _ArgumentParser(description=description, **kwargs)
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, unused: Mapping[str, str]) -> None:
+    """End the program if a flag was set to another value than its default that has no say in what the program does.
+
+    Args:
+        unused: the flags that have none, by name, and why: ``"without --use_ema"``.
+    """
+    secrets = known_secrets(getattr(args, "hub_token", None))
+    for name, why in unused.items():
+        if (value := getattr(args, name)) != parser.get_default(name):
+            parser.error(without_secrets(f"--{name}={shown(value)} has no effect {why}: leave it out", secrets))
 
 
 def repository(text: str) -> str:

@@ -1,6 +1,7 @@
 """Sounds as they are passed or stored, to waveforms."""
 
 import io
+import math
 import os
 from importlib import import_module
 from typing import Any
@@ -78,6 +79,42 @@ def sound_seconds(value: Any) -> float:
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(f"no sound that can be read: {error}") from error
     return header.frames / header.samplerate
+
+
+def read_part(value: Any, sampling_rate: int, share: float, length: int) -> np.ndarray:
+    """A part of an undecoded sound, as [`read_sound`] reads it, of which little more than that part is decoded.
+
+    Args:
+        value: the path of a file, or a dict of its ``"bytes"`` or its ``"path"``.
+        share: where it begins, in [0, 1), of all places where one of this length can.
+        length: samples at `sampling_rate`; a shorter sound is read whole.
+
+    Raises:
+        ValueError, ImportError: as [`read_sound`].
+    """
+    soundfile = audio_library("soundfile")
+    try:
+        with soundfile.SoundFile(_file_of(value)) as file:
+            rate, step = file.samplerate, file.samplerate // math.gcd(file.samplerate, sampling_rate)
+            start = part_start(file.frames * sampling_rate // rate, share, length)
+            around = 0 if rate == sampling_rate else rate // 10  # that the resampler sees, at either end
+            first = max(0, start * rate // sampling_rate - around) // step * step
+            wanted = min(-(-(start + length) * rate // sampling_rate) + around, file.frames) - first
+            file.seek(first)
+            samples = file.read(wanted, dtype="float32", always_2d=True).T
+    except (soundfile.SoundFileError, OSError):
+        samples, wanted = np.empty((1, 0)), 1
+    if samples.shape[1] < wanted:  # a file that is shorter than its header says, or none
+        whole = read_sound(value, sampling_rate)
+        start = part_start(len(whole), share, length)
+        return whole[start : start + length]
+    offset = start - first * sampling_rate // rate
+    return read_sound({"array": samples, "sampling_rate": rate}, sampling_rate)[offset : offset + length]
+
+
+def part_start(total: int, share: float, length: int) -> int:
+    """Where a part of `length` samples begins in `total`, at a `share` in [0, 1) of all places."""
+    return int(share * (max(total - length, 0) + 1))
 
 
 def sound_bytes(value: Any) -> bytes:

@@ -19,31 +19,6 @@ CELLS = Path(__file__).parent / "loading_cells.py"
 
 
 @pytest.fixture(scope="session")
-def hub(hub_server):
-    with hub_server.HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub, monkeypatch):
-    """This process's huggingface_hub as a client of the local Hub."""
-    use_hub(hub, monkeypatch)
-    return huggingface_hub.HfApi()
-
-
-def use_hub(hub, monkeypatch):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-    monkeypatch.setenv("HF_TOKEN", "hf_alice")
-
-
-@pytest.fixture(scope="session")
 def forms(make_pipeline, tmp_path_factory):
     """Folders with a pipeline in every form that is to be loaded or refused."""
     folder = tmp_path_factory.mktemp("forms")
@@ -107,7 +82,7 @@ def save_several(pipe, other, folder):
 
 
 @pytest.fixture(scope="session")
-def published(forms, hub):
+def published(forms, hub, use_hub):
     """The forms as repositories of the local Hub; `plain` at the tag ``v1`` has the weights of `other`."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_hub(hub, monkeypatch)

@@ -15,8 +15,8 @@ from diffusers_vqdit.pipelines.audio_codecs import load_audio_codec
 from diffusers_vqdit.training.codes import CodeDataset
 
 
-TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 --report_to none --train_batch_size 4"
-TINY += " --max_train_steps 2 --mixed_precision no"
+TUNE = "--report_to none --train_batch_size 4 --max_train_steps 2 --mixed_precision no"
+TINY = f"--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 {TUNE}"
 TASKS = "--tasks kind->sound,sound->kind,->sound --segment kind=label:label"
 ALONE = """
 import json
@@ -69,7 +69,7 @@ def test_codecs_of_transformers(run, audio_codecs, hub, client, tmp_path, kind):
     # A pipeline's finetuning keeps its codec, its length and its codebooks.
     run(
         "train_vqdit",
-        f"--pretrained_model_name_or_path {tmp_path / 'out'} --dataset_name {data} --segment sound=audio:audio {TINY} "
+        f"--pretrained_model_name_or_path {tmp_path / 'out'} --dataset_name {data} --segment sound=audio:audio {TUNE} "
         f"{TASKS} --output_dir {tmp_path / 'tuned'}",
     )
     assert CodeDataset(tmp_path / "tuned" / "codes").segments["sound"]["shape"] == [15, 2]

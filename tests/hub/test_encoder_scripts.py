@@ -18,8 +18,8 @@ from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import CodeDataset
 
 
-TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 --report_to none --train_batch_size 4"
-TINY += " --max_train_steps 4 --seed 2 --mixed_precision no"
+TUNE = "--report_to none --train_batch_size 4 --max_train_steps 4 --seed 2 --mixed_precision no"
+TINY = f"--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 {TUNE}"
 WORDS = ["a red box", "a blue box and a green dot", "pink", "a dot in a box", "green"]
 ALONE = """
 import json
@@ -99,7 +99,7 @@ def test_captions_as_states_of_t5(run, places, hub, client):
 
     tasks = "--tasks text->image,->image"
     own = f"--codes_dir {places / 'codes'} --image_vq {places / 'image_vq'} {encoder} {tasks}"
-    own = own.replace("--prompt_columns other ", "")
+    own = own.replace("--prompt_columns other --max_sequence_length 9 ", "")
     run("train_vqdit", f"{own} {TINY} --output_dir {places / 'out'}")
     again = f"{data} {encoder} {tasks} {TINY} --output_dir {places / 'again'}"
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def test_captions_as_states_of_t5(run, places, hub, client):
     assert torch.equal(without_the_package(hub, places, "alice/t5", "text"), drawn[0])
 
     # Finetuned, with the pipeline's own encoder and length; another one did not make the codes.
-    tuned = f"--pretrained_model_name_or_path {places / 'out'} --dataset_name {places / 'data.parquet'} {TINY} {tasks}"
+    tuned = f"--pretrained_model_name_or_path {places / 'out'} --dataset_name {places / 'data.parquet'} {TUNE} {tasks}"
     run("train_vqdit", f"{tuned} --output_dir {places / 'tuned'}")
     assert CodeDataset(places / "tuned" / "codes").fingerprints["text_encoder"] == codes.fingerprints["text_encoder"]
     for arguments, message in (
@@ -137,7 +137,7 @@ def test_captions_as_states_of_t5(run, places, hub, client):
         ),
     ):
         with pytest.raises(SystemExit if message is None else ValueError, match=message):
-            run("train_vqdit", f"{arguments} {TINY} --output_dir {places / 'x'}")
+            run("train_vqdit", f"{arguments} {TUNE} --output_dir {places / 'x'}")
 
 
 def test_both_sides_of_clip_and_dinov2(run, places, hub, client):

@@ -19,8 +19,8 @@ from diffusers_vqdit.training.codes import CodeDataset
 
 
 CELLS = Path(__file__).parent / "segment_cells.py"
-TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 --report_to none --train_batch_size 4"
-TINY += " --max_train_steps 2"
+TUNE = "--report_to none --train_batch_size 4 --max_train_steps 2"
+TINY = f"--num_layers 1 --num_attention_heads 2 --attention_head_dim 16 {TUNE}"
 STYLES = ["flat", "round", "bold"]
 
 
@@ -130,7 +130,7 @@ def test_sketch(run, places, hub, client):
     assert found["repainted"] == {"sketch": True}
 
     # A pipeline's finetuning keeps its segment's tokenizer, and takes another segment in.
-    tuned = f"--pretrained_model_name_or_path {places / 'out'} --dataset_name {places / 'data.parquet'} {TINY}"
+    tuned = f"--pretrained_model_name_or_path {places / 'out'} --dataset_name {places / 'data.parquet'} {TUNE}"
     run(
         "train_vqdit",
         f"{tuned} --segment sketch=image:drawing --segment style=label:style --tasks sketch->style,style->sketch "
@@ -227,7 +227,8 @@ def test_two_texts_with_tokenizers_of_their_own(run, places, hub, client):
     for name, words, size in (("one", ["a red box and a dot"] * 3, 262), ("two", ["a blue box", "green"] * 3, 266)):
         train_text_tokenizer(words, size).save_pretrained(places / name)
     bodies = f"--segment document=text:body:{places / 'one'}"
-    texts = f"{bodies} --segment summary=text:abstract:{places / 'two'} --block_length 4 --max_text_length 24"
+    named = f"{bodies} --segment summary=text:abstract:{places / 'two'}"
+    texts = f"{named} --block_length 4 --max_text_length 24"
     data = f"--dataset_name {places / 'data.parquet'}"
     run("encode_dataset", f"{data} {texts} --output_dir {places / 'codes'}")
     codes = CodeDataset(places / "codes")
@@ -240,7 +241,7 @@ def test_two_texts_with_tokenizers_of_their_own(run, places, hub, client):
     with pytest.raises(ValueError, match=r"give it as --segment document=text:COLUMN:TOKENIZER"):
         run("train_vqdit", f"--codes_dir {places / 'codes'} --text_vq {places / 'text_vq'} {tasks} {TINY} "
             f"--output_dir {places / 'x'}")  # fmt: skip
-    run("train_vqdit", f"--codes_dir {places / 'codes'} {texts} {tasks} {TINY} --output_dir {places / 'out'}")
+    run("train_vqdit", f"--codes_dir {places / 'codes'} {named} {tasks} {TINY} --output_dir {places / 'out'}")
     saved, loaded, found = published(places / "out", hub, client, "tokens")
     assert found["document->summary"] == ["list", 1, None]
     for pipe in (saved, loaded):
@@ -255,7 +256,7 @@ def test_two_texts_with_tokenizers_of_their_own(run, places, hub, client):
         assert len(pipe.index(inputs={"summary": ["a dot", "green"]})) == 2
     # What the pretrained pipeline has goes on, under its names.
     again = f"{data} --pretrained_model_name_or_path {places / 'out'} --segment document=text:body "
-    again += f"--segment summary=text:abstract --max_text_length 24 --tasks document->summary {TINY}"
+    again += f"--segment summary=text:abstract --max_text_length 24 --tasks document->summary {TUNE}"
     run("train_vqdit", f"{again} --output_dir {places / 'more'}")
     more = VQDiTPipeline.from_pretrained(places / "more")
     assert more.config.segments == saved.config.segments and sorted(more.segment_tokenizers.alone)[0] == "document"

@@ -1,8 +1,9 @@
 import argparse
+from pathlib import Path
 
 import pytest
 
-from diffusers_vqdit.training.arguments import add_patch_argument, with_patches
+from diffusers_vqdit.training.arguments import add_patch_argument, tracker_config, with_patches
 
 
 SEGMENTS = {
@@ -40,3 +41,16 @@ def test_what_is_no_patch_is_named(parser, text):
 def test_a_segment_that_has_no_embeddings_of_its_own_takes_no_patch(name):
     with pytest.raises(ValueError, match=rf"patch: '{name}' must be a segment .* one of \['image', 'text'\]"):
         with_patches(SEGMENTS, [(name, [2, 2])])
+
+
+def test_trackers_get_what_they_take():
+    args = argparse.Namespace(
+        steps=3, rate=0.5, name="x", prompts=["a", "b"], folder=Path("out"), hub_token=None, on=True
+    )
+    expected = {"steps": 3, "rate": 0.5, "name": "x", "prompts": "['a', 'b']", "folder": "out"}
+    assert tracker_config(args) == {**expected, "on": True}
+
+
+def test_trackers_are_given_no_token(script):
+    args = script("train_image_vq").parse_args(["--hub_token", "secret"])
+    assert "secret" not in str(tracker_config(args)) and tracker_config(args)["seed"] == 0

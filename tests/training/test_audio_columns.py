@@ -1,20 +1,13 @@
-"""Columns of sounds: to folders of codes, and to parts in memory for training an audio tokenizer."""
+"""Columns of sounds to folders of codes."""
 
-import io
-
-import numpy as np
 import pytest
-import soundfile
 import torch
-from datasets import Audio, Dataset, load_dataset
+from datasets import Dataset, load_dataset
 
 from diffusers_vqdit.pipelines.audio_codecs import encode_waveform
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
-from diffusers_vqdit.training.audio_data import crop_sounds, decode_sounds
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.data import load_splits
 from diffusers_vqdit.training.encoding import encode_dataset
-from diffusers_vqdit.training.sound_folder import holds_sounds
 
 
 @pytest.fixture
@@ -92,60 +85,3 @@ def test_paths_and_bytes_are_the_same_sounds(audio_codecs, table, tmp_path):
         assert codes.codes["sound"].equal(whole.codes["sound"])
     with pytest.raises(ValueError, match="column 'label' of .* can't be one of Audio|none of the 8"):
         encode_dataset(rows, tmp_path / "x", segments={"sound": SegmentColumn("audio", "label", codec, extractor)})
-
-
-def test_sounds_are_decoded_once_and_cut_at_random(table):
-    sounds = decode_sounds(table(broken=(1,)), "audio", 800)
-    assert len(sounds) == 7 and all(one.dtype == torch.int16 for one in sounds)
-    assert [len(one) for one in sounds] == [40 + 16 * row for row in (0, 2, 3, 4, 5, 6, 7)]
-    rows = torch.tensor([6, 0, 6, 3])
-    parts = crop_sounds(sounds, rows, 64, seed=1, step=5)
-    assert parts.shape == (4, 64) and parts.abs().max() <= 1 and (parts[1, 40:] == 0).all()
-    assert not parts[0].equal(parts[2])
-    for row, part in zip(rows.tolist(), parts, strict=True):
-        whole = sounds[row].float() / 32767
-        places = whole.unfold(0, min(64, len(whole)), 1)
-        assert (places == part[: len(whole)]).all(1).any()
-    # By seed, step and row alone, on however many processes.
-    assert crop_sounds(sounds, rows, 64, seed=1, step=5).equal(parts)
-    assert crop_sounds(sounds, rows[2:], 64, seed=1, step=5, rank=1).equal(parts[2:])
-    assert not crop_sounds(sounds, rows, 64, seed=1, step=6).equal(parts)
-
-
-def test_a_column_of_something_else_is_refused():
-    with pytest.raises(ValueError, match="column 'audio' of .* can't be one of sounds"):
-        decode_sounds(Dataset.from_dict({"audio": [1.5, 2.5]}), "audio", 800)
-    with pytest.raises(ValueError, match="none of the 2 sounds could be read"):
-        decode_sounds(Dataset.from_dict({"audio": ["no.wav", "path.wav"]}), "audio", 800)
-
-
-def test_a_decoded_column_needs_no_decoder(tmp_path):
-    """Nor does a file of another rate, which is resampled."""
-    file = io.BytesIO()
-    soundfile.write(file, np.sin(np.arange(400) / 10), 1600, format="WAV")
-    dataset = Dataset.from_dict({"audio": [{"bytes": file.getvalue(), "path": None}]})
-    (sound,) = decode_sounds(dataset.cast_column("audio", Audio(decode=False)), "audio", 800)
-    assert len(sound) == 200
-
-
-def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
-    audio_codecs.sound_folder(tmp_path / "files", count=4)
-    splits = load_splits(dataset_name=str(tmp_path / "files"))
-    assert list(splits) == ["train"] and splits["train"].column_names == ["audio"]
-    assert len(decode_sounds(splits["train"], "audio", 1600)) == 4
-    lines = ["file_name,text", "2.flac,two", "0.flac,zero", "9.flac,gone", "../files/1.flac,one"]
-    (tmp_path / "files" / "metadata.csv").write_text("\n".join(lines))
-    for source in ({"dataset_name": str(tmp_path / "files")}, {"train_data_dir": str(tmp_path / "files")}):
-        (table,) = load_splits(**source).values()
-        assert table["text"] == ["two", "zero", "one"]
-        assert [len(one) for one in decode_sounds(table, "audio", 1600)] == [144, 80, 112]
-    assert "row 4 names '9.flac', which is no regular file there" in caplog.text
-    assert holds_sounds(tmp_path / "files")
-    (tmp_path / "files" / "data.parquet").write_bytes(b"")
-    assert not holds_sounds(tmp_path / "files")
-    for name in ("train", "test"):
-        audio_codecs.sound_folder(tmp_path / "splits" / name, count=2)
-    assert {name: len(one) for name, one in load_splits(dataset_name=str(tmp_path / "splits")).items()} == {
-        "train": 2,
-        "test": 2,
-    }

@@ -1,13 +1,17 @@
 """States of captions on disk: what they were made of, and that a run over latents needs no encoder after the start."""
 
+import hashlib
 import json
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffusers_vqdit import VQDiTLatentPipeline
-from diffusers_vqdit.training.caption_states import cache_captions
+from diffusers_vqdit.training.caption_states import CaptionStates, _digest, cache_captions
+from diffusers_vqdit.training.columns import number_texts
+from diffusers_vqdit.training.state_files import StatesColumn
 
 
 WORDS = ["a red box", "a blue box and a green dot", "pink", "a dot in a box", "green"]
@@ -20,7 +24,8 @@ def made(encoders, tmp_path):
 
     def make(texts=WORDS, kind="t5", length=9, kept=True):
         path, encoder = tmp_path / "states.arrow", encoders.text_encoder(kind)
-        return cache_captions(encoder, tokenizer, texts, length, path, kept=kept, device="cpu", batch_size=2)
+        columns = [[[text] for text in texts]]
+        return cache_captions(encoder, tokenizer, columns, length, path, kept=kept, device="cpu", batch_size=2)
 
     make.tokenizer = tokenizer
     return make
@@ -29,7 +34,7 @@ def made(encoders, tmp_path):
 def test_states_are_those_of_each_text_alone(made, encoders, tmp_path):
     states, encoder = made([*WORDS, *WORDS]), encoders.text_encoder("t5")
     assert len(states.column) == len(WORDS)
-    batch = states.batch([WORDS[1], WORDS[2]])
+    batch = states.draw(torch.tensor([6, 2]))
     assert batch.states.dtype == torch.float16 and batch.mask.sum(1).tolist() == [9, batch.mask[1].sum()]
     for row, text in enumerate((WORDS[1], WORDS[2])):
         ids = made.tokenizer(text, truncation=True, max_length=9, return_tensors="pt").input_ids
@@ -37,8 +42,28 @@ def test_states_are_those_of_each_text_alone(made, encoders, tmp_path):
         torch.testing.assert_close(batch.states[row][batch.mask[row]].float(), alone, atol=2e-3, rtol=2e-3)
     # Read again, not made again.
     before = (tmp_path / "states.arrow").stat().st_mtime_ns
-    assert torch.equal(made().batch(WORDS).states, states.batch(WORDS).states)
+    rows = torch.arange(len(WORDS))
+    assert torch.equal(made().draw(rows).states, states.draw(rows + len(WORDS)).states)
     assert (tmp_path / "states.arrow").stat().st_mtime_ns == before
+
+
+def test_captions_are_drawn_evenly_from_columns_and_lists():
+    captions = {"en": [["a"], ["b", "c", "d"]], "zh": [["e"], ["a"]]}
+    numbers, is_first = number_texts(list(captions.values()))
+    column = pa.chunked_array(
+        [[[[float(number)]] for number in range(sum(is_first))]], pa.list_(pa.list_(pa.float16()))
+    )
+    states, generator = CaptionStates(StatesColumn(column, 1), numbers), torch.Generator().manual_seed(0)
+    drawn = torch.stack([states.draw(torch.tensor([1, 0]), generator).states.flatten() for _ in range(2000)])
+    for index, expected in enumerate(({"b": 1 / 6, "c": 1 / 6, "d": 1 / 6, "a": 1 / 2}, {"a": 1 / 2, "e": 1 / 2})):
+        share = {text: (drawn[:, index] == number).float().mean().item() for number, text in enumerate("abcde")}
+        for text in "abcde":
+            assert share[text] == pytest.approx(expected.get(text, 0), abs=0.06), text  # five standard deviations
+
+
+def test_the_identity_is_that_of_the_list_of_all_texts():
+    texts = ["a", "红", 'a "b"', ""]
+    assert _digest(texts) == hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +78,7 @@ def test_a_file_of_something_else_is_refused_where_it_is_to_be_kept(made, change
     made()
     with pytest.raises(ValueError, match=f"states_file=.* {message}; delete it or name another"):
         made(**changes)
-    assert made(**changes, kept=False).batch(WORDS[1:2]).states.ndim == 3
+    assert made(**changes, kept=False).draw(torch.tensor([1])).states.ndim == 3
 
 
 def test_a_damaged_or_unfinished_file_is_refused(made, tmp_path):

@@ -1,6 +1,5 @@
 """Columns of ready codes through the public scripts: of videos by diffusers' tokenizer, and of any shape."""
 
-import argparse
 import warnings
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.segment_columns import code_column
 
 
 TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --report_to none --train_batch_size 2"
@@ -43,9 +41,8 @@ def clips(vidtok, tmp_path):
 def test_videos(run, clips, vidtok, text_vq, tokenizer, tmp_path, column, patch):
     text_vq.save_pretrained(tmp_path / "text_vq")
     tokenizer.save_pretrained(tmp_path / "text_vq" / "tokenizer")
-    data = (
-        f"--dataset_name {tmp_path / 'clips.parquet'} --text_vq {tmp_path / 'text_vq'} --code_columns video={column}"
-    )
+    source = f"--dataset_name {tmp_path / 'clips.parquet'} --code_columns video={column}"
+    data = f"{source} --text_vq {tmp_path / 'text_vq'}"
     run("encode_dataset", f"{data} --output_dir {tmp_path / 'codes'}")
     codes, size = CodeDataset(tmp_path / "codes"), 512 if ":" in column else int(clips.max()) + 1
     assert codes.segments["video"] == {"vocab_size": size, "shape": [2, 4, 4]}
@@ -70,7 +67,7 @@ def test_videos(run, clips, vidtok, text_vq, tokenizer, tmp_path, column, patch)
     assert len(pipe(inputs={"video": begun[:, :1].repeat(1, 2, 1, 1)}, output="text").texts) == 2
     # Finetuned, with what the pipeline knows of the codes.
     tuned = f"--pretrained_model_name_or_path {tmp_path / 'out'} --report_to none --train_batch_size 2"
-    run("train_vqdit", f"{tuned} --max_train_steps 1 {data} {tasks} --output_dir {tmp_path / 'tuned'}")
+    run("train_vqdit", f"{tuned} --max_train_steps 1 {source} {tasks} --output_dir {tmp_path / 'tuned'}")
     assert VQDiTPipeline.from_pretrained(tmp_path / "tuned").config.segments["video"] == {"modality": "codes"}
 
 
@@ -84,28 +81,6 @@ def test_a_row_of_another_shape_is_named(run, clips, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run("encode_dataset", f"{data} --code_columns video={column.replace('::', ':2x4x4:')}")
-
-
-@pytest.mark.parametrize(
-    "text, parsed",
-    [
-        ("video", ("video", "codes", "video", None, None, None)),
-        ("video=c", ("video", "codes", "c", None, None, None)),
-        ("video=c d:4x16x16", ("video", "codes", "c d", None, (4, 16, 16), None)),
-        ("video=c:12:64", ("video", "codes", "c", None, (12,), 64)),
-        *(
-            (wrong, None)
-            for wrong in ("", "=c", "a-b=c", "9=c", "v=c:2x", "v=c:1x2x3x4", "v=c:0", "v=c:2:0", "forward=c")
-        ),
-    ],
-)
-def test_code_column(text, parsed):
-    if parsed is None:
-        with pytest.raises(argparse.ArgumentTypeError, match="value="):
-            code_column(text)
-    else:
-        assert code_column(text) == parsed
-        assert code_column(str(code_column(text)).replace("=codes:", "=", 1)) == parsed
 
 
 def test_a_task_of_a_segment_that_is_not_encoded_says_how_to(run, clips, tmp_path):

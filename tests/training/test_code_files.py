@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diffusers_vqdit.training.code_files import write_index, write_shard
+from diffusers_vqdit.training.code_files import read_shard, write_index, write_shard
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.utils.fingerprints import file_sha256
 
@@ -288,3 +288,11 @@ def test_folders_of_older_versions_are_read_with_a_warning(folder, caplog):
         path.unlink()
     with pytest.raises(ValueError, match="there is no shard in it"):
         CodeDataset(folder)
+
+
+def test_damaged_blocks_are_named(folder, tmp_path):
+    segments = {"poem": {"vocab_size": 9, "shape": [8], "block_length": 4}}
+    for rows, message in (([[1] * 4, [1] * 3], "3 codes in row 1, not whole blocks of 4"), ([[1] * 12], "12 codes")):
+        pq.write_table(pa.table({"poem": rows}), tmp_path / "codes.parquet")
+        with pytest.raises(ValueError, match=message):
+            read_shard(tmp_path / "codes.parquet", segments, len(rows))

@@ -8,7 +8,12 @@ import torch
 from diffusers_vqdit import MaskedDiffusionScheduler, Task
 from diffusers_vqdit.schedulers.samplers import SharedGenerator, uniform
 from diffusers_vqdit.training.draws import row_generators, step_generator
-from diffusers_vqdit.training.masked_loss import draw_task, masked_diffusion_loss, stratified_timesteps
+from diffusers_vqdit.training.masked_loss import (
+    block_timesteps,
+    draw_task,
+    masked_diffusion_loss,
+    stratified_timesteps,
+)
 
 
 def test_times_are_uniform_and_one_in_each_interval():
@@ -107,3 +112,14 @@ def test_the_loss_of_a_uniform_model_is_log_k_in_both_weightings(transformer):
         assert sum(nelbo) / 10 == pytest.approx(math.log(32), rel=0.05)
     with pytest.raises(ValueError, match="weighting='other'"):
         masked_diffusion_loss(transformer, scheduler, {}, generated, weighting="other")
+
+
+def test_times_of_blocks_are_as_uniform_as_their_rows():
+    times = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    found = block_timesteps(times, 4, torch.Generator().manual_seed(1))
+    assert ((found > 0) & (found <= 1)).all()
+    for block in found.unbind(1):
+        assert torch.histc(block, 10, 0, 1).sub(2000).abs().max() < 200
+    gaps = found.sort(1).values.diff(dim=1)
+    assert torch.allclose(gaps, torch.full_like(gaps, 0.25), atol=1e-5)
+    assert torch.allclose(block_timesteps(times[:, None][:5, 0], 1), times[:5, None])

@@ -230,9 +230,11 @@ def test_where_latents_are_kept_is_tried_before_anything_is_read(run, tmp_path, 
         run("train_latent_dit", "out", f"--latents_file {tmp_path / place}", train=None)
 
 
-def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(run, pipeline, tmp_path, monkeypatch):
+def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(script, pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipe")
-    start = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --rank 2 --lora_layers"
+    module, source = script("train_vqdit"), f"--train_data_dir {tmp_path} --output_dir {tmp_path / 'out'}"
+    start = f"{source} --pretrained_model_name_or_path {tmp_path / 'pipe'} --report_to none --rank 2 --lora_layers"
+    module.load_codes = None
     bad = [
         "to_x",
         "to_q to_x",
@@ -248,10 +250,10 @@ def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(run, pipelin
     bad += ["transformer_blocks.2.attn1.to_q", "all-linear", ".*", "to_q,to_k"]
     for layers in bad:
         with pytest.raises(ValueError, match="lora_layers has '.*', which must be linear layers, some of .*to_q'"):
-            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+            module.main(module.parse_args(f"{start} {layers}".split()))
     for layers in ["to_q", "attn1.to_k ff.net.2", "transformer_blocks.1.attn1.to_q"]:
         with pytest.raises(TypeError):  # goes on
-            run("train_vqdit", "out", f"{start} {layers}", load_codes=None)
+            module.main(module.parse_args(f"{start} {layers}".split()))
     print(f"layers of LoRA that are not there: {len(bad)} refused")
 
 

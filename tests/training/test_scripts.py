@@ -44,7 +44,8 @@ def tokenizers(run, root, tmp_path_factory):
     return folder
 
 
-TINY = "--num_layers 3 --num_attention_heads 4 --attention_head_dim 32 --lr_warmup_steps 20 --report_to none"
+TUNE = "--lr_warmup_steps 20 --report_to none"
+TINY = f"--num_layers 3 --num_attention_heads 4 --attention_head_dim 32 {TUNE}"
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_residual_codes_from_the_tokenizers_to_the_transformer(run, root, tmp_pa
     assert isinstance(pipe(image=pipe("an apple", num_inference_steps=2).images[0]).texts[0], str)
     run(  # another patch needs to be asked for, here as before
         "train_vqdit",
-        f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tmp_path / 'codes'} {TINY} {tasks} "
+        f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tmp_path / 'codes'} {TUNE} {tasks} "
         f"--output_dir {tmp_path / 'more'} --max_train_steps 1 --train_batch_size 4",
     )
     capsys.readouterr()
@@ -222,7 +223,7 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     (picture_folder / "6.png").write_bytes(b"broken")
     run(
         "train_vqdit",
-        f"--pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} {TINY} "
+        f"--pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} {TUNE} "
         f"--output_dir {tmp_path / 'mine'} --tasks text->image,->image --max_train_steps 3 --dropout 0.2 "
         "--train_batch_size 4 --validation_prompts apple --validation_steps 2 --gradient_checkpointing "
         "--report_to tensorboard",
@@ -243,7 +244,7 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
 def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, picture_folder, tmp_path):
     codes = f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --tasks label->image,->image"
     run("train_vqdit", f"{codes} --output_dir {tmp_path / 'base'} {TINY} --max_train_steps 30 --train_batch_size 8")
-    lora = f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tokenizers / 'codes'} --rank 2 {TINY}"
+    lora = f"--pretrained_model_name_or_path {tmp_path / 'base'} --codes_dir {tokenizers / 'codes'} --rank 2 {TUNE}"
     arguments = f"{lora} --tasks label->image --train_batch_size 4 --use_ema --ema_decay 0.5 --learning_rate 1e-2"
     run("train_vqdit", f"{arguments} --output_dir {tmp_path / 'lora'} --max_train_steps 12 --checkpointing_steps 8")
     files = [path.name for path in (tmp_path / "lora").iterdir() if path.is_file()]

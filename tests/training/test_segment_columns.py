@@ -1,10 +1,12 @@
 """The flags that say which columns become which segments."""
 
+import argparse
+
 import pytest
 
 from diffusers_vqdit.models.image_vq import ImageVQModel
 from diffusers_vqdit.models.text_vq import TextVQModel
-from diffusers_vqdit.training.segment_columns import load_tokenizers, segment_flag
+from diffusers_vqdit.training.segment_columns import code_column, load_tokenizers, segment_flag
 
 
 @pytest.fixture
@@ -25,3 +27,25 @@ def test_one_folder_has_a_tokenizer_of_each_modality(known, pipeline_folder, ima
     assert found["a"][0] is found["c"][0] and found["b"] == found["d"]  # each loaded once
     assert (found["a"][0] is image_vq) == known
     assert found["a"][1] is None and found["b"][1].get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "text, parsed",
+    [
+        ("video", ("video", "codes", "video", None, None, None)),
+        ("video=c", ("video", "codes", "c", None, None, None)),
+        ("video=c d:4x16x16", ("video", "codes", "c d", None, (4, 16, 16), None)),
+        ("video=c:12:64", ("video", "codes", "c", None, (12,), 64)),
+        *(
+            (wrong, None)
+            for wrong in ("", "=c", "a-b=c", "9=c", "v=c:2x", "v=c:1x2x3x4", "v=c:0", "v=c:2:0", "forward=c")
+        ),
+    ],
+)
+def test_code_column(text, parsed):
+    if parsed is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="value="):
+            code_column(text)
+    else:
+        assert code_column(text) == parsed
+        assert code_column(str(code_column(text)).replace("=codes:", "=", 1)) == parsed

@@ -3,8 +3,6 @@
 import json
 import logging
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +12,6 @@ from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransf
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
-from diffusers_vqdit.training.code_files import read_shard
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import bucket_batches
 from diffusers_vqdit.training.encoding import encode_dataset
@@ -44,24 +41,6 @@ def folder(words, tmp_path_factory):
     options = {"tokenizer": words, "block_length": 4, "max_text_length": 30}
     encode_dataset(data, folder / "codes", segments=columns, **options)
     return folder
-
-
-def test_a_trained_tokenizer_keeps_texts_as_they_are(words):
-    for text in [*POEMS, " a  b\n\n c ", "静夜思\n床前明月光。"]:
-        assert words.decode(token_ids(words, [text])[0]) == text.strip("\ufeff")
-    assert words.eos_token == END_TOKEN
-    assert token_ids(words, [f"a king{END_TOKEN} had"]) == [
-        token_ids(words, ["a king"])[0] + token_ids(words, [" had"])[0]
-    ]
-
-
-@pytest.mark.parametrize("count", range(9))
-def test_blocks_end_once_at_least_and_padding_is_in_the_last_one_alone(count):
-    ids = list(range(10, 10 + count))
-    found = in_blocks(ids, 2, 4)
-    assert found[:count] == ids and set(found[count:]) == {2} and len(found) % 4 == 0 and 0 < len(found) - count <= 4
-    cut = in_blocks(ids, 2, 4, limit=4)
-    assert len(cut) == 4 and cut == (ids[:4] if count >= 4 else found)
 
 
 def test_rows_of_equal_lengths_are_a_bucket(folder, words):
@@ -123,14 +102,6 @@ def test_a_row_of_several_texts_is_one_for_each(words, tmp_path):
     assert one_text_a_row(single, ["poem", "poem"]) == (single, {})
 
 
-def test_damaged_blocks_are_named(folder, tmp_path):
-    segments = {"poem": {"vocab_size": 9, "shape": [8], "block_length": 4}}
-    for rows, message in (([[1] * 4, [1] * 3], "3 codes in row 1, not whole blocks of 4"), ([[1] * 12], "12 codes")):
-        pq.write_table(pa.table({"poem": rows}), tmp_path / "codes.parquet")
-        with pytest.raises(ValueError, match=message):
-            read_shard(tmp_path / "codes.parquet", segments, len(rows))
-
-
 def test_a_tokenizer_without_an_end_gets_one_and_it_is_told(words, tmp_path, caplog):
     bare = train_text_tokenizer(POEMS, 300)
     bare.eos_token = None
@@ -140,17 +111,6 @@ def test_a_tokenizer_without_an_end_gets_one_and_it_is_told(words, tmp_path, cap
     assert found.eos_token == END_TOKEN and "has no end of texts" in caplog.text
     with pytest.raises(ValueError, match="has no tokenizer of transformers"):
         load_text_tokenizer(str(tmp_path / "nothing"))
-
-
-def test_times_of_blocks_are_as_uniform_as_their_rows():
-    times = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    found = block_timesteps(times, 4, torch.Generator().manual_seed(1))
-    assert ((found > 0) & (found <= 1)).all()
-    for block in found.unbind(1):
-        assert torch.histc(block, 10, 0, 1).sub(2000).abs().max() < 200
-    gaps = found.sort(1).values.diff(dim=1)
-    assert torch.allclose(gaps, torch.full_like(gaps, 0.25), atol=1e-5)
-    assert torch.allclose(block_timesteps(times[:, None][:5, 0], 1), times[:5, None])
 
 
 def test_the_loss_is_that_of_each_block_alone():

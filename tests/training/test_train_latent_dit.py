@@ -90,10 +90,10 @@ def test_alignment_to_a_frozen_encoder_and_finetuning(run, models, picture_folde
         )
     ).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    data = f"--train_data_dir {picture_folder} --caption_columns text {TINY} --train_batch_size 4"
+    data = f"--train_data_dir {picture_folder} --caption_columns text --report_to none --train_batch_size 4"
     run(
-        f"{data} {' '.join(models)} --alignment_encoder {tmp_path / 'vit'} --alignment_layer 1 --max_train_steps 3 "
-        f"--gradient_checkpointing --output_dir {tmp_path / 'base'}"
+        f"{data} {' '.join(models)} {TINY} --alignment_encoder {tmp_path / 'vit'} --alignment_layer 1 "
+        f"--max_train_steps 3 --gradient_checkpointing --output_dir {tmp_path / 'base'}"
     )
     run(
         f"{data} --pretrained_model_name_or_path {tmp_path / 'base'} --max_train_steps 2 --validation_steps 2 "

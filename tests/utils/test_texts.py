@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from diffusers_vqdit.utils.texts import check_texts, normalized, tokenize_to_length
+from diffusers_vqdit.utils.texts import check_captions, check_texts, normalized, tokenize_to_length
 
 
 SPACES = [" ", "\n", "\t", "\r\n", "\u00a0", "\u2003", "\u3000", "\u2028", "  ", " \t "]
@@ -115,3 +115,33 @@ def test_a_prompt_of_nothing_visible_is_refused(shipped, pipeline, text):
     pipeline.tokenizer = shipped
     with pytest.raises(ValueError, match="prompt .* has nothing to read"):
         pipeline.encode_prompt([text])
+
+
+def test_missing_captions_are_counted_and_placed():
+    with pytest.raises(ValueError, match=r"'text': 2 rows have no caption, the first are rows \[1, 3\]"):
+        check_captions(["a", None, "b", "  "], "text")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"1 rows have no caption, the first are rows \[1\]"),
+        ("", "have no caption"),
+        (" \n\t", "have no caption"),
+        ([], "have no caption"),
+        ([""], "have no caption"),
+        (["a", None], "have no caption"),
+        ([None], "have no caption"),
+        (3, r"of the type int, the first are rows \[1\] with 3"),
+        (0.5, "of the type float"),
+        (float("nan"), "of the type float"),
+        (True, "of the type bool"),
+        (b"a", "of the type bytes"),
+        ({"en": "a"}, "of the type dict"),
+        (["a", 3], "of the type int"),
+        ([["a"]], "of the type list"),
+    ],
+)
+def test_what_is_no_caption_is_named(value, message):
+    with pytest.raises(ValueError, match=f"column 'text'.*{message}"):
+        check_captions(["fine", value, ["also", "fine"]], "text")

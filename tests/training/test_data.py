@@ -1,9 +1,11 @@
-"""Columns of parquet files, whatever their types: read rightly, or refused with their type and what would do."""
+"""Data for training: columns of any type, read rightly or refused with what would do; what is broken; the order."""
 
 import datetime
 import decimal
 import io
 import itertools
+import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +14,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset
-from diffusers_vqdit.utils.decoding import as_picture_column
+from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, shuffled_batches
+from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.labels import encode_labels
 from diffusers_vqdit.utils.texts import caption_lists
 
@@ -220,11 +222,109 @@ def test_columns_that_are_not_needed_are_left_out_with_a_warning(write, tmp_path
             load_training_dataset(dataset_name=path, image_column=needed, cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("array", [pa.array([[[300, 2]], [[1, 2]]]), pa.array([[[2**40]], [[1]]]), OTHERS["ragged"]])
-def test_arrays_out_of_range_are_pictures_or_refused(array):
-    try:
-        dataset = as_picture_column(Dataset(pa.table({"image": array})), "image")
-    except ValueError as error:
-        assert "column 'image' has the type list<" in str(error)
-    else:
-        assert len(decode_images(dataset, "image", 8)[1]) == 2
+def test_an_image_folder_loads_with_captions_and_labels(picture_folder):
+    dataset = load_training_dataset(
+        train_data_dir=str(picture_folder), columns=["text", "label"], image_column="image"
+    )
+    assert len(dataset) == 10 and "a red apple" in dataset["text"]
+    pictures, rows = decode_images(dataset, "image", 16)
+    assert pictures.shape == (10, 3, 16, 16) and pictures.dtype == torch.uint8 and rows == list(range(10))
+
+
+def test_a_corrupt_file_is_skipped_with_its_name(picture_folder, caplog):
+    (picture_folder / "3.png").write_bytes(b"no picture at all")
+    (picture_folder / "5.png").write_bytes((picture_folder / "5.png").read_bytes()[:60])
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    pictures, rows = decode_images(dataset, "image", 16)
+    assert len(pictures) == len(rows) == 8
+    assert "3.png" in caplog.text and "5.png" in caplog.text and "skipped 2 of 10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("x"), ValueError("x"), SyntaxError("x"), AttributeError("x"), MemoryError("x"), struct.error("x")]
+    + [Image.DecompressionBombError("x"), RecursionError("x"), OverflowError("x"), ZeroDivisionError("x")],
+)
+def test_whatever_a_picture_raises_it_is_skipped(picture_folder, caplog, monkeypatch, error):
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    read = decode_image
+
+    def broken(value, *args, **options):
+        if Path(value["path"]).stem in "24":
+            raise error
+        return read(value, *args, **options)
+
+    monkeypatch.setattr("diffusers_vqdit.training.data.decode_image", broken)
+    assert decode_images(dataset, "image", 16)[1] == [0, 1, 3, 5, 6, 7, 8, 9]
+    assert "2.png" in caplog.text and type(error).__name__ in caplog.text and "skipped 2 of 10" in caplog.text
+
+
+def test_many_broken_pictures_are_named_up_to_twenty(caplog):
+    import pyarrow as pa
+    from datasets import Image as ImageFeature
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    values = [{"bytes": buffer.getvalue(), "path": None}, None, {"bytes": None, "path": None}]
+    values += [{"bytes": b"broken", "path": f"{index}.png"} for index in range(40)]
+    column = pa.array(values, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    dataset = Dataset(pa.table({"image": column})).cast_column("image", ImageFeature(decode=False))
+    pictures, rows = decode_images(dataset, "image", 4)
+    assert rows == [0] and pictures.shape == (1, 3, 4, 4)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 21 and messages[-1] == "skipped 42 of 43 pictures that could not be read"
+    assert "in row 1: " in messages[0] and "in row 2: " in messages[1] and "0.png: " in messages[2]
+    with pytest.raises(ValueError, match="column 'image': none of the 42 pictures could be read"):
+        decode_images(dataset.select(range(1, 43)), "image", 4)
+
+
+def test_the_split_column_selects_rows(root):
+    path = str(root / "training/data/emoji.parquet")
+    train = load_training_dataset(dataset_name=path, columns=["text"])
+    test = load_training_dataset(dataset_name=path, split="test", max_samples=7)
+    assert len(train) == 3479 and len(test) == 7 and set(test["split"]) == {"test"}
+    with pytest.raises(ValueError, match=r"split='dev' is not .*\['test', 'train'\]"):
+        load_training_dataset(dataset_name=path, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either dataset_name or train_data_dir"),
+        ({"train_data_dir": "no/such/folder"}, "'no/such/folder' is not a folder"),
+        ({"dataset_name": "none.parquet"}, "'none.parquet': there is no such file"),
+    ],
+)
+def test_bad_sources_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_training_dataset(**options)
+
+
+def test_a_missing_column_is_named_with_those_there(picture_folder):
+    with pytest.raises(ValueError, match="column 'caption' is not in the data: it has .*'text'"):
+        load_training_dataset(train_data_dir=str(picture_folder), columns=["caption"])
+
+
+def test_batches_cover_each_epoch_and_resume_where_they_were():
+    batches = shuffled_batches(10, 4, seed=1)
+    seen = torch.cat([next(batches) for _ in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    resumed = shuffled_batches(10, 4, seed=1, start=3)
+    assert torch.equal(next(resumed), seen[12:16])
+    ranks = [next(shuffled_batches(10, 2, seed=1, rank=rank, world_size=2)) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), seen[:4])
+
+
+def test_the_emoji_dataset_is_what_its_readme_says(root):
+    from datasets import load_dataset
+
+    data = load_dataset("parquet", data_files=str(root / "training/data/emoji.parquet"), split="train")
+    rows = data.remove_columns("image").to_pandas()
+    assert rows.held_out.value_counts().to_dict() == {"": 3479, "composition": 236, "picture": 71}
+    assert len(set(rows.label)) == 10
+    train, held = rows[rows.split == "train"], rows[rows.held_out == "composition"]
+    assert set(held.emoji) <= set(train.emoji)  # every role is known,
+    assert set(held.skin_tone.str.split("+").explode()) <= set(train.skin_tone.str.split("+").explode())  # every tone,
+    for column in ("text", "text_zh", "phrase"):  # and never the two together
+        assert not set(held[column]) & set(train[column])

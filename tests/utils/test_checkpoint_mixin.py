@@ -1,4 +1,4 @@
-"""Damaged configs and weights: each is refused by the name of the field or the tensor, and of its place."""
+"""What is saved is whole; damaged configs and weights are refused by the name of the field or tensor and its place."""
 
 import json
 import math
@@ -387,3 +387,37 @@ def test_a_latent_pipeline_is_checked_as_well(tmp_path):
     refused(lambda: VQDiTLatentPipeline.from_pretrained(tmp_path), "blocks.1.ff", file)
     vae.encoder.conv_in.weight.data.fill_(math.inf)
     refused(lambda: pipe.save_pretrained(tmp_path), "vae", "'encoder.conv_in.weight'")
+
+
+def test_pipelines_models_and_schedulers_are_pushed_in_one_commit(hub, client, pipeline, tmp_path):
+    pipeline.push_to_hub("alice/pipe", commit_message="Pipeline")
+    assert hub.repositories["alice/pipe"].log() == ["Pipeline", "initial commit"]
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert {"README.md", "model_index.json", "pipeline.py", weights} <= set(published_files(hub, "alice/pipe"))
+    pipeline.image_vq.push_to_hub("alice/image_vq")
+    pipeline.scheduler.push_to_hub("alice/scheduler")
+    pipeline.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, repo_id="alice/saved")
+    for name in ("image_vq", "scheduler", "saved"):
+        assert len(hub.repositories[f"alice/{name}"].log()) == 2
+
+    loaded = VQDiTPipeline.from_pretrained("alice/pipe", cache_dir=tmp_path / "cache")
+    for name, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], value), name
+    ImageVQModel.from_pretrained("alice/image_vq", cache_dir=tmp_path / "cache")
+    MaskedDiffusionScheduler.from_pretrained("alice/scheduler", cache_dir=tmp_path / "cache")
+
+
+def published_files(hub, repo_id):
+    repository = hub.repositories[repo_id]
+    assert len(repository.log()) == 2  # one commit after the first, empty one
+    return repository.resolve("main").files
+
+
+def test_configs_name_no_folder_of_this_machine(hub, client, image_vq, tmp_path):
+    image_vq.save_pretrained(tmp_path / "private-folder" / "vq")
+    model = ImageVQModel.from_pretrained(tmp_path / "private-folder" / "vq")
+    model.push_to_hub("alice/origin")
+    config = json.loads(published_files(hub, "alice/origin")["config.json"].content)
+    assert config["_name_or_path"] == "vq"
+    loaded = ImageVQModel.from_pretrained("alice/origin", cache_dir=tmp_path / "cache")
+    assert {**loaded.config, "_name_or_path": None} == {**model.config, "_name_or_path": None}
