@@ -56,6 +56,7 @@ class RowStream:
         self.split, self.max_samples = split, max_samples
         self.source = first if self.by_column else split
         self.features, self.num_shards = splits[self.source].features, splits[self.source].num_shards
+        self._streams: dict[tuple[str, ...], Any] = {}  # by columns
 
     @property
     def column_names(self) -> list[str]:
@@ -193,13 +194,14 @@ class RowStream:
                 return
             values = {name: one.dtype for name, one in self.features.items() if isinstance(one, Value)}
             plain = [name for name, dtype in values.items() if "binary" not in dtype]
-            columns = columns or [*plain, *self.features][:1]
-            # Parquet files are read by the column.
-            only = {"columns": list(columns)} if hasattr(self.made.config, "columns") else {}
-            stream = (self.builder(**only) if only else self.made).as_streaming_dataset()[self.source]
-            stream = stream.shard(num_shards=stream.num_shards, index=shard).select_columns(list(columns))
-            small = all(name in plain for name in columns)
-            yield from stream.with_format("arrow").iter(_ROWS[not small])
+            columns = tuple(columns or [*plain, *self.features][:1])
+            if columns not in self._streams:
+                # Parquet files are read by the column.
+                only = {"columns": list(columns)} if hasattr(self.made.config, "columns") else {}
+                stream = (self.builder(**only) if only else self.made).as_streaming_dataset()[self.source]
+                self._streams[columns] = stream.select_columns(list(columns)).with_format("arrow")
+            stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
+            yield from stream.iter(_ROWS[not set(columns) <= set(plain)])
 
 
 def _in_memory(table: pa.Table, readers: Mapping[str, type[ColumnReader]]) -> list[dict[str, dict[str, Any]]]:

@@ -1,24 +1,32 @@
 """Datasets become the same shards of codes whoever encodes them, and however often they are stopped."""
 
+import io
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import tarfile
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.training import code_files
 from diffusers_vqdit.training.code_files import code_type
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.encoding import encode_dataset
+from diffusers_vqdit.utils.fingerprints import file_sha256
 
 
 COUNT = 40
@@ -39,6 +47,36 @@ def pictures(tmp_path):
         (folder / f"{index:02d}.png").write_bytes(b"broken")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+# By kind of source the columns of pictures, captions and labels.
+COLUMNS = {"folder": ("image", "text", "label"), "parquet": ("image", "text", "label"), "tar": ("png", "txt", "cls")}
+
+
+def source_of(pictures, folder, kind):
+    """The arguments of the data: a folder of pictures, or what is in it as parquet files or tars of uneven lengths."""
+    image_column, caption_column, label_column = COLUMNS[kind]
+    columns = {"image_column": image_column, "columns": [caption_column, label_column]}
+    if kind == "folder":
+        return {"train_data_dir": str(pictures), **columns}
+    folder.mkdir()
+    rows = list(map(json.loads, (pictures / "metadata.jsonl").read_text().splitlines()))
+    for shard, part in enumerate(np.split(np.arange(COUNT), [5, 16, 18])):
+        found = [(rows[row], (pictures / rows[row]["file_name"]).read_bytes()) for row in part]
+        if kind == "parquet":
+            values = [{"bytes": data, "path": row["file_name"]} for row, data in found]
+            images = pa.array(values, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+            table = {"image": images, **{name: [row[name] for row, _ in found] for name in ("text", "label")}}
+            pq.write_table(pa.table(table), folder / f"{shard}.parquet", row_group_size=4)
+            continue
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for row, data in found:
+                fields = {"png": data, "txt": row["text"][0].encode(), "cls": row["label"][-1:].encode()}
+                for name, value in fields.items():
+                    info = tarfile.TarInfo(f"{row['file_name'].removesuffix('.png')}.{name}")
+                    info.size = len(value)
+                    tar.addfile(info, io.BytesIO(value))
+    return {"dataset_name": f"{folder}/*.{kind}", **columns}
 
 
 @pytest.fixture
@@ -131,54 +169,115 @@ def test_codes_take_the_smallest_type_that_holds_them(size, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
+# Processes that are killed
 
 
-def encode_as(rank, world_size, store, pictures, image_vq, folder, workers):
+def strike(rank: int, number: int, after: bool) -> None:
+    """End this process at one of the moments when something is written, moved or removed, just before or after it."""
+    places = [(Path, name) for name in ("replace", "unlink", "hardlink_to", "write_text", "mkdir")]
+    places += [(shutil, "rmtree"), (code_files.ShardWriter, "_write")]
+    count = 0
+
+    def watched(plain):
+        def call(*args, **options):
+            nonlocal count
+            count += 1
+            last = count == number
+            if last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **options)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for owner, name in places:
+        setattr(owner, name, watched(getattr(owner, name)))
+
+
+def encode_as(rank, world_size, store, source, image_vq, folder, workers, blow):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of processes that read, as in the scripts
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     model = ImageVQModel.from_pretrained(image_vq).eval()
-    dataset = load_training_dataset(train_data_dir=str(pictures), image_column="image")
-    options = {"image_column": "image", "resolution": 16, "batch_size": 2, "shard_size": 4, "lowres_factor": 2}
-    encode_dataset(dataset, folder, image_vq=model, label_column="label", dataloader_num_workers=workers, **options)
+    dataset = load_training_dataset(**source)
+    if blow is not None and blow[0] == rank:
+        strike(*blow)
+    options = {"image_column": source["image_column"], "resolution": 16, "batch_size": 2, "shard_size": 3}
+    options |= {"lowres_factor": 2, "dataloader_num_workers": workers}
+    encode_dataset(dataset, folder, image_vq=model, label_column=source["columns"][1], **options)
 
 
-def started(count, folder, *arguments):
+def started(count, folder, source, image_vq, workers=0, blow=None):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["diffusers_vqdit.training.encoding", "diffusers_vqdit.models.image_vq", "datasets"]
-    )
+    modules = ["training.encoding", "models.image_vq"]
+    context.set_forkserver_preload([*(f"diffusers_vqdit.{name}" for name in modules), "datasets"])
     store = folder.parent / f"store-{time.time_ns()}"
-    jobs = [context.Process(target=encode_as, args=(n, count, store, *arguments)) for n in range(count)]
+    jobs = [
+        context.Process(target=encode_as, args=(n, count, store, source, image_vq, folder, workers, blow))
+        for n in range(count)
+    ]
     for job in jobs:
         job.start()
     return jobs
 
 
-@pytest.mark.slow
-def test_two_processes_killed_at_random_points_write_the_shards_of_one(pictures, image_vq, tmp_path):
+def content(folder):
+    """All files below a folder, and the index of its codes but for what it was encoded from."""
+    files = {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+    index = json.loads((folder / "segments.json").read_text())
+    del files["segments.json"], index["source"]
+    return files, index
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "tar"])
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(2, 0), *(pytest.param(9, seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
+def test_two_processes_killed_at_random_points_write_the_shards_of_one(
+    pictures, image_vq, tmp_path, kind, kills, seed
+):
     image_vq.save_pretrained(tmp_path / "image_vq")
-    places = (pictures, tmp_path / "image_vq")
-    alone = started(1, tmp_path / "alone", *places, tmp_path / "alone", 0)
-    rng, folder, kills = random.Random(0), tmp_path / "codes", 0
-    parts = folder / ".unfinished-codes"
-    for _ in range(2):
-        before = len(list(parts.glob("part-*.json")))
-        jobs = started(2, folder, *places, folder, rng.randrange(2))
-        limit = before + rng.randrange(1, 4)
-        while len(list(parts.glob("part-*.json"))) < limit and any(job.is_alive() for job in jobs):
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        for job in jobs:
-            if job.is_alive():
-                kills += 1
-                os.kill(job.pid, signal.SIGKILL)
-            job.join()
-    assert kills
-    for job in [*started(2, folder, *places, folder, 1), *alone]:
-        job.join(120)
-        assert job.exitcode == 0
-    assert shards_of(folder) == shards_of(tmp_path / "alone") and not parts.exists()
-    codes = CodeDataset(folder)
-    assert len(codes) == COUNT - 2 and codes.labels == ["kind 0", "kind 1", "kind 2"]
+    source = source_of(pictures, tmp_path / "source", kind)
+    source |= {"max_samples": 24, "cache_dir": str(tmp_path / "cache")}
+    (alone,) = started(1, tmp_path / "alone", source, tmp_path / "image_vq")
+    alone.join(120)
+    source["streaming"] = kind != "folder"
+    whole = content(tmp_path / "alone")
+    rng, left, number, found = random.Random(seed), kills, 0, Counter()
+    while left:
+        folder, number = tmp_path / f"codes-{number}", number + 1
+        for _ in range(rng.randrange(1, 7)):
+            how = rng.choice(["one", "all", "writing"])
+            rank, blow = rng.randrange(2), None
+            if how == "writing":
+                blow = (rank, rng.randrange(1, 60), rng.random() < 0.5)
+            jobs = started(2, folder, source, tmp_path / "image_vq", rng.randrange(2), blow)
+            limit = len(list(folder.rglob("*.json"))) + rng.randrange(6)
+            while all(job.is_alive() for job in jobs) and (blow or len(list(folder.rglob("*.json"))) < limit):
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.1)
+            if not blow and all(job.is_alive() for job in jobs):
+                for job in jobs if how == "all" else [jobs[rank]]:
+                    os.kill(job.pid, signal.SIGKILL)
+                time.sleep(rng.random() * 0.2)  # the other goes on, until it waits
+            else:
+                jobs[1 - rank].join(0.2)
+            killed = False
+            for job in jobs:
+                killed = killed or job.exitcode == -signal.SIGKILL
+                job.kill()
+                job.join()
+            if not killed and all(job.exitcode == 0 for job in jobs):
+                break
+            left, found[how] = left - killed, found[how] + killed
+            if not left:
+                break
+        for job in started(2, folder, source, tmp_path / "image_vq", 1):
+            job.join(120)
+            assert job.exitcode == 0
+        assert content(folder) == whole
+        assert not list(folder.glob(".unfinished*"))
+    print(f"{kind}: {dict(found)} over {number} folders")
