@@ -155,6 +155,11 @@ def encode_dataset(
     workers = check_integer("dataloader_num_workers", dataloader_num_workers, 0)
     prints, folder = tokenizer_fingerprints(tokenizers), Path(output_dir)
     stream, source = dataset if isinstance(dataset, RowStream) else None, ""
+    if stream is None and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"dataset={type(dataset).__name__} must be a datasets.Dataset, or what load_training_dataset gives with "
+            "streaming=True"
+        )
     if stream is not None:
         source = source_of(stream.identity, columns, batch_size, shard_size, [prints, lowres_factor, options])
         if _is_there(folder, source):

@@ -55,7 +55,8 @@ class RowStream:
             raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
         self.split, self.max_samples = split, max_samples
         self.source = first if self.by_column else split
-        self.features, self.num_shards = splits[self.source].features, splits[self.source].num_shards
+        self.num_shards = splits[self.source].num_shards
+        self.features = {name: _plain(feature) for name, feature in splits[self.source].features.items()}
         self._streams: dict[tuple[str, ...], Any] = {}  # by columns
 
     @property
@@ -182,7 +183,7 @@ class RowStream:
 
     def _tables(self, columns: Sequence[str], shard: int) -> Iterator[pa.Table]:
         """The rows of one of the source's shards, some at a time; without columns tables of missing values."""
-        from datasets import Value
+        from datasets import Features, Value
         from datasets.utils.file_utils import xopen
 
         with loading(self.dataset_name, "can't be read"):
@@ -199,9 +200,19 @@ class RowStream:
                 # Parquet files are read by the column.
                 only = {"columns": list(columns)} if hasattr(self.made.config, "columns") else {}
                 stream = (self.builder(**only) if only else self.made).as_streaming_dataset()[self.source]
-                self._streams[columns] = stream.select_columns(list(columns)).with_format("arrow")
+                stream = stream.select_columns(list(columns)).with_format("arrow")
+                self._streams[columns] = stream.cast(Features({name: self.features[name] for name in columns}))
             stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
             yield from stream.iter(_ROWS[not set(columns) <= set(plain)])
+
+
+def _plain(feature: Any) -> Any:
+    """A feature of bytes of one length, or of views, as one of bytes or texts, which others can be cast from."""
+    from datasets import Value
+
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    texts = {"string_view": "large_string"}
+    return Value(texts.get(dtype, "large_binary")) if dtype.startswith(("fixed_size", *texts, "binary_v")) else feature
 
 
 def _in_memory(table: pa.Table, readers: Mapping[str, type[ColumnReader]]) -> list[dict[str, dict[str, Any]]]:

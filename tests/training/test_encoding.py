@@ -1,24 +1,20 @@
 """Datasets become the same shards of codes whoever encodes them, and however often they are stopped."""
 
-import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import code_files
@@ -29,54 +25,12 @@ from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.utils.fingerprints import file_sha256
 
 
-COUNT = 40
+COUNT = 40  # of the pictures, two of them broken
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of pictures of several sizes, two of them broken, with captions of one or several wordings."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
-    folder.mkdir()
-    rows = []
-    for index in range(COUNT):
-        size = rng.integers(12, 40, 2)
-        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{index:02d}.png")
-        texts = ["a red apple", "an apple"] if index % 5 == 0 else ["a blue box"]
-        rows.append({"file_name": f"{index:02d}.png", "text": texts, "label": f"kind {index % 3}"})
-    for index in (7, 30):
-        (folder / f"{index:02d}.png").write_bytes(b"broken")
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-# By kind of source the columns of pictures, captions and labels.
-COLUMNS = {"folder": ("image", "text", "label"), "parquet": ("image", "text", "label"), "tar": ("png", "txt", "cls")}
-
-
-def source_of(pictures, folder, kind):
-    """The arguments of the data: a folder of pictures, or what is in it as parquet files or tars of uneven lengths."""
-    image_column, caption_column, label_column = COLUMNS[kind]
-    columns = {"image_column": image_column, "columns": [caption_column, label_column]}
-    if kind == "folder":
-        return {"train_data_dir": str(pictures), **columns}
-    folder.mkdir()
-    rows = list(map(json.loads, (pictures / "metadata.jsonl").read_text().splitlines()))
-    for shard, part in enumerate(np.split(np.arange(COUNT), [5, 16, 18])):
-        found = [(rows[row], (pictures / rows[row]["file_name"]).read_bytes()) for row in part]
-        if kind == "parquet":
-            values = [{"bytes": data, "path": row["file_name"]} for row, data in found]
-            images = pa.array(values, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-            table = {"image": images, **{name: [row[name] for row, _ in found] for name in ("text", "label")}}
-            pq.write_table(pa.table(table), folder / f"{shard}.parquet", row_group_size=4)
-            continue
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for row, data in found:
-                fields = {"png": data, "txt": row["text"][0].encode(), "cls": row["label"][-1:].encode()}
-                for name, value in fields.items():
-                    info = tarfile.TarInfo(f"{row['file_name'].removesuffix('.png')}.{name}")
-                    info.size = len(value)
-                    tar.addfile(info, io.BytesIO(value))
-    return {"dataset_name": f"{folder}/*.{kind}", **columns}
+def pictures(data_sources, tmp_path):
+    return data_sources.write_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -237,10 +191,10 @@ def content(folder):
     ("kills", "seed"), [(2, 0), *(pytest.param(9, seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_two_processes_killed_at_random_points_write_the_shards_of_one(
-    pictures, image_vq, tmp_path, kind, kills, seed
+    pictures, data_sources, image_vq, tmp_path, kind, kills, seed
 ):
     image_vq.save_pretrained(tmp_path / "image_vq")
-    source = source_of(pictures, tmp_path / "source", kind)
+    source = data_sources.source_of(pictures, tmp_path / "source", kind)
     source |= {"max_samples": 24, "cache_dir": str(tmp_path / "cache")}
     (alone,) = started(1, tmp_path / "alone", source, tmp_path / "image_vq")
     alone.join(120)
