@@ -54,4 +54,4 @@ def source_of(pictures, folder, kind):
                     info = tarfile.TarInfo(f"{row['file_name'].removesuffix('.png')}.{name}")
                     info.size = len(value)
                     tar.addfile(info, io.BytesIO(value))
-    return {"dataset_name": f"{folder}/*.{kind}", **columns}
+    return {"dataset_name": f"{folder}/*.parquet" if kind == "parquet" else str(folder), **columns}

@@ -49,7 +49,7 @@ class RowStream:
                 "pictures or sounds but as files of their own; streams are of parquet, Arrow or webdataset's tars: "
                 "leave streaming out"
             )
-        first = next(iter(splits))
+        first = str(next(iter(splits)))
         self.by_column = len(splits) == 1 and SPLIT_COLUMN in splits[first].features
         if not self.by_column and split not in splits:
             raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
@@ -67,7 +67,7 @@ class RowStream:
     def identity(self) -> str:
         """What tells these rows from others: names, sizes and times of the files, or the revision of a repository."""
         files = {
-            name: [[file_identity(path, times=True) for path in one], one.origin_metadata]
+            str(name): [[file_identity(path, times=True) for path in one], one.origin_metadata]
             for name, one in self.made.config.data_files.items()
         }
         content = [self.made.name, self.made.config.name, files, self.source, self.split, self.max_samples]
