@@ -134,9 +134,7 @@ class RowStream:
             path, count, before = folder / f"rows-{shard:05d}.arrow", 0, taken
             splits: Counter[str | None] = Counter()
             with replacing_file(path) as unfinished, pa.ipc.new_stream(str(unfinished), schema) as writer:
-                for table in self._tables(read, shard):
-                    if most is not None and taken >= most:
-                        break
+                for table in self._tables(read, shard) if most is None or taken < most else ():
                     places = np.arange(count, count + len(table)) + (shard << _ROW_BITS)
                     if self.by_column:
                         said = [split_of(one, count + row) for row, one in enumerate(table[SPLIT_COLUMN].to_pylist())]
@@ -154,6 +152,8 @@ class RowStream:
                     arrays[POSITION] = pa.array(places)
                     writer.write_table(pa.table([arrays[name] for name in schema.names], schema=schema))
                     taken += len(places)
+                    if most is not None and taken >= most:
+                        break
             if taken == before:
                 path.unlink()
             made = {} if taken == before else {path.name: file_sha256(path)}

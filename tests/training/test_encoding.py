@@ -162,6 +162,8 @@ def encode_as(rank, world_size, store, source, image_vq, folder, workers, blow):
     options = {"image_column": source["image_column"], "resolution": 16, "batch_size": 2, "shard_size": 3}
     options |= {"lowres_factor": 2, "dataloader_num_workers": workers}
     encode_dataset(dataset, folder, image_vq=model, label_column=source["columns"][1], **options)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def started(count, folder, source, image_vq, workers=0, blow=None):
