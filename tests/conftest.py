@@ -234,6 +234,11 @@ def encoders():
 
 
 @pytest.fixture(scope="session")
+def data_sources():
+    return of_this_folder("data_sources")
+
+
+@pytest.fixture(scope="session")
 def audio_codecs():
     """The module ``audio_codecs.py`` of this folder."""
     return of_this_folder("audio_codecs")

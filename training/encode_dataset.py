@@ -29,6 +29,7 @@ from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
     add_encoder_arguments,
     add_segment_argument,
+    add_streaming_argument,
     add_text_arguments,
     add_text_tokenizer_argument,
     audio_options,
@@ -56,6 +57,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     parser.add_argument("--split", default="train")
+    add_streaming_argument(parser)
     parser.add_argument(
         "--image_vq",
         type=model_name,
@@ -98,6 +100,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
     if args.text_vq is not None and args.text_tokenizer is not None:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
+    if args.streaming and args.dataset_name is None:
+        parser.error("--streaming needs --dataset_name")
     if args.resolution is not None and args.aspect_ratio_buckets is not None:
         parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
     refuse_unused_arguments(parser, args)
@@ -127,7 +131,7 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
     prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if text else ([], [])
     others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
-    splits = load_splits(**source, columns=wanted)
+    splits = load_splits(**source, columns=wanted, streaming=args.streaming)
     if args.segment:
         # Where segments are named, the columns of these two names may be missing unless something else needs them.
         there = next(iter(splits.values())).column_names

@@ -20,7 +20,7 @@ from .audio_codecs import (
     output_rate,
     samples_per_frame,
 )
-from .segment_base import ColumnReader, EncodedValue, SegmentProcessor
+from .segment_base import MEASURED, ColumnReader, EncodedValue, SegmentProcessor
 
 
 _audio_logger = logging.get_logger(__name__)
@@ -35,6 +35,14 @@ def with_end(codes: torch.LongTensor, length: int, end: int) -> torch.LongTensor
     return F.pad(codes, (0, 0, 0, length - len(codes)), value=end)
 
 
+def _seconds(value: Any) -> float:
+    """A sound's length; of one that can't be read 0, until it is left out."""
+    try:
+        return sound_seconds(value)
+    except ValueError:
+        return 0.0
+
+
 class AudioReader(ColumnReader):
     """A column of sounds. Codes are in [0, K], where K, of the codec's K codes, is the end.
 
@@ -45,6 +53,7 @@ class AudioReader(ColumnReader):
     """
 
     feature = "Audio"
+    measure = staticmethod(_seconds)
 
     def __init__(
         self,
@@ -62,23 +71,19 @@ class AudioReader(ColumnReader):
         check_codec(tokenizer)
         limit = check_number("max_audio_length", max_audio_length, 0, above=True)
         self.rate, self.end = beside.sampling_rate, num_audio_codes(tokenizer)
-        lengths = [self._seconds(row) for row in range(len(dataset))]
-        longest = np.zeros(max(1, int(min(limit, max(lengths)) * self.rate)), dtype=np.float32)
+        if (known := f"{column}{MEASURED}") in dataset.column_names:
+            lengths = dataset.select_columns(known).with_format("numpy")[:][known]
+        else:
+            lengths = np.array([_seconds(self.dataset[row][column]) for row in range(len(dataset))])
+        longest = np.zeros(max(1, int(min(limit, lengths.max()) * self.rate)), dtype=np.float32)
         if audio_codebooks is not None:
             check_integer("audio_codebooks", audio_codebooks, 1)
         shape = encode_waveform(tokenizer, beside, longest, tokenizer.device, audio_codebooks).shape
         self.frames, self.codebooks = frames or shape[0], shape[1]
         self.shape = [self.frames, self.codebooks]
         limit = self.frames * samples_per_frame(tokenizer, beside) / self.rate
-        if cut := sum(length > limit for length in lengths):
+        if cut := int((lengths > limit).sum()):
             self.notes = [f"column {column!r}: {cut} of {len(lengths)} sounds are cut to {limit:.1f} s"]
-
-    def _seconds(self, row: int) -> float:
-        """A sound's length; of one that can't be read 0, until it is left out."""
-        try:
-            return sound_seconds(self.dataset[row][self.column])
-        except ValueError:
-            return 0.0
 
     @property
     def vocab_size(self) -> int:

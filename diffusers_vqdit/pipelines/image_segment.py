@@ -81,8 +81,9 @@ class ImageReader(ColumnReader):
                 check_bucket_steps("aspect_ratio_buckets", buckets, steps, f"lowres_factor={factor}")
             self.entry["buckets"] = [[height // step, width // step] for height, width in buckets]
 
-    def cast(self, dataset: Any) -> Any:
-        return as_picture_column(dataset, self.column)
+    @classmethod
+    def cast(cls, dataset: Any, column: str) -> Any:
+        return as_picture_column(dataset, column)
 
     @property
     def reads(self) -> tuple:

@@ -23,6 +23,8 @@ ARGUMENTS = {PROMPT: TEXT, "image": IMAGE, "class_labels": LABEL}
 LOWRES = "image_lowres"
 # The components of encoders, whose states are given, and what stands beside each.
 ENCODERS = ("text_encoder", "tokenizer_2", "image_encoder", "feature_extractor")
+# Ends the name of the column with what [`ColumnReader.measure`] says of another's files.
+MEASURED = " measured"
 # What a pipeline has beside its components to tokenize with.
 PROCESSORS = ("image_processor", "pixel_processor")
 
@@ -94,9 +96,12 @@ class ColumnReader(ABC):
         num_groups (`int`): of a column that sorts the rows into groups, whose codes have other shapes; 0 of another.
         group (`int`): that of the rows which are read and encoded now.
         state_channels (`int`, *optional*): of an encoder's states, which the values become in place of codes.
+        measure (`Callable`, *optional*): what must be known of each file before the first is encoded. Of a stream,
+            whose files are missing in `dataset`, it stands there in a column of the same name with `MEASURED`.
     """
 
     feature: str | None = None  # of `datasets`, which the column is cast to, undecoded
+    measure: Callable[[Any], float] | None = None
     shape: list[int] | None = None
     num_groups = 0
     group = 0
@@ -106,27 +111,28 @@ class ColumnReader(ABC):
         self.column, self.tokenizer, self.beside = column, tokenizer, beside
         self.dataset = dataset.select_columns(column)  # the others need not be read
         if self.feature is not None:
-            self.dataset = self.cast(self.dataset)
+            self.dataset = self.cast(self.dataset, column)
         self.entry: dict[str, Any] = {}
         self.geometry: dict[str, Any] = {}
         self.notes: list[str] = []
         self.has_variants = False
         self.settings: dict[str, Any] = {}
 
-    def cast(self, dataset: Any) -> Any:
+    @classmethod
+    def cast(cls, dataset: Any, column: str) -> Any:
         """The dataset with the column as one of `feature`, undecoded.
 
         Raises:
             ValueError: that names the column and its type, if it can't be one.
         """
         datasets = import_module("datasets")  # of training alone: an import would be asked of all who draw
-        kind, feature = getattr(datasets, str(self.feature)), dataset.features[self.column]
+        kind, feature = getattr(datasets, str(cls.feature)), dataset.features[column]
         if isinstance(feature, kind) and not feature.decode:
             return dataset
         try:
-            return dataset.cast_column(self.column, kind(decode=False))
+            return dataset.cast_column(column, kind(decode=False))
         except Exception as error:  # of Arrow
-            raise ValueError(f"column {self.column!r} of {feature} can't be one of {self.feature}: {error}") from error
+            raise ValueError(f"column {column!r} of {feature} can't be one of {cls.feature}: {error}") from error
 
     def values(self) -> Iterator[Any]:
         """All values as the dataset has them, some rows at a time: they may be more than fit into memory."""

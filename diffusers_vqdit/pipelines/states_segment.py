@@ -103,8 +103,9 @@ class ImageStatesReader(StatesReader):
         blank = torch.zeros(1, 3, *self.size)
         self.shape = [encode_images_to_states(tokenizer, beside, blank, tokenizer.device).shape[1]]
 
-    def cast(self, dataset: Any) -> Any:
-        return as_picture_column(dataset, self.column)
+    @classmethod
+    def cast(cls, dataset: Any, column: str) -> Any:
+        return as_picture_column(dataset, column)
 
     @property
     def reads(self) -> tuple:

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,22 @@ from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from .draws import step_generator
 from .image_folder import holds_pictures_only, read_image_folder
+from .row_stream import RowStream
 from .sound_folder import holds_sounds, read_sound_folder
-from .table_files import LOADERS, TEXT_LOADERS, Splits, find_table_files, kinds_of_tables, picture_folder, with_paths
+from .table_files import (
+    LOADERS,
+    SPLIT_COLUMN,
+    TEXT_LOADERS,
+    MissingSplitError,
+    Splits,
+    find_table_files,
+    kinds_of_tables,
+    loading,
+    picture_folder,
+    split_of,
+    warn_of_unsaid,
+    with_paths,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -25,10 +39,6 @@ logger = logging.getLogger(__name__)
 # Else each file is read whole before its first rows are there.
 _PARQUET: dict[str, Any] = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)}
 MAX_NAMED = 20  # skipped pictures that are named one by one
-
-
-class MissingSplitError(ValueError):
-    """The data has no split of the name asked for."""
 
 
 def load_splits(
@@ -48,21 +58,24 @@ def load_splits(
     Args:
         streaming: read nothing before it is asked for: each split is a `datasets.IterableDataset`.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
             f"give either dataset_name or train_data_dir, got dataset_name={dataset_name!r} and "
             f"train_data_dir={train_data_dir!r}"
         )
-    if streaming and (
-        dataset_name is None or (Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)))
-    ):
-        raise ValueError("streaming needs dataset_name: a dataset of the Hub, or files of tables or tars")
-    own, folder = None if output_dir is None else Path(output_dir), None
-    sounds = Path(dataset_name or train_data_dir or "")
-    if sounds.is_dir() and holds_sounds(sounds):
-        table = read_sound_folder(sounds)
+    own, folder, builder = None if output_dir is None else Path(output_dir), None, None
+    place = Path(dataset_name or train_data_dir or "")
+    sounds = place.is_dir() and holds_sounds(place)
+    if streaming and (dataset_name is None or sounds or (place.is_dir() and holds_pictures_only(place))):
+        raise ValueError(
+            f"streaming needs dataset_name: a dataset of the Hub, or files of tables or tars; {shown(str(place))} has "
+            "files of its own, which are read from where they are: leave streaming out"
+        )
+    table: dict
+    if sounds:
+        table = read_sound_folder(place)
     elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
@@ -73,38 +86,41 @@ def load_splits(
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
         features = check_parquet(files[0], columns) if kind == ".parquet" else None
-        options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
-        options |= {} if features is None else {"features": features, "columns": list(features)}
+        options: dict[str, Any] = {} if features is None else {"features": features, "columns": list(features)}
         options |= _PARQUET if kind == ".parquet" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
-        with _loading(dataset_name, f"is no {kind} file that can be read"):
-            table = load_dataset({**LOADERS, **TEXT_LOADERS}[kind], data_files=paths, **options)
-        folder = picture_folder(files)
+        builder = partial(load_dataset_builder, {**LOADERS, **TEXT_LOADERS}[kind], data_files=paths)
+        problem, folder = f"is no {kind} file that can be read", picture_folder(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
-        with _loading(dataset_name, f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"):
-            options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
-            table = load_dataset(source, dataset_config_name, cache_dir=cache_dir, streaming=streaming, **options)
+        problem = f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"
+        options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
+        builder = partial(load_dataset_builder, source, dataset_config_name)
+    if builder is not None:
+        builder = partial(builder, cache_dir=cache_dir, **options)
+        with loading(str(dataset_name), problem):
+            if streaming:
+                table = builder().as_streaming_dataset()
+            else:
+                table = load_dataset(*builder.args, **builder.keywords)
 
     splits = Splits(table if streaming else _by_column(table))
     splits.folder = folder
+    if streaming:
+        splits.builder, splits.dataset_name = builder, str(dataset_name)
     return splits
 
 
 def _by_column(table: dict) -> dict:
     """The splits of one table with a column ``split``, or those that there are already."""
     everything = next(iter(table.values()))
-    if "split" not in everything.column_names or len(table) > 1:  # several tables are splits already
+    if SPLIT_COLUMN not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
     rows: dict[str | None, list[int]] = {}
-    for row, value in enumerate(everything["split"]):
-        if isinstance(value, list | dict):
-            raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
-        rows.setdefault(value, []).append(row)
-    unsaid = len(rows.pop(None, [])) + len(rows.pop("", []))
-    if unsaid:
-        logger.warning(f"{unsaid} of {len(everything)} rows have nothing in the column 'split' and are left out")
+    for row, value in enumerate(everything[SPLIT_COLUMN]):
+        rows.setdefault(split_of(value, row), []).append(row)
+    warn_of_unsaid(len(rows.pop(None, [])), len(everything))
     return {value: everything.select(rows[value]) for value in rows}
 
 
@@ -119,6 +135,7 @@ def load_training_dataset(
     max_samples: int | None = None,
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
+    streaming: bool = False,
 ):
     """Load a `datasets.Dataset` from a Hub name, local files of tables, or a folder of pictures.
 
@@ -138,6 +155,8 @@ def load_training_dataset(
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.
+        streaming: a [`~training.row_stream.RowStream`] for [`~training.encoding.encode_dataset`] instead, which reads
+            a dataset of the Hub, or files of parquet, Arrow or webdataset, as they are encoded, without a copy.
 
     Raises:
         ValueError: if neither or both sources are given, or if a column or the split is missing; the message lists
@@ -150,12 +169,13 @@ def load_training_dataset(
         columns=[*columns, *_listed(image_column)],
         cache_dir=cache_dir,
         output_dir=output_dir,
+        streaming=streaming,
     )
     return take_split(splits, split, columns=columns, image_column=image_column, max_samples=max_samples)
 
 
 def take_split(
-    splits: dict,
+    splits: Any,
     split: str,
     *,
     columns: Iterable[str] = (),
@@ -163,15 +183,19 @@ def take_split(
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
+    image_columns = _listed(image_column)
+    if getattr(splits, "builder", None) is not None:
+        stream = RowStream(splits, split, max_samples)
+        _check_columns([*columns, *image_columns], stream.column_names)
+        for column in image_columns:
+            as_picture_column(stream.blank(column), column)
+        return stream
     if split not in splits:
         raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
     dataset = splits[split]
     if not len(dataset):
         raise ValueError(f"split={split!r} has no rows")
-    image_columns = _listed(image_column)
-    for column in [*columns, *image_columns]:
-        if column not in dataset.column_names:
-            raise ValueError(f"column {column!r} is not in the data: it has {dataset.column_names}")
+    _check_columns([*columns, *image_columns], dataset.column_names)
     for column in image_columns:
         if (folder := getattr(splits, "folder", None)) is not None:
             dataset = with_paths(dataset, column, folder)
@@ -179,6 +203,12 @@ def take_split(
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     return dataset
+
+
+def _check_columns(columns: Iterable[str], there: list[str]) -> None:
+    for column in columns:
+        if column not in there:
+            raise ValueError(f"column {column!r} is not in the data: it has {there}")
 
 
 def choose_validation_split(splits: dict, validation_split: str | None) -> str:
@@ -237,19 +267,6 @@ def check_parquet(path: str, columns: Iterable[str] = ()):
 
 def _listed(columns: str | Sequence[str] | None) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns or [])
-
-
-@contextmanager
-def _loading(dataset_name: str, problem: str) -> Iterator[None]:
-    """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
-    try:
-        yield
-    except Exception as error:
-        reasons: list[BaseException] = [error]
-        while (cause := reasons[-1].__cause__) is not None:
-            reasons.append(cause)
-        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
-        raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error
 
 
 def _without_magic(source: str, cache_dir: str | None) -> str:

@@ -34,7 +34,10 @@ def _plain(column: pa.ChunkedArray, times: bool, in_memory: bool) -> list[Any]:
         fields = {field.name: _field(column, field.name) for field in kind}
         sizes = _plain(fields["bytes"], times, in_memory) if "bytes" in fields else [None] * len(column)
         paths = fields["path"].to_pylist() if "path" in fields else [None] * len(column)
-        return [[size, _file(path, times) if size is None else path] for size, path in zip(sizes, paths, strict=True)]
+        return [
+            [size, file_identity(path, times) if size is None else path]
+            for size, path in zip(sizes, paths, strict=True)
+        ]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         if in_memory and times:  # no file's name tells of them
             return [value if value is None else hashlib.sha256(value).hexdigest() for value in column.to_pylist()]
@@ -46,7 +49,8 @@ def _field(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return pc.struct_field(column, name)
 
 
-def _file(path: str | None, times: bool) -> list[Any]:
+def file_identity(path: str | None, times: bool) -> list[Any]:
+    """Name and size of a file, and when it was written; of what is none here its path."""
     try:
         found = os.stat(path or "")
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from ..utils.fingerprints import file_sha256
 from ..utils.token_ids import makes_token_ids
 from .code_files import SUFFIXES, shard_writer
 from .data import MAX_NAMED, try_rows
-from .data_identity import rows_fingerprint
+from .row_stream import POSITION, RowStream
 from .state_files import StateRows, states_writer
 
 
@@ -33,6 +33,7 @@ class Part:
     """Rows that are read and encoded together, of one group of a shard.
 
     Attributes:
+        files: of rows of a stream, the undecoded values of columns of files, until they are read.
         values: of these rows by what reads them, once they are read, without those of rows that can't be.
         kept: how many these are.
         problems: why the others can't be.
@@ -42,7 +43,8 @@ class Part:
 
     shard: int
     group: int
-    rows: list[int]
+    rows: list[int] = field(default_factory=list)
+    files: dict[int, dict[str, Any]] = field(default_factory=dict)
     values: dict[tuple, Any] = field(default_factory=dict)
     kept: int = 0
     problems: list[str] = field(default_factory=list)
@@ -59,6 +61,7 @@ class DatasetEncoder(Dataset):
         batch_size: values that are encoded at once.
         shard_size: rows of a shard.
         num_workers: processes that read.
+        stream: what the dataset lists, which has the files.
         options: of all readers.
     """
 
@@ -69,8 +72,10 @@ class DatasetEncoder(Dataset):
         batch_size: int,
         shard_size: int,
         num_workers: int,
+        stream: RowStream | None = None,
         **options: Any,
     ) -> None:
+        self.stream, self.streamed = stream, stream is not None
         self.columns, self.batch_size, self.shard_size = columns, batch_size, shard_size
         self.dataset, self.num_rows, self.num_workers = dataset, len(dataset), num_workers
         self.told = 0  # of rows that can't be read
@@ -78,7 +83,7 @@ class DatasetEncoder(Dataset):
         self.of: dict[str, list[ColumnReader]] = {}  # by segment: of its column, and of its prompt columns
         self.shapes: dict[str, list[int]] = {}
         for name, column in columns.items():
-            kind = kind_of(column.modality, column.tokenizer_name, makes_token_ids(column.tokenizer))
+            kind = reader_of(column)
             own = {**options, **column.options}
             self.of[name] = []
             for title in (column.column, *(column.prompt_columns or ())):
@@ -86,7 +91,7 @@ class DatasetEncoder(Dataset):
                     raise ValueError(f"column {title!r} is not in the data: it has {dataset.column_names}")
                 key = json.dumps([column.modality, title, column.tokenizer_name, own], sort_keys=True)
                 if key not in self.readers:
-                    self.readers[key] = kind.reader(dataset, title, column.tokenizer, column.beside, **own)
+                    self.readers[key] = kind(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
             if self.of[name][0].geometry and column.prompt_columns:
                 raise ValueError(
@@ -105,8 +110,7 @@ class DatasetEncoder(Dataset):
         for reader in reversed(self.readers.values()):  # the first overrules
             self.settings |= reader.settings
         # The first whose values are files, and may be broken.
-        readers = [(reader.feature is None, name) for name, (reader, *_) in self.of.items()]
-        first = min(readers, key=lambda one: one[0])[1]
+        first = min(self.of, key=lambda name: self.of[name][0].feature is None)
         self.skipping, self.noun = self.of[first][0], MODALITIES[columns[first].modality].noun
 
     @property
@@ -114,40 +118,57 @@ class DatasetEncoder(Dataset):
         """Shards, each of which is one file for each group of its rows."""
         return -(-self.num_rows // self.shard_size)
 
-    def source(self, more: Any) -> str:
-        """SHA-256 of all that the codes are made from, and `more`."""
-        columns: dict[str, list[Any]] = {
-            name: [one.modality, one.column, one.prompt_columns, dict(one.options)]
-            for name, one in self.columns.items()
-        }
-        used = dict.fromkeys(reader.column for readers in self.of.values() for reader in readers)
-        rows = rows_fingerprint(self.dataset, list(used), times=True)
-        content = json.dumps([rows, columns, self.batch_size, self.shard_size, more], default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
-
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
 
     def parts(self, shards: Sequence[int]) -> Iterator[Part]:
-        """All rows of shards, in parts."""
+        """All rows of shards, in parts: those of a group in their order."""
+        files = self._files(shards)
         for shard in shards:
-            rows = range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
-            groups = {0: list(rows)}
-            if (grouping := self.grouping) is not None:
-                found = [grouping.group_of(row) for row in rows]
-                groups = {
-                    group: [row for row, one in zip(rows, found, strict=True) if one == group]
-                    for group in range(grouping.num_groups)
-                }
-            for group, members in groups.items():
-                for start in range(0, len(members), self.batch_size):
-                    yield Part(shard, group, members[start : start + self.batch_size])
+            waiting: dict[int, Part] = {}
+            for row in self._rows(shard):
+                own = next(files)
+                self._take_files({row: own})
+                group = self.grouping.group_of(row) if self.grouping is not None else 0
+                part = waiting.setdefault(group, Part(shard, group))
+                part.rows.append(row)
+                part.files[row] = own
+                if len(part.rows) == self.batch_size:
+                    yield waiting.pop(group)
+            yield from (waiting[group] for group in sorted(waiting))
+
+    def _rows(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_rows))
+
+    def _files(self, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The values of columns of files of a stream, row by row."""
+        files = files_of(self.columns)
+        if self.stream is None or not files:
+            return itertools.repeat({})
+        places = self.dataset.select_columns(POSITION).with_format("numpy")
+
+        def positions() -> Iterator[int]:
+            for shard in shards:
+                rows = self._rows(shard)
+                yield from places[rows.start : rows.stop][POSITION].tolist()
+
+        return self.stream.files(positions(), files)
+
+    def _take_files(self, files: dict[int, dict[str, Any]]) -> None:
+        """Read some rows' files from their values, where these come from a stream."""
+        for reader in self.readers.values() if self.streamed else ():
+            if reader.feature is not None:
+                reader.dataset = files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stream": None}  # processes that read are handed the files
 
     def __getitem__(self, part: Part) -> Part:
         """A part with the values of its rows."""
         found: dict[tuple, dict[int, Any]] = {}
         rows = part.rows
         self.set_group(part.group)
+        self._take_files(part.files)
         for reader in self.readers.values():
             if reader.reads not in found:
                 count = len(rows)
@@ -162,6 +183,7 @@ class DatasetEncoder(Dataset):
                     told.add(reader.reads)
                     digest.update(reader.digest([found[reader.reads][row]]))
             part.digest += int(digest.hexdigest(), 16)
+        part.files = {}
         part.kept, part.values = len(rows), {key: _packed([one[row] for row in rows]) for key, one in found.items()}
         return part
 
@@ -189,22 +211,25 @@ class DatasetEncoder(Dataset):
                 yield shard, self._make_shard(folder, shard, parts, bar)
 
     def _make_shard(self, folder: Path, shard: int, parts: Iterable[Part], bar: tqdm) -> dict[str, Any]:
-        found, skipped, column, digest = [], 0, None, 0
-        for group, members in itertools.groupby(parts, key=lambda part: part.group):
-            self.set_group(group)
-            with ExitStack() as files:
-                writer = GroupWriter(self, folder, f"{shard:05d}-{group}", files)
-                for part in members:
-                    for problem in part.problems[: max(0, MAX_NAMED - self.told)]:
-                        logger.warning(f"skipped {self.noun} {problem}")
-                    self.told += len(part.problems)
-                    skipped, column = skipped + len(part.problems), part.column or column
-                    digest += part.digest
-                    if part.kept:
-                        writer.write({key: list(values) for key, values in part.values.items()})
-                    bar.update(len(part.rows))
-            if writer.rows:
-                found.append({**writer.entry(), **({} if self.grouping is None else {"bucket": group})})
+        skipped, column, digest = 0, None, 0
+        writers: dict[int, GroupWriter] = {}
+        with ExitStack() as files:
+            for part in parts:
+                for problem in part.problems[: max(0, MAX_NAMED - self.told)]:
+                    logger.warning(f"skipped {self.noun} {problem}")
+                self.told += len(part.problems)
+                skipped, column = skipped + len(part.problems), part.column or column
+                digest += part.digest
+                if part.kept:
+                    self.set_group(part.group)
+                    if part.group not in writers:
+                        writers[part.group] = GroupWriter(self, folder, f"{shard:05d}-{part.group}", files)
+                    writers[part.group].write({key: list(values) for key, values in part.values.items()})
+                bar.update(len(part.rows))
+        found = [
+            {**writer.entry(), **({} if self.grouping is None else {"bucket": group})}
+            for group, writer in sorted(writers.items())
+        ]
         digests = {file["file"]: file["sha256"] for one in found for file in (one, one.get("states")) if file}
         kept = {"skipped": skipped, "column": column, "digest": f"{digest % 2**256:x}", "shapes": self.shapes}
         return {"files": digests, "shards": found, **kept}
@@ -300,6 +325,27 @@ class DatasetEncoder(Dataset):
             named = {} if column.tokenizer_name is None else {"tokenizer": column.tokenizer_name}
             entries[name] = {"modality": column.modality, **self.of[name][0].entry, **named}
         return check_segment_entries(entries, self.geometry())
+
+
+def reader_of(column: SegmentColumn) -> type[ColumnReader]:
+    """What reads a column that has its tokenizer."""
+    return kind_of(column.modality, column.tokenizer_name, makes_token_ids(column.tokenizer)).reader
+
+
+def columns_read(columns: Mapping[str, SegmentColumn]) -> dict[str, type[ColumnReader]]:
+    """The columns of the data that segments are made of, and what reads them."""
+    return {title: reader_of(one) for one in columns.values() for title in (one.column, *(one.prompt_columns or ()))}
+
+
+def files_of(columns: Mapping[str, SegmentColumn]) -> dict[str, type[ColumnReader]]:
+    """Those of them that are files."""
+    return {title: reader for title, reader in columns_read(columns).items() if reader.feature is not None}
+
+
+def source_of(rows: str, columns: Mapping[str, SegmentColumn], *more: Any) -> str:
+    """SHA-256 of all that codes are made from: what tells the data from others, the columns, and `more`."""
+    parts = {name: [one.modality, one.column, one.prompt_columns, dict(one.options)] for name, one in columns.items()}
+    return hashlib.sha256(json.dumps([rows, parts, *more], default=str).encode()).hexdigest()
 
 
 class GroupWriter:

@@ -21,16 +21,19 @@ from ..utils.fitting import INTERPOLATION_MODES, RESIZE_MODES
 from ..utils.token_ids import makes_token_ids
 from ..utils.weight_files import move_into_place
 from .code_files import FILES, INDEX_FILE, check_shards, read_index, write_index
-from .dataset_encoder import DatasetEncoder
+from .data_identity import rows_fingerprint
+from .dataset_encoder import DatasetEncoder, columns_read, files_of, source_of
 from .files import scratch_folder
 from .parts import make_parts
+from .row_stream import RowStream
 from .segment_columns import columns_of_flags, name_tokenizers
 from .text_rows import one_text_a_row
 
 
 logger = logging.getLogger(__name__)
 
-PARTS_FOLDER = ".unfinished-codes"  # in the folder of codes, until all are there
+# In the folder of codes, until all are there.
+PARTS_FOLDER, ROWS_FOLDER = ".unfinished-codes", ".unfinished-rows"
 
 
 @torch.no_grad()
@@ -73,7 +76,8 @@ def encode_dataset(
     already is left as it is; it is known by the data's values, and the names, sizes and times of its files.
 
     Args:
-        dataset: rows with undecoded image columns, as [`~training.data.load_training_dataset`] gives them.
+        dataset: rows with undecoded image columns, as [`~training.data.load_training_dataset`] gives them; or the
+            [`~training.row_stream.RowStream`] that it gives with ``streaming=True``, which makes the same folder.
         output_dir: the folder to write. What it holds is replaced at the end, and stays as it was if
             something fails before.
         resolution: side of the square pictures given to `image_vq`, in pixels.
@@ -148,22 +152,32 @@ def encode_dataset(
     named |= dict(zip(ENCODERS, (text_encoder, tokenizer_2, image_encoder, feature_extractor), strict=True))
     columns, tokenizers = name_tokenizers(columns, named)
     of_ids = [column.column for column in columns.values() if makes_token_ids(column.tokenizer)]
-    dataset, options["turns"] = one_text_a_row(dataset, [name for name in of_ids if name in dataset.column_names])
     workers = check_integer("dataloader_num_workers", dataloader_num_workers, 0)
-    encoder = DatasetEncoder(dataset, columns, batch_size, shard_size, workers, **options)
+    prints, folder = tokenizer_fingerprints(tokenizers), Path(output_dir)
+    stream, source = dataset if isinstance(dataset, RowStream) else None, ""
+    if stream is None and not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"dataset={type(dataset).__name__} must be a datasets.Dataset, or what load_training_dataset gives with "
+            "streaming=True"
+        )
+    if stream is not None:
+        source = source_of(stream.identity, columns, batch_size, shard_size, [prints, lowres_factor, options])
+        if _is_there(folder, source):
+            return folder
+        dataset = stream.rows(folder / ROWS_FOLDER, columns_read(columns), files_of(columns))
+    dataset, options["turns"] = one_text_a_row(dataset, [name for name in of_ids if name in dataset.column_names])
+    encoder = DatasetEncoder(dataset, columns, batch_size, shard_size, workers, stream, **options)
     if aspect_ratio_buckets is not None and encoder.grouping is None:
         raise ValueError("aspect_ratio_buckets needs a column of pictures")
     if process_rank()[0] == 0:
         for note in encoder.notes:
             logger.warning(note)
 
-    prints, folder = tokenizer_fingerprints(tokenizers), Path(output_dir)
-    source = encoder.source([prints, lowres_factor, options])
-    if from_main_process(process_rank()[0] == 0 and _is_made(folder, source)):
-        logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
-        if process_rank()[0] == 0:  # of a run that was killed at its very end
-            shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
-        return folder
+    if stream is None:
+        rows = rows_fingerprint(dataset, list(columns_read(columns)), times=True)
+        source = source_of(rows, columns, batch_size, shard_size, [prints, lowres_factor, options])
+        if _is_there(folder, source):
+            return folder
     unfinished = folder / PARTS_FOLDER
     parts = make_parts(unfinished, source, encoder.num_shards, partial(encoder.make_shards, unfinished))
     if process_rank()[0] == 0:
@@ -181,6 +195,17 @@ def encode_dataset(
     return folder
 
 
+def _is_there(folder: Path, source: str) -> bool:
+    """Whether a folder has the whole codes of a source, which is then told. All processes must call it."""
+    first = process_rank()[0] == 0
+    if not from_main_process(first and _is_made(folder, source)):
+        return False
+    logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
+    if first:  # of a run that was killed at its very end
+        _remove_parts(folder)
+    return True
+
+
 def _is_made(folder: Path, source: str) -> bool:
     """Whether a folder has the whole codes of a source."""
     try:
@@ -194,19 +219,32 @@ def _put_together(folder: Path, parts: list[dict[str, Any]], encoder: DatasetEnc
     """Move the shards of all parts into the folder of codes, in order, with their index."""
     geometry, entries = encoder.geometry(), encoder.entries()
     shards: list[dict[str, Any]] = []
-    with scratch_folder(folder) as scratch:
+    with scratch_folder(folder / PARTS_FOLDER) as scratch:
         for shard in (shard for part in parts for shard in part["shards"]):
             for file in (shard, *([shard["states"]] if "states" in shard else [])):
                 kind = Path(file["file"])
                 name = f"{kind.name.partition('-')[0]}-{len(shards):05d}{kind.suffix}"
-                (folder / PARTS_FOLDER / file["file"]).rename(scratch / name)
+                # The parts stay until the index is there: a run that is killed meanwhile has lost nothing.
+                _link(folder / PARTS_FOLDER / file["file"], scratch / name)
                 file["file"] = name
             shards.append(shard)
         segments = {name: {**one, **entries[name]} for name, one in geometry.items()}
         write_index(scratch, {"segments": segments, **index, "shards": shards})
         _remove_codes(folder)
         move_into_place(scratch, folder)
-    shutil.rmtree(folder / PARTS_FOLDER)
+    _remove_parts(folder)
+
+
+def _link(path: Path, other: Path) -> None:
+    try:
+        other.hardlink_to(path)
+    except OSError:  # of a file system without
+        shutil.copyfile(path, other)
+
+
+def _remove_parts(folder: Path) -> None:
+    for name in (PARTS_FOLDER, ROWS_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def tokenizer_fingerprints(tokenizers: Mapping[str, Any]) -> dict[str, str]:

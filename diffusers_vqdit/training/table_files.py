@@ -1,23 +1,37 @@
 """Tables of samples in files: single ones, and all that a pattern matches, as `datasets` loads them."""
 
 import glob
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..utils.checks import shown
 
 
+logger = logging.getLogger(__name__)
+
 # The loaders of `datasets` by the ending of a file. TEXT_LOADERS have paths of pictures, relative to their own folder.
 LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 TEXT_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
+SPLIT_COLUMN = "split"  # of one table that has several splits
+
+
+class MissingSplitError(ValueError):
+    """The data has no split of the name asked for."""
+
+
 class Splits(dict):
-    """The splits of a source by name, and the folder that paths of pictures in their columns are relative to."""
+    """The splits of a source by name, and the folder that paths of pictures in their columns are relative to; of
+    streams the source's name, and what makes the builder of `datasets` that they are from."""
 
     folder: Path | None = None
+    dataset_name = ""
+    builder: Callable[..., Any] | None = None
 
 
 def find_table_files(dataset_name: str) -> list[str]:
@@ -71,3 +85,29 @@ def with_paths(dataset: Any, column: str, folder: Path) -> Any:
         return {column: [name if name is None else os.path.join(folder, name) for name in batch[column]]}
 
     return dataset.map(join, batched=True, desc="Paths")
+
+
+def split_of(value: Any, row: int) -> str | None:
+    """The name of a split in a column of them; None where nothing is said."""
+    if isinstance(value, list | dict):
+        raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
+    return None if value == "" else value
+
+
+def warn_of_unsaid(unsaid: int, count: int) -> None:
+    """One warning where so many of all rows are of no split."""
+    if unsaid:
+        logger.warning(f"{unsaid} of {count} rows have nothing in the column 'split' and are left out")
+
+
+@contextmanager
+def loading(dataset_name: str, problem: str) -> Iterator[None]:
+    """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
+    try:
+        yield
+    except Exception as error:
+        reasons: list[BaseException] = [error]
+        while (cause := reasons[-1].__cause__) is not None:
+            reasons.append(cause)
+        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
+        raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error

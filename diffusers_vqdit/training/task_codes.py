@@ -29,6 +29,7 @@ from .segment_columns import (
     RESERVED,
     add_bucket_argument,
     add_segment_argument,
+    add_streaming_argument,
     add_text_arguments,
     audio_options,
     files_of,
@@ -49,6 +50,7 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
     data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file, to encode at the start.")
     data.add_argument("--dataset_config_name")
+    add_streaming_argument(data)
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl, to encode at the start.")
     data.add_argument("--image_column", default=IMAGE)
     data.add_argument("--caption_column", default=TEXT)
@@ -81,6 +83,8 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
+    if args.streaming and args.dataset_name is None:
+        parser.error("--streaming needs --dataset_name")
 
 
 def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeDataset | None) -> None:
@@ -301,6 +305,7 @@ def _read_dataset(
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
+        streaming=args.streaming,
     )
     resolution, known, image_vq = 0, known_segments(parts), parts["image_vq"]
     if image_column is not None and image_vq is not None:

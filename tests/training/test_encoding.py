@@ -4,41 +4,33 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.training import code_files
 from diffusers_vqdit.training.code_files import code_type
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.encoding import encode_dataset
+from diffusers_vqdit.utils.fingerprints import file_sha256
 
 
-COUNT = 40
+COUNT = 40  # of the pictures, two of them broken
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of pictures of several sizes, two of them broken, with captions of one or several wordings."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
-    folder.mkdir()
-    rows = []
-    for index in range(COUNT):
-        size = rng.integers(12, 40, 2)
-        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{index:02d}.png")
-        texts = ["a red apple", "an apple"] if index % 5 == 0 else ["a blue box"]
-        rows.append({"file_name": f"{index:02d}.png", "text": texts, "label": f"kind {index % 3}"})
-    for index in (7, 30):
-        (folder / f"{index:02d}.png").write_bytes(b"broken")
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+def pictures(data_sources, tmp_path):
+    return data_sources.write_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -131,54 +123,117 @@ def test_codes_take_the_smallest_type_that_holds_them(size, kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
+# Processes that are killed
 
 
-def encode_as(rank, world_size, store, pictures, image_vq, folder, workers):
+def strike(rank: int, number: int, after: bool) -> None:
+    """End this process at one of the moments when something is written, moved or removed, just before or after it."""
+    places = [(Path, name) for name in ("replace", "unlink", "hardlink_to", "write_text", "mkdir")]
+    places += [(shutil, "rmtree"), (code_files.ShardWriter, "_write")]
+    count = 0
+
+    def watched(plain):
+        def call(*args, **options):
+            nonlocal count
+            count += 1
+            last = count == number
+            if last and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = plain(*args, **options)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for owner, name in places:
+        setattr(owner, name, watched(getattr(owner, name)))
+
+
+def encode_as(rank, world_size, store, source, image_vq, folder, workers, blow):
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of processes that read, as in the scripts
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     model = ImageVQModel.from_pretrained(image_vq).eval()
-    dataset = load_training_dataset(train_data_dir=str(pictures), image_column="image")
-    options = {"image_column": "image", "resolution": 16, "batch_size": 2, "shard_size": 4, "lowres_factor": 2}
-    encode_dataset(dataset, folder, image_vq=model, label_column="label", dataloader_num_workers=workers, **options)
+    dataset = load_training_dataset(**source)
+    if blow is not None and blow[0] == rank:
+        strike(*blow)
+    options = {"image_column": source["image_column"], "resolution": 16, "batch_size": 2, "shard_size": 3}
+    options |= {"lowres_factor": 2, "dataloader_num_workers": workers}
+    encode_dataset(dataset, folder, image_vq=model, label_column=source["columns"][1], **options)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
-def started(count, folder, *arguments):
+def started(count, folder, source, image_vq, workers=0, blow=None):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["diffusers_vqdit.training.encoding", "diffusers_vqdit.models.image_vq", "datasets"]
-    )
+    modules = ["training.encoding", "models.image_vq"]
+    context.set_forkserver_preload([*(f"diffusers_vqdit.{name}" for name in modules), "datasets"])
     store = folder.parent / f"store-{time.time_ns()}"
-    jobs = [context.Process(target=encode_as, args=(n, count, store, *arguments)) for n in range(count)]
+    jobs = [
+        context.Process(target=encode_as, args=(n, count, store, source, image_vq, folder, workers, blow))
+        for n in range(count)
+    ]
     for job in jobs:
         job.start()
     return jobs
 
 
-@pytest.mark.slow
-def test_two_processes_killed_at_random_points_write_the_shards_of_one(pictures, image_vq, tmp_path):
+def content(folder):
+    """All files below a folder, and the index of its codes but for what it was encoded from."""
+    files = {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+    index = json.loads((folder / "segments.json").read_text())
+    del files["segments.json"], index["source"]
+    return files, index
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "tar"])
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(2, 0), *(pytest.param(9, seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
+def test_two_processes_killed_at_random_points_write_the_shards_of_one(
+    pictures, data_sources, image_vq, tmp_path, kind, kills, seed
+):
     image_vq.save_pretrained(tmp_path / "image_vq")
-    places = (pictures, tmp_path / "image_vq")
-    alone = started(1, tmp_path / "alone", *places, tmp_path / "alone", 0)
-    rng, folder, kills = random.Random(0), tmp_path / "codes", 0
-    parts = folder / ".unfinished-codes"
-    for _ in range(2):
-        before = len(list(parts.glob("part-*.json")))
-        jobs = started(2, folder, *places, folder, rng.randrange(2))
-        limit = before + rng.randrange(1, 4)
-        while len(list(parts.glob("part-*.json"))) < limit and any(job.is_alive() for job in jobs):
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        for job in jobs:
-            if job.is_alive():
-                kills += 1
-                os.kill(job.pid, signal.SIGKILL)
-            job.join()
-    assert kills
-    for job in [*started(2, folder, *places, folder, 1), *alone]:
-        job.join(120)
-        assert job.exitcode == 0
-    assert shards_of(folder) == shards_of(tmp_path / "alone") and not parts.exists()
-    codes = CodeDataset(folder)
-    assert len(codes) == COUNT - 2 and codes.labels == ["kind 0", "kind 1", "kind 2"]
+    source = data_sources.source_of(pictures, tmp_path / "source", kind)
+    source |= {"max_samples": 24, "cache_dir": str(tmp_path / "cache")}
+    (alone,) = started(1, tmp_path / "alone", source, tmp_path / "image_vq")
+    alone.join(120)
+    source["streaming"] = kind != "folder"
+    whole = content(tmp_path / "alone")
+    rng, left, number, found = random.Random(seed), kills, 0, Counter()
+    while left:
+        folder, number = tmp_path / f"codes-{number}", number + 1
+        for _ in range(rng.randrange(1, 7)):
+            how = rng.choice(["one", "all", "writing"])
+            rank, blow = rng.randrange(2), None
+            if how == "writing":
+                blow = (rank, rng.randrange(1, 60), rng.random() < 0.5)
+            jobs = started(2, folder, source, tmp_path / "image_vq", rng.randrange(2), blow)
+            limit = len(list(folder.rglob("*.json"))) + rng.randrange(6)
+            while all(job.is_alive() for job in jobs) and (blow or len(list(folder.rglob("*.json"))) < limit):
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.1)
+            if not blow and all(job.is_alive() for job in jobs):
+                for job in jobs if how == "all" else [jobs[rank]]:
+                    os.kill(job.pid, signal.SIGKILL)
+                time.sleep(rng.random() * 0.2)  # the other goes on, until it waits
+            else:
+                jobs[1 - rank].join(0.2)
+            killed = False
+            for job in jobs:
+                killed = killed or job.exitcode == -signal.SIGKILL
+                job.kill()
+                job.join()
+            if not killed and all(job.exitcode == 0 for job in jobs):
+                break
+            left, found[how] = left - killed, found[how] + killed
+            if not left:
+                break
+        for job in started(2, folder, source, tmp_path / "image_vq", 1):
+            job.join(120)
+            assert job.exitcode == 0
+        assert content(folder) == whole
+        assert not list(folder.glob(".unfinished*"))
+    print(f"{kind}: {dict(found)} over {number} folders")
