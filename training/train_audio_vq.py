@@ -206,7 +206,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Optimizers and learning rate
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(sounds))
-    adversary = Adversary.wanted(args, accelerator, channels=1)
+    adversary = Adversary.wanted(args, accelerator, (1, *objective.picture_size(length)))
 
     # 3. Resume
     named = ("reconstruction_loss", "crop_length", "use_ema", *ADVERSARIAL_IDENTITY)

@@ -257,7 +257,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     )
     if perceptual is not None:
         perceptual.to(accelerator.device)
-    adversary = Adversary.wanted(args, accelerator, unwrap(model).config.out_channels)
+    size = (args.resolution, args.resolution)
+    adversary = Adversary.wanted(args, accelerator, (unwrap(model).config.out_channels, *size))
 
     # 3. Resume
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")

@@ -46,21 +46,33 @@ class Adversary:
     say. To be made after the tokenizer was prepared, whose checkpoints it joins.
 
     Args:
-        channels: of the pictures.
+        shape: of a picture, (C, H, W).
+
+    Raises:
+        ValueError: if that is too small for the discriminator.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, channels: int) -> None:
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, shape: tuple[int, int, int]) -> None:
         self.args, self.accelerator = args, accelerator
-        discriminator = PatchDiscriminator(channels, args.discriminator_channels, args.discriminator_layers).train()
+        discriminator = PatchDiscriminator(shape[0], args.discriminator_channels, args.discriminator_layers).train()
+        try:
+            discriminator(torch.zeros(1, *shape))
+        except RuntimeError as error:
+            raise ValueError(
+                f"discriminator_layers={args.discriminator_layers} must be fewer, or the part of the data that a step "
+                f"sees larger: it is {shape[1]} x {shape[2]} ({error})"
+            ) from error
         self.discriminator, self.optimizer = accelerator.prepare(
             discriminator, make_optimizer(args, discriminator, args.discriminator_learning_rate)
         )
         self.lecam = LeCam().to(accelerator.device)
 
     @classmethod
-    def wanted(cls, args: argparse.Namespace, accelerator: Accelerator, channels: int) -> "Adversary | None":
+    def wanted(
+        cls, args: argparse.Namespace, accelerator: Accelerator, shape: tuple[int, int, int]
+    ) -> "Adversary | None":
         """One, where ``--adversarial_weight`` asks for it."""
-        return cls(args, accelerator, channels) if args.adversarial_weight > 0 else None
+        return cls(args, accelerator, shape) if args.adversarial_weight > 0 else None
 
     def generator_loss(
         self, step: int, made: torch.Tensor, reconstruction: torch.Tensor, last_layer: torch.Tensor | None = None

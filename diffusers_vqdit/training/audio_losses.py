@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..models.mel_spectrogram import mel_filters, short_time_fourier
+from ..models.mel_spectrogram import mel_filters, pad_to_multiple, short_time_fourier
 
 
 # Samples of a window, and mel bands: those of DAC (Kumar et al. 2023), with its weight of the sum of all and its floor
@@ -15,7 +15,7 @@ from ..models.mel_spectrogram import mel_filters, short_time_fourier
 WINDOWS = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
 SPECTRAL_WEIGHT = 15.0
 FLOOR = 1e-5
-PICTURE = 1024  # the window of the spectrogram that a discriminator sees
+PICTURE = 512  # the window of the spectrogram that a discriminator sees
 
 
 class SpectralLoss(nn.Module):
@@ -39,8 +39,10 @@ class SpectralLoss(nn.Module):
             self.register_buffer(f"filters_{window}", filters[filters.amax(1) > 0], persistent=False)
 
     def spectrogram(self, waveform: torch.Tensor, window: int) -> torch.Tensor:
-        """log10 of the mel amplitudes (B, M, n), float32, of waveforms (B, T), of one of the windows."""
-        amplitudes = short_time_fourier(waveform.float(), window, window // 4).abs()
+        """log10 of the mel amplitudes (B, M, n), float32, of waveforms (B, T), with silence after them, for one of the
+        windows."""
+        hop = window // 4
+        amplitudes = short_time_fourier(pad_to_multiple(waveform.float(), hop), window, hop).abs()
         return (self.get_buffer(f"filters_{window}") @ amplitudes).clamp_min(FLOOR).log10()
 
     def picture(self, waveform: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,10 @@ class AudioObjective(ABC):
         """What is learned of waveforms (B, T), T a multiple of `hop`, by a codec as Accelerate wraps it."""
 
     @abstractmethod
+    def picture_size(self, length: int) -> tuple[int, int]:
+        """(M, n) of the spectrograms of `length` samples."""
+
+    @abstractmethod
     def measure(self, codec: Any, waveform: torch.Tensor) -> tuple[float, torch.LongTensor]:
         """The metric and the codes (n, q) of a waveform (T,)."""
 
@@ -94,6 +98,7 @@ class SpectrogramObjective(AudioObjective):
 
     def __init__(self, codec: SpectrogramVQModel, feature_extractor: Any, args: argparse.Namespace) -> None:
         super().__init__(codec, feature_extractor)
+        self.bands, self.hop_length = codec.config.num_mel_bins, codec.config.hop_length
         self.difference = DIFFERENCES[args.reconstruction_loss]
         self.quantizer = codec.vq.quantize
         if args.gradient_checkpointing:
@@ -109,6 +114,9 @@ class SpectrogramObjective(AudioObjective):
         reconstruction = self.difference(made, real)
         loss, figures = reconstruction + output.commit_loss, level_figures(output.usage, output.perplexity)
         return AudioStep(loss, reconstruction, output.commit_loss, real, made, figures, output.codes)
+
+    def picture_size(self, length: int) -> tuple[int, int]:
+        return self.bands, length // self.hop_length
 
     def measure(self, codec: Any, waveform: torch.Tensor) -> tuple[float, torch.LongTensor]:
         spectrogram = codec.spectrogram(waveform[None])
@@ -161,9 +169,7 @@ class WaveformObjective(AudioObjective):
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.requires_grad_(gradient is not None)
         if frozen := sum(p.numel() for p, gradient in zip(parameters, found, strict=True) if gradient is None):
-            logger.info(
-                f"{frozen / 1e6:.1f} M parameters, which no gradient reaches, stay as they are, and so do codes"
-            )
+            logger.info(f"{frozen / 1e6:.1f} M parameters, which no gradient reaches, stay as they are")
 
     def train(self, codec: Any) -> None:
         codec.train()
@@ -182,6 +188,12 @@ class WaveformObjective(AudioObjective):
         codes = output.audio_codes.reshape(len(waveforms), -1, output.audio_codes.shape[-1]).mT  # (B, n, q)
         pictures = self.spectral.picture(real), self.spectral.picture(made)
         return AudioStep(loss, reconstruction, commitment, *pictures, figures=self.usage(gather_rows(codes)))
+
+    def picture_size(self, length: int) -> tuple[int, int]:
+        height, width = self.spectral.picture(
+            torch.zeros(1, length, device=next(self.spectral.buffers()).device)
+        ).shape[2:]
+        return height, width
 
     def measure(self, codec: Any, waveform: torch.Tensor) -> tuple[float, torch.LongTensor]:
         codes = encode_waveform(codec, self.feature_extractor, waveform.cpu().numpy(), waveform.device)
