@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Train an audio tokenizer: waveforms to codes of their spectrograms and back.
+"""Train an audio tokenizer: waveforms to codes of their spectrograms and back; or finetune an audio codec.
 
     accelerate launch training/train_audio_vq.py \
         --dataset_name outputs/speech.parquet --max_train_steps 1000 --use_ema --output_dir outputs/audio_vq
 
 on any data that `datasets` reads with a column of sounds, a folder of recordings too. What is learned is an image
 VQ-VAE of log-mel spectrograms; waveforms are made of these by the Griffin-Lim algorithm, which learns nothing, or by a
-vocoder of transformers that was trained for such spectrograms.
+vocoder of transformers that was trained for such spectrograms. ``--pretrained_model_name_or_path`` finetunes such a
+model, or a codec of transformers, waveform in and waveform out: `DacModel`, the decoders of `EncodecModel` and
+`MimiModel` (docs/audio.md).
 
 On the English captions of ``prepare_speech.py --languages en --voices_per_caption 1`` this command, some 14 minutes of
 one CPU core, reached a PSNR of 25.7 dB on the log-mel spectrograms of 256 sounds of the test split, with 99.8 % of the
