@@ -9,8 +9,8 @@ train_image_vq.py and train_latent_dit.py for a few steps, train_vqdit.py over t
 sounds, and train_latent_dit.py over small pictures with five captions each, with models as small as they can be.
 
 Prints the peak of each process: ``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped
-files, which the system keeps while it has no other use for them. 20,000 pictures take about a quarter of an hour of two
-CPU cores and 1 GB of disk.
+files, which the system keeps while it has no other use for them. 20,000 pictures take about a quarter of an hour of
+two CPU cores and 1 GB of disk.
 """
 
 import argparse

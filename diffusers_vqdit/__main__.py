@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
 from .pipelines.segment_base import TEXT
+from .tasks import Task
 from .training.files import check_output_file
 from .utils.arguments import (
     argument_parser,
@@ -101,14 +102,21 @@ def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int =
 
 def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
     """Write what ``--say`` asks for beside ``--output_file``, as WAV files, and print what ``--listen`` hears."""
-    fields = {name: one.output_field for name, one in sorted(pipeline._segments.items())}
-    audio, text = (next((n for n in fields if fields[n] == field), None) for field in ("audios", "texts"))
-    if audio is None or text is None:
+    fields = {name: one.output_field for name, one in pipeline._segments.items()}
+    tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks or []]
+
+    def between(given: str, generated: str) -> tuple[str, str]:
+        """The segments of the first task that makes one such value of another."""
+        for task in tasks:
+            if [fields[name] for name in task.given] == [given] and [fields[n] for n in task.generated] == [generated]:
+                return task.given[0], task.generated[0]
         raise SystemExit(
-            f"The pipeline has the segments {list(fields)}; to speak and to listen it needs sounds and texts."
+            f"The pipeline has no task that makes {generated} of {given}; it has {list(map(str, tasks))}."
         )
+
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     for index, said in enumerate(args.say or []):
+        text, audio = between("texts", "audios")
         passed: dict = {"prompt": said} if text == TEXT else {"inputs": {text: said}}
         generator = torch.Generator().manual_seed(args.seed + index)
         spoken = pipeline(**passed, **options, output=audio, generator=generator)
@@ -117,6 +125,7 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
         save_generated(spoken.audios[0], path, sampling_rate=spoken.sampling_rate, **about)
         print(f"{path.resolve()}: {said}, {len(spoken.audios[0]) / spoken.sampling_rate:.1f} s")
     for heard in args.listen or []:
+        audio, text = between("audios", "texts")
         print(f"{heard}: {pipeline(inputs={audio: heard}, output=text, **options).segments[text][0]}")
 
 

@@ -1,6 +1,7 @@
 """The demo's ``--say`` and ``--listen``."""
 
 import numpy as np
+import pytest
 import soundfile
 
 from diffusers_vqdit.__main__ import main, parse_args
@@ -19,6 +20,22 @@ def test_texts_are_spoken_and_sounds_written_down(talking_pipeline, audio_codecs
         path = tmp_path / f"demo-{index}.wav"
         assert soundfile.info(path).samplerate == audio_codecs.RATE and digital_source_type(path) == GENERATED
     assert not (tmp_path / "demo.png").exists()
+
+
+def test_segments_are_those_of_a_task_that_speaks_or_listens(talking_pipeline, audio_codecs, tmp_path, capsys):
+    """Whatever other segments of texts there are, as in a starter that has learned to speak."""
+    (sound, text), tasks = ("sound", "text"), talking_pipeline.transformer.config.tasks
+    assert f"{text}->{sound}" in tasks and f"{sound}->{text}" in tasks
+    silent = [task for task in tasks if task != f"{text}->{sound}"]
+    talking_pipeline.transformer.register_to_config(tasks=silent)
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    talking_pipeline.transformer.register_to_config(tasks=tasks)
+    place = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--output_file", str(tmp_path / "demo.png")]
+    with pytest.raises(SystemExit, match="no task that makes audios of texts; it has .*'sound->text'"):
+        main(parse_args([*place, "--say", "a red apple"]))
+    folder = audio_codecs.sound_folder(tmp_path / "sounds", count=1)
+    main(parse_args([*place, "--listen", str(folder / "0.flac"), "--num_inference_steps", "2"]))
+    assert "0.flac: " in capsys.readouterr().out
 
 
 def test_a_sound_is_found_by_its_text(talking_pipeline, audio_codecs):

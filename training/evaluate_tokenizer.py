@@ -1,9 +1,12 @@
 #!/usr/bin/env python
 """Measure an image tokenizer: PSNR, SSIM, code usage, perplexity, and the Frechet distance of its reconstructions; or
-a text tokenizer: the share of captions that come back exactly, code usage and perplexity.
+a text tokenizer: the share of captions that come back exactly, code usage and perplexity; or an audio codec: how far
+the spectrograms of what comes back are, code usage and perplexity, and what a recogniser hears.
 
     accelerate launch training/evaluate.py --tokenizer model_cards/vqdit-emoji --subfolder image_vq
     python training/evaluate.py --tokenizer model_cards/vqdit-emoji --subfolder text_vq --caption_columns text text_zh
+    python training/evaluate.py --tokenizer model_cards/audio-vq-speech --dataset_name outputs/speech.parquet \
+        --language en --recognise
 
 ``training/evaluate.py`` hands over to this script where ``--tokenizer`` is given. The pictures are shared between the
 processes. The Frechet distance needs features: ``--features inception`` for those of published figures
@@ -15,9 +18,12 @@ import argparse
 import json
 
 from accelerate import Accelerator
+from datasets import Audio
 
 from diffusers_vqdit import ImageVQModel
+from diffusers_vqdit.pipelines.audio_codecs import load_audio_codec
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.evaluation_speech import measure_audio_tokenizer
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
@@ -26,16 +32,17 @@ from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, 
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
+from diffusers_vqdit.utils.sounds import read_sound
 from diffusers_vqdit.utils.texts import caption_lists
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argument_parser("Measure an image or a text tokenizer.")
+    parser = argument_parser("Measure an image or a text tokenizer, or an audio codec.")
     parser.add_argument(
         "--tokenizer",
         type=model_name,
         required=True,
-        help="ImageVQModel, VQModel or TextVQModel: a folder or a Hub id.",
+        help="ImageVQModel, VQModel, TextVQModel, or an audio codec: a folder or a Hub id.",
     )
     parser.add_argument("--subfolder", help="Of the tokenizer in a pipeline's folder.")
     parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file; by default the emoji dataset.")
@@ -44,6 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_columns", nargs="+", default=["text"], help="Of a text tokenizer.")
+    parser.add_argument("--audio_column", default="audio", help="Of an audio codec.")
+    parser.add_argument("--language", help="The sounds of which the column of this name says so; by default all.")
+    parser.add_argument(
+        "--recognise",
+        action="store_true",
+        help="Whether pocketsphinx tells the sounds, English speech, by the first of --caption_columns.",
+    )
     parser.add_argument("--resolution", type=positive_integer, help="By default the tokenizer's sample_size.")
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--batch_size", type=positive_integer, default=64, help="Of each process.")
@@ -64,7 +78,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure_texts(args: argparse.Namespace) -> dict[str, float]:
+def measure_texts(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
     name = args.tokenizer if args.subfolder is None else f"{args.tokenizer}/{args.subfolder}"
     model, tokenizer = load_text_vq(name)
     dataset = load_training_dataset(
@@ -77,6 +91,27 @@ def measure_texts(args: argparse.Namespace) -> dict[str, float]:
     )
     captions = {c: [text for row in caption_lists(dataset[c], c) for text in row] for c in args.caption_columns}
     return measure_text_tokenizer(model, tokenizer, captions, args.batch_size)
+
+
+def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
+    name = args.tokenizer if args.subfolder is None else f"{args.tokenizer}/{args.subfolder}"
+    codec, extractor = load_audio_codec(name)
+    captions, languages = args.caption_columns[:1] * args.recognise, ["language"] * (args.language is not None)
+    dataset = load_training_dataset(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        split=args.split,
+        columns=[args.audio_column, *captions, *languages],
+    )
+    rows = range(len(dataset))
+    if args.language is not None:
+        rows = [row for row, spoken in enumerate(dataset["language"]) if spoken == args.language]
+    dataset = dataset.select(rows[: args.max_samples])
+    values = dataset.cast_column(args.audio_column, Audio(decode=False))[args.audio_column]
+    sounds = [read_sound(value, extractor.sampling_rate) for value in values]
+    said = list(dataset[captions[0]]) if captions else None
+    return measure_audio_tokenizer(codec.to(accelerator.device), extractor, sounds, said)
 
 
 def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
@@ -108,16 +143,27 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
     )
 
 
+# The flags that have a say in what is measured of one kind of tokenizers alone.
+FLAGS = {
+    measure_images: ("image_column", "resolution", "features", "features_image_size"),
+    measure_texts: ("caption_columns",),
+    measure_sounds: ("audio_column", "language", "recognise", "caption_columns"),
+}
+
+
 def main(args: argparse.Namespace) -> None:
     check_launch()
     accelerator = Accelerator()
     if args.output_file is not None and accelerator.is_main_process:
         check_output_file("output_file", args.output_file)
-    kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder)["_class_name"]
-    of_texts = kind == "TextVQModel"
-    others = ("image_column", "resolution", "features", "features_image_size") if of_texts else ("caption_columns",)
-    refuse_unused(make_parser(), args, dict.fromkeys(others, f"with --tokenizer of a {kind}"))
-    figures = measure_texts(args) if of_texts else measure_images(args, accelerator)
+    # A codec of transformers has no such entry.
+    kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder).get("_class_name", "codec")
+    measure = {"TextVQModel": measure_texts, "codec": measure_sounds, "SpectrogramVQModel": measure_sounds}
+    found = measure.get(kind, measure_images)
+    used = {name for name in FLAGS[found] if name != "caption_columns" or args.recognise or found is measure_texts}
+    unused = sorted(set().union(*FLAGS.values()) - used)
+    refuse_unused(make_parser(), args, dict.fromkeys(unused, f"with --tokenizer of a {kind}"))
+    figures = found(args, accelerator)
     if accelerator.is_main_process:
         print(json.dumps(figures, indent=2))
         if args.output_file is not None:

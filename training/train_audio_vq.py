@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Train an audio tokenizer: waveforms to codes of their spectrograms and back.
+"""Train an audio tokenizer: waveforms to codes of their spectrograms and back; or finetune an audio codec.
 
     accelerate launch training/train_audio_vq.py \
         --dataset_name outputs/speech.parquet --max_train_steps 1000 --use_ema --output_dir outputs/audio_vq
 
 on any data that `datasets` reads with a column of sounds, a folder of recordings too. What is learned is an image
 VQ-VAE of log-mel spectrograms; waveforms are made of these by the Griffin-Lim algorithm, which learns nothing, or by a
-vocoder of transformers that was trained for such spectrograms.
+vocoder of transformers that was trained for such spectrograms. ``--pretrained_model_name_or_path`` finetunes such a
+model, or a codec of transformers, waveform in and waveform out: `DacModel`, the decoders of `EncodecModel` and
+`MimiModel` (docs/audio.md).
 
 On the English captions of ``prepare_speech.py --languages en --voices_per_caption 1`` this command, some 14 minutes of
 one CPU core, reached a PSNR of 25.7 dB on the log-mel spectrograms of 256 sounds of the test split, with 99.8 % of the
@@ -17,20 +19,22 @@ as they were and after Griffin-Lim alone.
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import EncodecFeatureExtractor
 
 from diffusers_vqdit import SpectrogramVQModel
+from diffusers_vqdit.pipelines.audio_codecs import decode_waveform, load_audio_codec
 from diffusers_vqdit.training import setup
+from diffusers_vqdit.training.adversarial import ADVERSARIAL_IDENTITY, Adversary, add_adversarial_arguments
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, crop_sounds, load_sounds
+from diffusers_vqdit.training.audio_objectives import AudioObjective, audio_objective
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.files import save_pretrained_atomically
-from diffusers_vqdit.training.metrics import code_usage, psnr
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
@@ -63,7 +67,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train an audio tokenizer.")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", type=model_name, help="SpectrogramVQModel to finetune.")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        type=model_name,
+        help="Codec to finetune: a SpectrogramVQModel, or one of transformers with its feature extractor.",
+    )
     model.add_argument("--sampling_rate", type=positive_integer, default=11025, help="In Hz; sounds are resampled.")
     model.add_argument("--n_fft", type=positive_integer, default=512)
     model.add_argument("--hop_length", type=positive_integer, default=128)
@@ -116,7 +124,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         adam_beta2=0.99,
         adam_weight_decay=0.0,
         ema_decay=0.99,
-    ).add_argument("--reconstruction_loss", choices=["l1", "l2"], default="l2", help="Of log-mel spectrograms.")
+    )
+
+    losses = parser.add_argument_group("losses")
+    losses.add_argument(
+        "--reconstruction_loss",
+        choices=["l1", "l2"],
+        help="Of log-mel spectrograms: by default l2, and l1 where a codec makes waveforms.",
+    )
+    add_adversarial_arguments(losses)
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
@@ -124,54 +140,50 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace) -> SpectrogramVQModel:
+def build_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The codec that is trained, a new one or a pretrained one, and its feature extractor."""
     if args.pretrained_model_name_or_path is not None:
-        place = {"cache_dir": args.cache_dir, "torch_dtype": torch.float32}
-        model = SpectrogramVQModel.from_pretrained(args.pretrained_model_name_or_path, **place)
-    else:
-        options = {name: getattr(args, name) for name in (*SPECTROGRAM, *SIZES, *CODEBOOK)}
-        model = SpectrogramVQModel(**options, log_mel_range=tuple(args.log_mel_range))
-    model.train()
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if args.compile:
-        # The quantizer, whose statistics and restarts break graphs, stays as it is.
-        for part in (model.vq.encoder, model.vq.decoder):
-            part.compile()
-    return model
+        return load_audio_codec(args.pretrained_model_name_or_path, args.cache_dir, frozen=False)
+    options = {name: getattr(args, name) for name in (*SPECTROGRAM, *SIZES, *CODEBOOK)}
+    model = SpectrogramVQModel(**options, log_mel_range=tuple(args.log_mel_range))
+    return model, EncodecFeatureExtractor(sampling_rate=args.sampling_rate)
 
 
 @torch.no_grad()
-def validate(model: SpectrogramVQModel, sounds: SoundDataset, args: argparse.Namespace, step: int) -> dict[str, float]:
-    """PSNR of log-mel spectrograms and codebook usage on `sounds`; what the first ones decode to is kept as WAV files.
+def validate(
+    model: Any, objective: AudioObjective, sounds: SoundDataset, args: argparse.Namespace, step: int
+) -> dict[str, float]:
+    """The objective's metric and codebook usage on `sounds`; what the first ones decode to is kept as WAV files.
 
     These tell what the data are, which may be private: they are never published.
     """
     model.eval()
-    rate, values, codes = model.config.sampling_rate, [], []
+    values, codes = [], []
     (args.output_dir / "samples").mkdir(parents=True, exist_ok=True)
     for index in range(len(sounds)):
-        spectrogram = model.spectrogram(as_waveform(sounds[index])[None].to(model.device))
-        found = model.vq.encode_codes(spectrogram)
-        values.append(psnr(model.vq.decode_codes(found).sample, spectrogram).cpu())
-        codes.append(found.flatten().cpu())
+        value, found = objective.measure(model, as_waveform(sounds[index]).to(model.device))
+        values.append(value)
+        codes.append(found)
         if index < KEPT:
-            decoded = model.decode_codes(found.transpose(1, 2)).sample[0].cpu().numpy()
-            write_wav(args.output_dir / "samples" / f"step-{step:06d}-{index}.wav", decoded, rate)
-    model.train()
-    usage, perplexity = code_usage(torch.cat(codes), model.num_codes)
-    figures = {"psnr": float(torch.cat(values).mean()), "usage": usage, "perplexity": perplexity}
+            decoded = decode_waveform(model, found).cpu().numpy()
+            path = args.output_dir / "samples" / f"step-{step:06d}-{index}.wav"
+            write_wav(path, decoded, objective.sampling_rate)
+    objective.train(model)
+    figures = {objective.metric: sum(values) / len(values), **objective.usage(torch.cat(codes))}
     return {f"validation/{name}": value for name, value in figures.items()}
 
 
 def publish(
-    args: argparse.Namespace, model: SpectrogramVQModel, measured: dict[str, float], step: int | None = None
+    args: argparse.Namespace,
+    model: Any,
+    objective: AudioObjective,
+    measured: dict[str, float],
+    step: int | None = None,
 ) -> None:
     """Save the model, with the feature extractor that every codec of a pipeline has, and its card; push them where
     that is asked for."""
-    extractor = EncodecFeatureExtractor(sampling_rate=model.config.sampling_rate)
     files = [*save_pretrained_atomically(model, args.output_dir), "preprocessor_config.json"]
-    extractor.save_pretrained(args.output_dir)
+    objective.feature_extractor.save_pretrained(args.output_dir)
     split = "training sounds" if args.validation_split == "none" else f"{args.validation_split} split"
     dataset = f"{Path(args.dataset_name or args.train_data_dir).stem}, {split}"
     measures = [
@@ -189,43 +201,50 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    # 1. The model, the sounds
-    model = build_model(args)
-    sounds, held_out = load_sounds(args, model.config.sampling_rate)
-    frames = max(1, round(args.crop_length * model.config.sampling_rate / model.downsample_factor))
-    length = frames * model.downsample_factor
+    # 1. The codec, the sounds
+    model, extractor = build_model(args)
+    objective = audio_objective(model.to(accelerator.device), extractor, args)
+    sounds, held_out = load_sounds(args, objective.sampling_rate)
+    length = max(1, round(args.crop_length * objective.sampling_rate / objective.hop)) * objective.hop
 
-    # 2. Optimizer and learning rate
+    # 2. Optimizers and learning rate
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(sounds))
+    adversary = Adversary.wanted(args, accelerator, (1, *objective.picture_size(length)))
 
     # 3. Resume
+    named = ("reconstruction_loss", "crop_length", "use_ema", *ADVERSARIAL_IDENTITY)
     identity = {
         "script": "train_audio_vq",
-        **{name: getattr(args, name) for name in ("reconstruction_loss", "crop_length", "use_ema")},
+        **{name: getattr(args, name) for name in named},
         "model": plain_config(unwrap(model)),
         **sounds.identity(),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    measured = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("validation", {})
+    states = {"ema": ema, "lecam": adversary and adversary.lecam}
+    measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(sounds), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
-    trained, difference = list(model.parameters()), F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
+    trained = list(model.parameters())
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).vq.quantize)
+    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=objective.quantizer)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         part = {"seed": args.seed, "step": micro_step, "rank": accelerator.process_index}
-        waveforms = crop_sounds(sounds, next(batches), length, **part)
-        with accelerator.accumulate(model), utilisation.counting():
-            output = model(waveforms.to(accelerator.device))
-            reconstruction = difference(output.sample.float(), output.spectrogram.float())
-            loss = reconstruction + output.commit_loss
+        waveforms = crop_sounds(sounds, next(batches), length, **part).to(accelerator.device)
+        with accelerator.accumulate(model, *([adversary.discriminator] if adversary else [])), utilisation.counting():
+            output = objective.step(model, waveforms)
+            loss, logs = output.loss, {"reconstruction": output.reconstruction, "commitment": output.commitment}
+            if adversary:
+                fooling, more = adversary.generator_loss(step, output.made, output.reconstruction)
+                loss, logs = loss + fooling, logs | more
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
+            if adversary:
+                logs |= adversary.descend(run, step, output.real, output.made)
         micro_step += 1
         seen += len(waveforms) * accelerator.num_processes
         if not accelerator.sync_gradients:
@@ -233,18 +252,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
         step += 1
         run.end_step(step)
-        means = accelerator.reduce(torch.stack([reconstruction, output.commit_loss]).detach(), "mean").tolist()
-        logs = {"reconstruction": means[0], "commitment": means[1], "usage": output.usage.item()}
+        means = accelerator.reduce(torch.stack([value.detach().float() for value in logs.values()]), "mean").tolist()
+        logs = dict(zip(logs, means, strict=True)) | output.figures
         progress.update(1)
-        progress.set_postfix({**{name: f"{value:.4f}" for name, value in logs.items()}, **measured})
-        logs |= {"perplexity": output.perplexity.item(), "gradient_norm": norm, "lr": lr_scheduler.get_last_lr()[0]}
-        speed = {"skipped_steps": run.skipped_steps, "sounds_per_second": seen / (time.time() - started)}
-        accelerator.log({**logs, **speed, **utilisation.figures()}, step=step)
+        shown = {name: f"{logs[name]:.4f}" for name in ("reconstruction", "commitment", "usage")}
+        progress.set_postfix({**shown, **measured})
+        logs |= {"gradient_norm": norm, "lr": lr_scheduler.get_last_lr()[0], "skipped_steps": run.skipped_steps}
+        logs["sounds_per_second"] = seen / (time.time() - started)
+        accelerator.log({**logs, **utilisation.figures()}, step=step)
         watch.look(step, logs["reconstruction"], norm, output.codes, logs["usage"])
         last = step == max_steps
         if accelerator.is_main_process and (last or due(step, args.validation_steps)):
             with averaged_weights(ema, trained):
-                measured = validate(unwrap(model), held_out, args, step)
+                measured = validate(unwrap(model), objective, held_out, args, step)
             accelerator.log(measured, step=step)
             logger.info(f"step {step}: {measured}")
         stop = run.stop_requested()
@@ -253,14 +273,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             save_checkpoint(accelerator, args.output_dir, step, **kept)
             if accelerator.is_main_process and publishes_checkpoints(args) and not last and not stop:
                 with evaluated(accelerator, model, ema, trained) as whole:
-                    publish(args, whole, measured, step)
+                    publish(args, whole, objective, measured, step)
+                objective.train(unwrap(model))
     progress.close()
 
     # 5. Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (step == max_steps or not stop):
         with evaluated(accelerator, model, ema, trained) as whole:
-            publish(args, whole, measured)
+            publish(args, whole, objective, measured)
         logger.info(f"saved to {args.output_dir}")
     accelerator.end_training()
 

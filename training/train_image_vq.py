@@ -30,21 +30,13 @@ from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import setup
+from diffusers_vqdit.training.adversarial import ADVERSARIAL_IDENTITY, Adversary, add_adversarial_arguments
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.image_dataset import ImageDataset, first_batches, load_batches, load_images
-from diffusers_vqdit.training.image_losses import (
-    ADVERSARIAL_LOSSES,
-    BackboneFeatures,
-    LeCam,
-    PatchDiscriminator,
-    PerceptualLoss,
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-)
+from diffusers_vqdit.training.image_losses import BackboneFeatures, PerceptualLoss
 from diffusers_vqdit.training.metrics import counts_by_level, level_figures, psnr, usage_of_counts
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, tokenizer_learning_rate, unwrap
@@ -60,10 +52,8 @@ from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
-    non_negative_integer,
     non_negative_number,
     positive_integer,
-    positive_number,
 )
 from diffusers_vqdit.utils.decoding import to_pixels
 
@@ -136,20 +126,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         metavar=("VGG16", "LPIPS"),
         help="For LPIPS instead.",
     )
-    losses.add_argument("--adversarial_weight", type=non_negative_number, default=0.0)
-    losses.add_argument("--adversarial_loss", choices=ADVERSARIAL_LOSSES, default="hinge")
-    losses.add_argument("--adversarial_start", type=non_negative_integer, default=0, help="Step from which it counts.")
-    losses.add_argument(
-        "--discriminator_warmup", type=non_negative_integer, default=0, help="Steps it is trained before that."
-    )
+    add_adversarial_arguments(losses)
     losses.add_argument(
         "--adaptive_weight", action="store_true", help="Multiply the weight by VQGAN's gradient ratio."
     )
-    losses.add_argument("--lecam_weight", type=non_negative_number, default=0.0)
-    losses.add_argument("--discriminator_channels", type=positive_integer, default=64)
-    losses.add_argument("--discriminator_layers", type=positive_integer, default=3)
-    losses.add_argument("--discriminator_learning_rate", type=positive_number, default=1e-4)
-    losses.add_argument("--discriminator_max_grad_norm", type=non_negative_number, default=1.0)
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
@@ -214,41 +194,6 @@ def reconstruction_loss(
     return loss, logs
 
 
-def adversarial_loss(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    discriminator: torch.nn.Module,
-    made: torch.Tensor,
-    reconstruction: torch.Tensor,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The tokenizer's weighted loss from the discriminator, and what is logged of it."""
-    # Not through DistributedDataParallel, and without gradients of the discriminator's own.
-    unwrap(discriminator).requires_grad_(False)
-    with accelerator.autocast():
-        logs = {"generator": generator_loss(unwrap(discriminator)(made), args.adversarial_loss)}
-    unwrap(discriminator).requires_grad_(True)
-    weight = args.adversarial_weight
-    if args.adaptive_weight:
-        last_layer = unwrap(model).decoder.conv_out.weight
-        logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer)
-        weight = weight * logs["adaptive_weight"]
-    return weight * logs["generator"], logs
-
-
-def discrimination_loss(
-    args: argparse.Namespace, discriminator: torch.nn.Module, lecam: LeCam, sample: torch.Tensor, made: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The discriminator's own loss, and what is logged of it."""
-    real_logits, made_logits = discriminator(torch.cat([sample, made])).chunk(2)
-    loss = discriminator_loss(real_logits, made_logits, args.adversarial_loss)
-    logs = {"discriminator": loss, "logits_real": real_logits.mean(), "logits_made": made_logits.mean()}
-    if args.lecam_weight > 0:
-        logs["lecam"] = lecam(real_logits, made_logits)
-        loss = loss + args.lecam_weight * logs["lecam"]
-    return loss, logs
-
-
 @torch.no_grad()
 def validate(
     model: ImageVQModel, pictures: ImageDataset, args: argparse.Namespace, step: int
@@ -305,11 +250,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     model = build_model(args)
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
-    adversarial = args.adversarial_weight > 0
-    discriminator = PatchDiscriminator(
-        model.config.out_channels, args.discriminator_channels, args.discriminator_layers
-    ).train()
-    lecam = LeCam()
 
     # 2. Optimizers and learning rates
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -319,16 +259,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     )
     if perceptual is not None:
         perceptual.to(accelerator.device)
-    if adversarial:
-        discriminator, discriminator_optimizer = accelerator.prepare(
-            discriminator, setup.make_optimizer(args, discriminator, args.discriminator_learning_rate)
-        )
-        lecam.to(accelerator.device)
+    size = (args.resolution, args.resolution)
+    adversary = Adversary.wanted(args, accelerator, (unwrap(model).config.out_channels, *size))
 
     # 3. Resume
     named = ("reconstruction_loss", "perceptual_weight", "perceptual_backbone", "perceptual_image_size")
-    named += ("adversarial_weight", "adversarial_loss", "adversarial_start", "discriminator_warmup", "adaptive_weight")
-    named += ("lecam_weight", "discriminator_channels", "discriminator_layers", "resolution", "use_ema")
+    named += (*ADVERSARIAL_IDENTITY, "adaptive_weight", "resolution", "use_ema")
     named += ("random_crop", "random_flip", "streaming")
     identity = {
         "script": "train_image_vq",
@@ -336,7 +272,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "model": plain_config(unwrap(model)),
         **pictures.identity(),
     }
-    states = {"ema": ema, "lecam": lecam if adversarial else None, "stream": pictures if args.streaming else None}
+    states = {"ema": ema, "lecam": adversary and adversary.lecam, "stream": pictures if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
 
@@ -349,33 +285,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(next(batches).to(accelerator.device, non_blocking=True))
-        with accelerator.accumulate(model, *([discriminator] if adversarial else [])), utilisation.counting():
-            # The tokenizer
+        with accelerator.accumulate(model, *([adversary.discriminator] if adversary else [])), utilisation.counting():
             output = model(sample)
             made = output.sample.float()
             reconstruction, logs = reconstruction_loss(args, accelerator, perceptual, made, sample)
             loss = reconstruction + output.commit_loss
             logs |= {"commitment": output.commit_loss - output.entropy_loss, "entropy": output.entropy_loss}
-            if adversarial and step >= args.adversarial_start:
-                fooling, more = adversarial_loss(args, accelerator, model, discriminator, made, reconstruction)
+            if adversary:
+                last_layer = unwrap(model).decoder.conv_out.weight if args.adaptive_weight else None
+                fooling, more = adversary.generator_loss(step, made, reconstruction, last_layer)
                 loss, logs = loss + fooling, logs | more
             norm = run.descend(optimizer, list(model.parameters()), loss, args.max_grad_norm, lr_scheduler, ema)
             if norm is not None:
                 logs["gradient_norm"] = norm
-
-            # The discriminator, which starts earlier, so that its first advice is worth something
-            if adversarial and step >= args.adversarial_start - args.discriminator_warmup:
-                discrimination, more = discrimination_loss(args, discriminator, lecam, sample, made.detach())
-                logs |= more
-                accelerator.backward(discrimination)
-                if accelerator.sync_gradients:
-                    logs["discriminator_gradient_norm"], _ = run.optimizer_step(
-                        discriminator_optimizer,
-                        discriminator.parameters(),
-                        discrimination,
-                        args.discriminator_max_grad_norm,
-                    )
-                discriminator_optimizer.zero_grad()
+            if adversary:
+                logs |= adversary.descend(run, step, sample, made)
         seen += len(sample) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue

@@ -15,11 +15,13 @@ from PIL import Image
 
 from ..utils.images import to_rgb
 from ..utils.provenance import save_generated
+from ..utils.sounds import sound_seconds
 
 
 MAX_CHARACTERS = 2000  # of a text
 MAX_SIDE = 4096  # pixels of a picture's height or width
 MAX_FRAMES = 16  # of the pictures that are shown while a call runs
+MAX_SECONDS = 300  # of a sound
 MAX_TILES = 64  # of a picture that is enlarged
 MAX_ITEMS = 256  # of a gallery, or of names to choose among
 MAX_FILE_SIZE = 20 * 2**20  # bytes
@@ -192,10 +194,16 @@ def read_sound(name: str, path: str | None) -> str:
     """An uploaded or recorded sound.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is broken or too long.
     """
     if path is None:
         raise ValueError(f"Record or upload a sound as {name!r} first.")
+    try:
+        seconds = sound_seconds(path)
+    except ValueError as error:
+        raise ValueError(UNREADABLE) from error
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"The sound has {seconds:.0f} seconds; at most {MAX_SECONDS} are read.")
     return path
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, EncodecFeatureExtractor
 
 from ..models.spectrogram_vq import SpectrogramVQModel
 from ..utils.checks import shown
@@ -17,12 +17,16 @@ from ..utils.components import find_beside, find_component, has_file
 EXTRACTOR_FILE = "preprocessor_config.json"
 
 
-def load_audio_codec(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
+def load_audio_codec(name: str, cache_dir: str | None = None, *, frozen: bool = True) -> tuple[Any, Any]:
     """The codec in a folder or Hub repository, a [`SpectrogramVQModel`] or one of transformers (`DacModel`,
     `EncodecModel`, `MimiModel`, ...), and its feature extractor, which stands in its folder or in ``tokenizer`` there.
 
+    Args:
+        frozen: without, the codec's parameters have the gradients that they are made with, for training.
+
     Raises:
-        ValueError: if there is no feature extractor, or the codec is none that can be used ([`check_codec`]).
+        ValueError: if there is no feature extractor, which a [`SpectrogramVQModel`] can do without, or the codec is
+            none that can be used ([`check_codec`]).
     """
     source, folder = find_component(name, "audio_codec", cache_dir)
     options = {"subfolder": folder, "cache_dir": cache_dir}
@@ -35,11 +39,14 @@ def load_audio_codec(name: str, cache_dir: str | None = None) -> tuple[Any, Any]
     place: tuple[str, str] | None = (source, folder)
     if not has_file(source, own, cache_dir):
         place = find_beside(source, folder, "tokenizer", EXTRACTOR_FILE, cache_dir)
-    if place is None:
+    if place is not None:
+        extractor = AutoFeatureExtractor.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
+    elif has_own_codes(codec):
+        extractor = EncodecFeatureExtractor(sampling_rate=codec.config.sampling_rate)
+    else:
         raise ValueError(f"audio_codec={name!r} has no feature extractor ({EXTRACTOR_FILE}) in its folder")
-    extractor = AutoFeatureExtractor.from_pretrained(place[0], subfolder=place[1], cache_dir=cache_dir)
     check_codec(codec)
-    return codec.eval().requires_grad_(False), extractor
+    return (codec.eval().requires_grad_(False) if frozen else codec), extractor
 
 
 def check_codec(codec: Any) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..pipelines.audio_codecs import decode_waveform, encode_waveform, has_own_codes, num_audio_codes, output_rate
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..tasks import Task
 from ..utils.decoding import decode_image, to_pixels
 from ..utils.sounds import audio_library, read_sound
+from .audio_losses import SpectralLoss
 from .data import load_training_dataset
 from .evaluation import mean, reconstruct, sample, share
 from .evaluation_texts import equal
+from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
 
 RECOGNISER_RATE = 16_000  # Hz, of its acoustic model
@@ -141,6 +144,53 @@ def levels(sounds: Sequence[Any]) -> dict[str, Any]:
         "clipped samples": {"value": float((torch.cat(parts).abs() > CLIPPED).double().mean())},
         "empty": {"value": 1 - len(parts) / len(sounds)},
     }
+
+
+@torch.no_grad()
+def measure_audio_tokenizer(
+    codec: Any, feature_extractor: Any, sounds: Sequence[np.ndarray], captions: Sequence[str] | None = None
+) -> dict[str, float]:
+    """How well a codec gives sounds back, and how it uses its codes.
+
+    Args:
+        codec, feature_extractor: as [`~pipelines.audio_codecs.load_audio_codec`] gives them.
+        sounds: waveforms (T,) at the feature extractor's rate.
+        captions: English texts that the sounds say, for a recogniser to tell them by, among all of them.
+
+    Returns:
+        ``spectral_distance`` ([`~training.audio_losses.SpectralLoss`]), the mean over the sounds, of a codec that
+        gives sounds at the rate that it takes; ``psnr`` of the log-mel spectrograms of a [`SpectrogramVQModel`];
+        ``usage`` and ``perplexity``, by level too; with `captions` the shares ``recognised_originals`` and
+        ``recognised``; ``count``.
+    """
+    rate, made_rate = feature_extractor.sampling_rate, output_rate(codec, feature_extractor)
+    spectral = SpectralLoss(rate).to(codec.device)
+    found: dict[str, list[float]] = {}
+    every, trips = [], []
+    for sound in sounds:
+        codes = encode_waveform(codec, feature_extractor, sound, codec.device)
+        every.append(codes.cpu())
+        waveform, made = torch.from_numpy(sound).to(codec.device)[None], decode_waveform(codec, codes)
+        trips.append(made.cpu().numpy())
+        if made_rate == rate:
+            size = min(len(sound), len(made))
+            found.setdefault("spectral_distance", []).append(spectral(made[None, :size], waveform[:, :size]).item())
+        if has_own_codes(codec):
+            decoded = codec.vq.decode_codes(codes.T[None]).sample
+            found.setdefault("psnr", []).append(psnr(decoded, codec.spectrogram(waveform)).item())
+    if captions is not None:
+        recogniser = CaptionRecogniser(sorted(set(captions)))
+        for name, heard, own in (("recognised_originals", sounds, rate), ("recognised", trips, made_rate)):
+            found[name] = [
+                float(recogniser.hears(sound, own, said))
+                for sound, said in zip(heard, captions, strict=True)
+                if recogniser.knows(said)
+            ]
+    codes = torch.cat(every)
+    codes = codes.reshape(-1, 1) if has_own_codes(codec) else codes  # of one codebook
+    counts = counts_by_level(codes.reshape(-1, 1, 1, codes.shape[1]), num_audio_codes(codec))
+    figures = {name: sum(values) / len(values) for name, values in found.items()}
+    return figures | level_figures(*usage_of_counts(counts)) | {"count": len(sounds)}
 
 
 def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> dict[str, dict]:

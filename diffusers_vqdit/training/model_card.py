@@ -74,7 +74,7 @@ def training_card(
     dataset = shown.dataset_name or shown.train_data_dir or getattr(shown, "codes_dir", None)
     data = ModelCardData(
         license=shown.license or "unknown",
-        library_name="diffusers",
+        library_name=kind.get("library_name", "diffusers"),
         pipeline_tag=kind["pipeline_tag"],
         language=shown.language or None,
         tags=["diffusers_vqdit", "vq-vae", *kind["tags"]],

@@ -93,6 +93,19 @@ def describe_model(model: Any) -> dict[str, Any]:
             f"{model.config.sampling_rate // 2} Hz is lost.",
             "risks": _TOKENIZER_RISKS,
         }
+    if "PreTrainedModel" in kinds and hasattr(model, "decode"):
+        return {
+            "pipeline_tag": "audio-to-audio",
+            "library_name": "transformers",
+            "tags": ["audio-tokenizer"],
+            "summary": f"An audio codec, a `{type(model).__name__}` of transformers, finetuned by diffusers_vqdit.",
+            "usage": "from transformers import AutoFeatureExtractor, AutoModel\n\n"
+            'codec = AutoModel.from_pretrained("{name}")\n'
+            'feature_extractor = AutoFeatureExtractor.from_pretrained("{name}")',
+            "intended_use": "Codes of sounds like those it was trained on, for generation and recognition.",
+            "limits": "Sounds unlike its training data may have become worse than they were before it was finetuned.",
+            "risks": _TOKENIZER_RISKS,
+        }
     if "TextVQModel" in kinds:
         return {
             "pipeline_tag": "feature-extraction",

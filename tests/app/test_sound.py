@@ -9,6 +9,7 @@ pytest.importorskip("gradio")
 soundfile = pytest.importorskip("soundfile")
 
 from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
 
 from diffusers_vqdit.app.page import launch, make_page  # noqa: E402
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type  # noqa: E402
@@ -43,5 +44,10 @@ def test_sounds_are_made_and_heard(talking_pipeline, tmp_path):
         text = talking_pipeline(inputs={"sound": str(tmp_path / "spoken.wav")}, output="text", **options)
         assert use(Task="sound->text", sound=spoken, **fixed)["text"] == text.segments["text"][0]
         assert len(use(Task="sound->image", sound=spoken, **fixed)["image"]) > 0
+        (tmp_path / "broken.wav").write_bytes(b"RIFF")
+        soundfile.write(tmp_path / "long.wav", np.zeros(301 * 100), 100)
+        for name, reason in (("broken", "can't be read: it is broken"), ("long", "has 301 seconds; at most 300")):
+            with pytest.raises(AppError, match=reason):
+                use(Task="sound->text", sound=handle_file(str(tmp_path / f"{name}.wav")), **fixed)
     finally:
         page.close()

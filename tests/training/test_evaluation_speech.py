@@ -98,3 +98,29 @@ def test_a_recogniser_is_no_dictionary_of_signs():
     assert not recogniser.hears(np.zeros(8000), 16000, "red apple")
     with pytest.raises(ValueError, match="none of the captions"):
         CaptionRecogniser(["苹果"])
+
+
+@pytest.mark.parametrize("kind", ["encodec", "spectrogram"])
+def test_a_codec_alone_is_measured(run, audio_codecs, table, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    codec, extractor = audio_codecs.audio_codec(kind)
+    codec.save_pretrained(tmp_path / kind)
+    extractor.save_pretrained(tmp_path / kind)
+    options = f"--tokenizer {tmp_path / kind} --dataset_name {table} --output_file {tmp_path / 'figures.json'}"
+    run("evaluate_tokenizer", f"{options} --language en --recognise --max_samples 10")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    # Of the test split's first ten English rows, seven last long enough; two of each eight say what is not known.
+    rows = [row for row in range(1, 16) if row != 9][:10]
+    known = [row for row in rows if WORDS[row % 4] != "a dot"]
+    heard = sum(80 + 16 * (row % 8) > 100 for row in known) / len(known)
+    assert figures["count"] == 10 and figures["recognised_originals"] == pytest.approx(heard)
+    assert 0 <= figures["recognised"] <= 1 and 0 < figures["usage"] <= 1 <= figures["perplexity"] <= 16
+    assert ("psnr" in figures) == ("usage_3" not in figures) == (kind == "spectrogram")
+    assert figures["spectral_distance"] > 0
+    sounds = [audio_codecs.tone(0.05 + 0.01 * (row % 8)) for row in rows]
+    again = evaluation_speech.measure_audio_tokenizer(codec, extractor, sounds)
+    assert "recognised" not in again
+    # The files have 16 bits.
+    assert again["spectral_distance"] == pytest.approx(figures["spectral_distance"], rel=0.1)
+    run("evaluate_tokenizer", options)
+    assert json.loads((tmp_path / "figures.json").read_text())["count"] == 15
