@@ -19,6 +19,7 @@ running time and figures stand in its model card.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +38,13 @@ from diffusers_vqdit.training.arguments import (
     add_validation_prompts_argument,
     with_patches,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import (
+    find_checkpoint,
+    fingerprint,
+    plain_config,
+    read_manifest,
+    save_checkpoint,
+)
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
@@ -69,6 +76,7 @@ from diffusers_vqdit.utils.token_ids import makes_token_ids
 logger = get_logger(__name__)
 
 PROJECT = "vqdit"  # of the trackers
+TASKS = "text->image:2,image->text:3,->image:0.5"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -96,10 +104,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data = add_codes_arguments(parser)
     data.add_argument(
         "--tasks",
-        default="text->image:4,image->text:2,->image:1",
-        help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
-        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A "
-        "list that begins with an arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
+        help=f"Tasks and their weights, by default {TASKS}. Guidance needs the unconditional task of what is "
+        "generated, such as ->image. Besides image, image_lowres, text, label and what --segment names, a task may "
+        "name any column of texts. A list that begins with an arrow needs the equals sign: "
+        "--tasks='->text:1,text->image:2'.",
     )
 
     training = add_training_arguments(
@@ -109,10 +117,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         num_train_epochs=100,
         learning_rate=1e-3,
         lr_scheduler="cosine",
-        lr_warmup_steps=200,
+        lr_warmup_steps=None,
         adam_beta2=0.98,
         adam_weight_decay=0.01,
-        ema_decay=0.999,
+        ema_decay=None,
     )
     add_transformer_arguments(training)
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
@@ -221,6 +229,12 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
+def default_tasks(checkpoint: Path | None) -> str:
+    """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`."""
+    kept = {} if checkpoint is None else read_manifest(checkpoint).identity.get("tasks", {})
+    return ",".join(f"{task}:{weight}" for task, weight in kept.items()) or TASKS
+
+
 def run_identity(
     args: argparse.Namespace,
     parts: dict,
@@ -249,6 +263,9 @@ def run_identity(
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Tasks, tokenizers, codes
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if args.tasks is None:
+        args.tasks = default_tasks(checkpoint)
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     parts = load_components(args)
@@ -273,7 +290,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
     transformer, optimizer, lr_scheduler, max_steps = setup.prepare(
-        args, accelerator, transformer, len(codes), scale_lr=args.scale_lr
+        args, accelerator, transformer, len(codes), checkpoint=checkpoint, scale_lr=args.scale_lr
     )
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     ema = setup.make_ema(args, trained, accelerator.device)
@@ -291,7 +308,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 3. Resume
     identity = run_identity(args, parts, codes, unwrap(transformer), tasks, labels)
     identity |= {"segments": segments, "base of the LoRA": base}
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
     setup.start_trackers(args, accelerator, PROJECT)
 
