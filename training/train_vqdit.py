@@ -50,7 +50,7 @@ from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import set_dropout, unwrap
+from diffusers_vqdit.training.optimization import set_dropout, transformer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
@@ -76,7 +76,7 @@ from diffusers_vqdit.utils.token_ids import makes_token_ids
 logger = get_logger(__name__)
 
 PROJECT = "vqdit"  # of the trackers
-TASKS = "text->image:2,image->text:3,->image:0.5"
+TASKS = "text->image:3,image->text:2,->image:0.5"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -115,7 +115,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         output_dir="outputs/vqdit",
         train_batch_size=64,
         num_train_epochs=100,
-        learning_rate=1e-3,
+        learning_rate=None,
         lr_scheduler="cosine",
         lr_warmup_steps=None,
         adam_beta2=0.98,
@@ -289,6 +289,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     grown = names_of_labels(parts["segments"], labels)
     transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
+    rate = transformer_learning_rate(transformer.inner_dim, pretrained=parts["transformer"] is not None)
+    setup.set_default(args, "learning_rate", checkpoint, rate)
     transformer, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, transformer, len(codes), checkpoint=checkpoint, scale_lr=args.scale_lr
     )

@@ -53,7 +53,7 @@ def add_training_arguments(
     group.add_argument("--max_train_steps", type=positive_integer, help="Optimizer steps; overrides num_train_epochs.")
     group.add_argument("--gradient_accumulation_steps", type=positive_integer, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    by_width = None if learning_rate is not None else "By default 2e-3, and less for wide and deep models."
+    by_width = None if learning_rate is not None else "By default what suits the model's size."
     group.add_argument("--learning_rate", type=non_negative_number, default=learning_rate, help=by_width)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
     by_steps = None if lr_warmup_steps is not None else "By default a twentieth of the steps, at most 200."
