@@ -253,7 +253,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
     # 2. Optimizers and learning rates
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    setup.set_learning_rate(args, checkpoint, tokenizer_learning_rate(model.config.block_out_channels))
+    default = tokenizer_learning_rate(model.config.block_out_channels)
+    setup.set_default(args, "learning_rate", checkpoint, default)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, 0 if args.streaming else len(pictures)
     )

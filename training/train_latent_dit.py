@@ -147,7 +147,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         num_train_epochs=100,
         learning_rate=1e-4,
         lr_scheduler="constant_with_warmup",
-        lr_warmup_steps=200,
+        lr_warmup_steps=None,
         adam_beta2=0.999,
         adam_weight_decay=0.0,
         ema_decay=0.9999,
@@ -349,8 +349,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     def build_pipeline(whole: AlignedTransformer) -> VQDiTLatentPipeline:
         return VQDiTLatentPipeline(**{**parts, "transformer": whole.transformer})
 
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
-        args, accelerator, model, len(latents), scale_lr=args.scale_lr
+        args, accelerator, model, len(latents), checkpoint=checkpoint, scale_lr=args.scale_lr
     )
     # Of the transformer alone: what aligns it is not kept.
     trained, averaged = list(model.parameters()), list(transformer.parameters())
@@ -368,7 +369,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
     # 4. Resume
     identity = run_identity(args, parts, transformer, scheduler, (images, captions, labels))
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     smooth = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema}).get("loss")
     setup.start_trackers(args, accelerator, PROJECT)
 

@@ -19,6 +19,7 @@ running time and figures stand in its model card.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -37,13 +38,19 @@ from diffusers_vqdit.training.arguments import (
     add_validation_prompts_argument,
     with_patches,
 )
-from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
+from diffusers_vqdit.training.checkpoints import (
+    find_checkpoint,
+    fingerprint,
+    plain_config,
+    read_manifest,
+    save_checkpoint,
+)
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.optimization import set_dropout, unwrap
+from diffusers_vqdit.training.optimization import set_dropout, transformer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
@@ -70,6 +77,7 @@ from diffusers_vqdit.utils.token_ids import makes_token_ids
 logger = get_logger(__name__)
 
 PROJECT = "vqdit"  # of the trackers
+TASKS = "text->image:3,image->text:2,->image:0.5"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -97,10 +105,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data = add_codes_arguments(parser)
     data.add_argument(
         "--tasks",
-        default="text->image:4,image->text:2,->image:1",
-        help="Tasks and their weights. Guidance needs the unconditional task of what is generated, such as ->image. "
-        "Besides image, image_lowres, text, label and what --segment names, a task may name any column of texts. A "
-        "list that begins with an arrow needs the equals sign: --tasks='->text:1,text->image:2'.",
+        help=f"Tasks and their weights, by default {TASKS}. Guidance needs the unconditional task of what is "
+        "generated, such as ->image. Besides image, image_lowres, text, label and what --segment names, a task may "
+        "name any column of texts. A list that begins with an arrow needs the equals sign: "
+        "--tasks='->text:1,text->image:2'.",
     )
 
     training = add_training_arguments(
@@ -108,12 +116,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         output_dir="outputs/vqdit",
         train_batch_size=64,
         num_train_epochs=100,
-        learning_rate=1e-3,
+        learning_rate=None,
         lr_scheduler="cosine",
-        lr_warmup_steps=200,
+        lr_warmup_steps=None,
         adam_beta2=0.98,
         adam_weight_decay=0.01,
-        ema_decay=0.999,
+        ema_decay=None,
     )
     add_transformer_arguments(training)
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
@@ -223,6 +231,12 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
+def default_tasks(checkpoint: Path | None) -> str:
+    """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`."""
+    kept = {} if checkpoint is None else read_manifest(checkpoint).identity.get("tasks", {})
+    return ",".join(f"{task}:{weight}" for task, weight in kept.items()) or TASKS
+
+
 def run_identity(
     args: argparse.Namespace,
     parts: dict,
@@ -251,6 +265,9 @@ def run_identity(
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Tasks, tokenizers, codes
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if args.tasks is None:
+        args.tasks = default_tasks(checkpoint)
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     parts = load_components(args)
@@ -274,8 +291,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     grown = names_of_labels(parts["segments"], labels)
     transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
     scheduler = parts["scheduler"]
+    rate = transformer_learning_rate(transformer.inner_dim, pretrained=parts["transformer"] is not None)
+    setup.set_default(args, "learning_rate", checkpoint, rate)
     transformer, optimizer, lr_scheduler, max_steps = setup.prepare(
-        args, accelerator, transformer, len(codes), scale_lr=args.scale_lr
+        args, accelerator, transformer, len(codes), checkpoint=checkpoint, scale_lr=args.scale_lr
     )
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     ema = setup.make_ema(args, trained, accelerator.device)
@@ -293,7 +312,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 3. Resume
     identity = run_identity(args, parts, codes, unwrap(transformer), tasks, labels)
     identity |= {"segments": segments, "base of the LoRA": base}
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
     setup.start_trackers(args, accelerator, PROJECT)
 

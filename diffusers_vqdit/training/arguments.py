@@ -34,10 +34,10 @@ def add_training_arguments(
     num_train_epochs: int,
     learning_rate: float | None,
     lr_scheduler: str,
-    lr_warmup_steps: int,
+    lr_warmup_steps: int | None,
     adam_beta2: float,
     adam_weight_decay: float,
-    ema_decay: float,
+    ema_decay: float | None,
 ) -> argparse._ArgumentGroup:
     """Add the flags of optimisation with a script's own defaults, and return their group for what else it has."""
     group = parser.add_argument_group("training")
@@ -53,10 +53,11 @@ def add_training_arguments(
     group.add_argument("--max_train_steps", type=positive_integer, help="Optimizer steps; overrides num_train_epochs.")
     group.add_argument("--gradient_accumulation_steps", type=positive_integer, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
-    by_width = None if learning_rate is not None else "By default 2e-3, and less for wide and deep models."
+    by_width = None if learning_rate is not None else "By default what suits the model's size."
     group.add_argument("--learning_rate", type=non_negative_number, default=learning_rate, help=by_width)
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
-    group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps)
+    by_steps = None if lr_warmup_steps is not None else "By default a twentieth of the steps, at most 200."
+    group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps, help=by_steps)
     group.add_argument("--adam_beta1", type=decay, default=0.9)
     group.add_argument("--adam_beta2", type=decay, default=adam_beta2)
     group.add_argument("--adam_weight_decay", type=non_negative_number, default=adam_weight_decay)
@@ -71,7 +72,8 @@ def add_training_arguments(
         help="A step whose loss or gradients are not finite is skipped; so many in a row stop the run, 0 for never.",
     )
     group.add_argument("--use_ema", action="store_true")
-    group.add_argument("--ema_decay", type=decay, default=ema_decay)
+    by_steps = None if ema_decay is not None else "By default averages over a fifth of the steps, at most 0.999."
+    group.add_argument("--ema_decay", type=decay, default=ema_decay, help=by_steps)
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
     group.add_argument("--compile", action="store_true", help="Compile the model's blocks (torch.compile).")
     return group

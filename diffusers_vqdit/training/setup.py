@@ -30,6 +30,10 @@ from .sharding import prepare_sharding
 
 logger = get_logger(__name__)
 
+# Of runs that don't say theirs; shorter ones have less.
+MAX_WARMUP_STEPS = 200
+MAX_EMA_DECAY = 0.999
+
 
 def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool = False) -> Accelerator:
     """Set up Accelerate, the log on the terminal and the seed of all generators, as the script's arguments say.
@@ -85,12 +89,12 @@ def open_run(
     )
 
 
-def set_learning_rate(args: argparse.Namespace, checkpoint: Path | None, default: float) -> None:
-    """Where ``--learning_rate`` isn't given, set it: to that of the run that goes on, or to the model's default."""
-    if args.learning_rate is None:
+def set_default(args: argparse.Namespace, name: str, checkpoint: Path | None, default: float) -> None:
+    """Where a flag isn't given, set it: to what the run that goes on had, or to a default that the script found."""
+    if getattr(args, name) is None:
         kept = {} if checkpoint is None else read_manifest(checkpoint).settings
-        args.learning_rate = kept.get("learning_rate", default)
-        logger.info(f"learning rate {args.learning_rate:.3g}")
+        setattr(args, name, kept.get(name, default))
+        logger.info(f"{name}={getattr(args, name):.3g}")
 
 
 def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -110,18 +114,25 @@ def prepare(
     model: torch.nn.Module,
     num_samples: int,
     *,
+    checkpoint: Path | None = None,
     scale_lr: bool = False,
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, int]:
     """The model as Accelerate wraps it, its optimizer, the learning rate schedule, and how many steps there will be.
 
+    ``--lr_warmup_steps`` and ``--ema_decay`` that aren't given become what suits so many steps.
+
     Args:
         num_samples: of the training data, from which epochs become steps; 0 of a stream.
+        checkpoint: of the run that goes on.
         scale_lr: multiply the learning rate by the processes and the accumulated batches.
     """
     batches = accelerator.num_processes * args.gradient_accumulation_steps
     optimizer = make_optimizer(args, model, args.learning_rate * batches if scale_lr else args.learning_rate)
     global_batch = args.train_batch_size * batches
     max_steps = args.max_train_steps or math.ceil(num_samples / global_batch) * args.num_train_epochs
+    set_default(args, "lr_warmup_steps", checkpoint, min(MAX_WARMUP_STEPS, math.ceil(max_steps / 20)))
+    if args.use_ema:  # over a fifth of the steps
+        set_default(args, "ema_decay", checkpoint, min(MAX_EMA_DECAY, max(0.0, 1 - 5 / max_steps)))
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
     )

@@ -85,7 +85,7 @@ def test_local_paths_are_nowhere_in_a_card(script, pipeline, tmp_path):
 def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):
     arguments = (
         "--pretrained_model_name_or_path someone/base --dataset_name someone/pictures --hub_model_id alice/mine "
-        "--hub_token hf_alice --license mit --language en --data_license CC0"
+        "--hub_token hf_alice --license mit --language en --data_license CC0 --learning_rate 1e-4"
     )
     args = script("train_vqdit").parse_args(arguments.split())
     measures = [Measure("text->image", "CLIP score", 0.25, "held-out captions")]
@@ -120,7 +120,8 @@ def test_the_hub_refuses_a_card_that_is_not_valid(client):
             "lora_alpha lora_dropout lora_layers rank ema_decay max_train_steps",
         ),
         (
-            *("train_vqdit", "--pretrained_model_name_or_path x --train_data_dir x --dropout 0.1 --use_ema"),
+            "train_vqdit",
+            "--pretrained_model_name_or_path x --train_data_dir x --dropout 0.1 --use_ema --ema_decay 0.9",
             "dropout ema_decay image_augmentations caption_column",
             "num_layers num_attention_heads attention_head_dim patch masking lora_dropout lora_layers image_vq",
         ),
@@ -135,7 +136,7 @@ def test_the_hub_refuses_a_card_that_is_not_valid(client):
             "guidance_scale image_column caption_column image_augmentations max_train_steps",
         ),
         (
-            *("train_latent_dit", "--image_vq x --train_data_dir x --label_column label"),
+            *("train_latent_dit", "--image_vq x --train_data_dir x --label_column label --lr_warmup_steps 9"),
             "num_layers patch_size dropout shift logit_normal label_dropout lr_warmup_steps",
             "learn_sigma snr_gamma caption_dropout alignment_weight alignment_layer ema_decay",
         ),

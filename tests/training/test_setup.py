@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training.checkpoints import save_checkpoint
-from diffusers_vqdit.training.optimization import tokenizer_learning_rate
+from diffusers_vqdit.training.optimization import tokenizer_learning_rate, transformer_learning_rate
 from diffusers_vqdit.training.run import SETTINGS, training_run
-from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_learning_rate
+from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_default
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.validation import columns_of_grid, save_grid
 
@@ -50,8 +51,56 @@ def test_a_learning_rate_follows_the_model_but_a_run_that_goes_on_keeps_its_own(
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"learning_rate": 2e-3})
     for given, source, expected in ((None, None, 5e-4), (None, checkpoint, 2e-3), (1e-3, checkpoint, 1e-3)):
         args = argparse.Namespace(learning_rate=given)
-        set_learning_rate(args, source, 5e-4)
+        set_default(args, "learning_rate", source, 5e-4)
         assert args.learning_rate == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay"),
+    [
+        (1, 1, 0.0),
+        (5, 1, 0.0),
+        (20, 1, 0.75),
+        (21, 2, 1 - 5 / 21),
+        (250, 13, 0.98),
+        (4000, 200, 0.99875),
+        (9**6, 200, 0.999),
+    ],
+)
+def test_warmup_and_averages_follow_the_steps(steps, warmup, decay):
+    """The rate is whole after the first twentieth; what the steps say is what was given where it was."""
+    args = arguments(max_train_steps=steps, lr_scheduler="constant_with_warmup", lr_warmup_steps=None, ema_decay=None)
+    _, optimizer, scheduler, _ = prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17)
+    assert (args.lr_warmup_steps, args.ema_decay) == (warmup, pytest.approx(decay))
+    (scale,) = {scheduler.scheduler.lr_lambdas[0](warmup), scheduler.scheduler.lr_lambdas[1](warmup)}
+    assert scale == 1 > scheduler.scheduler.lr_lambdas[0](warmup - 1)
+    args = arguments(max_train_steps=steps, lr_warmup_steps=0, ema_decay=0.5)
+    prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17)
+    assert (args.lr_warmup_steps, args.ema_decay) == (0, 0.5)
+
+
+def test_a_run_that_goes_on_keeps_its_warmup_and_averages(tmp_path):
+    """Also where it is made longer, and where its version had other defaults."""
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"lr_warmup_steps": 200, "ema_decay": 0.9999})
+    args = arguments(max_train_steps=50, lr_warmup_steps=None, ema_decay=None)
+    prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17, checkpoint=checkpoint)
+    assert (args.lr_warmup_steps, args.ema_decay) == (200, 0.9999)
+
+
+def test_a_pretrained_transformer_learns_faster_unless_it_is_wide():
+    rates = [transformer_learning_rate(width, pretrained=True) for width in (64, 256, 512, 1024)]
+    assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 5e-4])
+    assert {transformer_learning_rate(width, pretrained=False) for width in (64, 256, 1024)} == {1e-3}
+
+
+def test_tasks_are_those_of_the_run_that_goes_on(script, tmp_path):
+    """With their weights, to the last digit; where a run is new, texts are learned as well as pictures."""
+    train = script("train_vqdit")
+    weights = {"text->image": 0.1 + 0.2, "->image": 1.0, "image+text->label": 1e-7}
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, identity={"tasks": weights})
+    assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(checkpoint))} == weights
+    new = {str(task): weight for task, weight in parse_tasks(train.default_tasks(None))}
+    assert list(new) == ["text->image", "image->text", "->image"] and new["image->text"] > new["->image"]
 
 
 def test_batches_go_on_where_the_steps_stopped():
