@@ -68,8 +68,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.say or args.listen:
         refuse_unused(parser, args, {"prompt": "with --say or --listen"})
-    if args.listen and not args.say:
-        refuse_unused(parser, args, dict.fromkeys(("seed", "output_file"), "with --listen alone"))
     return args
 
 

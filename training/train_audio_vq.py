@@ -121,9 +121,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         learning_rate=1e-3,
         lr_scheduler="cosine",
         lr_warmup_steps=50,
+        ema_decay=0.99,
         adam_beta2=0.99,
         adam_weight_decay=0.0,
-        ema_decay=0.99,
     )
 
     losses = parser.add_argument_group("losses")

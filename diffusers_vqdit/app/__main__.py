@@ -15,7 +15,7 @@ import torch
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
-from ..utils.arguments import argument_parser, hub_token, model_name, refuse_unused, repository
+from ..utils.arguments import argument_parser, hub_token, model_name, repository
 from ..utils.starter import STARTER, check_starter
 
 
@@ -35,10 +35,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Space of the Hub to push the page to, with the pipeline if that is a folder, in place of showing it.",
     )
     parser.add_argument("--hub_token", type=hub_token)
-    args = parser.parse_args(input_args)
-    if args.push_to_space is None:
-        refuse_unused(parser, args, {"hub_token": "without --push_to_space"})
-    return args
+    return parser.parse_args(input_args)
 
 
 def load_pipeline(name: str) -> Any:

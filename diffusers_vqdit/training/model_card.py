@@ -164,7 +164,7 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def _trained_tasks(args: argparse.Namespace, model: Any, base: str | None) -> str:
     """Of a pretrained pipeline's tasks, those that a run trained, and those that are the pretrained one's alone."""
-    if base is None or "tasks" not in args:
+    if base is None or getattr(args, "tasks", None) is None:
         return ""
     trained = [str(task) for task, _ in parse_tasks(args.tasks)]
     others = [f"`{task}`" for task in model.transformer.config.tasks if task not in trained]

@@ -53,14 +53,18 @@ _OF_PICTURES = {
     *("image_column", "image_augmentations", "resolution", "aspect_ratio_buckets", "image_interpolation_mode"),
     "dataloader_num_workers",
 }
+# Arguments that change nothing of what is made: they may stay in a command of which others are taken out.
+_CONVENIENCES = {"dataloader_num_workers", "logging_dir", "peak_tflops", "hub_strategy", "validation_steps"}
 # Values that say what happens anyway.
-_HARMLESS = {"lr_warmup_steps": 0, "validation_steps": 0}
+_HARMLESS = {"lr_warmup_steps": 0}
 
 
 def refuse_unused_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program if a flag was set that has no say in what it does, given the others."""
-    unused = {name: why for name, why in unused_arguments(args).items() if getattr(args, name) != _HARMLESS.get(name)}
-    refuse_unused(parser, args, unused)
+    found = {name: why for name, why in unused_arguments(args).items() if name not in _CONVENIENCES}
+    refuse_unused(
+        parser, args, {name: why for name, why in found.items() if getattr(args, name) != _HARMLESS.get(name)}
+    )
 
 
 def unused_arguments(args: argparse.Namespace) -> dict[str, str]:
