@@ -203,6 +203,8 @@ class RowStream:
                 stream = stream.select_columns(list(columns)).with_format("arrow")
                 self._streams[columns] = stream.cast(Features({name: self.features[name] for name in columns}))
             stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
+            if Path(self.made.config.data_files[self.source][shard]).is_file():
+                stream = stream.reshard()  # else Arrow reads ahead of what is asked for, row group by row group
             yield from stream.iter(_ROWS[not set(columns) <= set(plain)])
 
 
