@@ -121,18 +121,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         learning_rate=1e-3,
         lr_scheduler="cosine",
         lr_warmup_steps=50,
-        ema_decay=0.99,
         adam_beta2=0.99,
         adam_weight_decay=0.0,
-    )
-
-    losses = parser.add_argument_group("losses")
-    losses.add_argument(
+        ema_decay=0.99,
+    ).add_argument(
         "--reconstruction_loss",
         choices=["l1", "l2"],
         help="Of log-mel spectrograms: by default l2, and l1 where a codec makes waveforms.",
     )
-    add_adversarial_arguments(losses)
+    add_adversarial_arguments(parser.add_argument_group("losses"))
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
