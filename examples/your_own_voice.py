@@ -11,6 +11,10 @@ A segment ``audio``, the codes of an audio codec, is added to the starter, and a
 down and to babble. Then it says texts, into WAV files whose metadata say that they are generated, listens to the
 recordings, and prints what it heard. With ``pip install pocketsphinx`` and English texts a recogniser judges too,
 which chooses among the texts of all recordings.
+
+With a voice of espeak-ng, 500 steps of eight, some five minutes of one idle CPU core: it writes down 59 of the 60
+recordings exactly, and pocketsphinx recognises 0 of 58 of what it says, as it does 56 of 58 of the recordings.
+These are the texts it was trained on; what it makes of others, so few recordings can't teach it.
 """
 
 import argparse
