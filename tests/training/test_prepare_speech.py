@@ -23,8 +23,8 @@ def prepare(script, root, tmp_path, monkeypatch):
 
     def prepare(arguments):
         path = tmp_path / "speech.parquet"
-        emoji = root / "training/data/emoji.parquet"
-        module.main(module.parse_args(f"--emoji_file {emoji} --output_file {path} {arguments}".split()))
+        captions = "" if "--stamps_dir" in arguments else f"--emoji_file {root / 'training/data/emoji.parquet'}"
+        module.main(module.parse_args(f"{captions} --output_file {path} {arguments}".split()))
         table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
         return table.cast_column("audio", Audio(decode=False))
 
