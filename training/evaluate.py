@@ -27,7 +27,7 @@ from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.models.segment_layers import segment_patch
-from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments
+from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments, task_between
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
@@ -146,6 +146,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     args = parser.parse_args(input_args)
+    if args.sizes is None and "sizes" in args.tasks and args.tasks != parser.get_default("tasks"):
+        parser.error("--tasks sizes needs --sizes")
     refuse_unused_arguments(parser, args)
     args.caption_columns = dict(args.caption_columns)
     return args
@@ -157,7 +159,11 @@ def main(args: argparse.Namespace) -> None:
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
-    image, segments = Roles.of(pipeline).image, pipeline.transformer.config.segments
+    roles, segments = Roles.of(pipeline), pipeline.transformer.config.segments
+    image = roles.image
+    if args.sizes and not task_between(pipeline, [roles.prompt], [image]):
+        tasks = pipeline.transformer.config.tasks
+        raise ValueError(f"sizes={args.sizes} needs a task from captions to pictures: the pipeline has {tasks}")
     side = segments[image]["shape"][0]
     for size in args.sizes or ():
         pipeline._segments[image].shape_of(*size, segment_patch(segments, image))  # wrong ones end here

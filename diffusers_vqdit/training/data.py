@@ -36,8 +36,8 @@ from .table_files import (
 
 logger = logging.getLogger(__name__)
 
-# Else each file is read whole before its first rows are there.
-_PARQUET: dict[str, Any] = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)}
+# Else each file is read whole before its first rows are there, and one without rows can't be read.
+_PARQUET = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False), "batch_size": 1000}
 MAX_NAMED = 20  # skipped pictures that are named one by one
 
 
@@ -85,7 +85,7 @@ def load_splits(
         table = read_image_folder(dataset_name, columns, own)
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
-        features = check_parquet(files[0], columns) if kind == ".parquet" else None
+        features = check_parquet(files, columns) if kind == ".parquet" else None
         options: dict[str, Any] = {} if features is None else {"features": features, "columns": list(features)}
         options |= _PARQUET if kind == ".parquet" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
@@ -230,20 +230,20 @@ def choose_validation_split(splits: dict, validation_split: str | None) -> str:
     return validation_split
 
 
-def check_parquet(path: str, columns: Iterable[str] = ()):
-    """The `datasets.Features` of a parquet file's columns, where some of them can't be loaded and are left out.
+def check_parquet(files: Sequence[str], columns: Iterable[str] = ()):
+    """The `datasets.Features` of the first parquet file's columns, where some can't be loaded and are left out.
 
     Raises:
-        ValueError: if it is none, has no rows or several columns of one name, or if one of `columns` is of a type that
-            can't be loaded; it names the file, the column and the type.
+        ValueError: if it is none or has several columns of one name, if none of the files has rows, or if one of
+            `columns` is of a type that can't be loaded; it names the file, the column and the type.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features
 
-    named = f"dataset_name={shown(path)}"
+    named = f"dataset_name={shown(files[0])}"
     try:
-        schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+        schema, rows = pq.read_schema(files[0]), any(pq.read_metadata(path).num_rows for path in files)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{named} is no parquet file that can be read: {error}") from error
     if not rows:

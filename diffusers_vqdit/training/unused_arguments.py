@@ -92,6 +92,8 @@ def unused_arguments(args: argparse.Namespace) -> dict[str, str]:
         add({"perceptual_backbone", "perceptual_image_size"}, "with --lpips_weights")
     if given.get("features") == "inception":
         add({"features_image_size"}, "with --features inception")
+    if "sizes" in given:
+        add({"sizes"} if "sizes" not in args.tasks else (), "without a task of 'sizes'")
     if "objective" in given:
         add({"learn_sigma"} if args.objective != "epsilon" else (), f"with --objective {args.objective}")
         add({"shift", "logit_normal"} if args.objective != "flow" else (), f"with --objective {args.objective}")

@@ -205,6 +205,20 @@ def test_files_that_are_no_tables(write, tmp_path):
     print(f"files that are no tables: {len(cases) + 7} refused")
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["copied", "streamed"])
+@pytest.mark.parametrize("counts", [(0, 2), (2, 0), (1, 0, 1)], ids=str)
+def test_files_without_rows_among_others_add_none(tmp_path, counts, streaming):
+    texts, folder = iter(TEXTS), tmp_path / "data"
+    folder.mkdir()
+    for index, count in enumerate(counts):
+        column = pa.array([next(texts) for _ in range(count)], pa.string())
+        pq.write_table(pa.table({"text": column}), folder / f"{index}.parquet")
+    for name in (str(folder), f"{folder}/*.parquet"):
+        source = {"dataset_name": name, "columns": ["text"], "cache_dir": str(tmp_path / "cache")}
+        found = load_training_dataset(**source, streaming=streaming)
+        assert list((found.rows(tmp_path / "rows", ["text"], {}) if streaming else found)["text"]) == TEXTS
+
+
 def test_a_folder_of_parquet_files_may_be_called_like_one(write, tmp_path):
     (tmp_path / "spark.parquet").mkdir()
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "spark.parquet" / "part-0.parquet")

@@ -116,3 +116,18 @@ def test_pictures_of_other_sizes_are_judged_beside_their_own(styles, pipeline, s
     assert next(iter(figures)) == "16 x 16 px, training captions, nearest picture is the one named"
     with pytest.raises(ValueError, match="width=18 must be a multiple of 4"):
         evaluate.main(evaluate.parse_args([*source, "--sizes", "16,18"]))
+    pipeline.transformer.register_to_config(tasks=["->image"])
+    pipeline.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"sizes=\[\[16, 16\]\] needs a task from captions to pictures: .*'->image'"):
+        evaluate.main(evaluate.parse_args([*source, "--sizes", "16,16"]))
+
+
+def test_sizes_and_their_task_are_given_together(script, capsys):
+    source = ["--pretrained_model_name_or_path", "pipe"]
+    for given, told in (
+        (["--tasks", "sizes,likelihood"], "--tasks sizes needs --sizes"),
+        (["--tasks", "text->image", "--sizes", "16,16"], "has no effect without a task of 'sizes'"),
+    ):
+        with pytest.raises(SystemExit):
+            script("evaluate").parse_args([*source, *given])
+        assert told in capsys.readouterr().err
