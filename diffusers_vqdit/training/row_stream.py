@@ -24,7 +24,7 @@ from .table_files import LOADERS, SPLIT_COLUMN, MissingSplitError, Splits, loadi
 # The column that says where a row's files are: in which of the source's shards, in the upper bits, and in which row.
 POSITION = "position in the stream"
 _ROW_BITS = 40
-_ROWS = {True: 100, False: 1000}  # that are read at once, with files and without
+_FILE_ROWS, _PLAIN_ROWS = 100, 1000  # that are read at once, with files and without
 
 
 class RowStream:
@@ -190,8 +190,8 @@ class RowStream:
             if not columns and self.made.name == LOADERS[".parquet"]:  # which tells how many there are
                 with xopen(self.made.config.data_files[self.source][shard], "rb") as file:
                     count = pq.read_metadata(file).num_rows
-                for start in range(0, count, _ROWS[False]):
-                    yield pa.table({POSITION: pa.nulls(min(_ROWS[False], count - start))})
+                for start in range(0, count, _PLAIN_ROWS):
+                    yield pa.table({POSITION: pa.nulls(min(_PLAIN_ROWS, count - start))})
                 return
             values = {name: one.dtype for name, one in self.features.items() if isinstance(one, Value)}
             plain = [name for name, dtype in values.items() if "binary" not in dtype]
@@ -205,7 +205,7 @@ class RowStream:
             stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
             if Path(self.made.config.data_files[self.source][shard]).is_file():
                 stream = stream.reshard()  # else Arrow reads ahead of what is asked for, row group by row group
-            yield from stream.iter(_ROWS[not set(columns) <= set(plain)])
+            yield from stream.iter(_PLAIN_ROWS if set(columns) <= set(plain) else _FILE_ROWS)
 
 
 def _plain(feature: Any) -> Any:
