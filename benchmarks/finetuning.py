@@ -87,8 +87,18 @@ def measure(args: argparse.Namespace) -> dict:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
         features = unit_features(judge, decoded, args.batch_size)
     data = EmojiData(
-        *(pictures, {args.caption_column: captions}, rows, rows, rows, [], codes, decoded),
-        **{"captions": {args.caption_column: "captions"}, "label_column": "", "judge": judge, "features": features},
+        pictures=pictures,
+        columns={args.caption_column: captions},
+        train=rows,
+        composition=rows,
+        test=rows,
+        plain=[],
+        codes=codes,
+        decoded=decoded,
+        captions={args.caption_column: "captions"},
+        label_column="",
+        judge=judge,
+        features=features,
     )
     drawn = sample(pipeline, args, len(rows), "text->image", roles.image, {roles.caption: captions})
     texts = sample(pipeline, args, len(rows), "image->text", roles.caption, {roles.image: data.real(rows)})

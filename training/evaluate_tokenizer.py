@@ -107,6 +107,10 @@ def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
     rows = range(len(dataset))
     if args.language is not None:
         rows = [row for row, spoken in enumerate(dataset["language"]) if spoken == args.language]
+        if not rows:
+            raise ValueError(
+                f"language={args.language!r} is of no row; there are {sorted(map(str, set(dataset['language'])))}"
+            )
     dataset = dataset.select(rows[: args.max_samples])
     values = dataset.cast_column(args.audio_column, Audio(decode=False))[args.audio_column]
     sounds = [read_sound(value, extractor.sampling_rate) for value in values]

@@ -102,7 +102,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--audio_column", default="audio")
     data.add_argument(
         "--validation_split",
-        help="Split for the PSNR, by default test if there is one; 'none' takes training sounds.",
+        help="Split to measure on, by default test if there is one; 'none' takes training sounds.",
     )
     data.add_argument(
         "--crop_length",

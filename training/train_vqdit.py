@@ -147,6 +147,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
+    if args.tasks is None and args.resume_from_checkpoint is None:
+        args.tasks = TASKS
     refuse_unused_arguments(parser, args)
     return args
 
@@ -233,8 +235,10 @@ def main(args: argparse.Namespace) -> None:
 
 def default_tasks(checkpoint: Path | None) -> str:
     """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`."""
-    kept = {} if checkpoint is None else read_manifest(checkpoint).identity.get("tasks", {})
-    return ",".join(f"{task}:{weight}" for task, weight in kept.items()) or TASKS
+    kept = {} if checkpoint is None else read_manifest(checkpoint).identity
+    if kept.get("script") != "train_vqdit":  # of another one, which is refused later
+        return TASKS
+    return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
 
 
 def run_identity(

@@ -35,8 +35,8 @@ class AudioStep:
     """What a codec made of a micro-batch.
 
     Args:
-        loss: of the codec alone, a scalar.
-        reconstruction, commitment: what it is the sum of, as they are logged.
+        loss: of the codec alone, a scalar: the weighted sum of the next two.
+        reconstruction, commitment: scalars, as they are logged.
         real, made: spectrograms (B, 1, M, n) in about [-1, 1].
         figures: ``usage`` and ``perplexity`` of its codes.
         codes: where a [`~training.watch.TrainingWatch`] knows their codebook.

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +65,7 @@ def load_splits(
             f"train_data_dir={train_data_dir!r}"
         )
     own, folder, builder = None if output_dir is None else Path(output_dir), None, None
+    loaded: tuple[str | None, ...] = ()  # by `datasets`: its loader or the data's name, and the configuration
     place = Path(dataset_name or train_data_dir or "")
     sounds = place.is_dir() and holds_sounds(place)
     if streaming and (dataset_name is None or sounds or (place.is_dir() and holds_pictures_only(place))):
@@ -89,26 +89,24 @@ def load_splits(
         options: dict[str, Any] = {} if features is None else {"features": features, "columns": list(features)}
         options |= _PARQUET if kind == ".parquet" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
-        builder = partial(load_dataset_builder, {**LOADERS, **TEXT_LOADERS}[kind], data_files=paths)
+        options["data_files"], loaded = paths, ({**LOADERS, **TEXT_LOADERS}[kind],)
         problem, folder = f"is no {kind} file that can be read", picture_folder(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
         problem = f"is no {'folder' if local else 'dataset of the Hub'} that can be loaded"
         options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
-        builder = partial(load_dataset_builder, source, dataset_config_name)
-    if builder is not None:
-        builder = partial(builder, cache_dir=cache_dir, **options)
+        loaded = (source, dataset_config_name)
+    if loaded:
         with loading(str(dataset_name), problem):
             if streaming:
-                table = builder().as_streaming_dataset()
+                builder = load_dataset_builder(*loaded, cache_dir=cache_dir, **options)
+                table = builder.as_streaming_dataset()
             else:
-                table = load_dataset(*builder.args, **builder.keywords)
+                table = load_dataset(*loaded, cache_dir=cache_dir, **options)
 
     splits = Splits(table if streaming else _by_column(table))
-    splits.folder = folder
-    if streaming:
-        splits.builder, splits.dataset_name = builder, str(dataset_name)
+    splits.folder, splits.builder, splits.dataset_name = folder, builder, str(dataset_name)
     return splits
 
 

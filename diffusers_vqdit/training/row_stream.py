@@ -1,5 +1,6 @@
 """Rows that are read from a stream: what is small is listed once, files are read when they are encoded."""
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -24,7 +25,7 @@ from .table_files import LOADERS, SPLIT_COLUMN, MissingSplitError, Splits, loadi
 # The column that says where a row's files are: in which of the source's shards, in the upper bits, and in which row.
 POSITION = "position in the stream"
 _ROW_BITS = 40
-_ROWS = {True: 100, False: 1000}  # that are read at once, with files and without
+_FILE_ROWS, _PLAIN_ROWS = 100, 1000  # that are read at once, with files and without
 
 
 class RowStream:
@@ -40,13 +41,11 @@ class RowStream:
     """
 
     def __init__(self, splits: Splits, split: str, max_samples: int | None = None) -> None:
-        assert splits.builder is not None
         self.dataset_name, self.builder = splits.dataset_name, splits.builder
-        self.made = splits.builder()
-        if self.made.name not in LOADERS.values():
+        if self.builder.name not in LOADERS.values():
             raise ValueError(
-                f"streaming: dataset_name={shown(self.dataset_name)} is of the kind {self.made.name!r}, which has no "
-                "pictures or sounds but as files of their own; streams are of parquet, Arrow or webdataset's tars: "
+                f"streaming: dataset_name={shown(self.dataset_name)} is of the kind {self.builder.name!r}, which has "
+                "no pictures or sounds but as files of their own; streams are of parquet, Arrow or webdataset's tars: "
                 "leave streaming out"
             )
         first = str(next(iter(splits)))
@@ -68,9 +67,9 @@ class RowStream:
         """What tells these rows from others: names, sizes and times of the files, or the revision of a repository."""
         files = {
             str(name): [[file_identity(path, times=True) for path in one], one.origin_metadata]
-            for name, one in self.made.config.data_files.items()
+            for name, one in self.builder.config.data_files.items()
         }
-        content = [self.made.name, self.made.config.name, files, self.source, self.split, self.max_samples]
+        content = [self.builder.name, self.builder.config.name, files, self.source, self.split, self.max_samples]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def blank(self, column: str) -> Any:
@@ -187,25 +186,26 @@ class RowStream:
         from datasets.utils.file_utils import xopen
 
         with loading(self.dataset_name, "can't be read"):
-            if not columns and self.made.name == LOADERS[".parquet"]:  # which tells how many there are
-                with xopen(self.made.config.data_files[self.source][shard], "rb") as file:
+            if not columns and self.builder.name == LOADERS[".parquet"]:  # which tells how many there are
+                with xopen(self.builder.config.data_files[self.source][shard], "rb") as file:
                     count = pq.read_metadata(file).num_rows
-                for start in range(0, count, _ROWS[False]):
-                    yield pa.table({POSITION: pa.nulls(min(_ROWS[False], count - start))})
+                for start in range(0, count, _PLAIN_ROWS):
+                    yield pa.table({POSITION: pa.nulls(min(_PLAIN_ROWS, count - start))})
                 return
             values = {name: one.dtype for name, one in self.features.items() if isinstance(one, Value)}
             plain = [name for name, dtype in values.items() if "binary" not in dtype]
             columns = tuple(columns or [*plain, *self.features][:1])
             if columns not in self._streams:
-                # Parquet files are read by the column.
-                only = {"columns": list(columns)} if hasattr(self.made.config, "columns") else {}
-                stream = (self.builder(**only) if only else self.made).as_streaming_dataset()[self.source]
+                builder = copy.deepcopy(self.builder)  # of the same files, whatever has been added meanwhile
+                if hasattr(builder.config, "columns"):  # parquet files are read by the column
+                    builder.config.columns = list(columns)
+                stream = builder.as_streaming_dataset()[self.source]
                 stream = stream.select_columns(list(columns)).with_format("arrow")
                 self._streams[columns] = stream.cast(Features({name: self.features[name] for name in columns}))
             stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
-            if Path(self.made.config.data_files[self.source][shard]).is_file():
+            if Path(self.builder.config.data_files[self.source][shard]).is_file():
                 stream = stream.reshard()  # else Arrow reads ahead of what is asked for, row group by row group
-            yield from stream.iter(_ROWS[not set(columns) <= set(plain)])
+            yield from stream.iter(_PLAIN_ROWS if set(columns) <= set(plain) else _FILE_ROWS)
 
 
 def _plain(feature: Any) -> Any:

@@ -93,7 +93,8 @@ def set_default(args: argparse.Namespace, name: str, checkpoint: Path | None, de
     """Where a flag isn't given, set it: to what the run that goes on had, or to a default that the script found."""
     if getattr(args, name) is None:
         kept = {} if checkpoint is None else read_manifest(checkpoint).settings
-        setattr(args, name, kept.get(name, default))
+        found = kept.get(name)  # None of what such a run had no use for
+        setattr(args, name, default if found is None else found)
         logger.info(f"{name}={getattr(args, name):.3g}")
 
 

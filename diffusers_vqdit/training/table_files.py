@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ class MissingSplitError(ValueError):
 
 class Splits(dict):
     """The splits of a source by name, and the folder that paths of pictures in their columns are relative to; of
-    streams the source's name, and what makes the builder of `datasets` that they are from."""
+    streams the source's name, and the builder of `datasets` that they are from."""
 
     folder: Path | None = None
     dataset_name = ""
-    builder: Callable[..., Any] | None = None
+    builder: Any = None
 
 
 def find_table_files(dataset_name: str) -> list[str]:

@@ -55,15 +55,12 @@ _OF_PICTURES = {
 }
 # Arguments that change nothing of what is made: they may stay in a command of which others are taken out.
 _CONVENIENCES = {"dataloader_num_workers", "logging_dir", "peak_tflops", "hub_strategy", "validation_steps"}
-# Values that say what happens anyway.
-_HARMLESS = {"lr_warmup_steps": 0}
 
 
 def refuse_unused_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program if a flag was set that has no say in what it does, given the others."""
-    found = {name: why for name, why in unused_arguments(args).items() if name not in _CONVENIENCES}
     refuse_unused(
-        parser, args, {name: why for name, why in found.items() if getattr(args, name) != _HARMLESS.get(name)}
+        parser, args, {name: why for name, why in unused_arguments(args).items() if name not in _CONVENIENCES}
     )
 
 
@@ -97,7 +94,7 @@ def unused_arguments(args: argparse.Namespace) -> dict[str, str]:
     if "objective" in given:
         add({"learn_sigma"} if args.objective != "epsilon" else (), f"with --objective {args.objective}")
         add({"shift", "logit_normal"} if args.objective != "flow" else (), f"with --objective {args.objective}")
-    if given.get("lr_scheduler") == "constant":
+    if given.get("lr_scheduler") == "constant" and args.lr_warmup_steps != 0:  # which is what happens anyway
         add({"lr_warmup_steps"}, "with --lr_scheduler constant")
     if given.get("report_to") == "none":
         add({"logging_dir", "peak_tflops"}, "with --report_to none")

@@ -188,9 +188,12 @@ def content(folder):
     return files, index
 
 
-@pytest.mark.parametrize("kind", ["folder", "parquet", "tar"])
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(2, 0), *(pytest.param(9, seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+    ("kind", "kills", "seed"),
+    [
+        ("parquet", 2, 0),
+        *(pytest.param(k, 9, s, marks=pytest.mark.slow) for k in ("folder", "parquet", "tar") for s in (1, 2, 3)),
+    ],
 )
 def test_two_processes_killed_at_random_points_write_the_shards_of_one(
     pictures, data_sources, image_vq, tmp_path, kind, kills, seed

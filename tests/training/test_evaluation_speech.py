@@ -122,5 +122,7 @@ def test_a_codec_alone_is_measured(run, audio_codecs, table, tmp_path, monkeypat
     assert "recognised" not in again
     # The files have 16 bits.
     assert again["spectral_distance"] == pytest.approx(figures["spectral_distance"], rel=0.1)
+    with pytest.raises(ValueError, match="language='xx' is of no row; there are "):
+        run("evaluate_tokenizer", f"{options} --language xx")
     run("evaluate_tokenizer", options)
     assert json.loads((tmp_path / "figures.json").read_text())["count"] == 15

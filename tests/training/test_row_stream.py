@@ -143,12 +143,15 @@ def reads(monkeypatch):
     return found
 
 
-def test_pictures_are_read_once_and_no_more_than_they_need(sources, image_vq, text_vq, tokenizer, tmp_path, reads):
+def test_pictures_are_read_once_and_no_more_than_they_need(
+    sources, image_vq, text_vq, tokenizer, tmp_path, reads, monkeypatch
+):
     stream = load_training_dataset(**sources["parquet"], streaming=True)
     given = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer, "image_column": "image"}
     given |= {"caption_column": "text", "label_column": "label", "shard_size": 8, "resolution": 16}
-    counted, plain = [], stream.builder
-    stream.builder = lambda **options: counted.append(options["columns"]) or plain(**options)
+    counted, kind = [], type(stream.builder)
+    plain = kind.as_streaming_dataset
+    monkeypatch.setattr(kind, "as_streaming_dataset", lambda self: counted.append(self.config.columns) or plain(self))
     encode_dataset(stream, tmp_path / "codes", **given)
     assert reads == [(("text", "label"), n) for n in range(4)] + [(("image",), n) for n in range(4)]
     assert counted == [["text", "label"], ["image"]]  # of a parquet file nothing else is read
@@ -230,6 +233,23 @@ def test_files_that_change_or_break_while_they_are_read_are_named(sources, image
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(ValueError, match="dataset_name=.*parquet' can't be read"):
         encode_dataset(load_training_dataset(**sources["parquet"], streaming=True), tmp_path / "codes", **options)
+
+
+def test_files_that_are_added_meanwhile_are_not_read(sources, image_vq, tmp_path):
+    options = {"image_vq": image_vq, "image_column": "image", "label_column": "label", "resolution": 16}
+    folder = {**sources["parquet"], "dataset_name": str(tmp_path / "parquet")}
+    encode_dataset(load_training_dataset(**folder), tmp_path / "whole", **options)
+    stream = load_training_dataset(**folder, streaming=True)
+    plain = stream.rows
+
+    def rows(*given):
+        dataset = plain(*given)
+        shutil.copy(tmp_path / "parquet" / "3.parquet", tmp_path / "parquet" / "4.parquet")
+        return dataset
+
+    stream.rows = rows
+    encode_dataset(stream, tmp_path / "codes", **options)
+    assert whole(tmp_path / "codes") == whole(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

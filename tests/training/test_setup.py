@@ -85,6 +85,11 @@ def test_a_run_that_goes_on_keeps_its_warmup_and_averages(tmp_path):
     args = arguments(max_train_steps=50, lr_warmup_steps=None, ema_decay=None)
     prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17, checkpoint=checkpoint)
     assert (args.lr_warmup_steps, args.ema_decay) == (200, 0.9999)
+    # One that had no averages goes on to be refused by its identity.
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 4, settings={"lr_warmup_steps": 3, "ema_decay": None})
+    args = arguments(max_train_steps=50, lr_warmup_steps=None, ema_decay=None)
+    prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17, checkpoint=checkpoint)
+    assert (args.lr_warmup_steps, args.ema_decay) == (3, pytest.approx(0.9))
 
 
 def test_a_pretrained_transformer_learns_faster_unless_it_is_wide():
@@ -97,9 +102,12 @@ def test_tasks_are_those_of_the_run_that_goes_on(script, tmp_path):
     """With their weights, to the last digit; where a run is new, texts are learned as well as pictures."""
     train = script("train_vqdit")
     weights = {"text->image": 0.1 + 0.2, "->image": 1.0, "image+text->label": 1e-7}
-    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, identity={"tasks": weights})
+    identity = {"script": "train_vqdit", "tasks": weights}
+    checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, identity=identity)
     assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(checkpoint))} == weights
-    new = {str(task): weight for task, weight in parse_tasks(train.default_tasks(None))}
+    other = save_checkpoint(Accelerator(), tmp_path, 4, identity={"script": "distill_vqdit", "tasks": "->image"})
+    assert train.default_tasks(other) == train.default_tasks(None) == train.TASKS
+    new = {str(task): weight for task, weight in parse_tasks(train.TASKS)}
     assert list(new) == ["text->image", "image->text", "->image"] and new["image->text"] > new["->image"]
 
 
