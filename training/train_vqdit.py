@@ -105,7 +105,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data = add_codes_arguments(parser)
     data.add_argument(
         "--tasks",
-        help=f"Tasks and their weights, by default {TASKS}. Guidance needs the unconditional task of what is "
+        help=f"Tasks and their weights, by default {TASKS}, or those of a pretrained model that "
+        "doesn't know all of these. Guidance needs the unconditional task of what is "
         "generated, such as ->image. Besides image, image_lowres, text, label and what --segment names, a task may "
         "name any column of texts. A list that begins with an arrow needs the equals sign: "
         "--tasks='->text:1,text->image:2'.",
@@ -147,7 +148,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
-    if args.tasks is None and args.resume_from_checkpoint is None:
+    if args.tasks is None and args.resume_from_checkpoint is None and args.pretrained_model_name_or_path is None:
         args.tasks = TASKS
     refuse_unused_arguments(parser, args)
     return args
@@ -233,12 +234,15 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
-def default_tasks(checkpoint: Path | None) -> str:
-    """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`."""
+def default_tasks(checkpoint: Path | None, pretrained: VQDiTTransformer2DModel | None) -> str:
+    """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`, or all of a pretrained
+    transformer that doesn't know these."""
     kept = {} if checkpoint is None else read_manifest(checkpoint).identity
-    if kept.get("script") != "train_vqdit":  # of another one, which is refused later
-        return TASKS
-    return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
+    if kept.get("script") == "train_vqdit":  # a run of another one is refused later
+        return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
+    known = pretrained.config.tasks if pretrained is not None else None
+    usual = {str(task) for task, _ in parse_tasks(TASKS)}
+    return TASKS if not known or usual <= set(known) else ",".join(known)
 
 
 def run_identity(
@@ -270,11 +274,11 @@ def run_identity(
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Tasks, tokenizers, codes
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    parts = load_components(args)
     if args.tasks is None:
-        args.tasks = default_tasks(checkpoint)
+        args.tasks = default_tasks(checkpoint, parts["transformer"])
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
-    parts = load_components(args)
     if args.rank is not None:
         check_lora_layers(parts["transformer"], args.lora_layers)
     codes = load_codes(args, parts, names, accelerator)

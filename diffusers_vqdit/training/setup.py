@@ -132,8 +132,8 @@ def prepare(
     global_batch = args.train_batch_size * batches
     max_steps = args.max_train_steps or math.ceil(num_samples / global_batch) * args.num_train_epochs
     set_default(args, "lr_warmup_steps", checkpoint, min(MAX_WARMUP_STEPS, math.ceil(max_steps / 20)))
-    if args.use_ema:  # over a fifth of the steps
-        set_default(args, "ema_decay", checkpoint, min(MAX_EMA_DECAY, max(0.0, 1 - 5 / max_steps)))
+    # Over a fifth of the steps
+    set_default(args, "ema_decay", checkpoint, min(MAX_EMA_DECAY, max(0.0, 1 - 5 / max_steps)))
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
     )

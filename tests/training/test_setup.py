@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training.checkpoints import save_checkpoint
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate, transformer_learning_rate
@@ -104,9 +105,15 @@ def test_tasks_are_those_of_the_run_that_goes_on(script, tmp_path):
     weights = {"text->image": 0.1 + 0.2, "->image": 1.0, "image+text->label": 1e-7}
     identity = {"script": "train_vqdit", "tasks": weights}
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, identity=identity)
-    assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(checkpoint))} == weights
+    assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(checkpoint, None))} == weights
     other = save_checkpoint(Accelerator(), tmp_path, 4, identity={"script": "distill_vqdit", "tasks": "->image"})
-    assert train.default_tasks(other) == train.default_tasks(None) == train.TASKS
+    assert train.default_tasks(other, None) == train.default_tasks(None, None) == train.TASKS
+    known = ["->image", "text->image", "image->text"]
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
+    segments = {"image": {"vocab_size": 4, "shape": [2, 2]}, "text": {"vocab_size": 4, "shape": [3]}}
+    for tasks, found in ((known, train.TASKS), (known[:2], "->image,text->image"), (["->text"], "->text")):
+        pretrained = VQDiTTransformer2DModel(**sizes, segments=segments, tasks=tasks)
+        assert train.default_tasks(None, pretrained) == train.default_tasks(other, pretrained) == found
     new = {str(task): weight for task, weight in parse_tasks(train.TASKS)}
     assert list(new) == ["text->image", "image->text", "->image"] and new["image->text"] > new["->image"]
 
