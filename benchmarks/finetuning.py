@@ -44,7 +44,10 @@ SHOWN = 12  # pictures in the grid
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argument_parser("Finetune on a folder of captioned pictures, and measure what was learned of them.")
+    parser = argument_parser(
+        "Finetune on a folder of captioned pictures, and measure what was learned of them. All other flags go to "
+        "training/train_vqdit.py, such as --train_batch_size and --max_train_steps."
+    )
     parser.add_argument(
         "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
     )
