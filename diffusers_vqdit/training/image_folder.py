@@ -283,23 +283,29 @@ def read_image_folder(
     if metadata:
         files, rows = _described(folder, pictures, metadata)
     else:
-        files, rows = pictures, [{} for _ in pictures]
-        places = [path.relative_to(folder).parts for path in pictures]
-        classes = [_utf8(path.parent.name) for path in pictures]
-        if len(set(classes)) > 1 and len({len(place) for place in places}) == 1:
-            rows = [{LABEL_COLUMN: name} for name in classes]
+        files, rows = pictures, class_rows(folder, pictures)
     tops = [path.relative_to(folder).parts for path in files]
     in_splits = all(len(parts) > 1 and parts[0] in SPLIT_FOLDERS for parts in tops)
     splits: dict[str, list[int]] = {}
     for index, parts in enumerate(tops):
         splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(index)
     labels = None if metadata else sorted({row[LABEL_COLUMN] for row in rows if row})
-    if in_splits and labels and len(tops[0]) == 2:  # the folders are splits and nothing else
-        rows, labels = [{} for _ in rows], None
     return {
         name: _table([files[i] for i in taken], [rows[i] for i in taken], labels, columns)
         for name, taken in splits.items()
     }
+
+
+def class_rows(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
+    """For each file its class folder as ``label``; nothing where files don't lie in class folders of one depth, or
+    where these are splits and nothing else."""
+    places = [path.relative_to(folder).parts for path in files]
+    classes = [_utf8(path.parent.name) for path in files]
+    depths = {len(place) for place in places}
+    only_splits = depths == {2} and all(place[0] in SPLIT_FOLDERS for place in places)
+    if len(set(classes)) < 2 or len(depths) > 1 or only_splits:
+        return [{} for _ in files]
+    return [{LABEL_COLUMN: name} for name in classes]
 
 
 def _described(folder: Path, pictures: list[Path], metadata: list[Path]) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ from typing import Any
 from .image_folder import (
     METADATA_FILES,
     SPLIT_FOLDERS,
+    class_rows,
     described_files,
     first_of,
     holds_pictures_only,
@@ -44,17 +45,19 @@ def read_sound_folder(folder: str | Path) -> dict[str, Any]:
     """The splits of a folder of recordings as datasets with an undecoded ``audio`` column.
 
     With ``metadata.jsonl``, ``.csv`` or ``.parquet``, in it or below, each row with a ``file_name`` is a sample, and
-    its other fields are columns. Without, all sounds are. Folders called train, test or validation at the top are
-    splits if all sounds lie in such folders; else there is one split, ``train``.
+    its other fields are columns. Without, all sounds are, and where they lie in class folders of one depth these are
+    the column ``label``. Folders called train, test or validation at the top are splits if all sounds lie in such
+    folders; else there is one split, ``train``.
 
     Raises:
         ValueError: if no row names a sound.
     """
     folder = Path(os.path.abspath(folder))
     sounds, metadata = list_sound_files(folder)
-    rows: list[tuple[Path, dict[str, Any]]] = [(path, {}) for path in sounds]
     if metadata:
         rows = described_files(folder, sounds, metadata, AUDIO_COLUMN)
+    else:
+        rows = list(zip(sounds, class_rows(folder, sounds), strict=True))
     if not rows:
         raise ValueError(f"none of the rows of {first_of(metadata)} names a sound: there is nothing to read")
     tops = [path.relative_to(folder).parts for path, _ in rows]

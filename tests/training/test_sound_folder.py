@@ -26,3 +26,14 @@ def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
         "train": 2,
         "test": 2,
     }
+
+
+def test_class_folders_are_labels_as_those_of_pictures_are(audio_codecs, tmp_path):
+    for split, name in (("train", "low"), ("train", "high"), ("test", "low"), ("test", "high")):
+        audio_codecs.sound_folder(tmp_path / "both" / split / name, count=2)
+        audio_codecs.sound_folder(tmp_path / "classes" / name, count=1)
+    splits = load_splits(dataset_name=str(tmp_path / "both"))
+    assert {name: one["label"] for name, one in splits.items()} == dict.fromkeys(splits, ["high"] * 2 + ["low"] * 2)
+    assert load_splits(dataset_name=str(tmp_path / "classes"))["train"]["label"] == ["high", "low"]
+    audio_codecs.sound_folder(tmp_path / "classes", count=1)  # not of one depth
+    assert load_splits(dataset_name=str(tmp_path / "classes"))["train"].column_names == ["audio"]
