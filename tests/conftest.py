@@ -245,6 +245,18 @@ def audio_codecs():
 
 
 @pytest.fixture
+def sound_table(audio_codecs, tmp_path):
+    """Makes a dataset of sounds."""
+    from datasets import load_dataset
+
+    def make(**options):
+        path = audio_codecs.sound_table(tmp_path / "sounds.parquet", **options)
+        return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+
+    return make
+
+
+@pytest.fixture
 def talking_pipeline(image_vq, text_vq, tokenizer, audio_codecs):
     """One of texts, pictures, labels and sounds."""
     codec, extractor = audio_codecs.audio_codec("encodec")

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from diffusers_vqdit.pipelines.audio_codecs import encode_waveform
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.encoding import encode_dataset
-
-
-@pytest.fixture
-def table(audio_codecs, tmp_path):
-    def table(**options):
-        path = audio_codecs.sound_table(tmp_path / "sounds.parquet", **options)
-        return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-
-    return table
 
 
 def encode(dataset, folder, codec, extractor, **options):
@@ -28,9 +19,9 @@ def encode(dataset, folder, codec, extractor, **options):
 
 
 @pytest.mark.parametrize("kind", ["dac", "encodec", "mimi", "spectrogram"])
-def test_codes_are_the_codecs_and_then_the_end(audio_codecs, table, tmp_path, kind):
+def test_codes_are_the_codecs_and_then_the_end(audio_codecs, sound_table, tmp_path, kind):
     codec, extractor = audio_codecs.audio_codec(kind)
-    codes = encode(table(), tmp_path / "codes", codec, extractor)
+    codes = encode(sound_table(), tmp_path / "codes", codec, extractor)
     shape = {"vocab_size": 17, "shape": [19, 3], "patch": [1, 3], "separate_codebooks": True}
     assert codes.segments["sound"] == shape
     assert codes.entries["sound"] == {"modality": "audio", "tokenizer": "sound"}
@@ -41,42 +32,42 @@ def test_codes_are_the_codecs_and_then_the_end(audio_codecs, table, tmp_path, ki
         assert len(expected) == size and (codes.codes["sound"][row, size:] == 16).all()
         # The file has 16 bits, and a code may lie at the border of two.
         assert (codes.codes["sound"][row, :size] != expected).float().mean() < 0.1
-    fewer = encode(table(), tmp_path / "fewer", codec, extractor, audio_codebooks=2)
+    fewer = encode(sound_table(), tmp_path / "fewer", codec, extractor, audio_codebooks=2)
     assert fewer.segments["sound"]["shape"] == [19, 2]
     assert fewer.codes["sound"].equal(codes.codes["sound"][..., :2])
     with pytest.raises(ValueError, match="audio_codebooks=4, but the codec makes 3"):
-        encode(table(), tmp_path / "more", codec, extractor, audio_codebooks=4)
+        encode(sound_table(), tmp_path / "more", codec, extractor, audio_codebooks=4)
 
 
-def test_long_sounds_are_cut_and_counted(audio_codecs, table, tmp_path, caplog):
+def test_long_sounds_are_cut_and_counted(audio_codecs, sound_table, tmp_path, caplog):
     codec, extractor = audio_codecs.audio_codec("encodec")
-    whole = encode(table(), tmp_path / "whole", codec, extractor)
+    whole = encode(sound_table(), tmp_path / "whole", codec, extractor)
     assert "are cut" not in caplog.text
-    codes = encode(table(), tmp_path / "codes", codec, extractor, max_audio_length=0.1)
+    codes = encode(sound_table(), tmp_path / "codes", codec, extractor, max_audio_length=0.1)
     assert "column 'audio': 5 of 8 sounds are cut to 0.1 s" in caplog.text
     assert codes.segments["sound"]["shape"] == [10, 3]
     assert codes.codes["sound"].equal(whole.codes["sound"][:, :10]) and (codes.codes["sound"][-1] < 16).all()
     for value in (0, -1.0, float("nan"), "1"):
         with pytest.raises(ValueError, match="max_audio_length="):
-            encode(table(), tmp_path / "bad", codec, extractor, max_audio_length=value)
+            encode(sound_table(), tmp_path / "bad", codec, extractor, max_audio_length=value)
 
 
-def test_broken_sounds_are_left_out(audio_codecs, table, tmp_path, caplog):
+def test_broken_sounds_are_left_out(audio_codecs, sound_table, tmp_path, caplog):
     codec, extractor = audio_codecs.audio_codec("encodec")
-    codes = encode(table(broken=(2, 5)), tmp_path / "codes", codec, extractor)
+    codes = encode(sound_table(broken=(2, 5)), tmp_path / "codes", codec, extractor)
     assert len(codes) == 6 and "skipped 2 of 8 sounds that could not be read" in caplog.text
     assert "skipped sound in row 2: ValueError: no sound that can be read" in caplog.text
-    whole = encode(table(), tmp_path / "whole", codec, extractor)
+    whole = encode(sound_table(), tmp_path / "whole", codec, extractor)
     assert codes.codes["sound"].equal(whole.codes["sound"][[0, 1, 3, 4, 6, 7]])
     assert codes.fingerprints["data"] != whole.fingerprints["data"]
     with pytest.raises(ValueError, match="none of the 8 sounds could be read"):
-        encode(table(broken=range(8)), tmp_path / "none", codec, extractor)
+        encode(sound_table(broken=range(8)), tmp_path / "none", codec, extractor)
 
 
-def test_paths_and_bytes_are_the_same_sounds(audio_codecs, table, tmp_path):
+def test_paths_and_bytes_are_the_same_sounds(audio_codecs, sound_table, tmp_path):
     codec, extractor = audio_codecs.audio_codec("dac")
     folder = audio_codecs.sound_folder(tmp_path / "files", count=8)
-    rows = table()
+    rows = sound_table()
     paths = [str(folder / f"{index}.flac") for index in range(8)]
     for column in (paths, [{"path": path, "bytes": None} for path in paths]):
         dataset = Dataset.from_dict({"audio": column, "label": rows["label"]})

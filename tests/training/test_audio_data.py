@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import Audio, Dataset, load_dataset
+from datasets import Audio, Dataset
 from safetensors.torch import load_file
 
 from diffusers_vqdit.training import audio_data
@@ -15,21 +15,12 @@ from diffusers_vqdit.utils import sounds as reading
 
 
 @pytest.fixture
-def table(audio_codecs, tmp_path):
-    def table(**options):
-        path = audio_codecs.sound_table(tmp_path / "sounds.parquet", **options)
-        return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-
-    return table
-
-
-@pytest.fixture
 def nothing_is_kept(monkeypatch):
     monkeypatch.setattr(audio_data, "CACHED_BYTES", 0)
 
 
-def test_sounds_are_decoded_once_and_cut_at_random(table):
-    sounds = SoundDataset(table(broken=(1,)), "audio", 800)
+def test_sounds_are_decoded_once_and_cut_at_random(sound_table):
+    sounds = SoundDataset(sound_table(broken=(1,)), "audio", 800)
     assert len(sounds) == 7 and all(one.dtype == torch.int16 for one in sounds)
     assert [len(one) for one in sounds] == [40 + 16 * row for row in (0, 2, 3, 4, 5, 6, 7)]
     rows = torch.tensor([6, 0, 6, 3])
@@ -62,9 +53,9 @@ def test_a_decoded_column_needs_no_decoder(tmp_path):
     assert len(sound) == 200
 
 
-def test_parts_are_the_same_whether_sounds_are_kept_or_not(table, monkeypatch, caplog):
-    data = table(broken=(1, 5))
-    whole = table()
+def test_parts_are_the_same_whether_sounds_are_kept_or_not(sound_table, monkeypatch, caplog):
+    data = sound_table(broken=(1, 5))
+    whole = sound_table()
     kept = SoundDataset(whole, "audio", 800)
     monkeypatch.setattr(audio_data, "CACHED_BYTES", 2 * sum(map(len, kept.sounds)) - 2)  # of which one sample is over
     lazy, rows = SoundDataset(whole, "audio", 800), torch.arange(8)
@@ -117,8 +108,8 @@ def test_of_a_file_that_is_shorter_than_its_header_says_what_is_there_is_read(ra
         assert np.array_equal(reading.read_part(cut, rate, share, 500), whole[start : start + 500])
 
 
-def test_the_identity_reads_no_sound(nothing_is_kept, table, monkeypatch):
-    lazy, rows = SoundDataset(table(), "audio", 800), table().to_list()
+def test_the_identity_reads_no_sound(nothing_is_kept, sound_table, monkeypatch):
+    lazy, rows = SoundDataset(sound_table(), "audio", 800), sound_table().to_list()
     for name in ("read_sound", "read_part", "sound_seconds"):
         monkeypatch.setattr(audio_data, name, None)
     found = lazy.identity()
@@ -129,11 +120,11 @@ def test_the_identity_reads_no_sound(nothing_is_kept, table, monkeypatch):
     assert lazy.identity() == found and set(found) == {"sounds"}
 
 
-def test_data_of_which_nothing_can_be_read_are_refused(nothing_is_kept, table):
+def test_data_of_which_nothing_can_be_read_are_refused(nothing_is_kept, sound_table):
     with pytest.raises(ValueError, match="column 'audio': none of the 8 sounds could be read"):
-        SoundDataset(table(broken=range(8)), "audio", 800)
-    lazy = SoundDataset(table(), "audio", 800)
-    lazy.column = table(broken=range(8)).select_columns("audio")
+        SoundDataset(sound_table(broken=range(8)), "audio", 800)
+    lazy = SoundDataset(sound_table(), "audio", 800)
+    lazy.column = sound_table(broken=range(8)).select_columns("audio")
     with pytest.raises(ValueError, match="column 'audio': none of 8 sounds from row 3 on could be read"):
         lazy[3]
 
