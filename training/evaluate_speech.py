@@ -7,7 +7,7 @@
 ``training/evaluate.py`` hands over to this script where ``--audio_column`` is given. Speech is judged by pocketsphinx
 (``pip install pocketsphinx``), which says which of the measured captions it hears: in the recordings, in what the
 codec makes of them, and in what the pipeline says. Figures are for each kind of ``held_out``: captions in another
-voice, voices and captions never heard.
+voice, voices and captions never heard. In other languages than English there are no figures by it.
 """
 
 import argparse
@@ -32,7 +32,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
-    parser.add_argument("--language", default="en", help="Of the column of this name; the recogniser knows English.")
+    parser.add_argument(
+        "--language",
+        default="en",
+        help="Of the column of this name; the recogniser knows English alone.",
+    )
     add_sampling_arguments(parser, num_samples=95)
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     return parser.parse_args(input_args)

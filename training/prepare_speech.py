@@ -61,6 +61,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--voices_per_caption", type=positive_integer, default=2, help="Voices of training that say a caption."
     )
+    parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
     parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
     parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
     parser.add_argument("--output_file", type=output_path, default=Path("outputs/speech.parquet"))
@@ -68,7 +69,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.stamps_dir is None and (unknown := sorted(set(args.languages or []) - set(VOICES))):
         parser.error(f"--languages {unknown}: espeak-ng speaks the captions in {list(VOICES)}")
     if args.stamps_dir is not None:
-        refuse_unused(parser, args, dict.fromkeys(("emoji_file", "voices_per_caption"), "with --stamps_dir"))
+        refuse_unused(parser, args, dict.fromkeys(("emoji_file", "voices_per_caption", "labels"), "with --stamps_dir"))
     return args
 
 
@@ -99,6 +100,10 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     emoji = load_dataset("parquet", data_files=args.emoji_file, split="train").cast_column(
         "image", Image(decode=False)
     )
+    if unknown := sorted(set(args.labels or []) - (there := set(emoji["label"]))):
+        raise ValueError(f"labels={unknown} are none of {args.emoji_file!r}, whose are {sorted(there)}")
+    if args.labels is not None:
+        emoji = emoji.select([row for row, label in enumerate(emoji["label"]) if label in args.labels])
     if args.max_captions is not None:
         emoji = emoji.select(range(min(args.max_captions, len(emoji))))
     for row in emoji:

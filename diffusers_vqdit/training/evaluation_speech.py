@@ -17,7 +17,7 @@ from ..utils.decoding import decode_image, to_pixels
 from ..utils.sounds import audio_library, read_sound
 from .audio_losses import SpectralLoss
 from .data import load_training_dataset
-from .evaluation import mean, reconstruct, sample, share
+from .evaluation import as_arguments, mean, reconstruct, sample, share
 from .evaluation_texts import equal
 from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
@@ -79,7 +79,7 @@ class SpeechData:
         rows: of each kind of ``held_out``; without such a column all are ``"test"``.
         sounds: by row, undecoded.
         columns: values of the other columns by row.
-        recogniser: of the rows' captions.
+        recogniser: of the rows' captions; None for a language that it doesn't know.
         pictures: (M, 3, H, W) uint8, all pictures that there are, and `picture_of` the number of each row's; None
             without pictures.
     """
@@ -87,7 +87,7 @@ class SpeechData:
     rows: dict[str, list[int]]
     sounds: list[Any]
     columns: dict[str, list]
-    recogniser: CaptionRecogniser
+    recogniser: CaptionRecogniser | None
     pictures: torch.Tensor | None
     picture_of: list[int]
 
@@ -110,17 +110,19 @@ class SpeechData:
         columns = {name: list(dataset[name]) for name in names}
         held = columns.get("held_out", ["test"] * len(dataset))
         spoken = columns.get("language", [args.language] * len(dataset))
-        recogniser = CaptionRecogniser([columns[args.caption_column][row] for row in range(len(dataset))])
-        fit = [
-            row
-            for row, caption in enumerate(columns[args.caption_column])
-            if spoken[row] == args.language and recogniser.knows(caption)
-        ]
+        captions = columns[args.caption_column]
+        fit = [row for row in range(len(dataset)) if spoken[row] == args.language]
+        if not fit:
+            raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(spoken))}")
+        english = args.language.split("-")[0] == "en"
+        if english:
+            everyone = CaptionRecogniser(captions)
+            fit = [row for row in fit if everyone.knows(captions[row])]
         rows = {kind: [row for row in fit if held[row] == kind] for kind in dict.fromkeys(held)}
         generator = np.random.default_rng(args.seed)
         rows = {kind: generator.permutation(some)[: args.num_samples].tolist() for kind, some in rows.items() if some}
-        chosen = {columns[args.caption_column][row] for some in rows.values() for row in some}
-        recogniser = CaptionRecogniser(sorted(chosen))
+        chosen = {captions[row] for some in rows.values() for row in some}
+        recogniser = CaptionRecogniser(sorted(chosen)) if english else None
         pictures, picture_of = None, []
         if resolution is not None:
             files: dict[bytes, int] = {}
@@ -131,8 +133,12 @@ class SpeechData:
         return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
 
 
-def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, Any]:
-    return share([data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)])
+def recognised(data: SpeechData, title: str, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, dict]:
+    """The share of sounds in which their captions are heard, by a title; nothing without a recogniser."""
+    if data.recogniser is None:
+        return {}
+    hits = [data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)]
+    return {f"{title} recognised": share(hits)}
 
 
 def levels(sounds: Sequence[Any]) -> dict[str, Any]:
@@ -194,7 +200,8 @@ def measure_audio_tokenizer(
 
 
 def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> dict[str, dict]:
-    """Figures by task: of the codec alone, and of all tasks of one segment from one that speak or listen."""
+    """Figures of the codec alone, of each task of one segment from one that speaks or listens, of sounds partly known,
+    and of retrieval."""
     segments = pipeline._segments
     field = {name: one.output_field for name, one in segments.items()}
     audio = next((name for name in sorted(segments) if field[name] == "audios"), None)
@@ -203,25 +210,26 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
     segment: Any = segments[audio]
     rate, own = segment.sampling_rate, segment.beside.sampling_rate
     tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
+    pairs = [task for task in tasks if len(task.generated) == len(task.given) == 1 and audio in task.segments]
     report: dict[str, dict] = {}
     for kind, rows in data.rows.items():
         captions = [data.columns[args.caption_column][row] for row in rows]
         sounds = [read_sound(data.sounds[row], own) for row in rows]
         trips = [one for sound in sounds for one in segment.decode(segment.encode(sound))]
         found = report.setdefault("codec", {})
-        found[f"{kind}, originals recognised"] = recognised(data, sounds, own, captions)
-        found[f"{kind}, round trips recognised"] = recognised(data, trips, rate, captions)
-        found |= {f"{kind}, originals, {name}": value for name, value in levels(sounds).items()}
-        found |= {f"{kind}, round trips, {name}": value for name, value in levels(trips).items()}
-        for task in tasks:
-            if len(task.generated) > 1 or len(task.given) > 1 or audio not in task.segments:
-                continue
+        for name, some, its_rate in (("originals", sounds, own), ("round trips", trips, rate)):
+            found |= recognised(data, f"{kind}, {name}", some, its_rate, captions)
+            found |= {f"{kind}, {name}, {key}": value for key, value in levels(some).items()}
+
+        def values(name: str, rows: list[int] = rows, captions: list[str] = captions, sounds: list = sounds) -> Any:
+            return _values(data, field[name], rows, captions, sounds, args)
+
+        for task in [*pairs, *(task for task in tasks if task.generated == (audio,) and not task.given)]:
             (wanted,), found = task.generated, report.setdefault(str(task), {})
-            passed = {name: _values(data, field[name], rows, captions, sounds, args) for name in task.given}
+            passed = {name: values(name) for name in task.given}
             drawn = sample(pipeline, args, len(rows), f"{task}, {kind}", wanted, passed)
             if wanted == audio:
-                if task.given:
-                    found[f"{kind}, recognised"] = recognised(data, drawn, rate, captions)
+                found |= recognised(data, f"{kind},", drawn, rate, captions) if task.given else {}
                 found |= {f"{kind}, {name}": value for name, value in levels(drawn).items()}
             elif field[wanted] == "texts":
                 found[f"{kind}, exact match"] = equal(drawn, captions)
@@ -234,8 +242,40 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
             blank = np.array([0, 1, 0])
             options = {"mask_image": [blank] * len(rows)}
             filled = sample(pipeline, args, len(rows), f"inpainting, {kind}", audio, {audio: sounds}, **options)
-            found[f"{kind}, middle third blanked, recognised"] = recognised(data, filled, own, captions)
+            found |= recognised(data, f"{kind}, middle third blanked,", filled, own, captions)
+        if any(task.generated == (audio,) and not task.given for task in tasks):
+            found = report.setdefault("repair", {})
+            noisy = [with_bursts(sound, args.seed + row) for sound, row in zip(sounds, rows, strict=True)]
+            clean = sample(pipeline, args, len(rows), f"repair, {kind}", audio, {audio: noisy}, strength=0.5)
+            for title, some, its_rate in (("bursts of noise", noisy, own), ("repaired", clean, rate)):
+                found |= recognised(data, f"{kind}, {title},", some, its_rate, captions)
+        for task in pairs:
+            (given,), (wanted,) = task.given, task.generated
+            if "labels" not in (field[given], field[wanted]):
+                figure = _recall(pipeline, task, values(given), values(wanted), captions, args.batch_size)
+                report.setdefault("retrieval", {})[f"{kind}, {wanted} by {given}, the first is right"] = figure
     return report
+
+
+def with_bursts(sound: np.ndarray, seed: int) -> np.ndarray:
+    """A sound (T,) with four bursts of white noise as loud as its loudest sample, a quarter of its length together."""
+    generator, sound = np.random.default_rng(seed), sound.copy()
+    length = len(sound) // 16
+    for start in generator.integers(0, len(sound) - length + 1, 4):
+        sound[start : start + length] = generator.uniform(-1, 1, length) * np.abs(sound).max()
+    return sound
+
+
+def _recall(
+    pipeline: VQDiTPipeline, task: Task, given: Any, wanted: Any, captions: list[str], batch_size: int
+) -> dict[str, Any]:
+    """Share of given values whose best match has their caption, among all that is wanted, texts and pictures once."""
+    ((query,), (name,)), items = (task.given, task.generated), list(zip(captions, wanted, strict=True))
+    if pipeline._segments[name].output_field != "audios":
+        items = list(dict(items).items())
+    index = pipeline.index(**as_arguments({name: [item for _, item in items]}), query=query, batch_size=batch_size)
+    found = pipeline.retrieve(list(given), index, top_k=1, batch_size=batch_size).indices[:, 0].tolist()
+    return share([items[best][0] == caption for best, caption in zip(found, captions, strict=True)])
 
 
 def _values(data: SpeechData, field: str, rows: list[int], captions: list[str], sounds: list, args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ from datasets import Audio, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training import evaluation_speech
-from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser, levels, spoken_words
+from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser, levels, spoken_words, with_bursts
 
 
 WORDS = ["a red apple", "a blue box", "green", "a dot"]
@@ -64,7 +66,7 @@ def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monke
     run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} {options}")
     report = json.loads((tmp_path / "evaluation_speech.json").read_text())
     tasks = talking_pipeline.transformer.config.tasks
-    assert list(report) == ["codec", *tasks, "inpainting"]
+    assert set(report) == {"codec", *tasks, "inpainting", "repair", "retrieval"}
     # Four of the even rows; of the odd ones those whose caption is known, without the Chinese one.
     for kind, count in (("pair", 4), ("voice", 3)):
         originals = report["codec"][f"{kind}, originals recognised"]
@@ -74,7 +76,53 @@ def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monke
         for task, figure in (("text", "exact match"), ("image", "nearest picture"), ("label", "right")):
             assert 0 <= report[f"sound->{task}"][f"{kind}, {figure}"]["value"] <= 1
         assert report["inpainting"][f"{kind}, middle third blanked, recognised"] == originals
+        assert report["repair"][f"{kind}, bursts of noise, recognised"] == originals
+        assert report["repair"][f"{kind}, repaired, recognised"]["count"] == count
+        found = report["retrieval"]
+        for wanted, given in (("text", "sound"), ("sound", "text"), ("image", "sound"), ("sound", "image")):
+            assert found[f"{kind}, {wanted} by {given}, the first is right"]["count"] == count
     assert "| codec | voice, originals recognised |" in (tmp_path / "evaluation_speech.md").read_text()
+
+
+def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path):
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    options = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table} --num_inference_steps 2"
+    run("evaluate_speech", f"{options} --language zh --output_dir {tmp_path}")
+    report = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    assert report["sound->text"]["voice, exact match"]["count"] == 1 and "pair, level" not in report["->sound"]
+    assert not any("recognised" in name for figures in report.values() for name in figures)
+    with pytest.raises(ValueError, match=r"language='xx' is of no row; there are \['en', 'zh'\]"):
+        run("evaluate_speech", f"{options} --language xx --output_dir {tmp_path}")
+
+
+def test_what_is_found_has_the_caption_of_what_is_asked(monkeypatch):
+    """Of a pipeline that finds what is at the query's own place; texts stand in the gallery once, sounds all."""
+
+    class Finder:
+        _segments = {name: SimpleNamespace(output_field=f"{name}s") for name in ("audio", "text")}
+
+        def index(self, prompt=None, *, inputs=None, query, batch_size):
+            return list(prompt or inputs["audio"])
+
+        def retrieve(self, query, gallery, top_k, batch_size):
+            return SimpleNamespace(indices=torch.tensor([[gallery.index(one)] for one in query]))
+
+    captions = ["b", "a", "b"]
+    asked = {"given": ["a", "a", "b"], "wanted": captions, "captions": captions, "batch_size": 2}
+    assert evaluation_speech._recall(Finder(), Task.parse("audio->text"), **asked)["value"] == pytest.approx(2 / 3)
+    asked |= {"given": [3, 2, 1], "wanted": [1, 2, 3]}
+    assert evaluation_speech._recall(Finder(), Task.parse("text->audio"), **asked)["value"] == 1
+    asked |= {"given": [2, 2, 2]}
+    assert evaluation_speech._recall(Finder(), Task.parse("text->audio"), **asked)["value"] == pytest.approx(1 / 3)
+
+
+def test_bursts_are_as_loud_as_the_sound_and_a_quarter_of_it_at_most():
+    sound = np.linspace(-0.3, 0.5, 1600, dtype=np.float32)
+    noisy = with_bursts(sound, 3)
+    changed = (noisy != sound).mean()
+    assert 1 / 16 < changed <= 1 / 4 and np.abs(noisy).max() <= 0.5 and noisy.dtype == np.float32
+    assert np.array_equal(noisy, with_bursts(sound, 3)) and not np.array_equal(noisy, with_bursts(sound, 4))
+    assert len(with_bursts(sound[:5], 0)) == 5
 
 
 def test_a_pipeline_without_sounds_is_refused(run, pipeline, table, tmp_path, monkeypatch):

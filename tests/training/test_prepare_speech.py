@@ -53,6 +53,10 @@ def test_what_is_held_out_is_not_in_training(prepare, script):
             assert known[row["text"]] and (row["text"], row["voice"]) not in pairs
         if row["held_out"] == "voice":
             assert row["voice"] == voices[row["language"]][-1][0]
+    with pytest.raises(ValueError, match=r"labels=\['fruit'\] are none of .*, whose are \['activities', "):
+        prepare("--labels fruit activities")
+    some = prepare("--labels activities flags --max_captions 90 --sampling_rate 1000")
+    assert set(some["label"]) == {"activities", "flags"} and len(set(some["emoji"])) == 90
     with io.BytesIO(table[0]["audio"]["bytes"]) as file:
         header = soundfile.info(file)
     assert (header.samplerate, header.channels, header.format) == (1000, 1, "FLAC")
