@@ -6,8 +6,9 @@
 
 ``training/evaluate.py`` hands over to this script where ``--audio_column`` is given. Speech is judged by pocketsphinx
 (``pip install pocketsphinx``), which says which of the measured captions it hears: in the recordings, in what the
-codec makes of them, and in what the pipeline says. Figures are for each kind of ``held_out``: captions in another
-voice, voices and captions never heard. In other languages than English there are no figures by it.
+codec makes of them, and in what the pipeline says; other languages than English have no figures by it. Figures are for
+each kind of ``held_out``: captions in another voice, voices and captions never heard. ``evaluation_speech.png`` has
+spectrograms, pictures and texts of the first eight, and the WAV files beside it are what is said of their captions.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.evaluation import add_sampling_arguments
-from diffusers_vqdit.training.evaluation_report import as_table
+from diffusers_vqdit.training.evaluation_report import as_table, draw_rows
 from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path
+from diffusers_vqdit.utils.arguments import argument_parser, font_file, model_name, output_path
+from diffusers_vqdit.utils.provenance import save_generated
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -38,13 +40,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Of the column of this name; the recogniser knows English alone.",
     )
     add_sampling_arguments(parser, num_samples=95)
+    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
     parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
     return parser.parse_args(input_args)
 
 
 def main(args: argparse.Namespace) -> None:
     folder = args.output_dir or Path(args.pretrained_model_name_or_path)
-    files = {"json": folder / "evaluation_speech.json", "md": folder / "evaluation_speech.md"}
+    files = {ending: folder / f"evaluation_speech.{ending}" for ending in ("json", "md", "png")}
     for file in files.values():
         check_output_file("output_dir", file)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
@@ -53,8 +56,12 @@ def main(args: argparse.Namespace) -> None:
     pictures = next((one for one in segments.values() if one.output_field == "images"), None)
     resolution = None if pictures is None else pictures.shape[0] * pictures.vq.downsample_factor
     report = measure_speech(pipeline, SpeechData.load(args, resolution), args)
-    files["json"].write_text(json.dumps(report, indent=2))
-    files["md"].write_text(as_table(report) + "\n")
+    files["json"].write_text(json.dumps(report.figures, indent=2))
+    files["md"].write_text(as_table(report.figures) + "\n")
+    draw_rows(report.rows, args.font).save(files["png"])
+    for index, (caption, sound) in enumerate(report.said):
+        file = folder / f"evaluation_speech-{index}.wav"
+        save_generated(sound, file, sampling_rate=report.sampling_rate, model_id=folder.name, description=caption)
     print(files["md"].read_text())
 
 

@@ -26,6 +26,7 @@ RECOGNISER_RATE = 16_000  # Hz, of its acoustic model
 DITHER, SILENCE = 1e-3, 0.3  # of a full scale, and seconds: it is lost in silence that is all zeros
 BEAMS = {"beam": 1e-80, "wbeam": 1e-60, "pbeam": 1e-80}  # none of the captions is given up early
 CLIPPED = 0.999
+SHOWN = 8  # examples
 
 
 class CaptionRecogniser:
@@ -133,12 +134,12 @@ class SpeechData:
         return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
 
 
-def recognised(data: SpeechData, title: str, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, dict]:
-    """The share of sounds in which their captions are heard, by a title; nothing without a recogniser."""
+def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, dict]:
+    """The share of sounds in which their captions are heard; nothing without a recogniser."""
     if data.recogniser is None:
         return {}
     hits = [data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)]
-    return {f"{title} recognised": share(hits)}
+    return {"recognised": share(hits)}
 
 
 def levels(sounds: Sequence[Any]) -> dict[str, Any]:
@@ -199,9 +200,40 @@ def measure_audio_tokenizer(
     return figures | level_figures(*usage_of_counts(counts)) | {"count": len(sounds)}
 
 
-def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> dict[str, dict]:
+@dataclass
+class SpeechReport:
+    """What was measured, and examples.
+
+    Args:
+        figures: by task.
+        rows: examples by task, as [`~training.evaluation_report.draw_rows`] draws them, sounds as spectrograms.
+        said: captions, and the sounds (T,) that were made of them.
+        sampling_rate: of these sounds.
+    """
+
+    figures: dict[str, dict]
+    rows: list[tuple[str, list[tuple]]]
+    said: list[tuple[str, torch.Tensor]]
+    sampling_rate: int
+
+    def show(self, title: str, contents: Sequence, below: Sequence[str], rate: int | None = None) -> None:
+        """Add a row of pictures, of texts, or of sounds at a rate, and the texts below them."""
+        contents = contents[:SHOWN]
+        cells = contents if rate is None else spectrograms(contents, rate)
+        self.rows.append((title, list(zip(cells, below, strict=False))))
+
+
+def spectrograms(sounds: Sequence[Any], rate: int) -> list[torch.Tensor]:
+    """Log-mel spectrograms of sounds (T,) as grey pictures (3, M, n) in [0, 1], low tones below, of one length."""
+    waveforms = [torch.as_tensor(sound).float().cpu() for sound in sounds]
+    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    pictures = (SpectralLoss(rate).picture(padded).clamp(-1, 1) + 1) / 2
+    return list(pictures.flip(2).expand(-1, 3, -1, -1))
+
+
+def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> SpeechReport:
     """Figures of the codec alone, of each task of one segment from one that speaks or listens, of sounds partly known,
-    and of retrieval."""
+    and of retrieval; examples of the first kind of rows."""
     segments = pipeline._segments
     field = {name: one.output_field for name, one in segments.items()}
     audio = next((name for name in sorted(segments) if field[name] == "audios"), None)
@@ -211,50 +243,78 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
     rate, own = segment.sampling_rate, segment.beside.sampling_rate
     tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
     pairs = [task for task in tasks if len(task.generated) == len(task.given) == 1 and audio in task.segments]
-    report: dict[str, dict] = {}
+    alone = [task for task in tasks if task.generated == (audio,) and not task.given]
+    report = SpeechReport({}, [], [], rate)
     for kind, rows in data.rows.items():
         captions = [data.columns[args.caption_column][row] for row in rows]
         sounds = [read_sound(data.sounds[row], own) for row in rows]
-        trips = [one for sound in sounds for one in segment.decode(segment.encode(sound))]
-        found = report.setdefault("codec", {})
-        for name, some, its_rate in (("originals", sounds, own), ("round trips", trips, rate)):
-            found |= recognised(data, f"{kind}, {name}", some, its_rate, captions)
-            found |= {f"{kind}, {name}, {key}": value for key, value in levels(some).items()}
+        shown = report if kind == next(iter(data.rows)) else SpeechReport({}, [], [], rate)
 
         def values(name: str, rows: list[int] = rows, captions: list[str] = captions, sounds: list = sounds) -> Any:
             return _values(data, field[name], rows, captions, sounds, args)
 
-        for task in [*pairs, *(task for task in tasks if task.generated == (audio,) and not task.given)]:
-            (wanted,), found = task.generated, report.setdefault(str(task), {})
+        def heard(
+            task: str,
+            title: str,
+            some: Sequence[Any],
+            its_rate: int,
+            known: bool = True,
+            kind: str = kind,
+            captions: list[str] = captions,
+            shown: SpeechReport = shown,
+        ) -> None:
+            """What is recognised in sounds, and how loud they are."""
+            hits = recognised(data, some, its_rate, captions) if known else {}
+            found = {**hits, **levels(some)}
+            report.figures.setdefault(task, {}).update({f"{kind}, {title}{name}": one for name, one in found.items()})
+            shown.show(f"{task}, {title}".removesuffix(", "), some, captions if known else [""] * len(some), its_rate)
+
+        heard("codec", "originals, ", sounds, own)
+        heard("codec", "round trips, ", [one for x in sounds for one in segment.decode(segment.encode(x))], rate)
+        for task in [*pairs, *alone]:
+            (wanted,) = task.generated
             passed = {name: values(name) for name in task.given}
             drawn = sample(pipeline, args, len(rows), f"{task}, {kind}", wanted, passed)
             if wanted == audio:
-                found |= recognised(data, f"{kind},", drawn, rate, captions) if task.given else {}
-                found |= {f"{kind}, {name}": value for name, value in levels(drawn).items()}
-            elif field[wanted] == "texts":
-                found[f"{kind}, exact match"] = equal(drawn, captions)
+                heard(str(task), "", drawn, rate, known=bool(task.given))
+                if task.given and field[task.given[0]] == "texts":
+                    shown.said.extend(zip(captions[:SHOWN], drawn, strict=False))
+                continue
+            shown.show(str(task), drawn, captions)
+            name, figure = "exact match", None
+            if field[wanted] == "texts":
+                figure = equal(drawn, captions)
             elif field[wanted] == "labels":
-                found[f"{kind}, right"] = equal(drawn, [data.columns[args.label_column][row] for row in rows])
+                name, figure = "right", equal(drawn, [data.columns[args.label_column][row] for row in rows])
             elif data.pictures is not None:
-                found[f"{kind}, nearest picture"] = share(_nearest(pipeline, data, drawn, rows, args))
+                name, figure = "nearest picture", share(_nearest(pipeline, data, drawn, rows, args))
+            if figure is not None:
+                report.figures.setdefault(str(task), {})[f"{kind}, {name}"] = figure
         if any(task.generated == (audio,) for task in tasks):
-            found = report.setdefault("inpainting", {})
-            blank = np.array([0, 1, 0])
-            options = {"mask_image": [blank] * len(rows)}
-            filled = sample(pipeline, args, len(rows), f"inpainting, {kind}", audio, {audio: sounds}, **options)
-            found |= recognised(data, f"{kind}, middle third blanked,", filled, own, captions)
-        if any(task.generated == (audio,) and not task.given for task in tasks):
-            found = report.setdefault("repair", {})
+            blank = [with_silence(sound) for sound in sounds]
+            options = {"mask_image": [np.array([0, 1, 0])] * len(rows)}
+            filled = sample(pipeline, args, len(rows), f"inpainting, {kind}", audio, {audio: blank}, **options)
+            heard("inpainting", "middle third silent, ", blank, own)
+            heard("inpainting", "filled in, ", filled, rate)
+        if alone:
             noisy = [with_bursts(sound, args.seed + row) for sound, row in zip(sounds, rows, strict=True)]
-            clean = sample(pipeline, args, len(rows), f"repair, {kind}", audio, {audio: noisy}, strength=0.5)
-            for title, some, its_rate in (("bursts of noise", noisy, own), ("repaired", clean, rate)):
-                found |= recognised(data, f"{kind}, {title},", some, its_rate, captions)
+            mended = sample(pipeline, args, len(rows), f"repair, {kind}", audio, {audio: noisy}, strength=0.5)
+            heard("repair", "bursts of noise, ", noisy, own)
+            heard("repair", "repaired, ", mended, rate)
         for task in pairs:
             (given,), (wanted,) = task.given, task.generated
             if "labels" not in (field[given], field[wanted]):
                 figure = _recall(pipeline, task, values(given), values(wanted), captions, args.batch_size)
-                report.setdefault("retrieval", {})[f"{kind}, {wanted} by {given}, the first is right"] = figure
+                name = f"{kind}, {wanted} by {given}, the first is right"
+                report.figures.setdefault("retrieval", {})[name] = figure
     return report
+
+
+def with_silence(sound: np.ndarray) -> np.ndarray:
+    """A sound (T,) without its middle third."""
+    sound = sound.copy()
+    sound[len(sound) // 3 : -(-2 * len(sound) // 3)] = 0
+    return sound
 
 
 def with_bursts(sound: np.ndarray, seed: int) -> np.ndarray:

@@ -15,7 +15,13 @@ from PIL import Image
 
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training import evaluation_speech
-from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser, levels, spoken_words, with_bursts
+from diffusers_vqdit.training.evaluation_speech import (
+    CaptionRecogniser,
+    levels,
+    spoken_words,
+    with_bursts,
+    with_silence,
+)
 
 
 WORDS = ["a red apple", "a blue box", "green", "a dot"]
@@ -59,7 +65,7 @@ def table(audio_codecs, tmp_path):
     return tmp_path / "speech.parquet"
 
 
-def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monkeypatch):
+def test_every_task_has_its_figure(run, talking_pipeline, audio_codecs, table, tmp_path, monkeypatch):
     talking_pipeline.save_pretrained(tmp_path / "pipe")
     monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
     options = f"--dataset_name {table} --num_samples 4 --num_inference_steps 2 --output_dir {tmp_path}"
@@ -69,19 +75,23 @@ def test_every_task_has_its_figure(run, talking_pipeline, table, tmp_path, monke
     assert set(report) == {"codec", *tasks, "inpainting", "repair", "retrieval"}
     # Four of the even rows; of the odd ones those whose caption is known, without the Chinese one.
     for kind, count in (("pair", 4), ("voice", 3)):
-        originals = report["codec"][f"{kind}, originals recognised"]
-        assert originals["count"] == count and originals == report["codec"][f"{kind}, round trips recognised"]
+        originals = report["codec"][f"{kind}, originals, recognised"]
+        assert originals["count"] == count and originals == report["codec"][f"{kind}, round trips, recognised"]
         assert f"{kind}, recognised" in report["text->sound"] and f"{kind}, recognised" in report["image->sound"]
         assert f"{kind}, recognised" not in report["->sound"] and report["->sound"][f"{kind}, level"]["unit"] == "dB"
         for task, figure in (("text", "exact match"), ("image", "nearest picture"), ("label", "right")):
             assert 0 <= report[f"sound->{task}"][f"{kind}, {figure}"]["value"] <= 1
-        assert report["inpainting"][f"{kind}, middle third blanked, recognised"] == originals
+        assert report["inpainting"][f"{kind}, middle third silent, recognised"] == originals
+        assert report["inpainting"][f"{kind}, filled in, recognised"] == originals
         assert report["repair"][f"{kind}, bursts of noise, recognised"] == originals
         assert report["repair"][f"{kind}, repaired, recognised"]["count"] == count
         found = report["retrieval"]
         for wanted, given in (("text", "sound"), ("sound", "text"), ("image", "sound"), ("sound", "image")):
             assert found[f"{kind}, {wanted} by {given}, the first is right"]["count"] == count
-    assert "| codec | voice, originals recognised |" in (tmp_path / "evaluation_speech.md").read_text()
+    assert "| codec | voice, originals, recognised |" in (tmp_path / "evaluation_speech.md").read_text()
+    assert Image.open(tmp_path / "evaluation_speech.png").height > 112 * (len(tasks) + 6)
+    made, rate = audio_codecs.soundfile.read(tmp_path / "evaluation_speech-3.wav")
+    assert rate == 1600 and made.ndim == 1 and not (tmp_path / "evaluation_speech-4.wav").exists()
 
 
 def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path):
@@ -123,6 +133,23 @@ def test_bursts_are_as_loud_as_the_sound_and_a_quarter_of_it_at_most():
     assert 1 / 16 < changed <= 1 / 4 and np.abs(noisy).max() <= 0.5 and noisy.dtype == np.float32
     assert np.array_equal(noisy, with_bursts(sound, 3)) and not np.array_equal(noisy, with_bursts(sound, 4))
     assert len(with_bursts(sound[:5], 0)) == 5
+
+
+def test_the_middle_third_is_silenced_and_nothing_else():
+    for length in (3, 7, 300):
+        sound = np.ones(length, np.float32)
+        silent = with_silence(sound) == 0
+        assert sound.all() and silent[length // 3] and not silent[0] and not silent[-1]
+        assert abs(silent.mean() - 1 / 3) < 2 / length
+
+
+def test_spectrograms_show_low_tones_below():
+    tones = [np.sin(2 * np.pi * hertz * np.arange(n) / 8000) for hertz, n in ((100, 4000), (3000, 8000))]
+    low, high = evaluation_speech.spectrograms(tones, 8000)
+    assert low.shape == high.shape and low.shape[0] == 3 and 0 <= low.min() and low.max() <= 1
+    bands = low.shape[1]
+    assert low[0, :, 4].argmax() > 0.9 * bands and high[0, :, 4].argmax() < 0.3 * bands
+    assert low[0, :, -4].max() < 0.2 < high[0, :, -4].max()  # what is after the shorter sound is silence
 
 
 def test_a_pipeline_without_sounds_is_refused(run, pipeline, table, tmp_path, monkeypatch):
