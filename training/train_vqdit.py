@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.pipelines.segment_base import ENCODERS, LABEL
+from diffusers_vqdit.pipelines.segment_base import ENCODERS, LABEL, TEXT
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -56,6 +56,7 @@ from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
     add_encoder_arguments,
     add_text_tokenizer_argument,
+    has_captions,
     load_encoders,
 )
 from diffusers_vqdit.training.sharding import evaluated
@@ -78,6 +79,9 @@ logger = get_logger(__name__)
 
 PROJECT = "vqdit"  # of the trackers
 TASKS = "text->image:3,image->text:2,->image:0.5"
+# A label is one code: what a picture says of it is little a step, and takes more steps than the picture does.
+LABELLED = "text->image:2,image->text:2,->image:0.5,label->image:1,image->label:3"
+LABELS_ALONE = "label->image:3,image->label:3,->image:0.5"
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -105,8 +109,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data = add_codes_arguments(parser)
     data.add_argument(
         "--tasks",
-        help=f"Tasks and their weights, by default {TASKS}, or those of a pretrained model that "
-        "doesn't know all of these. Guidance needs the unconditional task of what is "
+        help=f"Tasks and their weights, by default {TASKS}, with labels {LABELLED}, or those of a pretrained "
+        "model that doesn't know all of the first. Guidance needs the unconditional task of what is "
         "generated, such as ->image. Besides image, image_lowres, text, label and what --segment names, a task may "
         "name any column of texts. A list that begins with an arrow needs the equals sign: "
         "--tasks='->text:1,text->image:2'.",
@@ -148,8 +152,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
-    if args.tasks is None and args.resume_from_checkpoint is None and args.pretrained_model_name_or_path is None:
-        args.tasks = TASKS
+    if args.tasks is None and not (
+        args.resume_from_checkpoint or args.pretrained_model_name_or_path or args.codes_dir
+    ):
+        args.tasks = default_tasks(args)
     refuse_unused_arguments(parser, args)
     return args
 
@@ -234,12 +240,23 @@ def main(args: argparse.Namespace) -> None:
         train(args, accelerator, run)
 
 
-def default_tasks(checkpoint: Path | None, pretrained: VQDiTTransformer2DModel | None) -> str:
-    """The tasks where ``--tasks`` gives none: those of the run that goes on, or `TASKS`, or all of a pretrained
-    transformer that doesn't know these."""
+def default_tasks(
+    args: argparse.Namespace, checkpoint: Path | None = None, pretrained: VQDiTTransformer2DModel | None = None
+) -> str:
+    """The tasks where ``--tasks`` gives none: those of the run that goes on, those of captioned or labelled pictures by
+    what there is, or all of a pretrained transformer that doesn't know those of captions."""
     kept = {} if checkpoint is None else read_manifest(checkpoint).identity
     if kept.get("script") == "train_vqdit":  # a run of another one is refused later
         return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
+    names = {LABEL} if args.label_column is not None else set()
+    if pretrained is not None:
+        names |= {TEXT} & set(pretrained.config.segments)
+    elif args.codes_dir is not None:
+        names |= set(CodeDataset(args.codes_dir).segments)
+    elif has_captions(args):
+        names |= {TEXT}
+    if LABEL in names:
+        return LABELLED if TEXT in names else LABELS_ALONE
     known = pretrained.config.tasks if pretrained is not None else None
     usual = {str(task) for task, _ in parse_tasks(TASKS)}
     return TASKS if not known or usual <= set(known) else ",".join(known)
@@ -276,7 +293,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     parts = load_components(args)
     if args.tasks is None:
-        args.tasks = default_tasks(checkpoint, parts["transformer"])
+        args.tasks = default_tasks(args, checkpoint, parts["transformer"])
     tasks = parse_tasks(args.tasks)
     names = {name for task, _ in tasks for name in task.segments}
     if args.rank is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,17 +106,37 @@ def test_tasks_are_those_of_the_run_that_goes_on(script, tmp_path):
     weights = {"text->image": 0.1 + 0.2, "->image": 1.0, "image+text->label": 1e-7}
     identity = {"script": "train_vqdit", "tasks": weights}
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, identity=identity)
-    assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(checkpoint, None))} == weights
+    args = train.parse_args("--train_data_dir x --image_vq y --text_vq z".split())
+    assert args.tasks == train.TASKS
+    assert {str(task): weight for task, weight in parse_tasks(train.default_tasks(args, checkpoint))} == weights
     other = save_checkpoint(Accelerator(), tmp_path, 4, identity={"script": "distill_vqdit", "tasks": "->image"})
-    assert train.default_tasks(other, None) == train.default_tasks(None, None) == train.TASKS
+    assert train.default_tasks(args, other) == train.default_tasks(args) == train.TASKS
     known = ["->image", "text->image", "image->text"]
     sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
     segments = {"image": {"vocab_size": 4, "shape": [2, 2]}, "text": {"vocab_size": 4, "shape": [3]}}
     for tasks, found in ((known, train.TASKS), (known[:2], "->image,text->image"), (["->text"], "->text")):
         pretrained = VQDiTTransformer2DModel(**sizes, segments=segments, tasks=tasks)
-        assert train.default_tasks(None, pretrained) == train.default_tasks(other, pretrained) == found
+        assert train.default_tasks(args, None, pretrained) == train.default_tasks(args, other, pretrained) == found
     new = {str(task): weight for task, weight in parse_tasks(train.TASKS)}
     assert list(new) == ["text->image", "image->text", "->image"] and new["image->text"] > new["->image"]
+
+
+def test_labels_are_learned_where_the_data_have_them(script, monkeypatch):
+    train = script("train_vqdit")
+    labelled, alone = train.LABELLED, train.LABELS_ALONE
+    for given, tasks in (("--text_vq z", labelled), ("--text_tokenizer gpt2", labelled), ("", alone)):
+        options = f"--train_data_dir x --image_vq y {given} --label_column kind"
+        assert train.parse_args(options.split()).tasks == tasks
+    assert train.parse_args([*options.split(), "--tasks", "image->label"]).tasks == "image->label"
+    sizes = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
+    segments = {"image": {"vocab_size": 4, "shape": [2, 2]}, "text": {"vocab_size": 4, "shape": [3]}}
+    pretrained = VQDiTTransformer2DModel(**sizes, segments=segments, tasks=["text->image", "image->text", "->image"])
+    args = train.parse_args("--train_data_dir x --pretrained_model_name_or_path y --label_column kind".split())
+    assert args.tasks is None and train.default_tasks(args, None, pretrained) == labelled
+    for names, tasks in (("label", alone), ("text label", labelled), ("text", train.TASKS)):
+        monkeypatch.setattr(train, "CodeDataset", lambda _, names=names: SimpleNamespace(segments=names.split()))
+        args = train.parse_args("--codes_dir x --image_vq y".split())
+        assert args.tasks is None and train.default_tasks(args) == tasks
 
 
 def test_batches_go_on_where_the_steps_stopped():

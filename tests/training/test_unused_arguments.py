@@ -199,7 +199,7 @@ CASES = [
     ("train_vqdit", "--text_vq x --tasks ->text", "--label_column label", "a task of 'label'"),
     ("train_vqdit", "--tasks label->image", "--caption_column title", "a task of 'text'"),
     ("train_vqdit", "--text_vq x --tasks ->text", "--image_augmentations 2", "a task of 'image'"),
-    ("train_vqdit", "", "--label_column label", "a task of 'label'"),  # of the tasks by default
+    ("train_vqdit", "--label_column label", "--caption_column title", "a task of 'text'"),  # of the tasks by default
     ("train_vqdit", "", "--max_text_length 9", "--text_tokenizer"),
     ("encode_dataset", "", "--image_augmentations 2", "--image_vq"),
     ("encode_dataset", "--text_vq x", "--audio_codebooks 2", "--segment"),
