@@ -243,8 +243,11 @@ def main(args: argparse.Namespace) -> None:
 def default_tasks(
     args: argparse.Namespace, checkpoint: Path | None = None, pretrained: VQDiTTransformer2DModel | None = None
 ) -> str:
-    """The tasks where ``--tasks`` gives none: those of the run that goes on, those of captioned or labelled pictures by
-    what there is, or all of a pretrained transformer that doesn't know those of captions."""
+    """The tasks where ``--tasks`` gives none.
+
+    Those of the run that goes on; or those of captioned or labelled pictures, by what the data have; or all of a
+    pretrained transformer that doesn't know those of captions.
+    """
     kept = {} if checkpoint is None else read_manifest(checkpoint).identity
     if kept.get("script") == "train_vqdit":  # a run of another one is refused later
         return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
