@@ -13,7 +13,7 @@ from ..utils.distributed import process_rank
 from .data import MAX_NAMED
 from .draws import step_generator
 from .image_reader import ImageReader
-from .table_files import Splits, check_files, loading, stream_of
+from .table_files import Splits, check_files, compare_files, loading, stream_of
 
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,14 @@ class ImageStream(ImageReader):
 def open_pictures(splits: Splits, split: str, column: str) -> Any:
     """[`picture_stream`] of a split of [`~training.data.load_splits`], which reads no other columns of parquet files.
 
+    All processes must call it.
+
     Raises:
-        ValueError: also if the column is missing, or of a type that can't be read, in a file that lies here.
+        ValueError: also if the column is missing, or of a type that can't be read, in a file that lies here, or if
+            processes find different files.
     """
     picture_stream(splits[split], column)
+    compare_files(splits, split)
     check_files(splits, split, splits[split].features, [column])
     return picture_stream(stream_of(splits.builder, split, [column]), column)
 

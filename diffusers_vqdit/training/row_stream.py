@@ -25,6 +25,7 @@ from .table_files import (
     Splits,
     check_files,
     check_schema,
+    compare_files,
     loading,
     split_of,
     stream_of,
@@ -120,11 +121,12 @@ class RowStream:
             files: columns of files, with what reads them: once now where it measures them, and later to encode them.
 
         Raises:
-            ValueError: if there are no rows, or none of the split.
+            ValueError: if there are no rows, or none of the split, or if processes find different files.
         """
         from datasets import Dataset, concatenate_datasets
 
         listed = [name for name in dict.fromkeys(columns) if name not in files]
+        compare_files(self.splits, self.source)
         self.check([*listed, *files])
         measured = [name for name, reader in files.items() if reader.measure is not None]
         identity = hashlib.sha256(json.dumps([self.identity, listed, list(files), measured]).encode()).hexdigest()

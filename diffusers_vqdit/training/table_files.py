@@ -2,6 +2,8 @@
 
 import copy
 import glob
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..utils.checks import shown
+from ..utils.distributed import from_all_processes
+from .data_identity import file_identity
 
 
 logger = logging.getLogger(__name__)
@@ -152,6 +156,27 @@ def check_files(splits: Splits, split: str, features: Mapping[str, Any], columns
         if Path(path).is_file():
             with loading(f"dataset_name={shown(splits.dataset_name)} can't be read"):
                 check_schema(splits.builder, path, features, columns)
+
+
+def compare_files(splits: Splits, split: str) -> None:
+    """See that all processes, which must call it, read the same files of a split of streams: by the names and sizes of
+    those that lie here, which may be copies on several machines, and the revision of a repository.
+
+    Raises:
+        ValueError: on all processes, if one reads others than the first.
+    """
+    files = splits.builder.config.data_files[split]
+    content = [file_identity(path, times=False) for path in files]
+    content += [] if all(Path(path).is_file() for path in files) else [files.origin_metadata]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    found = from_all_processes((digest, len(files), files[0]))
+    for rank, (other, count, first) in enumerate(found):
+        if other != found[0][0]:
+            raise ValueError(
+                f"dataset_name={shown(splits.dataset_name)}: the processes read different files of the split "
+                f"{split!r}: process 0 has {found[0][1]} from {found[0][2]!r} on, process {rank} has {count} from "
+                f"{first!r} on, of other names, sizes or revisions; start them again once the data stay as they are"
+            )
 
 
 def stream_of(builder: Any, split: str, columns: Sequence[str]) -> Any:
