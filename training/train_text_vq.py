@@ -10,6 +10,7 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts, warn_of_cut
+from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
@@ -40,7 +41,7 @@ from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
-from diffusers_vqdit.utils.texts import in_parts, tokenize_to_length
+from diffusers_vqdit.utils.texts import cut_warning, in_parts, tokenize_to_length
 
 
 logger = get_logger(__name__)
@@ -159,11 +160,18 @@ def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: in
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Texts, length: int) -> torch.LongTensor:
-    """Tokens (N, length) of all captions, some at a time."""
+    """Tokens (N, length) of all captions, some at a time, and one warning of those that are cut."""
     tokens, start = torch.empty(len(captions), length, dtype=torch.long), 0
-    for part in in_parts(captions, READ_ROWS):
-        tokens[start : start + len(part)] = tokenize_to_length(tokenizer, part, length)[0]
-        start += len(part)
+
+    def counted() -> Iterator[tuple[list[str], list[int]]]:
+        nonlocal start
+        for part in in_parts(captions, READ_ROWS):
+            tokens[start : start + len(part)], _, counts = tokenize_to_length(tokenizer, part, length)
+            start += len(part)
+            yield part, counts
+
+    if warning := cut_warning(counted(), length, f"captions have more than max_length={length} tokens and"):
+        logger.warning(warning)
     return tokens
 
 
@@ -238,7 +246,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Captions, tokenizer, model
     captions, held_out = load_captions(args)
     model, tokenizer = build_model(args, captions)
-    warn_of_cut(captions, tokenizer, model.config.max_length)
     tokens = tokenize(tokenizer, captions, model.config.max_length)
     if args.pack_captions:
         tokens = pack_captions(tokens, tokenizer.pad_token_id, model.config.downsample_factor)
