@@ -177,9 +177,8 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Texts, length: int) -
 
 def build_model(args: argparse.Namespace, captions: Texts) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     if args.pretrained_model_name_or_path is not None:
-        model, tokenizer = load_text_vq(
-            args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32
-        )
+        name, argument = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+        model, tokenizer = load_text_vq(name, argument=argument, cache_dir=args.cache_dir, torch_dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(captions, args.tokenizer_vocab_size, args.max_length)
         model = TextVQModel(

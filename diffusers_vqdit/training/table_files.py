@@ -206,8 +206,8 @@ def loading(problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reasons: list[BaseException] = [error]
-        while (cause := reasons[-1].__cause__) is not None:
-            reasons.append(cause)
-        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
+        told, cause = str(error), error.__cause__
+        while cause is not None:
+            told += "" if str(cause) in told else f": {cause}"
+            cause = cause.__cause__
         raise ValueError(f"{problem}: {told}") from error
