@@ -113,8 +113,8 @@ def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
                 f"language={args.language!r} is of no row; there are {sorted(map(str, set(dataset['language'])))}"
             )
     dataset = dataset.select(rows[: args.max_samples])
-    values = dataset.cast_column(args.audio_column, Audio(decode=False))[args.audio_column]
-    sounds = [read_sound(value, extractor.sampling_rate) for value in values]
+    values = dataset.select_columns(args.audio_column).cast_column(args.audio_column, Audio(decode=False))
+    sounds = (read_sound(row[args.audio_column], extractor.sampling_rate) for row in values)  # one after the other
     said = list(dataset[captions[0]]) if captions else None
     return measure_audio_tokenizer(codec.to(accelerator.device), extractor, sounds, said)
 
