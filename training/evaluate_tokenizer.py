@@ -21,17 +21,18 @@ from accelerate import Accelerator
 from datasets import Audio
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.pipelines.audio_codecs import load_audio_codec
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.training.evaluation_speech import measure_audio_tokenizer
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
+from diffusers_vqdit.training.table_files import loading
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, measure_text_tokenizer
-from diffusers_vqdit.training.tokenizers import load_text_vq
+from diffusers_vqdit.training.tokenizers import load_codec, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
+from diffusers_vqdit.utils.checks import shown
 from diffusers_vqdit.utils.sounds import read_sound
 from diffusers_vqdit.utils.texts import caption_lists
 
@@ -80,7 +81,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def measure_texts(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
     name = args.tokenizer if args.subfolder is None else f"{args.tokenizer}/{args.subfolder}"
-    model, tokenizer = load_text_vq(name)
+    model, tokenizer = load_text_vq(name, argument="tokenizer")
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -95,7 +96,7 @@ def measure_texts(args: argparse.Namespace, accelerator: Accelerator) -> dict[st
 
 def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
     name = args.tokenizer if args.subfolder is None else f"{args.tokenizer}/{args.subfolder}"
-    codec, extractor = load_audio_codec(name)
+    codec, extractor = load_codec(name, argument="tokenizer")
     captions, languages = args.caption_columns[:1] * args.recognise, ["language"] * (args.language is not None)
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
@@ -112,8 +113,8 @@ def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
                 f"language={args.language!r} is of no row; there are {sorted(map(str, set(dataset['language'])))}"
             )
     dataset = dataset.select(rows[: args.max_samples])
-    values = dataset.cast_column(args.audio_column, Audio(decode=False))[args.audio_column]
-    sounds = [read_sound(value, extractor.sampling_rate) for value in values]
+    values = dataset.select_columns(args.audio_column).cast_column(args.audio_column, Audio(decode=False))
+    sounds = (read_sound(row[args.audio_column], extractor.sampling_rate) for row in values)  # one after the other
     said = list(dataset[captions[0]]) if captions else None
     return measure_audio_tokenizer(codec.to(accelerator.device), extractor, sounds, said)
 
@@ -161,7 +162,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output_file is not None and accelerator.is_main_process:
         check_output_file("output_file", args.output_file)
     # A codec of transformers has no such entry.
-    kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder).get("_class_name", "codec")
+    with loading(f"tokenizer={shown(args.tokenizer)} can't be loaded"):
+        kind = ImageVQModel.load_config(args.tokenizer, subfolder=args.subfolder).get("_class_name", "codec")
     measure = {"TextVQModel": measure_texts, "codec": measure_sounds, "SpectrogramVQModel": measure_sounds}
     found = measure.get(kind, measure_images)
     used = {name for name in FLAGS[found] if name != "caption_columns" or args.recognise or found is measure_texts}

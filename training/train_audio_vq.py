@@ -27,7 +27,7 @@ from accelerate.logging import get_logger
 from transformers import EncodecFeatureExtractor
 
 from diffusers_vqdit import SpectrogramVQModel
-from diffusers_vqdit.pipelines.audio_codecs import decode_waveform, load_audio_codec
+from diffusers_vqdit.pipelines.audio_codecs import decode_waveform
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.adversarial import ADVERSARIAL_IDENTITY, Adversary, add_adversarial_arguments
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
@@ -40,6 +40,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.tokenizers import load_codec
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
@@ -140,7 +141,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def build_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The codec that is trained, a new one or a pretrained one, and its feature extractor."""
     if args.pretrained_model_name_or_path is not None:
-        return load_audio_codec(args.pretrained_model_name_or_path, args.cache_dir, frozen=False)
+        name, argument = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+        return load_codec(name, argument=argument, cache_dir=args.cache_dir, frozen=False)
     options = {name: getattr(args, name) for name in (*SPECTROGRAM, *SIZES, *CODEBOOK)}
     model = SpectrogramVQModel(**options, log_mel_range=tuple(args.log_mel_range))
     return model, EncodecFeatureExtractor(sampling_rate=args.sampling_rate)

@@ -151,7 +151,8 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
 
 def build_model(args: argparse.Namespace) -> ImageVQModel:
     if args.pretrained_model_name_or_path is not None:
-        model = load_image_vq(args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32)
+        options = {"argument": "pretrained_model_name_or_path", "cache_dir": args.cache_dir}
+        model = load_image_vq(args.pretrained_model_name_or_path, **options, torch_dtype=torch.float32)
     else:
         levels = len(args.block_out_channels)
         model = ImageVQModel(

@@ -10,6 +10,7 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
 from diffusers_vqdit.training.byte_pairs import train_tokenizer
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
-from diffusers_vqdit.training.columns import warn_of_cut
+from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import save_pretrained_atomically
@@ -40,7 +41,7 @@ from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
-from diffusers_vqdit.utils.texts import caption_lists, tokenize_to_length
+from diffusers_vqdit.utils.texts import cut_warning, in_parts, tokenize_to_length
 
 
 logger = get_logger(__name__)
@@ -121,7 +122,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
     """The captions of the training split, and those that validation measures."""
     splits = load_splits(
         dataset_name=args.dataset_name,
@@ -133,10 +134,9 @@ def load_captions(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
 
-    def read(split: str) -> list[str]:
+    def read(split: str) -> Texts:
         dataset = take_split(splits, split, columns=args.caption_columns, max_samples=args.max_train_samples)
-        lists = [caption_lists(dataset[column], column) for column in args.caption_columns]
-        return [text for column in lists for row in column for text in row]
+        return Texts([CaptionColumn(dataset, column) for column in args.caption_columns])
 
     captions = read("train")
     return captions, captions if args.validation_split == "none" else read(args.validation_split)
@@ -159,11 +159,26 @@ def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: in
     return torch.stack(rows)
 
 
-def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Texts, length: int) -> torch.LongTensor:
+    """Tokens (N, length) of all captions, some at a time, and one warning of those that are cut."""
+    tokens, start = torch.empty(len(captions), length, dtype=torch.long), 0
+
+    def counted() -> Iterator[tuple[list[str], list[int]]]:
+        nonlocal start
+        for part in in_parts(captions, READ_ROWS):
+            tokens[start : start + len(part)], _, counts = tokenize_to_length(tokenizer, part, length)
+            start += len(part)
+            yield part, counts
+
+    if warning := cut_warning(counted(), length, f"captions have more than max_length={length} tokens and"):
+        logger.warning(warning)
+    return tokens
+
+
+def build_model(args: argparse.Namespace, captions: Texts) -> tuple[TextVQModel, PreTrainedTokenizerFast]:
     if args.pretrained_model_name_or_path is not None:
-        model, tokenizer = load_text_vq(
-            args.pretrained_model_name_or_path, cache_dir=args.cache_dir, torch_dtype=torch.float32
-        )
+        name, argument = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+        model, tokenizer = load_text_vq(name, argument=argument, cache_dir=args.cache_dir, torch_dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(captions, args.tokenizer_vocab_size, args.max_length)
         model = TextVQModel(
@@ -192,7 +207,7 @@ def build_model(args: argparse.Namespace, captions: list[str]) -> tuple[TextVQMo
 
 
 @torch.no_grad()
-def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> dict[str, float]:
+def validate(model: TextVQModel, tokenizer: PreTrainedTokenizerFast, captions: Texts) -> dict[str, float]:
     """Share of captions that come back exactly as text."""
     figures = measure_text_tokenizer(model, tokenizer, {"captions": captions})
     model.train()
@@ -203,7 +218,7 @@ def publish(
     args: argparse.Namespace,
     model: TextVQModel,
     tokenizer: PreTrainedTokenizerFast,
-    held_out: list[str],
+    held_out: Texts,
     step: int | None = None,
 ) -> None:
     """Save the model and its card, and push them where that is asked for."""
@@ -230,8 +245,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Captions, tokenizer, model
     captions, held_out = load_captions(args)
     model, tokenizer = build_model(args, captions)
-    warn_of_cut(captions, tokenizer, model.config.max_length)
-    tokens = tokenize_to_length(tokenizer, captions, model.config.max_length)[0]
+    tokens = tokenize(tokenizer, captions, model.config.max_length)
     if args.pack_captions:
         tokens = pack_captions(tokens, tokenizer.pad_token_id, model.config.downsample_factor)
     captions_a_row = len(captions) / len(tokens)

@@ -35,6 +35,7 @@ def load_audio_codec(name: str, cache_dir: str | None = None, *, frozen: bool = 
         codec = SpectrogramVQModel.from_pretrained(source, subfolder=folder or None, cache_dir=cache_dir)
     else:
         codec = AutoModel.from_pretrained(source, config=AutoConfig.from_pretrained(source, **options), **options)
+    check_codec(codec)
     own = f"{folder}/{EXTRACTOR_FILE}" if folder else EXTRACTOR_FILE
     place: tuple[str, str] | None = (source, folder)
     if not has_file(source, own, cache_dir):
@@ -45,7 +46,6 @@ def load_audio_codec(name: str, cache_dir: str | None = None, *, frozen: bool = 
         extractor = EncodecFeatureExtractor(sampling_rate=codec.config.sampling_rate)
     else:
         raise ValueError(f"audio_codec={name!r} has no feature extractor ({EXTRACTOR_FILE}) in its folder")
-    check_codec(codec)
     return (codec.eval().requires_grad_(False) if frozen else codec), extractor
 
 

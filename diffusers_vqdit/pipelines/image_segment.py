@@ -32,6 +32,9 @@ from .check_inputs import MAX_SIDE
 from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
 
+MAX_CUT = 0.05  # of a picture's area, that is cropped without a word
+
+
 class ImageReader(ColumnReader):
     """A column of pictures. Takes ``"resolution"``, or ``"buckets"`` of [height, width] in pixels; ``"resize_mode"``,
     ``"interpolation"``, ``"augmentations"``, and ``"lowres_of"`` with ``"factor"``."""
@@ -95,6 +98,14 @@ class ImageReader(ColumnReader):
             return nearest_bucket(image_size(self.dataset[row][self.column]), self.sizes)
         except Exception:  # of any kind, as in `read`, which tells it
             return 0
+
+    def is_cut(self, row: int) -> bool:
+        """Whether a crop takes more than a share of `MAX_CUT` of the picture's area."""
+        if self.resize_mode != "crop":
+            return False
+        (height, width), size = image_size(self.dataset[row][self.column]), self.sizes[self.group]
+        scale = max(size[0] / height, size[1] / width)
+        return size[0] * size[1] < (1 - MAX_CUT) * height * width * scale**2
 
     def read(self, row: int) -> torch.Tensor:
         """uint8 (C, height, width)."""

@@ -314,8 +314,11 @@ class InputsMixin(PromptMixin, SizesMixin):
     @property
     def hub_task(self) -> str:
         """The Hub's name of what the checkpoint does, for its card."""
+        return self._hub_task_of(self.transformer.config.tasks or [])
+
+    def _hub_task_of(self, tasks: Iterable[str]) -> str:
         kinds = {name: one.given_field or one.output_field for name, one in self._segments.items()}
-        return hub_task_of(self.transformer.config.tasks or [], kinds)
+        return hub_task_of(tasks, kinds)
 
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:
         """Raise a ValueError unless the checkpoint knows the task and has the tokenizers of its segments."""

@@ -149,6 +149,10 @@ class ColumnReader(ABC):
         """Readers with an equal one read the same values, which are then read once."""
         return type(self), self.column
 
+    def is_cut(self, row: int) -> bool:
+        """Whether reading the value of a row loses a part of it that its owner may miss."""
+        return False
+
     def group_of(self, row: int) -> int:
         """The group that a row's value belongs to, in [0, num_groups)."""
         return 0

@@ -1,5 +1,6 @@
 """Texts of any length as segments: token ids of a transformers tokenizer, generated block by block."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
-from ..utils.texts import in_parts, texts_of
+from ..utils.texts import cut_warning, in_parts, texts_of
 from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
 from .segment_base import ENCODERS, EncodedValue
 from .text_segment import TextReader, TextSegment
@@ -53,20 +54,21 @@ class TokenReader(TextReader):
         self.has_variants = False
 
     def _check_texts(self) -> list[str]:
-        longest = cut = total = 0
-        for part in in_parts(self.texts(), 1024):
-            counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, part)]
-            longest, total = max(longest, *counts), total + len(counts)
-            cut += sum(count > (self.limit or count) for count in counts)
+        longest = 0
+
+        def counted() -> Iterator[tuple[list[str], list[int]]]:
+            nonlocal longest
+            for part in in_parts(self.texts(), 1024):
+                counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, part)]
+                longest = max(longest, *counts)
+                yield part, counts
+
+        problem = f"texts have more than max_text_length={self.limit} tokens with their end, and"
+        warning = cut_warning(counted(), self.limit or math.inf, problem)
         longest = min(longest, self.limit or longest)
         self.shape = [-(-longest // self.block_length) * self.block_length]
         self.geometry = {"block_length": self.block_length}
-        if not cut:
-            return []
-        return [
-            f"column {self.column!r}: {cut} of {total} texts have more than max_text_length={self.limit} tokens "
-            "with their end, and are cut"
-        ]
+        return [f"column {self.column!r}: {warning}"] if warning else []
 
     @property
     def vocab_size(self) -> int:

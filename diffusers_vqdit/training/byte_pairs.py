@@ -21,10 +21,10 @@ def text_normalizer(lower_case: bool, keep_spaces: bool = False) -> normalizers.
     return normalizers.Sequence([*steps, *([normalizers.Lowercase()] if lower_case else [])])
 
 
-def train_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of captions with a token for padding and one for a blank to fill in.
 
-    It gives texts back as its normaliser writes them, in lower case where all captions are.
+    It gives texts back as its normaliser writes them, in lower case where all captions are, which are read twice.
     """
     normalizer = text_normalizer(lower_case=all(text == text.lower() for text in captions))
     special = {"pad_token": PAD, "mask_token": BLANK}

@@ -50,6 +50,20 @@ class CaptionColumn(Sequence[list[str]]):
         return taken
 
 
+class Texts(Iterable[str]):
+    """All texts of columns of captions, one column after the other, read anew each time."""
+
+    def __init__(self, columns: Sequence[Iterable[list[str]]]) -> None:
+        self.columns = columns
+        self.count = sum(len(texts) for column in columns for texts in column)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[str]:
+        return texts_in_order(self.columns)
+
+
 def texts_in_order(columns: Iterable[Iterable[list[str]]]) -> Iterator[str]:
     """All texts of columns, one column after the other."""
     return (text for column in columns for texts in column for text in texts)

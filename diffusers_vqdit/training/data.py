@@ -49,7 +49,7 @@ def load_splits(
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
     streaming: bool = False,
-) -> dict:
+) -> Splits:
     """All splits of a source, each a `datasets.Dataset`; the arguments are those of [`load_training_dataset`].
 
     Where the data comes as one table with a ``split`` column, its values are the splits.
@@ -98,7 +98,7 @@ def load_splits(
         options = _PARQUET if local and kinds_of_tables(Path(dataset_name)) == {".parquet"} else {}
         loaded = (source, dataset_config_name)
     if loaded:
-        with loading(str(dataset_name), problem):
+        with loading(f"dataset_name={shown(str(dataset_name))} {problem}"):
             if streaming:
                 builder = load_dataset_builder(*loaded, cache_dir=cache_dir, **options)
                 table = builder.as_streaming_dataset()
@@ -184,7 +184,7 @@ def take_split(
     image_columns = _listed(image_column)
     if getattr(splits, "builder", None) is not None:
         stream = RowStream(splits, split, max_samples)
-        _check_columns([*columns, *image_columns], stream.column_names)
+        stream.check([*columns, *image_columns])
         for column in image_columns:
             as_picture_column(stream.blank(column), column)
         return stream

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..pipelines.image_segment import MAX_CUT
 from ..pipelines.segment_base import ColumnReader, SegmentColumn, bucket_shape
 from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
 from ..utils.distributed import process_rank
@@ -39,6 +40,7 @@ class Part:
         problems: why the others can't be.
         column: of the last of them.
         digest: the sum of the rows' SHA-256.
+        cut: rows of which a part is lost.
     """
 
     shard: int
@@ -50,6 +52,7 @@ class Part:
     problems: list[str] = field(default_factory=list)
     column: str | None = None
     digest: int = 0
+    cut: int = 0
 
 
 class DatasetEncoder(Dataset):
@@ -176,6 +179,7 @@ class DatasetEncoder(Dataset):
                 part.problems += problems
                 part.column = reader.column if len(rows) < count else part.column
                 found[reader.reads] = dict(zip(rows, values, strict=True))
+        part.cut = sum(any(reader.is_cut(row) for reader in self.readers.values()) for row in rows)
         for row in rows:
             digest, told = hashlib.sha256(str(row).encode()), set()
             for reader in self.readers.values():
@@ -211,7 +215,7 @@ class DatasetEncoder(Dataset):
                 yield shard, self._make_shard(folder, shard, parts, bar)
 
     def _make_shard(self, folder: Path, shard: int, parts: Iterable[Part], bar: tqdm) -> dict[str, Any]:
-        skipped, column, digest = 0, None, 0
+        skipped, column, digest, cut = 0, None, 0, 0
         writers: dict[int, GroupWriter] = {}
         with ExitStack() as files:
             for part in parts:
@@ -219,7 +223,7 @@ class DatasetEncoder(Dataset):
                     logger.warning(f"skipped {self.noun} {problem}")
                 self.told += len(part.problems)
                 skipped, column = skipped + len(part.problems), part.column or column
-                digest += part.digest
+                digest, cut = digest + part.digest, cut + part.cut
                 if part.kept:
                     self.set_group(part.group)
                     if part.group not in writers:
@@ -232,7 +236,7 @@ class DatasetEncoder(Dataset):
         ]
         digests = {file["file"]: file["sha256"] for one in found for file in (one, one.get("states")) if file}
         kept = {"skipped": skipped, "column": column, "digest": f"{digest % 2**256:x}", "shapes": self.shapes}
-        return {"files": digests, "shards": found, **kept}
+        return {"files": digests, "shards": found, "cut": cut, **kept}
 
     def tell(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Say what was left out of all shards, and take what the shapes of codes were.
@@ -246,6 +250,11 @@ class DatasetEncoder(Dataset):
             raise ValueError(f"column {column!r}: none of the {self.num_rows} {self.noun}s could be read")
         if skipped := sum(part["skipped"] for part in parts):
             logger.warning(f"skipped {skipped} of {self.num_rows} {self.noun}s that could not be read")
+        if cut := sum(part.get("cut", 0) for part in parts):  # parts of an earlier version don't tell
+            logger.warning(
+                f"resize_mode='crop' takes more than {MAX_CUT:.0%} of the area off {cut} of {self.num_rows} pictures, "
+                "which have another aspect ratio: --resize_mode auto reads those on plain ground whole, pad_border all"
+            )
         self.shapes = next(part["shapes"] for part in parts if part["shards"])
         for bucket, size in enumerate(self.buckets):
             count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)

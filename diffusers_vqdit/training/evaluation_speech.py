@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -155,13 +155,13 @@ def levels(sounds: Sequence[Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_audio_tokenizer(
-    codec: Any, feature_extractor: Any, sounds: Sequence[np.ndarray], captions: Sequence[str] | None = None
+    codec: Any, feature_extractor: Any, sounds: Iterable[np.ndarray], captions: Sequence[str] | None = None
 ) -> dict[str, float]:
     """How well a codec gives sounds back, and how it uses its codes.
 
     Args:
         codec, feature_extractor: as [`~pipelines.audio_codecs.load_audio_codec`] gives them.
-        sounds: waveforms (T,) at the feature extractor's rate.
+        sounds: waveforms (T,) at the feature extractor's rate, one after the other.
         captions: English texts that the sounds say, for a recogniser to tell them by, among all of them.
 
     Returns:
@@ -173,31 +173,26 @@ def measure_audio_tokenizer(
     rate, made_rate = feature_extractor.sampling_rate, output_rate(codec, feature_extractor)
     spectral = SpectralLoss(rate).to(codec.device)
     found: dict[str, list[float]] = {}
-    every, trips = [], []
-    for sound in sounds:
+    every: list[torch.Tensor] = []
+    recogniser = None if captions is None else CaptionRecogniser(sorted(set(captions)))
+    for number, sound in enumerate(sounds):
         codes = encode_waveform(codec, feature_extractor, sound, codec.device)
         every.append(codes.cpu())
         waveform, made = torch.from_numpy(sound).to(codec.device)[None], decode_waveform(codec, codes)
-        trips.append(made.cpu().numpy())
         if made_rate == rate:
             size = min(len(sound), len(made))
             found.setdefault("spectral_distance", []).append(spectral(made[None, :size], waveform[:, :size]).item())
         if has_own_codes(codec):
             decoded = codec.vq.decode_codes(codes.T[None]).sample
             found.setdefault("psnr", []).append(psnr(decoded, codec.spectrogram(waveform)).item())
-    if captions is not None:
-        recogniser = CaptionRecogniser(sorted(set(captions)))
-        for name, heard, own in (("recognised_originals", sounds, rate), ("recognised", trips, made_rate)):
-            found[name] = [
-                float(recogniser.hears(sound, own, said))
-                for sound, said in zip(heard, captions, strict=True)
-                if recogniser.knows(said)
-            ]
+        if recogniser is not None and captions is not None and recogniser.knows(said := captions[number]):
+            found.setdefault("recognised_originals", []).append(recogniser.hears(sound, rate, said))
+            found.setdefault("recognised", []).append(recogniser.hears(made.cpu().numpy(), made_rate, said))
     codes = torch.cat(every)
     codes = codes.reshape(-1, 1) if has_own_codes(codec) else codes  # of one codebook
     counts = counts_by_level(codes.reshape(-1, 1, 1, codes.shape[1]), num_audio_codes(codec))
     figures = {name: sum(values) / len(values) for name, values in found.items()}
-    return figures | level_figures(*usage_of_counts(counts)) | {"count": len(sounds)}
+    return figures | level_figures(*usage_of_counts(counts)) | {"count": len(every)}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .checkpoints import fingerprint
 from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader
-from .image_stream import ImageStream, picture_stream
+from .image_stream import ImageStream, open_pictures
 
 
 logger = logging.getLogger(__name__)
@@ -171,8 +171,8 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, I
     if args.streaming:
         if "train" not in splits:
             raise MissingSplitError(f"split='train' is not in the data: it has {sorted(map(str, splits))}")
-        measured = datasets.Dataset.from_list(list(picture_stream(splits[held_out], column).take(limit)))
-        pictures = ImageStream(picture_stream(splits["train"], column), *read, **own)
+        measured = datasets.Dataset.from_list(list(open_pictures(splits, held_out, column).take(limit)))
+        pictures = ImageStream(open_pictures(splits, "train", column), *read, **own)
         return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
     train, measured = (
         take_split(splits, name, image_column=column, max_samples=count)

@@ -13,6 +13,7 @@ from ..utils.distributed import process_rank
 from .data import MAX_NAMED
 from .draws import step_generator
 from .image_reader import ImageReader
+from .table_files import Splits, check_files, compare_files, loading, stream_of
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class ImageStream(ImageReader):
             values, empty = iter(shards), True
             while True:
                 self.begun.append((count, epoch, window, state))
-                found = [row[self.image_column] for _, row in zip(range(WINDOW), values, strict=False)]
+                with loading(f"column {self.image_column!r} of the stream can't be read"):
+                    found = [row[self.image_column] for _, row in zip(range(WINDOW), values, strict=False)]
                 if not found:
                     break
                 empty, state = False, shards.state_dict()
@@ -147,6 +149,21 @@ class ImageStream(ImageReader):
         self.start = tuple(start)
         self.taken = 0
         self.begun.clear()
+
+
+def open_pictures(splits: Splits, split: str, column: str) -> Any:
+    """[`picture_stream`] of a split of [`~training.data.load_splits`], which reads no other columns of parquet files.
+
+    All processes must call it.
+
+    Raises:
+        ValueError: also if the column is missing, or of a type that can't be read, in a file that lies here, or if
+            processes find different files.
+    """
+    picture_stream(splits[split], column)
+    compare_files(splits, split)
+    check_files(splits, split, splits[split].features, [column])
+    return picture_stream(stream_of(splits.builder, split, [column]), column)
 
 
 def picture_stream(dataset: Any, column: str) -> Any:

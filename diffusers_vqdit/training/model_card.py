@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..tasks import parse_tasks
+from ..tasks import Task, parse_tasks
 from ..utils.cards import CARD_TEMPLATE, describe_model
 from ..utils.redaction import HIDDEN, known_secrets, without_paths, without_secrets
 from .unused_arguments import unused_arguments
@@ -82,7 +82,7 @@ def training_card(
         base_model=base_models or None,
         widget=[dict(text=text, output={"url": path}) for path, text in (samples or {}).items()] or None,
         model_name=name.split("/")[-1],
-        eval_results=[_eval_result(measure, kind["pipeline_tag"]) for measure in measures] or None,
+        eval_results=_eval_results(measures, model, kind["pipeline_tag"]) or None,
     )
     content = CARD_TEMPLATE.format(
         metadata=data.to_yaml(),
@@ -192,10 +192,26 @@ def _base_models(args: argparse.Namespace) -> list[str]:
     return [name for name in names if name is not None and _is_hub_id(name)]
 
 
-def _eval_result(measure: Measure, pipeline_tag: str) -> EvalResult:
+def _eval_results(measures: Sequence[Measure], model: Any, pipeline_tag: str) -> list[EvalResult]:
+    """The entries of ``model-index``, where those of one type of the Hub's tasks, and one dataset, become one."""
+    known = model.transformer.config.tasks or [] if hasattr(model, "hub_task") else []
+    types = {one.what: _task_type(model, one.what) if one.what in known else pipeline_tag for one in measures}
+    names: dict[str, list[str]] = {}
+    for what, task_type in types.items():
+        names.setdefault(task_type, []).append(what)
+    return [_eval_result(one, types[one.what], ", ".join(names[types[one.what]])) for one in measures]
+
+
+def _task_type(model: Any, task: str) -> str:
+    """The Hub's name of one task of a pipeline."""
+    found = model._hub_task_of([task])
+    return "unconditional-image-generation" if not Task.parse(task).given and found == "text-to-image" else found
+
+
+def _eval_result(measure: Measure, task_type: str, task_name: str) -> EvalResult:
     return EvalResult(
-        task_type=pipeline_tag,
-        task_name=measure.what,
+        task_type=task_type,
+        task_name=task_name,
         dataset_type=measure.dataset,
         dataset_name=measure.dataset,
         metric_type=measure.metric.lower().replace(" ", "_"),

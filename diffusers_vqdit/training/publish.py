@@ -130,7 +130,7 @@ def publish_run(
     if not args.push_to_hub:
         return
     try:
-        push_folder(
+        commit = push_folder(
             args.output_dir,
             published_name(args),
             token=args.hub_token,
@@ -141,6 +141,9 @@ def publish_run(
         if step is None:
             raise
         _run_logger.warning(f"step {step} was not published: {error}")
+    else:
+        if step is None:
+            _run_logger.info(f"pushed to {commit.repo_url}")
 
 
 def publishes_checkpoints(args: argparse.Namespace) -> bool:

@@ -1,6 +1,5 @@
 """Rows that are read from a stream: what is small is listed once, files are read when they are encoded."""
 
-import copy
 import hashlib
 import json
 from collections import Counter
@@ -19,7 +18,19 @@ from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
 from .data_identity import file_identity
 from .parts import make_parts
-from .table_files import LOADERS, SPLIT_COLUMN, MissingSplitError, Splits, loading, split_of, warn_of_unsaid
+from .table_files import (
+    LOADERS,
+    SPLIT_COLUMN,
+    MissingSplitError,
+    Splits,
+    check_files,
+    check_schema,
+    compare_files,
+    loading,
+    split_of,
+    stream_of,
+    warn_of_unsaid,
+)
 
 
 # The column that says where a row's files are: in which of the source's shards, in the upper bits, and in which row.
@@ -41,7 +52,7 @@ class RowStream:
     """
 
     def __init__(self, splits: Splits, split: str, max_samples: int | None = None) -> None:
-        self.dataset_name, self.builder = splits.dataset_name, splits.builder
+        self.splits, self.dataset_name, self.builder = splits, splits.dataset_name, splits.builder
         if self.builder.name not in LOADERS.values():
             raise ValueError(
                 f"streaming: dataset_name={shown(self.dataset_name)} is of the kind {self.builder.name!r}, which has "
@@ -78,6 +89,17 @@ class RowStream:
 
         return Dataset(self._schema([column]).empty_table(), fingerprint="blank")
 
+    def check(self, columns: Iterable[str]) -> None:
+        """See that columns are in the data, and in each of its files that lies here.
+
+        Raises:
+            ValueError: if one isn't, or is in a later file of a type that can't be read as that of the first.
+        """
+        columns = list(columns)
+        if missing := [name for name in columns if name not in self.features]:
+            raise ValueError(f"column {missing[0]!r} is not in the data: it has {self.column_names}")
+        check_files(self.splits, self.source, self.features, columns)
+
     def _schema(self, columns: Sequence[str], more: Mapping[str, str] | None = None) -> pa.Schema:
         """Of columns of the data, and `more` of these types."""
         from datasets import Features, Value
@@ -99,13 +121,13 @@ class RowStream:
             files: columns of files, with what reads them: once now where it measures them, and later to encode them.
 
         Raises:
-            ValueError: if there are no rows, or none of the split.
+            ValueError: if there are no rows, or none of the split, or if processes find different files.
         """
         from datasets import Dataset, concatenate_datasets
 
         listed = [name for name in dict.fromkeys(columns) if name not in files]
-        if missing := [name for name in (*listed, *files) if name not in self.features]:
-            raise ValueError(f"column {missing[0]!r} is not in the data: it has {self.column_names}")
+        compare_files(self.splits, self.source)
+        self.check([*listed, *files])
         measured = [name for name, reader in files.items() if reader.measure is not None]
         identity = hashlib.sha256(json.dumps([self.identity, listed, list(files), measured]).encode()).hexdigest()
         parts = make_parts(folder, identity, self.num_shards, partial(self._list, folder, listed, files))
@@ -185,9 +207,11 @@ class RowStream:
         from datasets import Features, Value
         from datasets.utils.file_utils import xopen
 
-        with loading(self.dataset_name, "can't be read"):
+        path = self.builder.config.data_files[self.source][shard]
+        problem = f"dataset_name={shown(self.dataset_name)} can't be read: columns {list(columns)} of {shown(path)}"
+        with loading(problem):
             if not columns and self.builder.name == LOADERS[".parquet"]:  # which tells how many there are
-                with xopen(self.builder.config.data_files[self.source][shard], "rb") as file:
+                with xopen(path, "rb") as file:
                     count = pq.read_metadata(file).num_rows
                 for start in range(0, count, _PLAIN_ROWS):
                     yield pa.table({POSITION: pa.nulls(min(_PLAIN_ROWS, count - start))})
@@ -196,16 +220,16 @@ class RowStream:
             plain = [name for name, dtype in values.items() if "binary" not in dtype]
             columns = tuple(columns or [*plain, *self.features][:1])
             if columns not in self._streams:
-                builder = copy.deepcopy(self.builder)  # of the same files, whatever has been added meanwhile
-                if hasattr(builder.config, "columns"):  # parquet files are read by the column
-                    builder.config.columns = list(columns)
-                stream = builder.as_streaming_dataset()[self.source]
-                stream = stream.select_columns(list(columns)).with_format("arrow")
+                stream = stream_of(self.builder, self.source, columns).with_format("arrow")
                 self._streams[columns] = stream.cast(Features({name: self.features[name] for name in columns}))
             stream = self._streams[columns].shard(num_shards=self.num_shards, index=shard)
-            if Path(self.builder.config.data_files[self.source][shard]).is_file():
+            if Path(path).is_file():
                 stream = stream.reshard()  # else Arrow reads ahead of what is asked for, row group by row group
-            yield from stream.iter(_PLAIN_ROWS if set(columns) <= set(plain) else _FILE_ROWS)
+            try:
+                yield from stream.iter(_PLAIN_ROWS if set(columns) <= set(plain) else _FILE_ROWS)
+            except (pa.ArrowException, TypeError, ValueError):
+                check_schema(self.builder, path, self.features, columns)  # of the Hub's files nothing has
+                raise
 
 
 def _plain(feature: Any) -> Any:

@@ -20,6 +20,7 @@ from ..utils.buckets import check_buckets
 from ..utils.checks import check_choice, check_module_name, shown
 from ..utils.token_ids import makes_token_ids
 from .code_files import SUFFIXES
+from .table_files import loading
 
 
 # Segments that have flags of their own.
@@ -262,7 +263,9 @@ def load_tokenizers(
         kind = MODALITIES[flag.modality]
         place = (kind.tokenizer or kind.noun, flag.tokenizer)
         if place not in loaded:
-            model, beside = kind.load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
+            said = f"{flag.name}={flag.modality}:{flag.column}:{flag.tokenizer}"
+            with loading(f"--segment {said}: its tokenizer or encoder can't be loaded"):
+                model, beside = kind.load_tokenizer(flag.tokenizer, cache_dir=cache_dir)
             loaded[place] = model if makes_token_ids(model) else model.eval(), beside
         found[flag.name] = loaded[place]
     return found

@@ -1,14 +1,22 @@
 """Tables of samples in files: single ones, and all that a pattern matches, as `datasets` loads them."""
 
+import copy
 import glob
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ..utils.checks import shown
+from ..utils.distributed import from_all_processes
+from .data_identity import file_identity
 
 
 logger = logging.getLogger(__name__)
@@ -100,14 +108,106 @@ def warn_of_unsaid(unsaid: int, count: int) -> None:
         logger.warning(f"{unsaid} of {count} rows have nothing in the column 'split' and are left out")
 
 
+def check_schema(builder: Any, path: str, features: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """See by the schema of a parquet or Arrow file that it can be read as the first file is.
+
+    Args:
+        builder: of `datasets`, whose file it is, here or on the Hub.
+        features: those of the first file.
+        columns: that are asked for. Of Arrow files all are read.
+
+    Raises:
+        ValueError: if a column isn't there, or is of a type that can't be cast; it names the file and the column.
+    """
+    from datasets import Features
+    from datasets.table import table_cast
+    from datasets.utils.file_utils import xopen
+
+    parquet = builder.name == LOADERS[".parquet"]
+    if not parquet and builder.name != LOADERS[".arrow"]:
+        return
+    try:
+        with xopen(path, "rb") as file:
+            schema = _parquet_schema(file) if parquet else _arrow_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{shown(path)}: {error}") from None
+    if schema is None:
+        return
+    for name in columns if parquet else features:
+        if name not in schema.names:
+            if parquet:  # of Arrow files `datasets` fills in missing values
+                raise ValueError(f"column {name!r} is not in {shown(path)}, which has {schema.names}")
+            continue
+        wanted = Features({name: features[name]}).arrow_schema
+        try:
+            table_cast(schema.empty_table().select([name]), wanted)
+        except (pa.ArrowException, TypeError, ValueError):
+            raise ValueError(
+                f"column {name!r} has the type {schema.field(name).type} in {shown(path)}, which can't be read as "
+                f"that of the first file, {wanted.field(name).type}"
+            ) from None
+    if not parquet and (more := [name for name in schema.names if name not in features]):
+        raise ValueError(f"column {more[0]!r} is in {shown(path)} and not in the first file")
+
+
+def check_files(splits: Splits, split: str, features: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """[`check_schema`] of each file of a split of streams that lies here; the Hub's are opened when they are read."""
+    for path in splits.builder.config.data_files[split]:
+        if Path(path).is_file():
+            with loading(f"dataset_name={shown(splits.dataset_name)} can't be read"):
+                check_schema(splits.builder, path, features, columns)
+
+
+def compare_files(splits: Splits, split: str) -> None:
+    """See that all processes, which must call it, read the same files of a split of streams: by the names and sizes of
+    those that lie here, which may be copies on several machines, and the revision of a repository.
+
+    Raises:
+        ValueError: on all processes, if one reads others than the first.
+    """
+    files = splits.builder.config.data_files[split]
+    content = [file_identity(path, times=False) for path in files]
+    content += [] if all(Path(path).is_file() for path in files) else [files.origin_metadata]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    found = from_all_processes((digest, len(files), files[0]))
+    for rank, (other, count, first) in enumerate(found):
+        if other != found[0][0]:
+            raise ValueError(
+                f"dataset_name={shown(splits.dataset_name)}: the processes read different files of the split "
+                f"{split!r}: process 0 has {found[0][1]} from {found[0][2]!r} on, process {rank} has {count} from "
+                f"{first!r} on, of other names, sizes or revisions; start them again once the data stay as they are"
+            )
+
+
+def stream_of(builder: Any, split: str, columns: Sequence[str]) -> Any:
+    """A `datasets.IterableDataset` of columns of a split, of which others aren't read where the files allow it."""
+    builder = copy.deepcopy(builder)  # of the same files, whatever has been added meanwhile
+    if hasattr(builder.config, "columns"):  # parquet files are read by the column
+        builder.config.columns = list(columns)
+    return builder.as_streaming_dataset()[split].select_columns(list(columns))
+
+
+def _parquet_schema(file: Any) -> pa.Schema | None:
+    """None of a file without row groups, of which nothing is read."""
+    found = pq.ParquetFile(file)
+    return found.schema_arrow if found.metadata.num_row_groups else None
+
+
+def _arrow_schema(file: Any) -> pa.Schema:
+    try:
+        return pa.ipc.open_stream(file).schema
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(file).schema
+
+
 @contextmanager
-def loading(dataset_name: str, problem: str) -> Iterator[None]:
-    """Name the data in what Arrow, `datasets` and the Hub raise, wrapped in one another, with the first reason."""
+def loading(problem: str) -> Iterator[None]:
+    """Say the problem before what Arrow, `datasets` and the Hub raise, wrapped in one another, to the first reason."""
     try:
         yield
     except Exception as error:
-        reasons: list[BaseException] = [error]
-        while (cause := reasons[-1].__cause__) is not None:
-            reasons.append(cause)
-        told = ": ".join(dict.fromkeys(str(reason) for reason in reasons))
-        raise ValueError(f"dataset_name={shown(dataset_name)} {problem}: {told}") from error
+        told, cause = str(error), error.__cause__
+        while cause is not None:
+            told += "" if str(cause) in told else f": {cause}"
+            cause = cause.__cause__
+        raise ValueError(f"{problem}: {told}") from error

@@ -1,6 +1,6 @@
 """How well a tokenizer gives pictures or texts back, and how it uses its codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -8,7 +8,7 @@ from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
 from ..utils.decoding import to_pixels
 from ..utils.distributed import sum_over_processes
-from ..utils.texts import normalized, tokenize_to_length
+from ..utils.texts import in_parts, normalized, tokenize_to_length
 from .frechet_distance import FrechetDistance
 from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 
@@ -68,7 +68,7 @@ def measure_image_tokenizer(
 
 @torch.no_grad()
 def measure_text_tokenizer(
-    model: TextVQModel, tokenizer, captions: dict[str, list[str]], batch_size: int = 256
+    model: TextVQModel, tokenizer, captions: Mapping[str, Iterable[str]], batch_size: int = 256
 ) -> dict[str, float]:
     """Shares of captions that come back exactly, as the tokenizer's normaliser writes them, and the use of codes.
 
@@ -83,19 +83,19 @@ def measure_text_tokenizer(
         [`measure_image_tokenizer`] has them; ``positions``, how many of these a caption has on average; ``count``.
     """
     model.eval()
-    figures, used, count = {}, [], 0
+    figures, count, positions = {}, 0, 0
+    counts = torch.zeros(len(model.quantizers), model.num_codes, dtype=torch.int64)
     for column, texts in captions.items():
-        exact = 0
-        for start in range(0, len(texts), batch_size):
-            part = texts[start : start + batch_size]
+        exact = total = 0
+        for part in in_parts(texts, batch_size):
             tokens = tokenize_to_length(tokenizer, part, model.config.max_length)[0].to(model.device)
             codes = model.encode_codes(tokens)
             decoded = tokenizer.batch_decode(model.decode_codes(codes).argmax(-1), skip_special_tokens=True)
             exact += sum(text == normalized(tokenizer, truth) for text, truth in zip(decoded, part, strict=True))
             real = (tokens != tokenizer.pad_token_id).unflatten(1, (-1, model.config.downsample_factor)).any(-1)
-            used.append(codes.reshape(*real.shape, -1)[real].cpu())  # (M, q)
-        figures[f"exact_{column}"] = exact / len(texts)
-        count += len(texts)
-    codes = torch.cat(used)
-    counts = torch.stack([torch.bincount(level, minlength=model.num_codes) for level in codes.unbind(1)])
-    return figures | level_figures(*usage_of_counts(counts)) | {"positions": len(codes) / count, "count": count}
+            used = codes.reshape(*real.shape, -1)[real].cpu()  # (M, q)
+            counts += torch.stack([torch.bincount(level, minlength=model.num_codes) for level in used.unbind(1)])
+            positions, total = positions + len(used), total + len(part)
+        figures[f"exact_{column}"] = exact / total
+        count += total
+    return figures | level_figures(*usage_of_counts(counts)) | {"positions": positions / count, "count": count}

@@ -1,9 +1,12 @@
 """What a model card says: of a kind of model, and on a card of one whose training isn't known."""
 
-from pathlib import Path
+import os
+import shutil
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 
 CARD_TEMPLATE = """\
@@ -169,6 +172,10 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
+# What diffusers writes on the card of a new repository.
+_BLANK = ("# Model Card for Model ID", "This model card has been automatically generated.")
+
+
 def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
     """The card of a model, or pipeline, that is published without its training.
 
@@ -191,10 +198,66 @@ def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
     return ModelCard(content)
 
 
-def fill_blank_card(model: Any, path: Path, repo_id: str) -> None:
-    """Write [`plain_card`] in place of the card with nothing filled in that diffusers writes for new repositories."""
-    if not path.is_file():
-        return
-    card = ModelCard(path.read_text(encoding="utf-8"))
-    if "# Model Card for Model ID" in card.text and "This model card has been automatically generated." in card.text:
+def fill_blank_card(model: Any, path: Path, repo_id: str, token: str | None = None) -> list[str]:
+    """Replace the card with nothing filled in that diffusers writes for new repositories: by the card beside the
+    weights that the model was loaded from, with the pictures of its gallery, or where there is none by [`plain_card`].
+
+    Returns:
+        the paths of these pictures in the card's folder.
+    """
+    if not path.is_file() or not _is_blank(card := ModelCard(path.read_text(encoding="utf-8"))):
+        return []
+    source = str(model.config.get("_name_or_path") or "")
+    loaded = _loaded_card(source, model.config_name, token)
+    if loaded is None:
         plain_card(model, repo_id, card.data.to_dict()).save(path)
+        return []
+    content, loaded_card = loaded
+    if os.path.isdir(source):  # by whose name a run's card loads it, where it wasn't pushed
+        content = content.replace(f'from_pretrained("{Path(source).resolve().name}"', f'from_pretrained("{repo_id}"')
+    path.write_text(content, encoding="utf-8")
+    outputs = [one.get("output") for one in loaded_card.data.to_dict().get("widget") or [] if isinstance(one, dict)]
+    names = [str(output.get("url")) for output in outputs if isinstance(output, dict)]
+    return [name for name in dict.fromkeys(names) if _copy_from(source, name, path.parent, token)]
+
+
+def _is_blank(card: ModelCard) -> bool:
+    return all(said in card.text for said in _BLANK)
+
+
+def _loaded_card(source: str, config_name: str, token: str | None) -> tuple[str, ModelCard] | None:
+    """The card beside the config that a model was loaded with, as it is written and as it is read: of a folder, or of
+    a repository if it is ours."""
+    if not source or _find_file(source, config_name, token) is None:
+        return None
+    if (found := _find_file(source, "README.md", token)) is None:
+        return None
+    try:
+        content = found.read_text(encoding="utf-8")
+        card = ModelCard(content)
+    except Exception:  # whatever YAML's reader raises: no text, or its metadata can't be read
+        return None
+    ours = os.path.isdir(source) or "diffusers_vqdit" in (card.data.to_dict().get("tags") or [])
+    return (content, card) if ours and not _is_blank(card) else None
+
+
+def _find_file(source: str, name: str, token: str | None) -> Path | None:
+    """A file of a folder or Hub repository, here; None where there is none."""
+    if os.path.isdir(source):
+        return path if (path := Path(source, name)).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, token=token))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def _copy_from(source: str, name: str, folder: Path, token: str | None) -> bool:
+    """Copy a picture of a card, unless its path leaves the folder or another file is there."""
+    target = folder / name
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or target.exists():
+        return False
+    if (found := _find_file(source, name, token)) is None:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found, target)
+    return True

@@ -27,6 +27,14 @@ def from_main_process(value: Any) -> Any:
     return found[0]
 
 
+def from_all_processes(value: Any) -> list[Any]:
+    """What each process gives, in the order of their ranks, on all of them."""
+    found = [value] * process_rank()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' `values`, with its gradient, which Accelerate's ``reduce`` has not:
     DistributedDataParallel's mean of the gradients is then that of a loss of the global batch."""

@@ -129,12 +129,20 @@ def texts_of(value: str | Sequence[str]) -> list[str]:
 def cut_texts(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "max_length"
 ) -> str | None:
-    """A warning with the count where texts have more than `length` tokens, else None; `argument` is what says it."""
-    cut = total = 0
-    for part in in_parts(texts, 1024):
-        counts = tokenize_to_length(tokenizer, part, length)[2]
-        cut, total = cut + sum(count > length for count in counts), total + len(counts)
-    return f"{cut} of {total} captions have more than {argument}={length} tokens and are cut" if cut else None
+    """[`cut_warning`] of texts that have more than `length` tokens; `argument` is what says it."""
+    counted = ((part, tokenize_to_length(tokenizer, part, length)[2]) for part in in_parts(texts, 1024))
+    return cut_warning(counted, length, f"captions have more than {argument}={length} tokens and")
+
+
+def cut_warning(counted: Iterable[tuple[Sequence[str], Sequence[int]]], length: float, problem: str) -> str | None:
+    """A warning where texts, of which some at a time come with their numbers of tokens, have more than `length`: how
+    many, and the first, shortened. Else None."""
+    cut, total, first = 0, 0, ""
+    for texts, counts in counted:
+        longer = [text for text, count in zip(texts, counts, strict=True) if count > length]
+        first = longer[0] if longer and not cut else first
+        cut, total = cut + len(longer), total + len(counts)
+    return f"{cut} of {total} {problem} are cut; the first is {shown(first, 60)}" if cut else None
 
 
 def in_parts(texts: Iterable[str], size: int) -> Iterator[list[str]]:

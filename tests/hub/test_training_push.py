@@ -61,7 +61,8 @@ def test_a_pipeline_is_trained_pushed_and_drawn_from_bit_for_bit(run, hub, clien
     assert card.data.license == "apache-2.0" and card.data.language == ["en", "zh"]
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
     assert [one["text"] for one in card.data.widget] == ["apple", "dot"]
-    assert {result.task_name for result in card.data.eval_results} <= {"text->image", "->image"}
+    types = {result.task_name: result.task_type for result in card.data.eval_results}
+    assert types.items() <= {"text->image": "text-to-image", "->image": "unconditional-image-generation"}.items()
     assert "hf_alice" not in card.content and "--hub_token ..." in card.content
 
     local = VQDiTPipeline.from_pretrained(tmp_path / "run")
@@ -132,7 +133,8 @@ def test_a_lora_is_trained_pushed_and_loaded_over_its_base(run, hub, client, pip
     assert drawn.stdout.split() == [base, base, styled, base], drawn.stderr
 
 
-def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
+def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path, caplog):
+    caplog.set_level("INFO")
     data = f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none"
     small = "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --resolution 16"
     run("train_image_vq", f"{COMMON} {data} {small} --output_dir {tmp_path / 'iv'} --hub_model_id alice/iv")
@@ -147,6 +149,9 @@ def test_tokenizers_are_trained_and_pushed(run, hub, client, root, tmp_path):
         assert ModelCard(files["README.md"].content.decode()).data.eval_results
     ImageVQModel.from_pretrained("alice/iv", cache_dir=tmp_path / "cache")
     TextVQModel.from_pretrained("alice/tv", cache_dir=tmp_path / "cache")
+    addresses = [record.message for record in caplog.records if record.message.startswith("pushed to ")]
+    assert [address.rpartition("/alice/")[2] for address in addresses] == ["iv", "tv"]
+    assert all(address.startswith("pushed to http") for address in addresses)
 
 
 PRIVATE = [

@@ -1,7 +1,11 @@
 import copy
+import io
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_vqdit import Task
 from diffusers_vqdit.pipelines.text_segment import encode_texts
@@ -209,5 +213,31 @@ def test_labels_keep_the_order_of_a_class_label_and_numbers_sort_as_numbers(enco
 def test_texts_that_are_cut_are_counted_once(encoded, caplog):
     encoded(change=lambda d: d.remove_columns("text").add_column("text", ["long " * 30] * 10), shard_size=3)
     assert [r.message for r in caplog.records if "are cut" in r.message] == [
-        "10 of 10 captions have more than max_length=12 tokens and are cut"
+        f"10 of 10 captions have more than max_length=12 tokens and are cut; the first is '{'long ' * 11}long..."
     ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_that_are_cropped_are_counted_once(image_vq, tmp_path, caplog, workers, streaming):
+    images = []
+    for size in [(20, 20)] * 3 + [(20, 19), (40, 20), (20, 40), (24, 20)]:  # 5 % of the fourth is lost, and no more
+        Image.new("RGB", size, (200, 10, 10)).save(file := io.BytesIO(), "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    images.append({"bytes": b"broken", "path": None})
+
+    def warnings(rows, **options):
+        caplog.clear()
+        pq.write_table(pa.table({"image": images[rows]}), tmp_path / "x.parquet")
+        source = {"dataset_name": f"{tmp_path}/x.parquet", "cache_dir": f"{tmp_path}/cache", "image_column": "image"}
+        dataset = load_training_dataset(**source, streaming=streaming)
+        options = {"image_vq": image_vq, "image_column": "image", "resolution": 16, "shard_size": 3, **options}
+        encode_dataset(dataset, tmp_path / "codes", batch_size=2, dataloader_num_workers=workers, **options)
+        return [record.message for record in caplog.records if "resize_mode" in record.message]
+
+    (told,) = warnings(slice(None), resize_mode="crop")
+    assert told.startswith("resize_mode='crop' takes more than 5% of the area off 3 of 8 pictures")
+    assert "--resize_mode auto" in told
+    assert not warnings(slice(4), resize_mode="crop") and not warnings(slice(None), resize_mode="auto")
+    (told,) = warnings(slice(None), resize_mode="crop", resolution=0, aspect_ratio_buckets=[[16, 16], [16, 32]])
+    assert "off 2 of 8 pictures" in told  # the one of 40 by 20 fits a bucket

@@ -42,3 +42,10 @@ def test_one_warning_for_captions_that_are_cut(tokenizer, caplog):
     assert not caplog.text
     warn_of_cut(["a dot"] * 1500 + ["word " * 30] * 7, tokenizer, 12)
     assert len(caplog.records) == 1 and "7 of 1507 captions have more than max_length=12 tokens" in caplog.text
+    assert "and are cut; the first is 'word word word" in caplog.text and len(caplog.messages[0]) < 160
+    caplog.clear()
+    warn_of_cut([*["a dot"] * 1500, "first " * 12, "second " * 30], tokenizer, 12)
+    assert (
+        f"2 of 1502 captions have more than max_length=12 tokens and are cut; the first is '{'first ' * 3}"
+        in caplog.text
+    )

@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
+from diffusers_vqdit.training.segment_columns import load_tokenizers, segment_flag
+from diffusers_vqdit.training.tokenizers import load_codec, load_image_vq, load_text_vq
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
 
 
@@ -22,6 +26,7 @@ def tokenizers(image_vq, text_vq, tokenizer, tmp_path):
     return f"--image_vq {tmp_path / 'image_vq'} --text_vq {tmp_path / 'text_vq'}"
 
 
+MODELS = ("image", "text", "states", "image_states")  # modalities of what has weights
 TINY = "--num_layers 1 --num_attention_heads 2 --attention_head_dim 8 --report_to none --train_batch_size 4"
 TINY += " --max_train_steps 1"
 FINETUNE = "--report_to none --train_batch_size 4 --max_train_steps 1"
@@ -144,6 +149,44 @@ def test_tokenizers_are_found_where_people_have_them(pipeline, tokenizers, tmp_p
     pipeline.text_vq.save_pretrained(tmp_path / "lone" / "model")
     with pytest.raises(ValueError, match="lone/model' has no tokenizer"):
         load_text_vq(str(tmp_path / "lone" / "model"))
+
+
+def load_flag(text):
+    load_tokenizers([segment_flag(text)], {})
+
+
+LOADERS = {  # by what is said of a name first
+    "codec='{}' is no audio codec that": lambda name: load_codec(name, argument="codec"),
+    "image_vq='{}' is no image tokenizer that": load_image_vq,
+    "text_vq='{}' is no text tokenizer that": load_text_vq,
+}
+
+
+@pytest.mark.parametrize("said", [*LOADERS, *(f"--segment s={kind}:column:{{}}: its" for kind in ("audio", *MODELS))])
+@pytest.mark.parametrize("name", ["user/none", "missing/below/it", "empty", "broken", "text_vq"])
+def test_a_name_that_is_not_of_such_a_model_is_told_with_its_argument(said, name, tmp_path, text_vq):
+    text_vq.save_pretrained(tmp_path / "text_vq")  # without its tokenizer
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    name = name if name == "user/none" else str(tmp_path / name)
+    load = LOADERS.get(said) or (lambda name: load_flag(said.format(name).removeprefix("--segment ")[:-5]))
+    with pytest.raises(ValueError, match=f"^{re.escape(said.format(name))} .*be loaded: "):
+        load(name)
+
+
+def test_scripts_tell_the_flag_of_a_codec_that_is_none(run, picture_folder, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 11025)
+    for script, flag in (("train_audio_vq", "pretrained_model_name_or_path"), ("evaluate_tokenizer", "tokenizer")):
+        output = f"--output_dir {tmp_path / 'run'}" if script == "train_audio_vq" else ""
+        with pytest.raises(ValueError, match=f"^{flag}='user/none' .*be loaded: "):
+            run(script, f"--train_data_dir {tmp_path} --{flag} user/none {output}")
+    for script in ("train_image_vq", "train_text_vq"):
+        with pytest.raises(ValueError, match="^pretrained_model_name_or_path='user/none' .*be loaded: "):
+            flags = (
+                f"--pretrained_model_name_or_path user/none --validation_split none --output_dir {tmp_path / 'run'}"
+            )
+            run(script, f"--train_data_dir {picture_folder} {flags}")
 
 
 @pytest.mark.parametrize("name", ["image_vq", "text_vq"])

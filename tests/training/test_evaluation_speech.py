@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,7 +194,17 @@ def test_a_codec_alone_is_measured(run, audio_codecs, table, tmp_path, monkeypat
     assert ("psnr" in figures) == ("usage_3" not in figures) == (kind == "spectrogram")
     assert figures["spectral_distance"] > 0
     sounds = [audio_codecs.tone(0.05 + 0.01 * (row % 8)) for row in rows]
-    again = evaluation_speech.measure_audio_tokenizer(codec, extractor, sounds)
+    alive: list[weakref.ref] = []
+
+    def one_after_the_other():
+        for sound in sounds:
+            kept = sound.copy()
+            alive.append(weakref.ref(kept))
+            yield kept
+            del kept
+            assert sum(one() is not None for one in alive) <= 1  # that of the loop
+
+    again = evaluation_speech.measure_audio_tokenizer(codec, extractor, one_after_the_other())
     assert "recognised" not in again
     # The files have 16 bits.
     assert again["spectral_distance"] == pytest.approx(figures["spectral_distance"], rel=0.1)

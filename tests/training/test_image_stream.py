@@ -16,7 +16,7 @@ from PIL import Image
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import image_stream
 from diffusers_vqdit.training.data import load_splits
-from diffusers_vqdit.training.image_stream import ImageStream, picture_stream
+from diffusers_vqdit.training.image_stream import ImageStream, open_pictures, picture_stream
 
 
 COUNT, SHARDS = 30, 4
@@ -40,7 +40,7 @@ def shards(tmp_path, monkeypatch):
 
 def stream(shards, **options):
     splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
-    return ImageStream(picture_stream(splits["train"], "image"), "image", 8, seed=1, **options)
+    return ImageStream(open_pictures(splits, "train", "image"), "image", 8, seed=1, **options)
 
 
 def greys(batches, count):
@@ -101,6 +101,21 @@ def test_broken_pictures_are_named_and_replaced(caplog):
     words = datasets.Dataset.from_list([{"image": "a.png"}]).to_iterable_dataset()
     with pytest.raises(ValueError, match="streamed pictures must be bytes"):
         picture_stream(words, "image")
+
+
+def test_a_later_file_of_another_column_is_named_before_the_training(shards):
+    path = shards / "train-2.parquet"
+    plain = pq.read_table(path)
+    pq.write_table(plain.append_column("more", pa.array(range(len(plain)))), path)  # which nobody asks for
+    assert sorted(greys(stream(shards).batches(5), 6)) == list(range(COUNT))
+    pq.write_table(plain.rename_columns(["photo"]), path)
+    with pytest.raises(ValueError, match=r"can't be read: column 'image' is not in '\S+train-2.parquet', which has"):
+        stream(shards)
+    splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
+    unchecked = ImageStream(picture_stream(splits["train"], "image"), "image", 8)  # as of the Hub's
+    pq.write_table(pa.table({"image": pa.array([1, 2])}), path)
+    with pytest.raises(ValueError, match="column 'image' of the stream can't be read: Couldn't cast array"):
+        list(itertools.islice(unchecked.batches(5), 8))
 
 
 def test_the_image_tokenizer_resumes_on_a_stream(run, shards, tmp_path, capsys):

@@ -106,6 +106,26 @@ def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == metadata
 
 
+def test_losses_of_tasks_of_different_types_are_entries_of_their_own(client, script, pipeline):
+    pipeline.transformer.register_to_config(tasks=["text->image", "label->image", "->image", "image->text", "->text"])
+    args = script("train_vqdit").parse_args("--codes_dir x --image_vq x --hub_model_id alice/mine".split())
+    tasks = [*pipeline.transformer.config.tasks, "the whole"]
+    measures = [Measure(task, "loss", float(value), "training data") for value, task in enumerate(tasks)]
+    card = training_card(args, pipeline, measures=[*measures, Measure("->image", "FID", 9.0, "test data")])
+    found = {
+        (one["task"]["type"], one["dataset"]["name"]): (one["task"]["name"], [m["value"] for m in one["metrics"]])
+        for one in card.data.to_dict()["model-index"][0]["results"]
+    }
+    assert found == {
+        ("text-to-image", "training data"): ("text->image, label->image, the whole", [0.0, 1.0, 5.0]),
+        ("unconditional-image-generation", "training data"): ("->image", [2.0]),
+        ("image-to-text", "training data"): ("image->text", [3.0]),
+        ("text-generation", "training data"): ("->text", [4.0]),
+        ("unconditional-image-generation", "test data"): ("->image", [9.0]),
+    }
+    huggingface_hub.HfApi()._validate_yaml(card.content)
+
+
 def test_the_hub_refuses_a_card_that_is_not_valid(client):
     with pytest.raises(ValueError, match="Invalid metadata"):
         huggingface_hub.HfApi()._validate_yaml("---\nlicense: [mit\n---\n")

@@ -235,6 +235,75 @@ def test_files_that_change_or_break_while_they_are_read_are_named(sources, image
         encode_dataset(load_training_dataset(**sources["parquet"], streaming=True), tmp_path / "codes", **options)
 
 
+GOOD = pa.array(["a", "b"])
+INT64 = r"column 'image' has the type int64 in '\S+1.{}', .* struct<bytes"
+LATER = {  # files of which the second can't be read as the first is, and what is said of it
+    "parquet-missing": ({"label": None}, r"column 'label' is not in '\S+1.parquet', which has \['image', 'more'\]"),
+    "parquet-image": ({"image": pa.array([1, 2])}, INT64.format("parquet")),
+    "parquet-label": (
+        {"label": pa.array([{"a": 1}] * 2)},
+        r"column 'label' has the type struct<.* first file, s",
+    ),
+    "arrow-image": (
+        {"image": pa.array([1, 2])},
+        INT64.format("arrow"),
+    ),
+    "arrow-other": (
+        {"more": pa.array([{"a": 1}] * 2)},
+        r"column 'more' has the type struct<.* in '\S+1.arrow'",
+    ),
+    "arrow-extra": ({"extra": pa.array([1, 2])}, r"column 'extra' is in '\S+1.arrow' and not in the first file"),
+}
+
+
+def write_two(data_sources, tmp_path, kind, changed):
+    """Two files of two pictures each, and the columns of the second changed; None leaves one out."""
+    paths = sorted(data_sources.write_pictures(tmp_path / "two").glob("*.png"))
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths[:2]]
+    columns = {"image": pa.array(images), "label": GOOD, "more": pa.array([1, 2])}
+    for number, one in enumerate([columns, columns | changed]):
+        table = pa.table({name: values for name, values in one.items() if values is not None})
+        if kind == "parquet":
+            pq.write_table(table, tmp_path / f"{number}.parquet")
+            continue
+        with pa.ipc.new_stream(str(tmp_path / f"{number}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    return {"dataset_name": f"{tmp_path}/*.{kind}", "cache_dir": str(tmp_path / "cache"), "streaming": True}
+
+
+@pytest.mark.parametrize("case", LATER)
+@pytest.mark.parametrize("here", [True, False], ids=["here", "hub"])
+def test_later_files_of_other_columns_are_named(data_sources, image_vq, tmp_path, monkeypatch, case, here):
+    changed, said = LATER[case]
+    source = write_two(data_sources, tmp_path, case.partition("-")[0], changed)
+    columns = {"image_column": "image", "label_column": "label"}
+    if here:  # before anything is read
+        with pytest.raises(ValueError, match=r"dataset_name='.*' can't be read: " + said):
+            load_training_dataset(**source, columns=["label"], image_column="image")
+        return
+    monkeypatch.setattr(row_stream, "check_files", lambda *_: None)  # as of files that are not here
+    stream = load_training_dataset(**source, columns=["label"], image_column="image")
+    with pytest.raises(ValueError, match=r"dataset_name='.*' can't be read: columns \[.*\] of '\S+1.*': " + said):
+        encode_dataset(stream, tmp_path / "codes", image_vq=image_vq, **columns, resolution=16)
+
+
+def test_later_files_may_differ_in_what_is_not_asked_for_or_can_be_cast(data_sources, image_vq, tmp_path):
+    labels = pa.array(["a", "b"]).dictionary_encode()
+    changed = {"label": labels, "more": pa.array([{"a": 1}] * 2), "extra": pa.array([1, 2])}
+    source = write_two(data_sources, tmp_path, "parquet", changed)
+    pq.ParquetWriter(tmp_path / "2.parquet", pa.schema({"image": pa.int64()})).close()  # of no rows
+    stream = load_training_dataset(**source, columns=["label"], image_column="image")
+    encode_dataset(stream, tmp_path / "codes", image_vq=image_vq, image_column="image", label_column="label")
+    assert len(CodeDataset(tmp_path / "codes")) == 4
+
+
+def test_a_value_that_cannot_be_read_is_named_with_its_file(data_sources, image_vq, tmp_path):
+    source = write_two(data_sources, tmp_path, "parquet", {"more": GOOD})  # numbers, then words
+    stream = load_training_dataset(**source, image_column="image")
+    with pytest.raises(ValueError, match=r"can't be read: columns \['more'\] of '\S+1.parquet': Failed to parse"):
+        encode_dataset(stream, tmp_path / "codes", image_vq=image_vq, image_column="image", label_column="more")
+
+
 def test_files_that_are_added_meanwhile_are_not_read(sources, image_vq, tmp_path):
     options = {"image_vq": image_vq, "image_column": "image", "label_column": "label", "resolution": 16}
     folder = {**sources["parquet"], "dataset_name": str(tmp_path / "parquet")}

@@ -2,19 +2,91 @@
 
 import io
 import json
+import multiprocessing as mp
+import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from datasets.data_files import DataFilesList
 from PIL import Image
 
-from diffusers_vqdit.training.data import decode_images, load_training_dataset
-from diffusers_vqdit.training.table_files import find_table_files
+from diffusers_vqdit.training import table_files
+from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, take_split
+from diffusers_vqdit.training.image_stream import open_pictures
+from diffusers_vqdit.training.table_files import Splits, compare_files, find_table_files
 
 
 COUNT = 6
+
+
+def _open(rank, folders, store, queue):
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    splits = load_splits(dataset_name=f"{folders[rank]}/*.parquet", streaming=True)
+    said = []
+    for read in (
+        lambda: open_pictures(splits, "train", "image"),
+        lambda: take_split(splits, "train").rows(folders[0] / "rows", ["text"], {}),
+    ):
+        try:
+            read()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    queue.put(said)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("change", [None, "size", "name", "more"])
+def test_processes_that_find_different_files_refuse_them_together(sources, tmp_path, change):
+    for folder in ("a", "b"):
+        shutil.copytree(sources / "shards", tmp_path / folder)  # written at other times
+    path = tmp_path / "b" / "train-1.parquet"
+    if change == "size":
+        pq.write_table(pq.read_table(path).slice(0, 2), path)
+    elif change == "name":
+        path.rename(path.with_stem("train-2"))
+    elif change == "more":
+        shutil.copy(path, path.with_stem("train-2"))
+    context = mp.get_context("fork")
+    queue, folders = context.Queue(), [tmp_path / "a", tmp_path / "b"]
+    jobs = [context.Process(target=_open, args=(rank, folders, tmp_path / "store", queue)) for rank in range(2)]
+    for job in jobs:
+        job.start()
+    both = [queue.get(timeout=60) for _ in jobs]
+    for job in jobs:
+        job.join()
+    told = "the processes read different files of the split 'train': process 0 has 2 from"
+    assert [[told in said for said in one] for one in both] == [[bool(change)] * 2] * 2
+    assert change or both == [["", ""]] * 2
+
+
+@pytest.mark.parametrize("revision", ["1234", "5678"])
+def test_revisions_of_the_hub_are_compared(monkeypatch, revision):
+    """By the addresses of files, or what their server says of them."""
+
+    def splits(address, tag):
+        files = DataFilesList([f"hf://datasets/user/data{address}/a.parquet"], [("user/data", tag)])
+        builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+        found = Splits()
+        found.builder, found.dataset_name = builder, "user/data"
+        return found
+
+    for change in ((f"@{revision}", "1234"), ("@1234", revision)):
+        told = []
+        monkeypatch.setattr(table_files, "from_all_processes", lambda value, told=told: [told.append(value) or value])
+        compare_files(splits("@1234", "1234"), "train")
+        monkeypatch.setattr(table_files, "from_all_processes", lambda value, told=told: [*told, value])
+        if revision == "1234":
+            compare_files(splits(*change), "train")
+        else:
+            with pytest.raises(ValueError, match=r"dataset_name='user/data': the processes read different files"):
+                compare_files(splits(*change), "train")
 
 
 def picture(row):

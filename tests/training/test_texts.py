@@ -65,7 +65,10 @@ def test_texts_that_are_cut_are_counted_before_the_work(folder, words, tmp_path,
         encode_dataset(
             data, tmp_path, segments={"poem": SegmentColumn("text", "poem")}, tokenizer=words, max_text_length=16
         )
-    assert "column 'poem': 8 of 16 texts have more than max_text_length=16 tokens" in caplog.text
+    said = (
+        "column 'poem': 8 of 16 texts have more than max_text_length=16 tokens with their end, and are cut; the first"
+    )
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize(

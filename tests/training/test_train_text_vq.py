@@ -1,10 +1,16 @@
 """Captions packed into rows, and a text tokenizer's figures."""
 
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 
 from diffusers_vqdit import TextVQModel
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
+from diffusers_vqdit.utils.texts import tokenize_to_length
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -24,6 +30,32 @@ def test_packed_captions_are_all_there_each_at_a_position_of_its_own(script, fac
         assert (rows[row, position : position + factor] == 0).all()  # a position of padding after it
         position += factor
     assert row == len(rows) - 1
+
+
+def test_captions_stay_on_disk_and_are_tokenized_as_all_at_once(script, tokenizer, tmp_path, caplog):
+    count = 4000
+    first = [f"the {row}th picture of a red apple in the {row % 7}th style" for row in range(count)]
+    second = [[f"{row} green boxes", "a box"] for row in range(count)]
+    pq.write_table(pa.table({"text": first, "more": second}), tmp_path / "x.parquet", row_group_size=1000)
+    module, columns = script("train_text_vq"), "--caption_columns text more --validation_split none"
+    args = f"--dataset_name {tmp_path}/x.parquet {columns} --cache_dir {tmp_path}/cache --output_dir {tmp_path}/run"
+    module.load_captions(args := module.parse_args(args.split()))  # into the cache
+    tracemalloc.start()
+    captions, held_out = module.load_captions(args)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    expected = [*first, *(text for texts in second for text in texts)]
+    assert kept < 50 * count and len(captions) == len(expected)  # a string is 49 bytes and its characters
+    assert list(captions) == expected and list(held_out) == expected  # each time anew
+    PartialState()  # which warnings of scripts need
+    tokens, _, counts = tokenize_to_length(tokenizer, expected, 12)
+    assert torch.equal(module.tokenize(tokenizer, captions, 12), tokens)
+    longer = [text for text, length in zip(expected, counts, strict=True) if length > 12]
+    assert (
+        f"{len(longer)} of {3 * count} captions have more than max_length=12 tokens and are cut; the first is "
+        + (repr(longer[0]))
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"downsample_factor": 2, "quantizer_type": "rvq", "num_quantizers": 2}])

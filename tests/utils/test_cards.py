@@ -5,7 +5,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import ModelCard
 
-from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
 
 
 def test_what_is_pushed_has_a_card_of_ours(hub, client, pipeline, text_vq, tmp_path):
@@ -48,3 +48,60 @@ def test_what_is_pushed_has_a_card_of_ours(hub, client, pipeline, text_vq, tmp_p
     blank.push_to_hub("alice/model")  # by an earlier version
     pipeline.image_vq.push_to_hub("alice/model")
     assert card("model").data.license == "apache-2.0" and "* Weights: apache-2.0" in card("model").content
+
+
+RUN_CARD = """\
+---
+license: apache-2.0
+tags:
+- diffusers_vqdit
+widget:
+- text: a red apple
+  output:
+    url: samples/0.png
+- text: outside
+  output:
+    url: ../outside.png
+---
+
+# run
+
+Trained for a day. `DiffusionPipeline.from_pretrained("run")`
+"""
+
+
+def test_the_card_beside_the_weights_that_were_loaded_is_kept(hub, client, pipeline, tmp_path):
+    """With its pictures; of a folder, whoever wrote it, and of a repository where it is one of ours."""
+
+    def files(name):
+        found = hub.repositories[f"alice/{name}"].resolve("main").files
+        return {path: file.content for path, file in found.items() if path.endswith((".md", ".png"))}
+
+    run = tmp_path / "run"
+    pipeline.save_pretrained(run)
+    (run / "samples").mkdir()
+    (run / "samples" / "0.png").write_bytes(b"a picture")
+    (run / "README.md").write_text(RUN_CARD)
+    (tmp_path / "outside.png").write_bytes(b"private")
+    loaded = VQDiTPipeline.from_pretrained(run)
+    loaded.push_to_hub("alice/kept")
+    here = RUN_CARD.replace('from_pretrained("run")', 'from_pretrained("alice/kept")').encode()
+    assert files("kept") == {"README.md": here, "samples/0.png": b"a picture"}
+    loaded.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="alice/kept-too")
+    assert files("kept-too") == {"README.md": here.replace(b"kept", b"kept-too"), "samples/0.png": b"a picture"}
+    assert (tmp_path / "saved" / "README.md").read_bytes() == files("kept-too")["README.md"]
+
+    VQDiTPipeline.from_pretrained("alice/kept").push_to_hub("alice/again")
+    assert files("again") == files("kept")
+    loaded.transformer.push_to_hub("alice/part")  # which the card of the whole isn't of
+    assert b"How it was trained isn't known here." in files("part")["README.md"]
+    ModelCard("---\nlicense: mit\n---\n\n# Another's\n").push_to_hub("alice/kept")
+    VQDiTPipeline.from_pretrained("alice/kept").push_to_hub("alice/plain")
+    assert b"How it was trained isn't known here." in files("plain")["README.md"]
+
+    image_vq = tmp_path / "image_vq"
+    pipeline.image_vq.save_pretrained(image_vq)
+    for content, kept in (("# Mine\n", True), ("---\n- [\n---\n# Broken\n", False)):
+        (image_vq / "README.md").write_text(content)
+        ImageVQModel.from_pretrained(image_vq).push_to_hub(f"alice/image-{len(content)}")
+        assert (files(f"image-{len(content)}")["README.md"].decode() == content) == kept
