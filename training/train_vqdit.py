@@ -79,7 +79,7 @@ logger = get_logger(__name__)
 
 PROJECT = "vqdit"  # of the trackers
 TASKS = "text->image:3,image->text:2,->image:0.5"
-# A label is one code: what a picture says of it is little a step, and takes more steps than the picture does.
+# A label is one code of a sample, of which so few are learned from a step that it gets more of them.
 LABELLED = "text->image:2,image->text:2,->image:0.5,label->image:1,image->label:3"
 LABELS_ALONE = "label->image:3,image->label:3,->image:0.5"
 
