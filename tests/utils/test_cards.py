@@ -134,8 +134,9 @@ def test_a_card_is_not_kept_with_other_weights(hub, client, pipeline, image_vq, 
     def converted(pipe):
         pipe.to(torch.float16)
 
-    for place in (tmp_path / "run", "alice/source"):
-        for number, change in enumerate((lambda pipe: None, trained, exchanged, converted)):
+    changes = (lambda pipe: None, trained, exchanged, converted)
+    for place, tried in ((tmp_path / "run", changes), ("alice/source", changes[:2])):
+        for number, change in enumerate(tried):
             caplog.clear()
             pipe, name = VQDiTPipeline.from_pretrained(place), f"alice/{Path(place).name}-{number}"
             change(pipe)
@@ -151,3 +152,13 @@ def test_a_widget_of_another_shape_is_no_gallery(hub, client, image_vq, tmp_path
     (tmp_path / "model" / "README.md").write_text(f"---\nwidget: {widget}\n---\n# Mine\n")
     ImageVQModel.from_pretrained(tmp_path / "model").push_to_hub("alice/widget")
     assert b"# Mine" in hub.repositories["alice/widget"].resolve("main").files["README.md"].content
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe# Mine", None], ids=["not UTF-8", "a folder"])
+def test_a_card_that_cannot_be_read_is_not_pushed(hub, client, image_vq, tmp_path, content):
+    image_vq.save_pretrained(tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    card.mkdir() if content is None else card.write_bytes(content)
+    ImageVQModel.from_pretrained(tmp_path / "model").push_to_hub("alice/unreadable")
+    text = hub.repositories["alice/unreadable"].resolve("main").files["README.md"].content
+    assert b"How it was trained isn't known here." in text
