@@ -1,5 +1,6 @@
 """What a model card says: of a kind of model, and on a card of one whose training isn't known."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -223,7 +224,7 @@ def fill_blank_card(model: Any, path: Path, repo_id: str, saved: Sequence[str], 
         return []
     source = str(model.config.get("_name_or_path") or "")
     loaded = _loaded_card(source, model.config_name, token)
-    if loaded is not None and not _has_weights(source, path.parent, saved, token):
+    if loaded is not None and not _is_as_loaded(model, source, path.parent, saved, token):
         _card_logger.warning(f"the weights are not those of {source} any more: its card is not published with them")
         loaded = None
     if loaded is None:
@@ -270,10 +271,14 @@ def _find_file(source: str, name: str, token: str | None) -> Path | None:
         return None
 
 
-def _has_weights(source: str, folder: Path, saved: Sequence[str], token: str | None) -> bool:
-    """Whether the weights among files that were saved in a folder are those of a source, byte by byte."""
+def _is_as_loaded(model: Any, source: str, folder: Path, saved: Sequence[str], token: str | None) -> bool:
+    """Whether what was saved in a folder has the weights of a source, byte by byte, and components of its classes."""
+    if (config := _find_file(source, model.config_name, token)) is None:
+        return False
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / model.config_name, config)]
+    own, other = ({name: (one.get(name) or [None])[-1] for name in getattr(model, "components", {})} for one in read)
     names = [name for name in saved if weight_file_of(PurePosixPath(name).name) and not name.endswith(".json")]
-    return all(_sha256_of(source, name, token) == file_sha256(folder / name) for name in names)
+    return own == other and all(_sha256_of(source, name, token) == file_sha256(folder / name) for name in names)
 
 
 def _sha256_of(source: str, name: str, token: str | None) -> str | None:
