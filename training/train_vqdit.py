@@ -54,6 +54,7 @@ from diffusers_vqdit.training.optimization import set_dropout, transformer_learn
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
+    OWN_FLAGS,
     add_encoder_arguments,
     add_text_tokenizer_argument,
     has_captions,
@@ -304,9 +305,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:
+        flag = OWN_FLAGS.get(min(missing), f"--segment {min(missing)}=MODALITY:COLUMN")
         raise ValueError(
             f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}. Say "
-            f"what the others are made from: --segment {min(missing)}=MODALITY:COLUMN"
+            f"what the others are made from: {flag}"
         )
     known_labels = parts.pop("labels")
     labels = codes.labels if LABEL in names or not known_labels else known_labels

@@ -15,6 +15,7 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..tasks import Task
 from ..utils.decoding import decode_image, to_pixels
 from ..utils.sounds import audio_library, read_sound
+from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
 from .data import load_training_dataset
 from .evaluation import as_arguments, mean, reconstruct, sample, share
@@ -81,8 +82,8 @@ class SpeechData:
         sounds: by row, undecoded.
         columns: values of the other columns by row.
         recogniser: of the rows' captions; None for a language that it doesn't know.
-        pictures: (M, 3, H, W) uint8, all pictures that there are, and `picture_of` the number of each row's; None
-            without pictures.
+        pictures: (M, 3, H, W) uint8, all pictures that there are, and `picture_of` the number of each row's, -1
+            of one that has none; None without pictures.
     """
 
     rows: dict[str, list[int]]
@@ -103,7 +104,8 @@ class SpeechData:
         from datasets import Audio
 
         images = [] if resolution is None else [args.image_column]
-        source = {"dataset_name": args.dataset_name, "split": "test", "columns": [args.caption_column]}
+        wanted = [args.audio_column, args.caption_column]
+        source = {"dataset_name": args.dataset_name, "split": "test", "columns": wanted}
         dataset = load_training_dataset(**source, image_column=images).cast_column(
             args.audio_column, Audio(decode=False)
         )
@@ -112,13 +114,20 @@ class SpeechData:
         held = columns.get("held_out", ["test"] * len(dataset))
         spoken = columns.get("language", [args.language] * len(dataset))
         captions = columns[args.caption_column]
+        check_captions(captions, args.caption_column)
+        values = list(dataset[args.image_column]) if images else []
         fit = [row for row in range(len(dataset)) if spoken[row] == args.language]
         if not fit:
-            raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(spoken))}")
+            raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(map(str, spoken)))}")
         english = args.language.split("-")[0] == "en"
         if english:
             everyone = CaptionRecogniser(captions)
             fit = [row for row in fit if everyone.knows(captions[row])]
+        if images:  # some of Tux Paint's stamps have none
+            fit = [row for row in fit if values[row] is not None]
+        if not fit:
+            lacking = f"known to the recogniser{' and a picture' if images else ''}" if english else "with a picture"
+            raise ValueError(f"caption_column={args.caption_column!r} has no caption {lacking} in {args.language!r}")
         rows = {kind: [row for row in fit if held[row] == kind] for kind in dict.fromkeys(held)}
         generator = np.random.default_rng(args.seed)
         rows = {kind: generator.permutation(some)[: args.num_samples].tolist() for kind, some in rows.items() if some}
@@ -126,10 +135,11 @@ class SpeechData:
         recogniser = CaptionRecogniser(sorted(chosen)) if english else None
         pictures, picture_of = None, []
         if resolution is not None:
-            files: dict[bytes, int] = {}
-            values = [one["bytes"] for one in dataset[args.image_column]]
-            picture_of = [files.setdefault(value, len(files)) for value in values]
-            pictures = torch.stack([decode_image({"bytes": value}, resolution) for value in files])
+            keys = [one and (one["bytes"] or one["path"]) for one in values]
+            files = {key: one for key, one in zip(keys, values, strict=True) if one is not None}
+            numbers = {key: number for number, key in enumerate(files)}
+            picture_of = [numbers.get(key, -1) for key in keys]
+            pictures = torch.stack([decode_image(one, resolution) for one in files.values()])
             pictures = ((pictures + 1) * 127.5).round().to(torch.uint8)
         return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
 
@@ -239,6 +249,10 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
     tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
     pairs = [task for task in tasks if len(task.generated) == len(task.given) == 1 and audio in task.segments]
     alone = [task for task in tasks if task.generated == (audio,) and not task.given]
+    if args.label_column not in data.columns and any(
+        field[name] == "labels" for one in pairs for name in one.segments
+    ):
+        raise ValueError(f"label_column={args.label_column!r} is not in the data: it has {sorted(data.columns)}")
     report = SpeechReport({}, [], [], rate)
     for kind, rows in data.rows.items():
         captions = [data.columns[args.caption_column][row] for row in rows]

@@ -227,7 +227,7 @@ class RowStream:
                 stream = stream.reshard()  # else Arrow reads ahead of what is asked for, row group by row group
             try:
                 yield from stream.iter(_PLAIN_ROWS if set(columns) <= set(plain) else _FILE_ROWS)
-            except (pa.ArrowException, TypeError, ValueError):
+            except (pa.ArrowException, KeyError, TypeError, ValueError):
                 check_schema(self.builder, path, self.features, columns)  # of the Hub's files nothing has
                 raise
 

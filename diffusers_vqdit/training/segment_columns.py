@@ -23,8 +23,9 @@ from .code_files import SUFFIXES
 from .table_files import loading
 
 
-# Segments that have flags of their own.
-RESERVED = (IMAGE, LOWRES, TEXT, LABEL)
+# Segments that have flags of their own, by which their codes are made.
+OWN_FLAGS = {IMAGE: "--image_vq", LOWRES: "--image_vq", TEXT: "--text_vq", LABEL: "--label_column"}
+RESERVED = tuple(OWN_FLAGS)
 
 
 class SegmentFlag(NamedTuple):

@@ -117,7 +117,8 @@ def check_schema(builder: Any, path: str, features: Mapping[str, Any], columns: 
         columns: that are asked for. Of Arrow files all are read.
 
     Raises:
-        ValueError: if a column isn't there, or is of a type that can't be cast; it names the file and the column.
+        ValueError: if a column isn't there, is there twice, or is of a type that can't be cast; it names the file and
+            the column.
     """
     from datasets import Features
     from datasets.table import table_cast
@@ -134,6 +135,8 @@ def check_schema(builder: Any, path: str, features: Mapping[str, Any], columns: 
     if schema is None:
         return
     for name in columns if parquet else features:
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{shown(path)} has several columns called {name!r}; they must have different names")
         if name not in schema.names:
             if parquet:  # of Arrow files `datasets` fills in missing values
                 raise ValueError(f"column {name!r} is not in {shown(path)}, which has {schema.names}")

@@ -1,13 +1,21 @@
 """What a model card says: of a kind of model, and on a card of one whose training isn't known."""
 
+import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from diffusers.utils import logging
+from huggingface_hub import ModelCard, ModelCardData, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .fingerprints import file_sha256
+from .weight_files import weight_file_of
+
+
+_card_logger = logging.get_logger(__name__)
 
 CARD_TEMPLATE = """\
 ---
@@ -172,6 +180,9 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
+# Of a gallery's files, which alone are taken along with a card.
+_MEDIA = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".flac", ".mp3"}
+
 # What diffusers writes on the card of a new repository.
 _BLANK = ("# Model Card for Model ID", "This model card has been automatically generated.")
 
@@ -198,9 +209,13 @@ def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
     return ModelCard(content)
 
 
-def fill_blank_card(model: Any, path: Path, repo_id: str, token: str | None = None) -> list[str]:
+def fill_blank_card(model: Any, path: Path, repo_id: str, saved: Sequence[str], token: str | None = None) -> list[str]:
     """Replace the card with nothing filled in that diffusers writes for new repositories: by the card beside the
-    weights that the model was loaded from, with the pictures of its gallery, or where there is none by [`plain_card`].
+    weights that the model was loaded from, with the pictures of its gallery, if what was saved has these weights; else
+    by [`plain_card`].
+
+    Args:
+        saved: the files of the card's folder that the model was saved in.
 
     Returns:
         the paths of these pictures in the card's folder.
@@ -209,6 +224,9 @@ def fill_blank_card(model: Any, path: Path, repo_id: str, token: str | None = No
         return []
     source = str(model.config.get("_name_or_path") or "")
     loaded = _loaded_card(source, model.config_name, token)
+    if loaded is not None and not _is_as_loaded(model, source, path.parent, saved, token):
+        _card_logger.warning(f"the weights are not those of {source} any more: its card is not published with them")
+        loaded = None
     if loaded is None:
         plain_card(model, repo_id, card.data.to_dict()).save(path)
         return []
@@ -216,7 +234,9 @@ def fill_blank_card(model: Any, path: Path, repo_id: str, token: str | None = No
     if os.path.isdir(source):  # by whose name a run's card loads it, where it wasn't pushed
         content = content.replace(f'from_pretrained("{Path(source).resolve().name}"', f'from_pretrained("{repo_id}"')
     path.write_text(content, encoding="utf-8")
-    outputs = [one.get("output") for one in loaded_card.data.to_dict().get("widget") or [] if isinstance(one, dict)]
+    widget = loaded_card.data.to_dict().get("widget")
+    entries = widget if isinstance(widget, list) else []
+    outputs = [one.get("output") for one in entries if isinstance(one, dict)]
     names = [str(output.get("url")) for output in outputs if isinstance(output, dict)]
     return [name for name in dict.fromkeys(names) if _copy_from(source, name, path.parent, token)]
 
@@ -251,12 +271,36 @@ def _find_file(source: str, name: str, token: str | None) -> Path | None:
         return None
 
 
+def _is_as_loaded(model: Any, source: str, folder: Path, saved: Sequence[str], token: str | None) -> bool:
+    """Whether what was saved in a folder has the weights of a source, byte by byte, and components of its classes."""
+    if (config := _find_file(source, model.config_name, token)) is None:
+        return False
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / model.config_name, config)]
+    own, other = ({name: (one.get(name) or [None])[-1] for name in getattr(model, "components", {})} for one in read)
+    names = [name for name in saved if weight_file_of(PurePosixPath(name).name) and not name.endswith(".json")]
+    return own == other and all(_sha256_of(source, name, token) == file_sha256(folder / name) for name in names)
+
+
+def _sha256_of(source: str, name: str, token: str | None) -> str | None:
+    """The SHA-256 of a weight file of a folder or Hub repository, which isn't downloaded."""
+    if os.path.isdir(source):
+        return None if (found := _find_file(source, name, token)) is None else file_sha256(found)
+    try:
+        return get_hf_file_metadata(hf_hub_url(source, name), token=token).etag
+    except HfHubHTTPError:
+        return None
+
+
 def _copy_from(source: str, name: str, folder: Path, token: str | None) -> bool:
-    """Copy a picture of a card, unless its path leaves the folder or another file is there."""
+    """Copy a picture of a card, unless its path leaves the folder, by a link too, or another file is there."""
     target = folder / name
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or target.exists():
+    if PurePosixPath(name).suffix.lower() not in _MEDIA or target.exists():
+        return False
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         return False
     if (found := _find_file(source, name, token)) is None:
+        return False
+    if os.path.isdir(source) and not found.resolve().is_relative_to(Path(source).resolve()):
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(found, target)

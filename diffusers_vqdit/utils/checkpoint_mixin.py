@@ -103,9 +103,9 @@ class CheckpointMixin(Checkpointed):
     ) -> CommitInfo:
         # What `push_to_hub` and `save_pretrained(push_to_hub=True)` of diffusers upload with. The latter's folder is
         # the user's, who may keep other things there.
-        pictures = []
+        saved = saved_files(self, working_dir)
         if subfolder is None:
-            pictures = fill_blank_card(self, Path(working_dir, "README.md"), repo_id, token)
+            saved += fill_blank_card(self, Path(working_dir, "README.md"), repo_id, saved, token)
         return push_folder(
             working_dir,
             repo_id,
@@ -113,7 +113,7 @@ class CheckpointMixin(Checkpointed):
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
             path_in_repo=subfolder,
-            files=[*saved_files(self, working_dir), *pictures],
+            files=saved,
         )
 
     def _push_saved(

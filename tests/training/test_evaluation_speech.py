@@ -106,6 +106,46 @@ def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipe
         run("evaluate_speech", f"{options} --language xx --output_dir {tmp_path}")
 
 
+def test_rows_that_lack_something_are_left_out_or_named(run, talking_pipeline, table, tmp_path, monkeypatch):
+    """Those without a picture or a language are left out; what none of them has is named before the work."""
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    full = pq.read_table(table)
+
+    def measure(more="", drop=(), **changed):
+        found = full.drop_columns(list(drop))
+        for name, values in changed.items():
+            place = found.column_names.index(name)
+            found = found.set_column(place, found.field(name), pa.array(values, found.field(name).type))
+        pq.write_table(found, tmp_path / "changed.parquet")
+        options = f"--dataset_name {tmp_path / 'changed.parquet'} --num_inference_steps 1 --output_dir {tmp_path}"
+        run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} {options} {more}")
+
+    pictures = full["image"].to_pylist()
+    measure(image=[*pictures[:3], *[None] * 12, pictures[0]], drop=["held_out"], language=["en"] * 15 + [None])
+    report = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    assert report["codec"]["test, originals, recognised"]["count"] == 2
+    for options, problem in (
+        (
+            {"drop": ["label"]},
+            r"label_column='label' is not in the data: it has \['held_out', 'language', 'split', 't",
+        ),
+        ({"drop": ["audio"]}, "column 'audio' is not in the data"),
+        ({"text": [*["green"] * 15, None]}, "column 'text': 1 rows have no caption, the first are rows .14"),
+        (
+            {"text": ["a dot"] * 16},
+            "caption_column='text' has no caption known to the recogniser and a picture in 'en'",
+        ),
+        ({"image": [None] * 16, "more": "--language zh"}, "has no caption with a picture in 'zh'"),
+        (
+            {"language": [None, *["en"] * 14, None], "more": "--language x"},
+            r"is of no row; there are \['None', 'en'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            measure(**options)
+
+
 def test_what_is_found_has_the_caption_of_what_is_asked(monkeypatch):
     """Of a pipeline that finds what is at the query's own place; texts stand in the gallery once, sounds all."""
 

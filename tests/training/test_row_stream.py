@@ -252,6 +252,8 @@ LATER = {  # files of which the second can't be read as the first is, and what i
         {"more": pa.array([{"a": 1}] * 2)},
         r"column 'more' has the type struct<.* in '\S+1.arrow'",
     ),
+    "parquet-twice": ({"more ": GOOD}, r"'\S+1.parquet' has several columns called 'label'"),
+    "arrow-twice": ({"more ": GOOD}, r"'\S+1.arrow' has several columns called 'label'"),
     "arrow-extra": ({"extra": pa.array([1, 2])}, r"column 'extra' is in '\S+1.arrow' and not in the first file"),
 }
 
@@ -263,6 +265,7 @@ def write_two(data_sources, tmp_path, kind, changed):
     columns = {"image": pa.array(images), "label": GOOD, "more": pa.array([1, 2])}
     for number, one in enumerate([columns, columns | changed]):
         table = pa.table({name: values for name, values in one.items() if values is not None})
+        table = table.rename_columns(["label" if name == "more " else name for name in table.column_names])
         if kind == "parquet":
             pq.write_table(table, tmp_path / f"{number}.parquet")
             continue

@@ -293,7 +293,7 @@ def test_a_lora_is_small_and_at_scale_zero_changes_nothing(run, tokenizers, pict
         ("--caption_column title", "column 'title' is not in the data"),
         ("--tasks text-image", "must have one '->'"),
         ("--tasks label->image --label_column kind", "column 'kind' is not in the data"),
-        ("--tasks label->image", r"need the segments \['label'\]"),
+        ("--tasks label->image", r"need the segments \['label'\]; .* --label_column$"),
         ("--resume_from_checkpoint checkpoint-9", "'checkpoint-9' is not in"),
     ],
 )

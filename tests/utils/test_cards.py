@@ -1,6 +1,10 @@
 """Cards of what is published without its training."""
 
+from pathlib import Path
+
 import huggingface_hub
+import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import ModelCard
@@ -62,6 +66,12 @@ widget:
 - text: outside
   output:
     url: ../outside.png
+- text: outside by a link
+  output:
+    url: samples/link.png
+- text: no picture
+  output:
+    url: training_args.json
 ---
 
 # run
@@ -75,7 +85,7 @@ def test_the_card_beside_the_weights_that_were_loaded_is_kept(hub, client, pipel
 
     def files(name):
         found = hub.repositories[f"alice/{name}"].resolve("main").files
-        return {path: file.content for path, file in found.items() if path.endswith((".md", ".png"))}
+        return {path: file.content for path, file in found.items() if path.endswith((".md", ".png", "_args.json"))}
 
     run = tmp_path / "run"
     pipeline.save_pretrained(run)
@@ -83,6 +93,8 @@ def test_the_card_beside_the_weights_that_were_loaded_is_kept(hub, client, pipel
     (run / "samples" / "0.png").write_bytes(b"a picture")
     (run / "README.md").write_text(RUN_CARD)
     (tmp_path / "outside.png").write_bytes(b"private")
+    (run / "samples" / "link.png").symlink_to(tmp_path / "outside.png")
+    (run / "training_args.json").write_text("{}")
     loaded = VQDiTPipeline.from_pretrained(run)
     loaded.push_to_hub("alice/kept")
     here = RUN_CARD.replace('from_pretrained("run")', 'from_pretrained("alice/kept")').encode()
@@ -105,3 +117,51 @@ def test_the_card_beside_the_weights_that_were_loaded_is_kept(hub, client, pipel
         (image_vq / "README.md").write_text(content)
         ImageVQModel.from_pretrained(image_vq).push_to_hub(f"alice/image-{len(content)}")
         assert (files(f"image-{len(content)}")["README.md"].decode() == content) == kept
+
+
+def test_a_card_is_not_kept_with_other_weights(hub, client, pipeline, image_vq, tmp_path, caplog):
+    """Trained further, exchanged, of another dtype or left out; of what a folder has and a repository."""
+    pipeline.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text(RUN_CARD)
+    VQDiTPipeline.from_pretrained(tmp_path / "run").push_to_hub("alice/source")
+
+    def trained(pipe):
+        next(pipe.transformer.parameters()).data.add_(1)
+
+    def exchanged(pipe):
+        pipe.image_vq = ImageVQModel.from_config(image_vq.config)
+
+    def converted(pipe):
+        pipe.to(torch.float16)
+
+    def without_texts(pipe):
+        pipe.text_vq = pipe.tokenizer = None
+
+    changes = (lambda pipe: None, trained, exchanged, converted, without_texts)
+    for place, tried in ((tmp_path / "run", changes), ("alice/source", changes[:2])):
+        for number, change in enumerate(tried):
+            caplog.clear()
+            pipe, name = VQDiTPipeline.from_pretrained(place), f"alice/{Path(place).name}-{number}"
+            change(pipe)
+            pipe.push_to_hub(name)
+            text = hub.repositories[name].resolve("main").files["README.md"].content.decode()
+            assert ("Trained for a day" in text) == (number == 0), (place, number)
+            assert ("the weights are not those of" in caplog.text) == (number > 0)
+
+
+@pytest.mark.parametrize("widget", ["5", "text", "[1, {text: x}, {output: 3}, {output: {url: 7}}]"])
+def test_a_widget_of_another_shape_is_no_gallery(hub, client, image_vq, tmp_path, widget):
+    image_vq.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(f"---\nwidget: {widget}\n---\n# Mine\n")
+    ImageVQModel.from_pretrained(tmp_path / "model").push_to_hub("alice/widget")
+    assert b"# Mine" in hub.repositories["alice/widget"].resolve("main").files["README.md"].content
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe# Mine", None], ids=["not UTF-8", "a folder"])
+def test_a_card_that_cannot_be_read_is_not_pushed(hub, client, image_vq, tmp_path, content):
+    image_vq.save_pretrained(tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    card.mkdir() if content is None else card.write_bytes(content)
+    ImageVQModel.from_pretrained(tmp_path / "model").push_to_hub("alice/unreadable")
+    text = hub.repositories["alice/unreadable"].resolve("main").files["README.md"].content
+    assert b"How it was trained isn't known here." in text
