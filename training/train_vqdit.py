@@ -252,18 +252,19 @@ def default_tasks(
     kept = {} if checkpoint is None else read_manifest(checkpoint).identity
     if kept.get("script") == "train_vqdit":  # a run of another one is refused later
         return ",".join(f"{task}:{weight}" for task, weight in kept["tasks"].items())
-    names = {LABEL} if args.label_column is not None else set()
+    labelled, texts = args.label_column is not None, has_captions(args)
+    states = not (args.text_vq or args.text_tokenizer)  # of an encoder, which no task generates
     if pretrained is not None:
-        names |= {TEXT} & set(pretrained.config.segments)
+        segments = pretrained.config.segments
+        texts, states = TEXT in segments, "channels" in segments.get(TEXT, {})
     elif args.codes_dir is not None:
-        names |= set(CodeDataset(args.codes_dir).segments)
-    elif has_captions(args):
-        names |= {TEXT}
-    if LABEL in names:
-        return LABELLED if TEXT in names else LABELS_ALONE
-    known = pretrained.config.tasks if pretrained is not None else None
-    usual = {str(task) for task, _ in parse_tasks(TASKS)}
-    return TASKS if not known or usual <= set(known) else ",".join(known)
+        segments = CodeDataset(args.codes_dir).segments
+        labelled, texts, states = LABEL in segments, TEXT in segments, "channels" in segments.get(TEXT, {})
+    usual = (LABELLED if texts else LABELS_ALONE) if labelled else TASKS
+    if texts and states:
+        usual = ",".join(task for task in usual.split(",") if f"->{TEXT}" not in task)
+    known = pretrained.config.tasks if pretrained is not None and not labelled else None
+    return usual if not known or {str(task) for task, _ in parse_tasks(usual)} <= set(known) else ",".join(known)
 
 
 def run_identity(

@@ -133,10 +133,22 @@ def test_labels_are_learned_where_the_data_have_them(script, monkeypatch):
     pretrained = VQDiTTransformer2DModel(**sizes, segments=segments, tasks=["text->image", "image->text", "->image"])
     args = train.parse_args("--train_data_dir x --pretrained_model_name_or_path y --label_column kind".split())
     assert args.tasks is None and train.default_tasks(args, None, pretrained) == labelled
-    for names, tasks in (("label", alone), ("text label", labelled), ("text", train.TASKS)):
-        monkeypatch.setattr(train, "CodeDataset", lambda _, names=names: SimpleNamespace(segments=names.split()))
+    states = {"text": {"channels": 8, "shape": [7]}}
+    given, with_label = "text->image:3,->image:0.5", "text->image:2,->image:0.5,label->image:1,image->label:3"
+    for names, others, tasks in (
+        ("label", {}, alone),
+        ("text label", {}, labelled),
+        ("text", {}, train.TASKS),
+        ("", states, given),
+        ("label", states, with_label),
+    ):
+        segments = dict.fromkeys(names.split(), {"vocab_size": 2}) | others
+        monkeypatch.setattr(train, "CodeDataset", lambda _, segments=segments: SimpleNamespace(segments=segments))
         args = train.parse_args("--codes_dir x --image_vq y".split())
         assert args.tasks is None and train.default_tasks(args) == tasks
+    options = "--train_data_dir x --image_vq y --text_encoder z"
+    assert train.parse_args(options.split()).tasks == given
+    assert train.parse_args(f"{options} --label_column kind".split()).tasks == with_label
 
 
 def test_batches_go_on_where_the_steps_stopped():
