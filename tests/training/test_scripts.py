@@ -219,6 +219,7 @@ def test_finetuning_on_a_folder_with_a_broken_file(run, tokenizers, picture_fold
     codes = (
         f"--codes_dir {tokenizers / 'codes'} --image_vq {tokenizers / 'image_vq'} --text_vq {tokenizers / 'text_vq'}"
     )
+    codes += " --tasks text->image,image->text,->image"
     run("train_vqdit", f"{codes} --output_dir {tmp_path / 'base'} {TINY} --max_train_steps 2 --train_batch_size 4")
     (picture_folder / "6.png").write_bytes(b"broken")
     run(
