@@ -168,7 +168,7 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         used.append(output.usage.mean().item() / shown)
-    figures = measure_image_tokenizer(model, held_out)
+    figures = measure_image_tokenizer(model, held_out.split(64))
     return {"learning_rate": rate, "usage": [round(u, 4) for u in used], "psnr": figures["psnr"], "shown": shown}
 
 

@@ -288,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
             for _ in range(args.max_train_steps):
                 training.step()
             model = training.model.eval()
-            figures = measure_image_tokenizer(model, held_out)
+            figures = measure_image_tokenizer(model, held_out.split(64))
             quality.setdefault(name, []).append({**figures, "codes": options["num_vq_embeddings"], "seed": seed})
             print(name, json.dumps(figures))
             figures_file.write_text(json.dumps(kept, indent=2) + "\n")

@@ -123,6 +123,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--label_column", default="label")
     parser.add_argument(
+        "--max_samples",
+        type=positive_integer,
+        default=10_000,
+        help="Rows of each split, the first ones, that are measured and that samples are compared with.",
+    )
+    parser.add_argument(
         "--tasks",
         type=measures,
         default=list(MEASURES),
@@ -171,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     if args.features is not None:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
     resolution = side * pipeline.image_vq.downsample_factor
-    data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode)
+    data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode, args.max_samples)
     measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
     report = {name: figures for name, figures in measured.items() if figures}
     table = as_table(report)

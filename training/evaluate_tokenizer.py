@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from datasets import Audio
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.columns import CaptionColumn, Texts
+from diffusers_vqdit.training.data import decoded_batches, load_training_dataset
 from diffusers_vqdit.training.evaluation_speech import measure_audio_tokenizer
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
@@ -34,7 +35,6 @@ from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
 from diffusers_vqdit.utils.checks import shown
 from diffusers_vqdit.utils.sounds import read_sound
-from diffusers_vqdit.utils.texts import caption_lists
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,7 +90,7 @@ def measure_texts(args: argparse.Namespace, accelerator: Accelerator) -> dict[st
         columns=args.caption_columns,
         max_samples=args.max_samples,
     )
-    captions = {c: [text for row in caption_lists(dataset[c], c) for text in row] for c in args.caption_columns}
+    captions = {column: Texts([CaptionColumn(dataset, column)]) for column in args.caption_columns}
     return measure_text_tokenizer(model, tokenizer, captions, args.batch_size)
 
 
@@ -130,7 +130,6 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         max_samples=args.max_samples,
     )
     resolution = args.resolution or model.config.sample_size
-    pictures, _ = decode_images(dataset, args.image_column, resolution, resize_mode="auto")  # as training does
     features = None
     if args.features == "inception":
         features = inception_features().to(accelerator.device)
@@ -138,14 +137,12 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         backbone = BackboneFeatures.from_pretrained(args.features, args.features_image_size)
         backbone.check_size(resolution)
         features = backbone.to(accelerator.device).pooled
-    return measure_image_tokenizer(
-        model,
-        pictures,
-        batch_size=args.batch_size,
-        features=features,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    if len(dataset) < accelerator.num_processes:
+        raise ValueError(f"{len(dataset)} pictures can't be shared by {accelerator.num_processes} processes")
+    own = dataset.shard(accelerator.num_processes, accelerator.process_index)
+    options = {"batch_size": args.batch_size, "resize_mode": "auto"}  # as training does
+    batches = (pictures for pictures, _ in decoded_batches(own, args.image_column, resolution, **options))
+    return measure_image_tokenizer(model, batches, features=features)
 
 
 # The flags that have a say in what is measured of one kind of tokenizers alone.

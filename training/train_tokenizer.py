@@ -12,11 +12,12 @@ import argparse
 from pathlib import Path
 
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
+from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer
-from diffusers_vqdit.utils.texts import caption_lists
+from diffusers_vqdit.utils.texts import in_parts
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -42,11 +43,11 @@ def main(args: argparse.Namespace) -> None:
             max_samples=args.max_samples,
             cache_dir=args.cache_dir,
         )
-        lists = [caption_lists(dataset[column], column) for column in args.text_columns]
-        texts = [text for column in lists for row in column for text in row]
+        texts = Texts([CaptionColumn(dataset, column) for column in args.text_columns])
         tokenizer = train_text_tokenizer(texts, args.vocab_size)
         save_pretrained_atomically(tokenizer, args.output_dir)
-    count = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+    parts = in_parts(texts, READ_ROWS)
+    count = sum(len(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False).input_ids)
     share = sum(map(len, texts)) / count
     print(f"{args.output_dir}: {len(tokenizer)} tokens; {share:.2f} characters a token in {len(texts)} texts")
 

@@ -301,16 +301,33 @@ def decode_images(
     resize_mode: str = "crop",
     interpolation: str = "lanczos",
 ) -> tuple[torch.Tensor, list[int]]:
+    """Every picture of a dataset at once: those of [`decoded_batches`] as one tensor (N, 3, height, width) uint8, and
+    the row numbers it holds."""
+    options: dict[str, Any] = {"resize_mode": resize_mode, "interpolation": interpolation}
+    pictures, rows = zip(*decoded_batches(dataset, image_column, resolution, **options), strict=True)
+    return torch.cat(pictures), [row for own in rows for row in own]
+
+
+def decoded_batches(
+    dataset,
+    image_column: str,
+    resolution: int | tuple[int, int],
+    *,
+    batch_size: int = 64,
+    resize_mode: str = "crop",
+    interpolation: str = "lanczos",
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
 
     Args:
         dataset: with an undecoded picture column.
         image_column: the column's name.
         resolution: height and width of the pictures in pixels; one number for both.
+        batch_size: pictures that are read at once.
         resize_mode, interpolation: as in [`decode_image`].
 
-    Returns:
-        a uint8 tensor (N, 3, height, width) and the row numbers it holds.
+    Yields:
+        uint8 tensors (B, 3, height, width) and the row numbers they hold.
 
     Raises:
         ValueError: if no picture could be read.
@@ -321,14 +338,18 @@ def decode_images(
         value = column[row][image_column]
         return to_bytes(decode_image(value, resolution, resize_mode, interpolation=interpolation))
 
-    pictures, rows, problems = try_rows(read, lambda row: place(column[row][image_column], row), range(len(dataset)))
-    for problem in problems[:MAX_NAMED]:
-        logger.warning(f"skipped picture {problem}")
-    if not rows:
+    skipped = 0
+    for batch in torch.arange(len(dataset)).split(batch_size):
+        pictures, rows, problems = try_rows(read, lambda row: place(column[row][image_column], row), batch.tolist())
+        for problem in problems[: max(0, MAX_NAMED - skipped)]:
+            logger.warning(f"skipped picture {problem}")
+        skipped += len(problems)
+        if pictures:
+            yield torch.stack(pictures), rows
+    if skipped == len(dataset):
         raise ValueError(f"column {image_column!r}: none of the {len(dataset)} pictures could be read")
-    if len(rows) < len(dataset):
-        logger.warning(f"skipped {len(dataset) - len(rows)} of {len(dataset)} pictures that could not be read")
-    return torch.stack(pictures), rows
+    if skipped:
+        logger.warning(f"skipped {skipped} of {len(dataset)} pictures that could not be read")
 
 
 def try_rows(

@@ -1,16 +1,19 @@
 """What every figure of ``evaluate.py`` needs: the dataset, what is measured of a pipeline, samples, shares, means."""
 
 import argparse
+import logging
 import math
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Image
+from datasets import Audio, Image
 from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
@@ -20,9 +23,11 @@ from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
 from ..utils.decoding import as_picture_column, decode_image, to_pixels
-from .data import decode_images, load_training_dataset
+from .data import decoded_batches, load_training_dataset
 from .image_losses import BackboneFeatures
 
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS = {TEXT: "English", f"{TEXT}_zh": "Chinese"}  # columns, by default, where the data has them
 
@@ -141,7 +146,7 @@ class EmojiData:
     """The dataset and the sets of rows that are measured.
 
     Args:
-        pictures: (N, 3, H, W) uint8, the training split first.
+        pictures: (N, 3, H, W) uint8, the training split first; those that can't be read are left out, as rows too.
         columns: each column's N values.
         train, composition, test: rows: some of the training split, the held-out compositions, the whole test split.
             Without a column ``held_out`` that says so, all of the test split are called compositions.
@@ -183,21 +188,28 @@ class EmojiData:
         args: argparse.Namespace,
         judge: BackboneFeatures | None = None,
         resize_mode: str = "crop",
+        max_samples: int | None = None,
     ) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
-        ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`.
+        ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`. Of each
+        split the first `max_samples` rows; pictures, and what they decode to, are mapped from temporary files.
 
         Raises:
             ValueError: if the judge doesn't take pictures of this size.
         """
         if judge is not None:
             judge.check_size(resolution)
-        train, test = (
-            load_training_dataset(dataset_name=args.dataset_name, split=split, image_column=args.image_column)
-            for split in ("train", "test")
-        )
-        pictures = read_pictures([train, test], args.image_column, resolution, resize_mode)
-        names = [name for name, feature in train.features.items() if not isinstance(feature, Image)]
+        found = []
+        for name in ("train", "test"):
+            split = load_training_dataset(dataset_name=args.dataset_name, split=name, image_column=args.image_column)
+            if max_samples is not None and len(split) > max_samples:
+                logger.warning(
+                    f"of {len(split)} rows of split={name!r} the first max_samples={max_samples} are measured"
+                )
+                split = split.select(range(max_samples))
+            found.append(split)
+        pictures, (train, test) = read_pictures(found, args.image_column, resolution, resize_mode)
+        names = [name for name, feature in train.features.items() if not isinstance(feature, Audio | Image)]
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
         held = columns.get("held_out", ["composition"] * len(pictures))
@@ -236,7 +248,7 @@ class EmojiData:
 
     def at_size(self, image_vq: ImageVQModel, size: tuple[int, int], args: argparse.Namespace) -> "EmojiData":
         """The same rows with pictures of another height and width, looked at by their pixels alone."""
-        pictures = read_pictures(self.splits, args.image_column, size, self.resize_mode)
+        pictures, _ = read_pictures(self.splits, args.image_column, size, self.resize_mode)
         codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
         return replace(self, pictures=pictures, codes=codes, decoded=decoded, judge=None, features=None)
 
@@ -306,9 +318,25 @@ class EmojiData:
         return found
 
 
-def read_pictures(splits: list[Any], column: str, resolution: int | tuple[int, int], resize_mode: str) -> torch.Tensor:
-    """(N, 3, H, W) uint8, of all splits."""
-    return torch.cat([decode_images(split, column, resolution, resize_mode=resize_mode)[0] for split in splits])
+def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
+    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory."""
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+
+
+def read_pictures(
+    splits: list[Any], column: str, resolution: int | tuple[int, int], resize_mode: str
+) -> tuple[torch.Tensor, list[Any]]:
+    """Pictures (N, 3, H, W) uint8 of all splits that can be read, and the splits with their rows alone."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    pictures, count, kept = in_file((sum(map(len, splits)), 3, height, width), np.uint8), 0, []
+    for split in splits:
+        rows = []
+        for batch, own in decoded_batches(split, column, resolution, resize_mode=resize_mode):
+            pictures[count : count + len(own)] = batch
+            count, rows = count + len(own), rows + own
+        kept.append(split if len(rows) == len(split) else split.select(rows))
+    return pictures[:count], kept
 
 
 @torch.no_grad()
@@ -387,9 +415,9 @@ def sample(
 @torch.no_grad()
 def reconstruct(image_vq: ImageVQModel, pictures: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes of all pictures, and the pictures they decode to, in [-1, 1]."""
-    codes, decoded = [], []
+    codes, decoded = [], in_file(pictures.shape, np.float32)
     for part in batched(len(pictures), batch_size, "Reconstructing"):
         batch = image_vq.encode_codes(to_pixels(pictures[part]).to(image_vq.device))
         codes.append(batch.cpu())
-        decoded.append(image_vq.decode_codes(batch).sample.clamp(-1, 1).cpu())
-    return torch.cat(codes), torch.cat(decoded)
+        decoded[part] = image_vq.decode_codes(batch).sample.clamp(-1, 1).cpu()
+    return torch.cat(codes), decoded

@@ -1,10 +1,11 @@
 """Rows with several texts as several rows with one: token ids have lengths of their own, and a row has one length."""
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from ..utils.texts import caption_lists
+import numpy as np
+
+from .columns import CaptionColumn
 
 
 def one_text_a_row(dataset: Any, columns: Iterable[str]) -> tuple[Any, dict[str, list[int]]]:
@@ -19,14 +20,14 @@ def one_text_a_row(dataset: Any, columns: Iterable[str]) -> tuple[Any, dict[str,
         the dataset, and which text of its list a row is for, by column; none where all rows have one.
     """
     names = list(dict.fromkeys(columns))
-    counts = [[len(texts) for texts in caption_lists(dataset[name], name)] for name in names]
-    several = [index for index, sizes in enumerate(counts) if max(sizes) > 1]
+    counts = {name: np.fromiter(map(len, CaptionColumn(dataset, name)), np.int64) for name in names}
+    several = {name: sizes for name, sizes in counts.items() if sizes.max() > 1}
     if not several:
         return dataset, {}
-    turns = [
-        (row, *places)
-        for row in range(len(dataset))
-        for places in itertools.product(*(range(counts[index][row]) for index in several))
-    ]
-    rows, *places = map(list, zip(*turns, strict=True))
-    return dataset.select(rows), {names[index]: own for index, own in zip(several, places, strict=True)}
+    turns = np.prod(list(several.values()), axis=0)  # (N,) rows for each
+    rows = np.arange(len(turns)).repeat(turns)
+    turn = np.arange(len(rows)) - (turns.cumsum() - turns)[rows]
+    places = {}
+    for name, sizes in reversed(several.items()):  # the last column's texts change first
+        turn, places[name] = np.divmod(turn, sizes[rows])
+    return dataset.select(rows), {name: places[name].tolist() for name in several}

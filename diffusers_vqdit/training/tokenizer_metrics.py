@@ -16,37 +16,27 @@ from .metrics import counts_by_level, level_figures, psnr, ssim, usage_of_counts
 @torch.no_grad()
 def measure_image_tokenizer(
     model: ImageVQModel,
-    pictures: torch.Tensor,
+    batches: Iterable[torch.Tensor],
     *,
-    batch_size: int = 64,
     features: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, float]:
     """PSNR, SSIM, code usage and perplexity, and the Frechet distance of the reconstructions.
 
     Args:
         model: the tokenizer; it is left in evaluation mode.
-        pictures: (N, 3, H, W) uint8, the same on all processes.
-        batch_size: of each process.
+        batches: pictures (B, 3, H, W) uint8. Each process measures its own, and all return the figures of the whole.
         features: see [`~training.frechet_distance.FrechetDistance`]; without it no Frechet distance is measured.
-        rank, world_size: of this process. Each measures its part, and all return the figures of the whole.
 
     Returns:
         ``psnr`` in dB and ``ssim``, means over the pictures; ``mse`` of pixels in [-1, 1], over them all; ``usage``,
         the share of the codes that is used; ``perplexity`` in [1, num_codes]; of residual codes these two for each
         level, ``usage_1``, ..., and their means; ``count``; and ``rfid`` with `features`.
-
-    Raises:
-        ValueError: if there are fewer pictures than processes.
     """
-    if len(pictures) < world_size:
-        raise ValueError(f"{len(pictures)} pictures can't be shared by {world_size} processes")
     model.eval()
-    part, sums = pictures[rank::world_size], torch.zeros(4, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     counts = torch.zeros(model.config.num_quantizers, model.num_codes, dtype=torch.float64, device=model.device)
     distance = None if features is None else FrechetDistance(features)
-    for batch in part.split(batch_size):
+    for batch in batches:
         original = to_pixels(batch).to(model.device)
         codes = model.encode_codes(original)
         decoded = model.decode_codes(codes).sample.float().clamp(-1, 1)

@@ -71,7 +71,8 @@ def _opened(value: dict) -> Iterator[Image.Image]:
         formats = [name for name in Image.ID if name != "EPS"]
         picture: Image.Image = Image.open(io.BytesIO(data) if data is not None else path, formats=formats)
     except Exception as error:  # besides OSError, a plugin may raise anything on bytes that are no picture
-        raise ValueError(f"the picture {shown(path)} can't be read: {error}") from error
+        named = "the picture" if path is None else f"the picture {shown(path)}"
+        raise ValueError(f"{named} can't be read: {error}") from error
     with picture:
         yield picture
 

@@ -114,13 +114,6 @@ def check_captions(captions: Iterable[Any], column: str) -> None:
         raise ValueError(f"column {column!r}: {len(missing)} rows have no caption, the first are rows {missing[:5]}")
 
 
-def caption_lists(captions: Iterable[Any], column: str) -> list[list[str]]:
-    """The captions of each row, one or several, after [`check_captions`]."""
-    captions = list(captions)
-    check_captions(captions, column)
-    return [texts_of(value) for value in captions]
-
-
 def texts_of(value: str | Sequence[str]) -> list[str]:
     """The captions of a row, one or several."""
     return [value] if isinstance(value, str) else list(value)

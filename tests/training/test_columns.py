@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from diffusers_vqdit.training.checkpoints import fingerprint
 from diffusers_vqdit.training.columns import CaptionColumn, number_texts, texts_in_order, warn_of_cut
-from diffusers_vqdit.utils.texts import caption_lists
+from diffusers_vqdit.utils.texts import texts_of
 
 
 TEXTS = st.lists(st.sampled_from(["a", "b", "红", "b ", "ab"]), min_size=1, max_size=3)  # of a row
@@ -28,7 +28,7 @@ def test_equal_texts_have_one_number_in_the_order_of_the_first(columns):
 def test_a_column_on_disk_is_the_list_of_its_rows(values, tmp_path):
     dataset = Dataset.from_dict({"text": values, "other": [0, 1, 2, 3]})
     dataset.save_to_disk(tmp_path)
-    column, expected = CaptionColumn(load_from_disk(tmp_path), "text"), caption_lists(values, "text")
+    column, expected = CaptionColumn(load_from_disk(tmp_path), "text"), list(map(texts_of, values))
     assert list(column) == expected and [column[row] for row in range(4)] == expected and len(column) == 4
     assert list(column.take([0, 1, 2, 3])) == expected
     assert list(column.take([3, 1])) == [expected[3], expected[1]] and column.take([3, 1])[0] == expected[3]

@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from diffusers_vqdit.training.columns import CaptionColumn
 from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, shuffled_batches
 from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.labels import encode_labels
-from diffusers_vqdit.utils.texts import caption_lists
 
 
 COLORS = [(200, 0, 0), (0, 0, 200)]
@@ -140,7 +140,7 @@ def test_what_is_no_picture_is_refused_by_its_type(write, tmp_path):
 def test_captions_and_labels_of_every_type(write, tmp_path):
     def texts(path):
         dataset = load_training_dataset(dataset_name=path, columns=["text"], cache_dir=str(tmp_path / "cache"))
-        return caption_lists(dataset["text"], "text")
+        return list(CaptionColumn(dataset, "text"))
 
     def labels(path):
         dataset = load_training_dataset(dataset_name=path, columns=["text"], cache_dir=str(tmp_path / "cache"))

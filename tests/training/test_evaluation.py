@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from diffusers_vqdit.training.image_losses import BackboneFeatures
+from diffusers_vqdit.utils.decoding import decode_image, to_pixels
 
 
 @pytest.fixture
@@ -42,6 +43,28 @@ def test_the_sets_that_are_measured_and_both_judges(styles, image_vq, script):
     assert {how: figure["value"] for how, figure in wrong.items()} == {"": 0.0, " by features": 0.0}
     without = evaluate.EmojiData.load(image_vq, 16, args)
     assert without.judged(own[rows], rows, 2).keys() == {""}
+
+
+def test_what_cannot_be_read_is_left_out_with_its_texts(styles, image_vq, script, caplog):
+    table = datasets.load_dataset("parquet", data_files=str(styles), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    broken = {"image": {"bytes": b"none", "path": None}}
+    rows = [{**row, **broken} if place in (2, 8) else row for place, row in enumerate(table)]
+    datasets.Dataset.from_list(rows, features=table.features).to_parquet(styles)
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {styles}".split())
+    data = evaluate.EmojiData.load(image_vq, 16, args)
+    kept = [0, 1, 3, 4, 5, 6, 7, 9]
+    assert data.texts(list(range(8))) == [f"thing {row}" for row in kept]
+    assert (data.composition, data.styles, data.test, data.unseen) == ([5], [6], [5, 6, 7], [0])
+    expected = torch.stack([decode_image(rows[row]["image"], 16) for row in kept])
+    assert torch.allclose(to_pixels(data.pictures), expected, atol=1 / 127)
+    assert torch.equal(data.others([4, 7], "image"), expected[[4, 7]] / 2 + 0.5)
+    assert caplog.text.count("skipped picture") == 2 and "max_samples" not in caplog.text
+    few = evaluate.EmojiData.load(image_vq, 16, args, max_samples=3)
+    assert few.texts(list(range(4))) == ["thing 0", "thing 1", "thing 6", "thing 7"]  # 2 and 8 can't be read
+    assert "of 6 rows of split='train' the first max_samples=3 are measured" in caplog.text
 
 
 @pytest.mark.parametrize("resize_mode", ["crop", "pad"])

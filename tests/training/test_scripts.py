@@ -329,7 +329,7 @@ def test_a_tokenizer_is_measured_on_any_pictures(root, image_vq, picture_folder,
     )
     dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
     pictures, _ = decode_images(dataset, "image", image_vq.config.sample_size)
-    expected = measure_image_tokenizer(image_vq, pictures)
+    expected = measure_image_tokenizer(image_vq, [pictures])
     assert json.loads((tmp_path / "figures.json").read_text()) == pytest.approx(expected, rel=1e-5)
 
 
