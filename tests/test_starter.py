@@ -46,6 +46,7 @@ def measured(starter, root, script):
     return evaluate, args, evaluate.EmojiData.load(starter.image_vq, 32, args)
 
 
+@pytest.mark.slow  # all pictures are read and coded
 def test_its_tokenizers_keep_what_the_card_says(starter, folder, measured):
     evaluate, args, data = measured
     report = json.loads((folder / "evaluation.json").read_text())["tokenizers"]

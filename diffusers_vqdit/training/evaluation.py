@@ -331,7 +331,7 @@ def read_pictures(
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     pictures, count, kept = in_file((sum(map(len, splits)), 3, height, width), np.uint8), 0, []
     for split in splits:
-        rows = []
+        rows: list[int] = []
         for batch, own in decoded_batches(split, column, resolution, resize_mode=resize_mode):
             pictures[count : count + len(own)] = batch
             count, rows = count + len(own), rows + own

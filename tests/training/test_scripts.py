@@ -15,6 +15,7 @@ from transformers import ResNetConfig, ResNetModel
 from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, TextVQModel, VQDiTPipeline
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.metrics import psnr
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.decoding import to_pixels
@@ -338,10 +339,16 @@ def test_the_starter_dataset_can_be_loaded_as_a_user_would(root):
     assert data[0]["image"].size == (64, 64) and data[0]["text"] == "grinning face" and data[0]["text_zh"] == "嘿嘿"
 
 
-def test_codes_without_what_made_them_are_told(run, tokenizers, tmp_path, caplog):
-    codes = f"--codes_dir {tokenizers / 'codes'} --tasks label->image --output_dir {tmp_path}"
+def test_codes_without_what_made_them_are_told(run, image_vq, text_vq, tokenizer, picture_folder, tmp_path, caplog):
+    text_vq.save_pretrained(tmp_path / "text_vq")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    parts = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer}
+    columns = {"image_column": "image", "caption_column": "text", "label_column": "label"}
+    encode_dataset(dataset, tmp_path / "codes", **parts, **columns, resolution=16)
+    codes = f"--codes_dir {tmp_path / 'codes'} --tasks label->image --output_dir {tmp_path / 'pipe'}"
     with caplog.at_level("WARNING", "diffusers_vqdit"):
-        run("train_vqdit", f"{codes} --text_vq {tokenizers / 'text_vq'} {TINY} --max_train_steps 1")
+        run("train_vqdit", f"{codes} --text_vq {tmp_path / 'text_vq'} {TINY} --max_train_steps 1")
     assert "were made by ['image_vq'], without which" in caplog.text and "give --image_vq" in caplog.text
-    pipe = VQDiTPipeline.from_pretrained(tmp_path)
-    assert pipe(class_labels=0, output_type="latent", num_inference_steps=1).images.shape[1:] == (8, 8)
+    pipe = VQDiTPipeline.from_pretrained(tmp_path / "pipe")
+    assert pipe(class_labels=0, output_type="latent", num_inference_steps=1).images.shape[1:] == (4, 4)
