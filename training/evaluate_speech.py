@@ -55,7 +55,8 @@ def main(args: argparse.Namespace) -> None:
     segments = pipeline._segments
     pictures = next((one for one in segments.values() if one.output_field == "images"), None)
     resolution = None if pictures is None else pictures.shape[0] * pictures.vq.downsample_factor
-    report = measure_speech(pipeline, SpeechData.load(args, resolution), args)
+    data = SpeechData.load(args, resolution, pipeline.config.resize_mode)
+    report = measure_speech(pipeline, data, args)
     files["json"].write_text(json.dumps(report.figures, indent=2))
     files["md"].write_text(as_table(report.figures) + "\n")
     draw_rows(report.rows, args.font).save(files["png"])

@@ -1,8 +1,9 @@
 """Figures of spoken captions: what a recogniser hears, what a pipeline writes of them, and draws."""
 
 import argparse
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from ..pipelines.audio_codecs import decode_waveform, encode_waveform, has_own_codes, num_audio_codes, output_rate
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..tasks import Task
-from ..utils.decoding import decode_image, to_pixels
+from ..utils.decoding import decode_image, to_bytes, to_pixels
 from ..utils.sounds import audio_library, read_sound
 from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
-from .data import load_training_dataset
-from .evaluation import as_arguments, mean, reconstruct, sample, share
+from .data import MissingSplitError, load_training_dataset
+from .evaluation import as_arguments, mean, read_pictures, reconstruct, sample, share
 from .evaluation_texts import equal
 from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
@@ -82,8 +83,8 @@ class SpeechData:
         sounds: by row, undecoded.
         columns: values of the other columns by row.
         recogniser: of the rows' captions; None for a language that it doesn't know.
-        pictures: (M, 3, H, W) uint8, all pictures that there are, and `picture_of` the number of each row's, -1
-            of one that has none; None without pictures.
+        pictures: (M, 3, H, W) uint8, all that differ, of the training split too, and `picture_of` the number of each
+            row's, -1 of one that has none; None without pictures.
     """
 
     rows: dict[str, list[int]]
@@ -94,12 +95,13 @@ class SpeechData:
     picture_of: list[int]
 
     @classmethod
-    def load(cls, args: argparse.Namespace, resolution: int | None) -> "SpeechData":
+    def load(cls, args: argparse.Namespace, resolution: int | None, resize_mode: str = "crop") -> "SpeechData":
         """By ``dataset_name``, ``audio_column``, ``caption_column``, ``image_column``, ``language`` and
         ``num_samples`` of `args`.
 
         Args:
             resolution: of the pictures; None where they are not needed.
+            resize_mode: how they are read, as in [`~utils.fitting.resize_image`].
         """
         from datasets import Audio
 
@@ -115,7 +117,7 @@ class SpeechData:
         spoken = columns.get("language", [args.language] * len(dataset))
         captions = columns[args.caption_column]
         check_captions(captions, args.caption_column)
-        values = list(dataset[args.image_column]) if images else []
+        picture_of, first = number_pictures(dataset, args.image_column) if images else ([], {})
         fit = [row for row in range(len(dataset)) if spoken[row] == args.language]
         if not fit:
             raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(map(str, spoken)))}")
@@ -124,7 +126,7 @@ class SpeechData:
             everyone = CaptionRecogniser(captions)
             fit = [row for row in fit if everyone.knows(captions[row])]
         if images:  # some of Tux Paint's stamps have none
-            fit = [row for row in fit if values[row] is not None]
+            fit = [row for row in fit if picture_of[row] >= 0]
         if not fit:
             lacking = f"known to the recogniser{' and a picture' if images else ''}" if english else "with a picture"
             raise ValueError(f"caption_column={args.caption_column!r} has no caption {lacking} in {args.language!r}")
@@ -133,15 +135,41 @@ class SpeechData:
         rows = {kind: generator.permutation(some)[: args.num_samples].tolist() for kind, some in rows.items() if some}
         chosen = {captions[row] for some in rows.values() for row in some}
         recogniser = CaptionRecogniser(sorted(chosen)) if english else None
-        pictures, picture_of = None, []
+        pictures = None
         if resolution is not None:
-            keys = [one and (one["bytes"] or one["path"]) for one in values]
-            files = {key: one for key, one in zip(keys, values, strict=True) if one is not None}
-            numbers = {key: number for number, key in enumerate(files)}
-            picture_of = [numbers.get(key, -1) for key in keys]
-            pictures = torch.stack([decode_image(one, resolution) for one in files.values()])
-            pictures = ((pictures + 1) * 127.5).round().to(torch.uint8)
+            values = dataset.select_columns(args.image_column).select(list(first.values()))
+            own = [to_bytes(decode_image(one[args.image_column], resolution, resize_mode)) for one in values]
+            pictures = torch.stack(own)
+            if others := _other_pictures(args, first):
+                pictures = torch.cat([pictures, read_pictures(others, args.image_column, resolution, resize_mode)[0]])
         return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
+
+
+def number_pictures(dataset: Any, column: str) -> tuple[list[int], dict[bytes, int]]:
+    """Which of a dataset's different pictures each row has, -1 for none, and of each of these, by what tells it from
+    others, the first row that has it."""
+    found: list[int] = []
+    numbers: dict[bytes, int] = {}
+    first: dict[bytes, int] = {}
+    for row, one in enumerate(dataset.select_columns(column)):
+        if (value := one[column]) is None:
+            found.append(-1)
+            continue
+        key = hashlib.sha256(value["bytes"] or str(value["path"]).encode()).digest()
+        first.setdefault(key, row)
+        found.append(numbers.setdefault(key, len(numbers)))
+    return found, first
+
+
+def _other_pictures(args: argparse.Namespace, known: Mapping[bytes, int]) -> list[Any]:
+    """A dataset of the training split's pictures, each once, without the known ones; none where none is left."""
+    column = args.image_column
+    try:
+        trained = load_training_dataset(dataset_name=args.dataset_name, split="train", image_column=column)
+    except MissingSplitError:
+        return []
+    rows = [row for key, row in number_pictures(trained, column)[1].items() if key not in known]
+    return [trained.select_columns(column).select(rows)] if rows else []
 
 
 def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, dict]:
@@ -253,7 +281,7 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
         field[name] == "labels" for one in pairs for name in one.segments
     ):
         raise ValueError(f"label_column={args.label_column!r} is not in the data: it has {sorted(data.columns)}")
-    report = SpeechReport({}, [], [], rate)
+    report, real = SpeechReport({}, [], [], rate), None  # all pictures as the image tokenizer gives them back
     for kind, rows in data.rows.items():
         captions = [data.columns[args.caption_column][row] for row in rows]
         sounds = [read_sound(data.sounds[row], own) for row in rows]
@@ -296,7 +324,9 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
             elif field[wanted] == "labels":
                 name, figure = "right", equal(drawn, [data.columns[args.label_column][row] for row in rows])
             elif data.pictures is not None:
-                name, figure = "nearest picture", share(_nearest(pipeline, data, drawn, rows, args))
+                if real is None:
+                    real = reconstruct(pipeline.image_vq, data.pictures, args.batch_size)[1].flatten(1)
+                name, figure = "nearest picture", share(_nearest(drawn, real, [data.picture_of[row] for row in rows]))
             if figure is not None:
                 report.figures.setdefault(str(task), {})[f"{kind}, {name}"] = figure
         if any(task.generated == (audio,) for task in tasks):
@@ -359,12 +389,8 @@ def _values(data: SpeechData, field: str, rows: list[int], captions: list[str], 
     return to_pixels(data.pictures[[data.picture_of[row] for row in rows]]) / 2 + 0.5
 
 
-def _nearest(
-    pipeline: VQDiTPipeline, data: SpeechData, drawn: torch.Tensor, rows: list[int], args: argparse.Namespace
-) -> list[bool]:
-    """Whether no picture of the data, as the image tokenizer gives it back, is nearer than the row's."""
-    assert data.pictures is not None
-    real = reconstruct(pipeline.image_vq, data.pictures, args.batch_size)[1].flatten(1)
+def _nearest(drawn: torch.Tensor, real: torch.Tensor, own: list[int]) -> list[bool]:
+    """Whether of real pictures (M, D), in [-1, 1], none is nearer to a drawn one (S, 3, H, W), in [0, 1], than its
+    own."""
     distance = torch.cdist((drawn * 2 - 1).flatten(1).float().cpu(), real)
-    own = distance.gather(1, torch.tensor([data.picture_of[row] for row in rows])[:, None])[:, 0]
-    return (own <= distance.min(1).values + 1e-4).tolist()
+    return (distance.gather(1, torch.tensor(own)[:, None])[:, 0] <= distance.min(1).values + 1e-4).tolist()

@@ -146,6 +146,26 @@ def test_rows_that_lack_something_are_left_out_or_named(run, talking_pipeline, t
             measure(**options)
 
 
+def test_samples_are_compared_with_the_pictures_of_training_too(table, script):
+    """Those of the test split are numbered first; equal ones are there once, and what can't be read isn't."""
+    full, other = pq.read_table(table), io.BytesIO()
+    Image.new("RGB", (16, 16), "blue").save(other, format="PNG")
+    pictures = full["image"].to_pylist()
+    pictures[:2] = [{"bytes": content, "path": None} for content in (b"none", other.getvalue())]
+    changed = {"image": pictures, "split": ["train"] * 4 + ["test"] * 12}
+    for name, values in changed.items():
+        full = full.set_column(
+            full.column_names.index(name), full.field(name), pa.array(values, full.field(name).type)
+        )
+    for found, count in ((full, 5), (full.slice(4), 4)):
+        pq.write_table(found, table)
+        options = f"--pretrained_model_name_or_path x --dataset_name {table} --language zh"
+        data = evaluation_speech.SpeechData.load(script("evaluate_speech").parse_args(options.split()), 16)
+        assert data.picture_of == [0, 1, 2, 3] * 3 and data.pictures.shape == (count, 3, 16, 16)
+        assert data.pictures[:4, 0, 0, 0].tolist() == [0, 16, 32, 48]
+    assert (data.pictures[:, 2] == 0).all()
+
+
 def test_what_is_found_has_the_caption_of_what_is_asked(monkeypatch):
     """Of a pipeline that finds what is at the query's own place; texts stand in the gallery once, sounds all."""
 
