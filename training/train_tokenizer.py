@@ -27,6 +27,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train")
     parser.add_argument("--text_columns", nargs="+", default=["text"])
     parser.add_argument("--vocab_size", type=integer(260), default=8192, help="256 bytes, 3 special tokens, merges.")
+    parser.add_argument(
+        "--characters",
+        action="store_true",
+        help="No token is longer than a character: for scripts without spaces, and texts whose lines are counted.",
+    )
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
     parser.add_argument("--output_dir", type=output_path, default=Path("outputs/tokenizer"))
@@ -44,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
             cache_dir=args.cache_dir,
         )
         texts = Texts([CaptionColumn(dataset, column) for column in args.text_columns])
-        tokenizer = train_text_tokenizer(texts, args.vocab_size)
+        tokenizer = train_text_tokenizer(texts, args.vocab_size, args.characters)
         save_pretrained_atomically(tokenizer, args.output_dir)
     parts = in_parts(texts, READ_ROWS)
     count = sum(len(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False).input_ids)

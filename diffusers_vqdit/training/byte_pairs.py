@@ -31,18 +31,31 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     return _train(captions, vocab_size, normalizer, special, model_max_length=max_length)
 
 
-def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of texts of any length, with an end of texts. It keeps lines, spaces and case."""
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int, characters: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of texts of any length, with an end of texts. It keeps lines, spaces and case.
+
+    Args:
+        characters: that no token is longer than a character, so that a mask hides one where the vocabulary has them
+            all: of the others it hides bytes.
+    """
     special = {"pad_token": PAD, "mask_token": BLANK, "eos_token": END_TOKEN}
-    return _train(texts, vocab_size, text_normalizer(lower_case=False, keep_spaces=True), special)
+    return _train(texts, vocab_size, text_normalizer(lower_case=False, keep_spaces=True), special, characters)
 
 
 def _train(
-    texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer, special: dict[str, str], **options: int
+    texts: Iterable[str],
+    vocab_size: int,
+    normalizer: normalizers.Normalizer,
+    special: dict[str, str],
+    characters: bool = False,
+    **options: int,
 ) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if characters:
+        apart = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([apart, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
