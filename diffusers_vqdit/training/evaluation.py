@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 import random
 import tempfile
 from collections import Counter
@@ -319,8 +320,14 @@ class EmojiData:
 
 
 def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
-    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory."""
+    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
     with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
         return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
 
 
