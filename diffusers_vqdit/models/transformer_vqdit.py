@@ -168,7 +168,8 @@ class VQDiTTransformer2DModel(
         order = sorted(self.config.segments)
         size, device = next((len(value), value.device) for value in codes.values())
         # The codes' device, as offloaded weights are elsewhere until the layer is called.
-        rows = torch.tensor([order.index(name) + len(order) * generated for name in codes], device=device)
+        # Made there, as a copy waits for a GPU and can't be captured into a CUDA graph.
+        rows = torch.cat([torch.full((1,), order.index(name) + len(order) * generated, device=device) for name in codes])
         conditioning = self.segment_embedding(rows)[None]  # (1, segments, D)
         if self.config.time_conditioned and generated:
             if timestep is None:
@@ -211,7 +212,10 @@ class VQDiTTransformer2DModel(
 
     @apply_forward_hook
     def encode_prefix(
-        self, given: dict[str, torch.Tensor], given_mask: dict[str, torch.Tensor] | None = None
+        self,
+        given: dict[str, torch.Tensor],
+        given_mask: dict[str, torch.Tensor] | None = None,
+        check_values: bool = True,
     ) -> VQDiTPrefix:
         """Keys and values of the given segments at every layer.
 
@@ -220,11 +224,12 @@ class VQDiTTransformer2DModel(
                 segment.
             given_mask: name -> (B, n), zero at padding, for some of the given segments; n their positions. What is
                 padding is seen by nothing.
+            check_values: as in [`forward`].
 
         Raises:
             ValueError: for no segment or an unknown one, a wrong shape or dtype, or a code out of range.
         """
-        given = ordered_codes(given, self.config.segments, "given")
+        given = ordered_codes(given, self.config.segments, "given", check_values)
         hidden_states, lengths, rotary = self._embed(given)  # (B, S, D)
         mask = join_masks(
             {} if given_mask is None else given_mask, tuple(given), lengths, hidden_states
@@ -268,6 +273,7 @@ class VQDiTTransformer2DModel(
         given: dict[str, torch.Tensor] | None,
         given_mask: dict[str, torch.Tensor] | None,
         prefix: VQDiTPrefix | None,
+        check_values: bool,
     ) -> VQDiTPrefix | None:
         """What the generated segments see, none of which may be among the given ones."""
         has_given = given is not None and len(given) > 0
@@ -276,7 +282,7 @@ class VQDiTTransformer2DModel(
         if given_mask is not None and len(given_mask) and not has_given:
             raise ValueError("given_mask needs given; a prefix has its own")
         if has_given:
-            prefix = self.encode_prefix(given, given_mask)
+            prefix = self.encode_prefix(given, given_mask, check_values)
         if prefix is not None and (both := set(codes) & set(prefix.names)):
             raise ValueError(f"the segments {sorted(both)} are given and generated at once")
         return prefix
@@ -354,7 +360,7 @@ class VQDiTTransformer2DModel(
         check_masked(masked, codes)
 
         # 1. Given segments, and clean blocks
-        prefix = self._prefix_of(codes, given, given_mask, prefix)
+        prefix = self._prefix_of(codes, given, given_mask, prefix, check_values)
         if with_unconditional and prefix is None:
             raise ValueError("with_unconditional=True needs given or prefix: there is nothing to leave out")
         mask = None
