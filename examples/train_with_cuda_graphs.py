@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Train the transformer of a pipeline from scratch on one GPU, each task's whole step captured as a CUDA graph.
 
-A small transformer's step is some two thousand kernels, and what a CPU takes to launch them, 60 ms, is longer than what
-a data centre's GPU takes to run them. Here each task's step (loss, gradients, clipping, AdamW, averages) is captured
-once and launched as one. The loss is that of ``train_vqdit.py``, whose first step makes the pipeline to begin with:
+A small transformer's step is some two thousand kernels, which a CPU takes some 60 ms to launch, however small the
+batch. Here each task's step (loss, gradients, clipping, AdamW, averages) is captured once and launched as one: on an
+H100 128 spoken captions took 22 ms a step, and 512 pictures of 64 px, where the GPU is the slower, 53 ms. The loss is
+that of ``train_vqdit.py``, whose first step makes the pipeline to begin with:
 
     accelerate launch training/train_vqdit.py --codes_dir outputs/codes --image_vq outputs/image_vq \
-        --text_vq outputs/text_vq --tasks "text->image:3,image->text:2,->image:0.5" --max_train_steps 1 --output_dir outputs/start
+        --text_vq outputs/text_vq --tasks "text->image:3,image->text:2,->image:0.5" --max_train_steps 1 \
+        --output_dir outputs/start
     python examples/train_with_cuda_graphs.py --pretrained_model_name_or_path outputs/start --codes_dir outputs/codes \
         --tasks "text->image:3,image->text:2,->image:0.5" --minutes 10 --output_dir outputs/transformer
 
@@ -36,6 +38,7 @@ from diffusers_vqdit.utils.arguments import (
     output_path,
     positive_integer,
     positive_number,
+    random_seed,
     share,
 )
 
@@ -54,7 +57,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=positive_number, default=1e-3)
     parser.add_argument("--dropout", type=share, default=0.0)
     parser.add_argument("--ema_decay", type=share, default=0.999)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=random_seed, default=0)
     parser.add_argument("--output_dir", type=output_path, required=True)
     return parser.parse_args(input_args)
 
@@ -95,7 +98,7 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.loss = self._backward()
+            self.loss.copy_(self._backward())  # out of the pool, which all captures share
             self.update()
         self.transformer.zero_grad()
 
@@ -104,7 +107,10 @@ class TrainingStep:
         without waiting."""
         segments = self.transformer.config.segments
         ratio = self.scheduler.mask_ratio(self.timesteps)[:, None]
-        hidden = {name: torch.rand_like(codes.flatten(1), dtype=torch.float32) < ratio for name, codes in self.generated.items()}
+        hidden = {
+            name: torch.rand(codes.flatten(1).shape, device=codes.device) < ratio
+            for name, codes in self.generated.items()
+        }
         noised = {
             name: codes.masked_fill(hidden[name].view_as(codes), segments[name]["vocab_size"])
             for name, codes in self.generated.items()
@@ -125,11 +131,11 @@ class TrainingStep:
     ) -> torch.Tensor:
         """Take the step on these codes (B, *shape) and times (B,) of the CPU; returns the loss, not waited for."""
         sources = [*given.values(), *generated.values(), timesteps]
-        targets = [*(self.given[name] for name in given), *(self.generated[name] for name in generated), self.timesteps]
-        for target, source in zip(targets, sources, strict=True):
+        own = [self.given[name] for name in given] + [self.generated[name] for name in generated]
+        for target, source in zip([*own, self.timesteps], sources, strict=True):
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
         if self.graph is None:
-            self.loss = self._backward()
+            self.loss.copy_(self._backward())
             self.update()
             self.transformer.zero_grad()
         else:

@@ -1,11 +1,17 @@
 """The examples that nothing else runs, with fewer steps than they need."""
 
+import copy
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 import soundfile
+import torch
 
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.tasks import Task
+from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
@@ -26,3 +32,75 @@ def test_your_own_voice(root, audio_codecs, tmp_path):
         path = tmp_path / "voice" / "spoken" / f"{index}.wav"
         assert soundfile.info(path).samplerate == 11025 and digital_source_type(path) == GENERATED
     assert (tmp_path / "voice" / "codec" / "preprocessor_config.json").is_file()
+
+
+@pytest.fixture
+def captured(root):
+    spec = importlib.util.spec_from_file_location("captured", root / "examples" / "train_with_cuda_graphs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_captured_steps_loss_and_gradients_are_the_training_scripts(captured, transformer):
+    """Where all is masked there is nothing to draw, and both see the same."""
+    task, ones = Task.parse("text->image"), torch.ones(6)
+    codes = {"text": torch.randint(0, 64, (6, 12)), "image": torch.randint(0, 32, (6, 4, 4))}
+    plain = copy.deepcopy(transformer)
+    loss = masked_diffusion_loss(
+        plain, MaskedDiffusionScheduler(), {"text": codes["text"]}, {"image": codes["image"]}, timesteps=ones
+    )
+    loss.backward()
+    model, gradients = transformer, {}
+
+    def update() -> None:
+        gradients.update({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+
+    step = captured.TrainingStep(task, model, MaskedDiffusionScheduler(), update, 6)
+    found = step({"text": codes["text"]}, {"image": codes["image"]}, ones)
+    assert found.item() == pytest.approx(loss.item(), rel=5e-3)  # in bfloat16
+    expected = {name: one.grad for name, one in plain.named_parameters() if one.grad is not None}
+    assert gradients.keys() == expected.keys() and not any("label" in name for name in gradients)
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, rtol=0.1, atol=0.03 * gradient.abs().max().item()), name
+
+
+def test_a_captured_update_is_adamws_and_leaves_alone_what_has_no_gradient(captured, transformer):
+    model, plain = transformer, copy.deepcopy(transformer)
+    rate = torch.tensor(1e-2)
+    update, averages = captured.make_update(model, rate, ema_decay=0.9)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    touched = list(model.transformer_blocks.parameters())
+    optimizer = torch.optim.AdamW(captured.parameter_groups(plain, 0.01), lr=1e-2, betas=(0.9, 0.98))
+    for _ in range(2):
+        for one, other in zip(touched, plain.transformer_blocks.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        update()
+        rate.mul_(0.5)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate.item()
+    moved = {id(parameter) for parameter in touched}
+    for now, then, other, average in zip(model.parameters(), before, plain.parameters(), averages, strict=True):
+        assert torch.allclose(now, other, atol=1e-6)
+        assert torch.equal(now, then) != (id(now) in moved)
+        if id(now) not in moved:
+            assert torch.equal(average, then)
+
+
+@pytest.mark.slow
+def test_a_transformer_is_trained_by_captured_steps(root, run, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "start")
+    data = f"--dataset_name {root / 'training/data/emoji.parquet'} --max_samples 8 --resolution 16"
+    parts = f"--image_vq {tmp_path / 'start'} --text_vq {tmp_path / 'start'}"
+    run("encode_dataset", f"{data} {parts} --output_dir {tmp_path / 'codes'}")
+    command = [sys.executable, root / "examples" / "train_with_cuda_graphs.py", "--codes_dir", tmp_path / "codes"]
+    command += ["--pretrained_model_name_or_path", tmp_path / "start", "--tasks", "text->image:2,image->text,->image"]
+    command += ["--minutes", "0.1", "--train_batch_size", "2", "--output_dir", tmp_path / "transformer"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "steps of 2" in done.stdout
+    trained = VQDiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    images = VQDiTPipeline.from_pretrained(tmp_path / "start", transformer=trained)("a red apple").images
+    assert images[0].size == (16, 16)
