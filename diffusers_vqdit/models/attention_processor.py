@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
@@ -69,13 +70,13 @@ class VQDiTAttnProcessor:
         `attention_mask`, (R, 1, 1 or N, S + N) with a prefix and else (B, 1, 1 or N, N), is false where nothing is
         seen.
         """
+        hidden_states = autocast(hidden_states)
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        # Autocast leaves norms in float32; backends want one type for all three.
-        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)  # (B, N, heads, head_dim)
-        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim))).to(value.dtype)
+        query = normalize(attn.norm_q, query.unflatten(-1, (-1, attn.head_dim)))  # (B, N, heads, head_dim)
+        key = normalize(attn.norm_k, key.unflatten(-1, (-1, attn.head_dim)))
         query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
         value = value.unflatten(-1, (-1, attn.head_dim))
         if prefix is None:
@@ -141,12 +142,25 @@ class VQDiTAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values alone: all that the last layer's prefix is for."""
+        hidden_states = autocast(hidden_states)
         if self.fused_projections:
             _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             key, value = self.to_k(hidden_states), self.to_v(hidden_states)
-        key = rotate(self.norm_k(key.unflatten(-1, (-1, self.head_dim))).to(value.dtype), image_rotary_emb)
+        key = rotate(normalize(self.norm_k, key.unflatten(-1, (-1, self.head_dim))), image_rotary_emb)
         return key, value.unflatten(-1, (-1, self.head_dim))
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """States in the type that autocast gives to linear layers, once for all that take them; else as they are."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """RMS norm in the type of `x`: backends want one type for queries, keys and values, and PyTorch has one kernel for
+    it where autocast's weights in float32 take seven."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

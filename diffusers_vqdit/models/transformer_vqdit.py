@@ -167,9 +167,10 @@ class VQDiTTransformer2DModel(
         """SiLU of the conditioning (1 or B, segments, D), as adaLN takes it."""
         order = sorted(self.config.segments)
         size, device = next((len(value), value.device) for value in codes.values())
-        # The codes' device, as offloaded weights are elsewhere until the layer is called.
-        # Made there, as a copy waits for a GPU and can't be captured into a CUDA graph.
-        rows = torch.cat([torch.full((1,), order.index(name) + len(order) * generated, device=device) for name in codes])
+        # The codes' device, as offloaded weights are elsewhere until the layer is called. Filled there: a copy would
+        # wait for a GPU, and can't be captured into a CUDA graph.
+        numbers = [order.index(name) + len(order) * generated for name in codes]
+        rows = torch.cat([torch.full((1,), number, device=device) for number in numbers])
         conditioning = self.segment_embedding(rows)[None]  # (1, segments, D)
         if self.config.time_conditioned and generated:
             if timestep is None:
