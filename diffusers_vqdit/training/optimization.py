@@ -35,14 +35,16 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
 
 
 def tokenizer_learning_rate(block_out_channels: Sequence[int]) -> float:
-    """Adam's learning rate for an image tokenizer from scratch: 2e-3, and in inverse proportion to the width beyond 96
-    channels (Yang et al. 2022, muP) and to the pixels of a side for each code beyond 4. At f16 and 512 channels it is
-    1e-4, as the public ones have it.
+    """Adam's learning rate for an image tokenizer from scratch: 2e-3 up to f4, 5e-4 at f8 and 2.5e-4 at f16, in inverse
+    proportion to the pixels of a side for each code; and to the width beyond 96 channels (Yang et al. 2022, muP).
+    Found with batches of 4 to 32 crops, see docs/image_tokenizer.md; at f16 and 512 channels it is half of the 1e-4 that
+    the public ones have with batches of hundreds.
 
     Args:
         block_out_channels: of `ImageVQModel`, from the first level to the last.
     """
-    return 2e-3 * min(1.0, 96 / max(block_out_channels)) * min(1.0, 4 / 2 ** (len(block_out_channels) - 1))
+    factor = 2 ** (len(block_out_channels) - 1)
+    return (2e-3 if factor <= 4 else 4e-3 / factor) * min(1.0, 96 / max(block_out_channels))
 
 
 def set_dropout(model: ModelMixin, dropout: float) -> None:

@@ -49,7 +49,7 @@ def test_a_learning_rate_follows_the_model_but_a_run_that_goes_on_keeps_its_own(
     """Also one of before there was such a default."""
     assert tokenizer_learning_rate([24, 48, 96]) == 2e-3 == tokenizer_learning_rate([16, 16])
     rates = [tokenizer_learning_rate(widths) for widths in ([64, 128], [64, 128, 256], [64, 128, 256, 512, 512])]
-    assert rates == pytest.approx([1.5e-3, 7.5e-4, 2e-3 * 96 / 512 / 4])
+    assert rates == pytest.approx([1.5e-3, 7.5e-4, 2.5e-4 * 96 / 512])
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"learning_rate": 2e-3})
     for given, source, expected in ((None, None, 5e-4), (None, checkpoint, 2e-3), (1e-3, checkpoint, 1e-3)):
         args = argparse.Namespace(learning_rate=given)
