@@ -8,8 +8,8 @@ with vector-quantize-pytorch's quantizer in the same loop where there is a like 
 vector-quantize-pytorch). The use of codes at every step is relative to what a batch can show: to the share of the
 codebook that as many positions show on average where all codes are used alike. The PSNR is of crops of other
 photographs, every eighth file. What ``codebook_usage.json`` in the output folder has already is kept, so that a run
-that was cut short goes on. The photographs of docs/image_tokenizer.md are in the Debian packages gnome-backgrounds and
-plasma-workspace-wallpapers, and in scikit-image and scikit-learn; the grid of 300 steps took 40 minutes of one CPU core.
+that was cut short goes on. The photographs of docs/image_tokenizer.md are in the Debian package
+plasma-workspace-wallpapers, and in scikit-image and scikit-learn; a grid of 300 steps takes 40 minutes of a CPU core.
 """
 
 import argparse

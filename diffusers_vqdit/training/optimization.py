@@ -35,10 +35,9 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
 
 
 def tokenizer_learning_rate(block_out_channels: Sequence[int]) -> float:
-    """Adam's learning rate for an image tokenizer from scratch: 2e-3 up to f4, 5e-4 at f8 and 2.5e-4 at f16, in inverse
-    proportion to the pixels of a side for each code; and to the width beyond 96 channels (Yang et al. 2022, muP).
-    Found with batches of 4 to 32 crops, see docs/image_tokenizer.md; at f16 and 512 channels it is half of the 1e-4 that
-    the public ones have with batches of hundreds.
+    """Adam's learning rate for an image tokenizer from scratch: 2e-3 up to f4, 5e-4 at f8, 2.5e-4 at f16; in inverse
+    proportion to the width beyond 96 channels (Yang et al. 2022, muP). Found with batches of 4 to 32 crops, see
+    docs/image_tokenizer.md; at f16 and 512 channels it is half of what the public ones have with batches of hundreds.
 
     Args:
         block_out_channels: of `ImageVQModel`, from the first level to the last.
