@@ -154,7 +154,9 @@ class VQDiTAttention(nn.Module, AttentionModuleMixin):
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """States in the type that autocast gives to linear layers, once for all that take them; else as they are."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
