@@ -162,6 +162,8 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 def normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """RMS norm in the type of `x`: backends want one type for queries, keys and values, and PyTorch has one kernel for
     it where autocast's weights in float32 take seven."""
+    if norm.weight.dtype == x.dtype or norm.weight.device != x.device:  # offloaded ones come with the module's call
+        return norm(x).to(x.dtype)
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
