@@ -36,16 +36,27 @@ import soundfile
 from datasets import Audio, Features, Image, Value, load_dataset
 
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, refuse_unused
+from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer, refuse_unused
 from diffusers_vqdit.utils.sounds import read_sound
 from diffusers_vqdit.utils.weight_files import replacing_file
 
 
-# espeak-ng's voices and words a minute; the last of each language is in no training row.
+# espeak-ng's voices and words a minute. Four speak, or as many of the first as are asked for; the last of each
+# language is in no training row.
 VOICES = {
-    "en": [("en-us", 160), ("en-us+f3", 145), ("en-gb+m3", 170), ("en-gb-scotland+f2", 155), ("en-us-nyc+m7", 150)],
-    "zh": [("cmn", 160), ("cmn+f3", 145), ("cmn+m3", 170), ("cmn+f2", 155), ("cmn+m7", 150)],
-}
+    "en": [
+        ("en-us", 160), ("en-us+f3", 145), ("en-gb+m3", 170), ("en-gb-scotland+f2", 155),
+        ("en-us+m1", 150), ("en-gb+f4", 165), ("en-029+m5", 160), ("en-gb-x-rp+f5", 150),
+        ("en-us+m8", 175), ("en-gb-scotland+m4", 145), ("en-us+Annie", 160), ("en-gb-x-rp+m6", 155),
+        ("en-us-nyc+m7", 150),
+    ],
+    "zh": [
+        ("cmn", 160), ("cmn+f3", 145), ("cmn+m3", 170), ("cmn+f2", 155),
+        ("cmn+m1", 150), ("cmn+f4", 165), ("cmn+m5", 160), ("cmn+f5", 150),
+        ("cmn+m8", 175), ("cmn+m4", 145), ("cmn+Annie", 160), ("cmn+m6", 155),
+        ("cmn+m7", 150),
+    ],
+}  # fmt: skip
 CAPTIONS = {"en": "text", "zh": "text_zh"}
 HELD_OUT_PAIRS, HELD_OUT_STAMPS = 1 / 25, 1 / 10
 COLUMNS = ("text", "language", "voice", "emoji", "label", "split", "held_out")
@@ -59,7 +70,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--languages", nargs="+", help="By default en and zh, of stamps all those with more than 500 recordings."
     )
     parser.add_argument(
-        "--voices_per_caption", type=positive_integer, default=2, help="Voices of training that say a caption."
+        "--voices_per_caption",
+        type=integer(1, min(map(len, VOICES.values())) - 1),
+        default=2,
+        help="Voices of training that say a caption.",
     )
     parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
     parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
@@ -109,6 +123,7 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for row in emoji:
         for language in args.languages or list(VOICES):
             text, (*voices, last) = row[CAPTIONS[language]], VOICES[language]
+            voices = voices[: max(4, args.voices_per_caption)]
             voices.sort(key=lambda voice: fraction(text, *map(str, voice)))
             # Of a caption's voices one at most, so that training has it in another.
             pair = voices[0] if fraction("pair", text) < HELD_OUT_PAIRS * args.voices_per_caption else None

@@ -98,7 +98,10 @@ SINGLE = {
         *(("guidance_scale", "inf", "a finite number"), ("batch_size", "-1", "at least 1")),
     ],
     "training/evaluate_speech": [("num_samples", "0", "at least 1"), ("guidance_scale", "nan", "a finite number")],
-    "training/prepare_speech": [("voices_per_caption", "0", "at least 1"), ("sampling_rate", "-1", "at least 1")],
+    "training/prepare_speech": [
+        *(("voices_per_caption", value, "in [1, 12]") for value in ("0", "13")),
+        ("sampling_rate", "-1", "at least 1"),
+    ],
     "training/evaluate_tokenizer": [("batch_size", "0", "at least 1"), ("max_samples", "0", "at least 1")],
     "benchmarks/samplers": [("remask", "2", "in [0, 1]"), ("entropy_bounds", "-1", "at least 0")],
     "benchmarks/quantizers": [("seeds", "-1", "in [0,"), ("speed_rounds", "0", "at least 1")],

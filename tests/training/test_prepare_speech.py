@@ -45,7 +45,7 @@ def test_what_is_held_out_is_not_in_training(prepare, script):
         known[row["text"]].add(row["voice"])
     counts = Counter(row["held_out"] for row in rows)
     assert set(counts) == {"", "pair", "voice", "composition", "picture"} and counts["pair"] > 10
-    assert {row["voice"] for row in train} == {voice for every in voices.values() for voice, _ in every[:-1]}
+    assert {row["voice"] for row in train} == {voice for every in voices.values() for voice, _ in every[:4]}
     for row in rows:
         if row["held_out"]:
             assert row["split"] == "test"
@@ -61,6 +61,25 @@ def test_what_is_held_out_is_not_in_training(prepare, script):
         header = soundfile.info(file)
     assert (header.samplerate, header.channels, header.format) == (1000, 1, "FLAC")
     assert table[0]["image"].size == (64, 64)
+
+
+@pytest.mark.parametrize("number", [4, 7, 12])
+def test_a_caption_is_said_in_as_many_voices_as_asked_for(prepare, script, number):
+    table = prepare(f"--voices_per_caption {number} --max_captions 40 --sampling_rate 1000")
+    voices = {language: [voice for voice, _ in every] for language, every in script("prepare_speech").VOICES.items()}
+    assert all(len(set(every)) == len(every) for every in voices.values())
+    said, pairs = defaultdict(list), Counter()
+    for text, voice, language, held_out in zip(
+        table["text"], table["voice"], table["language"], table["held_out"], strict=True
+    ):
+        if voice != voices[language][-1]:
+            said[language, text].append(voice)
+            pairs[language, text] += held_out == "pair"
+    for (language, _), by in said.items():
+        assert sorted(by) == sorted(voices[language][:number])
+    assert max(pairs.values()) == 1
+    with pytest.raises(SystemExit):
+        prepare("--voices_per_caption 13")
 
 
 def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
