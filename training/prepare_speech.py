@@ -75,6 +75,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=2,
         help="Voices of training that say a caption.",
     )
+    parser.add_argument(
+        "--renditions", type=positive_integer, default=1, help="Times that a voice says a caption of training."
+    )
     parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
     parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
     parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
@@ -83,7 +86,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.stamps_dir is None and (unknown := sorted(set(args.languages or []) - set(VOICES))):
         parser.error(f"--languages {unknown}: espeak-ng speaks the captions in {list(VOICES)}")
     if args.stamps_dir is not None:
-        refuse_unused(parser, args, dict.fromkeys(("emoji_file", "voices_per_caption", "labels"), "with --stamps_dir"))
+        refuse_unused(
+            parser,
+            args,
+            dict.fromkeys(("emoji_file", "voices_per_caption", "renditions", "labels"), "with --stamps_dir"),
+        )
     return args
 
 
@@ -99,15 +106,23 @@ def flac(value: Any, sampling_rate: int, name: str) -> dict[str, Any]:
     return {"bytes": out.getvalue(), "path": f"{name}.flac"}
 
 
-def speak(text: str, voice: str, speed: int) -> dict[str, Any]:
-    """What espeak-ng says, as the bytes of a WAV file."""
-    command = ["espeak-ng", "-v", voice, "-s", str(speed), "--stdout", "--", text]
+def speak(text: str, voice: str, speed: int, pitch: int) -> dict[str, Any]:
+    """What espeak-ng says, at `speed` words a minute and a `pitch` of 0 to 99."""
+    command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", "--", text]
     spoken = subprocess.run(command, check=True, capture_output=True).stdout
     # Written to a pipe, its header says that it is endless.
     samples, rate = soundfile.read(
         io.BytesIO(spoken[44:]), format="RAW", subtype="PCM_16", channels=1, samplerate=22050
     )
     return {"array": samples, "sampling_rate": rate}
+
+
+def manner(text: str, voice: str, speed: int, rendition: int) -> tuple[str, int, int]:
+    """Voice, speed and pitch of a rendition: the first is as the table says, others within 15 % and 25 of it."""
+    if rendition == 0:
+        return voice, speed, 50
+    faster, higher = (2 * fraction(what, text, voice, str(rendition)) - 1 for what in ("speed", "pitch"))
+    return voice, round(speed * (1 + 0.15 * faster)), round(50 + 25 * higher)
 
 
 def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -132,9 +147,11 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             chosen += [last] if row["split"] == "test" or fraction(text, last[0]) < HELD_OUT_PAIRS else []
             for voice in chosen:
                 held = row["held_out"] or ("voice" if voice == last else "pair" if voice == pair else "")
-                said = {"audio": speak(text, *voice), "text": text, "language": language, "voice": voice[0]}
-                kept = {name: row[name] for name in ("image", "emoji", "label")}
-                yield {**said, **kept, "split": "test" if held else "train", "held_out": held}
+                kept = {"text": text, "language": language, "voice": voice[0], "held_out": held}
+                kept |= {name: row[name] for name in ("image", "emoji", "label")}
+                for rendition in range(1 if held else args.renditions):
+                    said = speak(text, *manner(text, *voice, rendition))
+                    yield {"audio": said, **kept, "split": "test" if held else "train"}
 
 
 def stamp_captions(path: Path) -> dict[str, str]:

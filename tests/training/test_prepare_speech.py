@@ -15,9 +15,9 @@ def prepare(script, root, tmp_path, monkeypatch):
     """Make the table with arguments, and read it; voices are tones of their own."""
     module = script("prepare_speech")
 
-    def speak(text, voice, speed):
+    def speak(text, voice, speed, pitch):
         time = np.arange(220 + 22 * len(text)) / 2205
-        return {"array": 0.5 * np.sin(2 * np.pi * (200 + speed) * time), "sampling_rate": 2205}
+        return {"array": 0.5 * np.sin(2 * np.pi * (200 + speed + pitch / 100) * time), "sampling_rate": 2205}
 
     monkeypatch.setattr(module, "speak", speak)
 
@@ -80,6 +80,27 @@ def test_a_caption_is_said_in_as_many_voices_as_asked_for(prepare, script, numbe
     assert max(pairs.values()) == 1
     with pytest.raises(SystemExit):
         prepare("--voices_per_caption 13")
+
+
+def test_renditions_differ_in_speed_and_pitch_and_hold_out_what_the_first_holds_out(prepare, script):
+    once, thrice = (prepare(f"--renditions {number} --max_captions 40 --sampling_rate 1000") for number in (1, 3))
+    rows = [
+        Counter(
+            (text, voice, held_out)
+            for text, voice, held_out in zip(table["text"], table["voice"], table["held_out"], strict=True)
+        )
+        for table in (once, thrice)
+    ]
+    assert {key: 1 if key[2] else 3 for key in rows[0]} == rows[1]
+    sounds = defaultdict(list)
+    for text, voice, audio in zip(thrice["text"], thrice["voice"], thrice["audio"], strict=True):
+        sounds[text, voice].append(audio["bytes"])
+    assert all(len(set(every)) == len(every) for every in sounds.values())
+    assert {audio["bytes"] for audio in once["audio"]} <= {audio["bytes"] for audio in thrice["audio"]}
+    manners = [script("prepare_speech").manner("a cat", "en-us", 160, rendition) for rendition in range(200)]
+    assert manners[0] == ("en-us", 160, 50)
+    assert all(136 <= speed <= 184 and 25 <= pitch <= 75 for _, speed, pitch in manners)
+    assert len(set(manners)) > 180
 
 
 def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
