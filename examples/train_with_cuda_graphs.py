@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train the transformer of a pipeline from scratch on one GPU, each task's whole step captured as a CUDA graph.
+"""Train the transformer of a pipeline on one GPU, each task's whole step captured as a CUDA graph.
 
 A small transformer's step is some two thousand kernels, which a CPU takes some 60 ms to launch, however small the
 batch. Here each task's step (loss, gradients, clipping, AdamW, averages) is captured once and launched as one: on an
 H100 128 spoken captions took 22 ms a step, and 512 pictures of 64 px, where the GPU is the slower, 53 ms. The loss is
-that of ``train_vqdit.py``, whose first step makes the pipeline to begin with:
+that of ``train_vqdit.py``. Any pipeline is trained on; to begin from scratch, a first step of that script makes one:
 
     accelerate launch training/train_vqdit.py --codes_dir outputs/codes --image_vq outputs/image_vq \
         --text_vq outputs/text_vq --tasks "text->image:3,image->text:2,->image:0.5" --max_train_steps 1 \
@@ -49,7 +49,7 @@ LOOKS = 50  # steps between two looks at the loss, which wait for the GPU
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train a pipeline's transformer by captured steps.")
-    parser.add_argument("--pretrained_model_name_or_path", type=model_name, required=True, help="Its config is used.")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, required=True, help="To begin with.")
     parser.add_argument("--codes_dir", required=True)
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--minutes", type=positive_number, required=True, help="Of training, the captures among them.")
@@ -173,8 +173,7 @@ def main(args: argparse.Namespace) -> None:
     started, device = time.time(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     folder = Path(args.pretrained_model_name_or_path)
-    config = VQDiTTransformer2DModel.load_config(folder / "transformer")
-    transformer = VQDiTTransformer2DModel.from_config(config).to(device).train()
+    transformer = VQDiTTransformer2DModel.from_pretrained(folder / "transformer").to(device).train()
     set_dropout(transformer, args.dropout)
     scheduler = MaskedDiffusionScheduler.from_pretrained(folder / "scheduler")
     codes, tasks, size = CodeDataset(args.codes_dir), parse_tasks(args.tasks), args.train_batch_size

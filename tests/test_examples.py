@@ -98,9 +98,13 @@ def test_a_transformer_is_trained_by_captured_steps(root, run, pipeline, tmp_pat
     command = [sys.executable, root / "examples" / "train_with_cuda_graphs.py", "--codes_dir", tmp_path / "codes"]
     command += ["--pretrained_model_name_or_path", tmp_path / "start", "--tasks", "text->image:2,image->text,->image"]
     command += ["--minutes", "0.1", "--train_batch_size", "2", "--output_dir", tmp_path / "transformer"]
+    command += ["--learning_rate", "1e-5"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "steps of 2" in done.stdout
     trained = VQDiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    start, moved = pipeline.transformer.state_dict(), trained.state_dict()
+    assert all(torch.allclose(moved[name], then, atol=1e-3) for name, then in start.items())  # it went on from there
+    assert not all(torch.equal(moved[name], then) for name, then in start.items())
     images = VQDiTPipeline.from_pretrained(tmp_path / "start", transformer=trained)("a red apple").images
     assert images[0].size == (16, 16)
