@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.training.caption_recogniser import CaptionRecogniser
 from diffusers_vqdit.training.data import load_training_dataset
-from diffusers_vqdit.training.evaluation_speech import CaptionRecogniser
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,

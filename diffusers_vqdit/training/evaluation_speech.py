@@ -2,76 +2,31 @@
 
 import argparse
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from ..pipelines.audio_codecs import decode_waveform, encode_waveform, has_own_codes, num_audio_codes, output_rate
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..pipelines.segment_base import ARGUMENTS
 from ..tasks import Task
 from ..utils.decoding import decode_image, to_bytes, to_pixels
-from ..utils.sounds import audio_library, read_sound
+from ..utils.sounds import read_sound
 from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
+from .caption_recogniser import CaptionRecogniser
 from .data import MissingSplitError, load_training_dataset
-from .evaluation import as_arguments, mean, read_pictures, reconstruct, sample, share
+from .evaluation import as_arguments, label_names, mean, read_pictures, reconstruct, sample, share
 from .evaluation_texts import equal
 from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
 
-RECOGNISER_RATE = 16_000  # Hz, of its acoustic model
-DITHER, SILENCE = 1e-3, 0.3  # of a full scale, and seconds: it is lost in silence that is all zeros
-BEAMS = {"beam": 1e-80, "wbeam": 1e-60, "pbeam": 1e-80}  # none of the captions is given up early
 CLIPPED = 0.999
 SHOWN = 8  # examples
-
-
-class CaptionRecogniser:
-    """Which of some English captions is said: pocketsphinx with their grammar.
-
-    Args:
-        captions: those among which it chooses; without those that have a word its dictionary lacks.
-    """
-
-    def __init__(self, captions: Sequence[str]) -> None:
-        try:
-            pocketsphinx = import_module("pocketsphinx")
-        except ImportError as error:
-            raise ImportError("pocketsphinx is needed to recognise speech: pip install pocketsphinx") from error
-        self.decoder = pocketsphinx.Decoder(samprate=RECOGNISER_RATE, loglevel="FATAL", **BEAMS)
-        said = {caption: spoken_words(caption) for caption in captions}
-        known = {c: words for c, words in said.items() if words and all(map(self.decoder.lookup_word, words.split()))}
-        self.captions = {words: caption for caption, words in known.items()}
-        if not self.captions:
-            raise ValueError("none of the captions has English words alone")
-        self.decoder.add_jsgf_string(
-            "captions", f"#JSGF V1.0; grammar captions; public <caption> = {' | '.join(self.captions)};"
-        )
-        self.decoder.activate_search("captions")
-
-    def knows(self, caption: str) -> bool:
-        return self.captions.get(spoken_words(caption)) is not None
-
-    def hears(self, waveform: Any, sampling_rate: int, caption: str) -> bool:
-        """Whether a sound (T,) is recognised as a caption."""
-        samples = audio_library("soxr").resample(np.asarray(waveform, np.float32), sampling_rate, RECOGNISER_RATE)
-        samples = np.pad(samples, int(SILENCE * RECOGNISER_RATE))
-        samples = samples + DITHER * np.random.default_rng(0).standard_normal(len(samples))
-        self.decoder.start_utt()
-        self.decoder.process_raw((samples.clip(-1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
-        self.decoder.end_utt()
-        heard = self.decoder.hyp()
-        return heard is not None and heard.hypstr == spoken_words(caption)
-
-
-def spoken_words(caption: str) -> str:
-    """A caption's words as a dictionary has them."""
-    return " ".join(re.findall(r"[a-z']+", caption.lower()))
 
 
 @dataclass
@@ -264,89 +219,163 @@ def spectrograms(sounds: Sequence[Any], rate: int) -> list[torch.Tensor]:
     return list(pictures.flip(2).expand(-1, 3, -1, -1))
 
 
-def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> SpeechReport:
-    """Figures of the codec alone, of each task of one segment from one that speaks or listens, of sounds partly known,
-    and of retrieval; examples of the first kind of rows."""
-    segments = pipeline._segments
-    field = {name: one.output_field for name, one in segments.items()}
-    audio = next((name for name in sorted(segments) if field[name] == "audios"), None)
-    if audio is None:
-        raise ValueError(f"the pipeline has no sounds, which the figures are of; it has {sorted(segments)}")
-    segment: Any = segments[audio]
-    rate, own = segment.sampling_rate, segment.beside.sampling_rate
-    tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
-    pairs = [task for task in tasks if len(task.generated) == len(task.given) == 1 and audio in task.segments]
-    alone = [task for task in tasks if task.generated == (audio,) and not task.given]
-    if args.label_column not in data.columns and any(
-        field[name] == "labels" for one in pairs for name in one.segments
-    ):
-        raise ValueError(f"label_column={args.label_column!r} is not in the data: it has {sorted(data.columns)}")
-    report, real = SpeechReport({}, [], [], rate), None  # all pictures as the image tokenizer gives them back
-    for kind, rows in data.rows.items():
-        captions = [data.columns[args.caption_column][row] for row in rows]
-        sounds = [read_sound(data.sounds[row], own) for row in rows]
-        shown = report if kind == next(iter(data.rows)) else SpeechReport({}, [], [], rate)
+@dataclass(frozen=True)
+class SpokenRows:
+    """Some rows, and what they hold of each segment.
 
-        def values(name: str, rows: list[int] = rows, captions: list[str] = captions, sounds: list = sounds) -> Any:
-            return _values(data, field[name], rows, captions, sounds, args)
+    Args:
+        sounds: (T,), at the codec's rate.
+        fields: what each segment is, as the pipeline's outputs are called.
+        columns: of the data, of each segment of labels and of the captions, whose key is ``""``.
+    """
 
-        def heard(
-            task: str,
-            title: str,
-            some: Sequence[Any],
-            its_rate: int,
-            known: bool = True,
-            kind: str = kind,
-            captions: list[str] = captions,
-            shown: SpeechReport = shown,
-        ) -> None:
+    data: SpeechData
+    rows: list[int]
+    sounds: list[np.ndarray]
+    fields: dict[str, str]
+    columns: dict[str, str]
+
+    @property
+    def captions(self) -> list[str]:
+        return self._column(self.columns[""])
+
+    def _column(self, name: str) -> list[str]:
+        return [self.data.columns[name][row] for row in self.rows]
+
+    def of(self, segment: str) -> Any:
+        """What is passed of a segment."""
+        if segment in self.columns:
+            return self._column(self.columns[segment])
+        if self.fields[segment] == "audios":
+            return self.sounds
+        if self.fields[segment] == "texts":
+            return self.captions
+        if self.data.pictures is None:
+            raise ValueError(f"the pipeline is given pictures as {segment!r}, and the data has none")
+        return to_pixels(self.data.pictures[[self.data.picture_of[row] for row in self.rows]]) / 2 + 0.5
+
+    def with_labels(self, names: Mapping[str, list[str]]) -> "SpokenRows":
+        """Those whose labels are among the names of each segment."""
+        labels = {segment: self.of(segment) for segment in names}
+        kept = [n for n in range(len(self.rows)) if all(labels[one][n] in among for one, among in names.items())]
+        return replace(self, rows=[self.rows[n] for n in kept], sounds=[self.sounds[n] for n in kept])
+
+
+class SpeechMeasures:
+    """Figures of a pipeline that speaks or listens.
+
+    Args:
+        args: of ``evaluate_speech.py``.
+
+    Raises:
+        ValueError: if the pipeline has no sounds, or the data no column of labels that a task needs.
+    """
+
+    def __init__(self, pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> None:
+        self.pipeline, self.data, self.args = pipeline, data, args
+        segments = pipeline._segments
+        self.fields = {name: one.output_field for name, one in segments.items()}
+        audio = next((name for name in sorted(segments) if self.fields[name] == "audios"), None)
+        if audio is None:
+            raise ValueError(f"the pipeline has no sounds, which the figures are of; it has {sorted(segments)}")
+        self.audio, self.segment = audio, cast(Any, segments[audio])
+        self.rate = self.segment.sampling_rate
+        tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
+        self.known = set(tasks)
+        self.tasks = [task for task in tasks if len(task.generated) == 1 and audio in task.segments]
+        self.labels = {name: label_names(pipeline, name) for name, one in self.fields.items() if one == "labels"}
+        own = ARGUMENTS["class_labels"]
+        self.columns = {"": args.caption_column, **{n: args.label_column if n == own else n for n in self.labels}}
+        needed = {name for task in self.tasks for name in task.segments} & set(self.labels)
+        if lacking := sorted(self.columns[name] for name in needed if self.columns[name] not in data.columns):
+            flag = "label_column=" if args.label_column in lacking else "column "
+            raise ValueError(f"{flag}{lacking[0]!r} is not in the data: it has {sorted(data.columns)}")
+        self.report = SpeechReport({}, [], [], self.rate)
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """(M, D): all pictures as the image tokenizer gives them back."""
+        return reconstruct(self.pipeline.image_vq, self.data.pictures, self.args.batch_size)[1].flatten(1)
+
+    def measure(self, kind: str, some: SpokenRows, report: SpeechReport) -> None:
+        """All figures of one kind of ``held_out``.
+
+        Args:
+            report: its figures are added to, and so are its examples.
+        """
+
+        def heard(task: str, title: str, sounds: Sequence[Any], rate: int, captions: list[str] | None) -> None:
             """What is recognised in sounds, and how loud they are."""
-            hits = recognised(data, some, its_rate, captions) if known else {}
-            found = {**hits, **levels(some)}
-            report.figures.setdefault(task, {}).update({f"{kind}, {title}{name}": one for name, one in found.items()})
-            shown.show(f"{task}, {title}".removesuffix(", "), some, captions if known else [""] * len(some), its_rate)
+            hits = {} if captions is None else recognised(self.data, sounds, rate, captions)
+            found = {f"{kind}, {title}{name}": one for name, one in {**hits, **levels(sounds)}.items()}
+            self.report.figures.setdefault(task, {}).update(found)
+            report.show(f"{task}, {title}".removesuffix(", "), sounds, captions or [""] * len(sounds), rate)
 
-        heard("codec", "originals, ", sounds, own)
-        heard("codec", "round trips, ", [one for x in sounds for one in segment.decode(segment.encode(x))], rate)
-        for task in [*pairs, *alone]:
-            (wanted,) = task.generated
-            passed = {name: values(name) for name in task.given}
-            drawn = sample(pipeline, args, len(rows), f"{task}, {kind}", wanted, passed)
-            if wanted == audio:
-                heard(str(task), "", drawn, rate, known=bool(task.given))
-                if task.given and field[task.given[0]] == "texts":
-                    shown.said.extend(zip(captions[:SHOWN], drawn, strict=False))
+        segment, captions, own = self.segment, some.captions, self.segment.beside.sampling_rate
+        heard("codec", "originals, ", some.sounds, own, captions)
+        trips = [one for sound in some.sounds for one in segment.decode(segment.encode(sound))]
+        heard("codec", "round trips, ", trips, self.rate, captions)
+        for task in self.tasks:
+            its = some.with_labels({name: self.labels[name] for name in task.segments if name in self.labels})
+            if not its.rows:
                 continue
-            shown.show(str(task), drawn, captions)
-            name, figure = "exact match", None
-            if field[wanted] == "texts":
-                figure = equal(drawn, captions)
-            elif field[wanted] == "labels":
-                name, figure = "right", equal(drawn, [data.columns[args.label_column][row] for row in rows])
-            elif data.pictures is not None:
-                if real is None:
-                    real = reconstruct(pipeline.image_vq, data.pictures, args.batch_size)[1].flatten(1)
-                name, figure = "nearest picture", share(_nearest(drawn, real, [data.picture_of[row] for row in rows]))
-            if figure is not None:
-                report.figures.setdefault(str(task), {})[f"{kind}, {name}"] = figure
-        if any(task.generated == (audio,) for task in tasks):
-            blank = [with_silence(sound) for sound in sounds]
-            options = {"mask_image": [np.array([0, 1, 0])] * len(rows)}
-            filled = sample(pipeline, args, len(rows), f"inpainting, {kind}", audio, {audio: blank}, **options)
-            heard("inpainting", "middle third silent, ", blank, own)
-            heard("inpainting", "filled in, ", filled, rate)
-        if alone:
-            noisy = [with_bursts(sound, args.seed + row) for sound, row in zip(sounds, rows, strict=True)]
-            mended = sample(pipeline, args, len(rows), f"repair, {kind}", audio, {audio: noisy}, strength=0.5)
-            heard("repair", "bursts of noise, ", noisy, own)
-            heard("repair", "repaired, ", mended, rate)
-        for task in pairs:
-            (given,), (wanted,) = task.given, task.generated
-            if "labels" not in (field[given], field[wanted]):
-                figure = _recall(pipeline, task, values(given), values(wanted), captions, args.batch_size)
+            (wanted,) = task.generated
+            drawn = self._sample(f"{task}, {kind}", its, wanted, {name: its.of(name) for name in task.given})
+            if wanted == self.audio:
+                heard(str(task), "", drawn, self.rate, its.captions if task.given else None)
+                if any(self.fields[name] == "texts" for name in task.given):
+                    report.said.extend(zip(its.captions[:SHOWN], drawn, strict=False))
+                continue
+            report.show(str(task), drawn, its.captions)
+            if (figure := self._figure(wanted, drawn, its)) is not None:
+                self.report.figures.setdefault(str(task), {})[f"{kind}, {figure[0]}"] = figure[1]
+        if any(not task.given for task in self.tasks):
+            blank = [with_silence(sound) for sound in some.sounds]
+            options = {"mask_image": [np.array([0, 1, 0])] * len(blank)}
+            filled = self._sample(f"inpainting, {kind}", some, self.audio, {self.audio: blank}, **options)
+            heard("inpainting", "middle third silent, ", blank, own, captions)
+            heard("inpainting", "filled in, ", filled, self.rate, captions)
+            seeds = [self.args.seed + row for row in some.rows]
+            noisy = [with_bursts(sound, seed) for sound, seed in zip(some.sounds, seeds, strict=True)]
+            mended = self._sample(f"repair, {kind}", some, self.audio, {self.audio: noisy}, strength=0.5)
+            heard("repair", "bursts of noise, ", noisy, own, captions)
+            heard("repair", "repaired, ", mended, self.rate, captions)
+        for task in self.tasks:
+            if len(task.given) != 1 or set(task.segments) & set(self.labels):
+                continue
+            # As retrieval ranks: by the likelihood of the query, or of what is sought beside its own.
+            if {Task(task.generated, task.given), Task((), task.generated)} & self.known:
+                (given,), (wanted,) = task.given, task.generated
+                contents = (some.of(given), some.of(wanted), captions, self.args.batch_size)
                 name = f"{kind}, {wanted} by {given}, the first is right"
-                report.figures.setdefault("retrieval", {})[name] = figure
-    return report
+                self.report.figures.setdefault("retrieval", {})[name] = _recall(self.pipeline, task, *contents)
+
+    def _sample(self, title: str, some: SpokenRows, wanted: str, passed: dict[str, Any], **options: Any) -> Any:
+        return sample(self.pipeline, self.args, len(some.rows), title, wanted, passed, **options)
+
+    def _figure(self, wanted: str, drawn: Any, some: SpokenRows) -> tuple[str, dict[str, Any]] | None:
+        """The share of what was drawn of a segment that is right, and what it is called; None without pictures to
+        compare it with."""
+        if self.fields[wanted] == "texts":
+            return "exact match", equal(drawn, some.captions)
+        if wanted in self.labels:
+            return "right", equal(drawn, some.of(wanted))
+        if self.data.pictures is None:
+            return None
+        return "nearest picture", share(_nearest(drawn, self.real, [self.data.picture_of[row] for row in some.rows]))
+
+
+def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> SpeechReport:
+    """Figures of the codec alone, of each task that makes one segment and speaks or listens, of sounds partly known,
+    and of retrieval; examples of the first kind of rows. Where labels that the pipeline doesn't know, such as a voice
+    that training never heard, would be given or drawn, their rows are left out."""
+    measures = SpeechMeasures(pipeline, data, args)
+    own = measures.segment.beside.sampling_rate
+    for number, (kind, rows) in enumerate(data.rows.items()):
+        sounds = [read_sound(data.sounds[row], own) for row in rows]
+        report = SpeechReport({}, [], [], measures.rate) if number else measures.report
+        measures.measure(kind, SpokenRows(data, rows, sounds, measures.fields, measures.columns), report)
+    return measures.report
 
 
 def with_silence(sound: np.ndarray) -> np.ndarray:
@@ -375,18 +404,6 @@ def _recall(
     index = pipeline.index(**as_arguments({name: [item for _, item in items]}), query=query, batch_size=batch_size)
     found = pipeline.retrieve(list(given), index, top_k=1, batch_size=batch_size).indices[:, 0].tolist()
     return share([items[best][0] == caption for best, caption in zip(found, captions, strict=True)])
-
-
-def _values(data: SpeechData, field: str, rows: list[int], captions: list[str], sounds: list, args: Any) -> Any:
-    if field == "audios":
-        return sounds
-    if field == "texts":
-        return captions
-    if field == "labels":
-        return [data.columns[args.label_column][row] for row in rows]
-    if data.pictures is None:
-        raise ValueError(f"image_column={args.image_column!r} is needed: the pipeline is given pictures")
-    return to_pixels(data.pictures[[data.picture_of[row] for row in rows]]) / 2 + 0.5
 
 
 def _nearest(drawn: torch.Tensor, real: torch.Tensor, own: list[int]) -> list[bool]:

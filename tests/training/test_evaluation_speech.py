@@ -14,12 +14,12 @@ from datasets import Audio, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training import evaluation_speech
+from diffusers_vqdit.training.caption_recogniser import CaptionRecogniser, spoken_words
 from diffusers_vqdit.training.evaluation_speech import (
-    CaptionRecogniser,
     levels,
-    spoken_words,
     with_bursts,
     with_silence,
 )
@@ -93,6 +93,40 @@ def test_every_task_has_its_figure(run, talking_pipeline, audio_codecs, table, t
     assert Image.open(tmp_path / "evaluation_speech.png").height > 112 * (len(tasks) + 6)
     made, rate = audio_codecs.soundfile.read(tmp_path / "evaluation_speech-2.wav")
     assert rate == 1600 and made.ndim == 1 and not (tmp_path / "evaluation_speech-3.wav").exists()
+
+
+def test_sounds_are_made_in_voices_that_the_pipeline_knows(run, talking_pipeline, table, tmp_path, monkeypatch):
+    """Labels of any segment are read from the column of its name; rows of other voices are left out of its tasks."""
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    segments = {**talking_pipeline.transformer.config.segments, "speaker": {"vocab_size": 2, "shape": [1]}}
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        segments=segments,
+        tasks=["text+speaker->sound", "speaker->sound", "sound->speaker", "sound->text"],
+    )
+    parts = {**talking_pipeline.components, "transformer": transformer.eval()}
+    of_sound = talking_pipeline.config.segments["sound"]
+    speaker = {"modality": "label", "names": {"0": "high", "1": "low"}}
+    pipe = VQDiTPipeline(**parts, segments={"sound": of_sound, "speaker": speaker}, id2label={0: "round", 1: "square"})
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table} --num_inference_steps 2"
+    with pytest.raises(ValueError, match=r"column 'speaker' is not in the data: it has \['held_out', 'label'"):
+        run("evaluate_speech", f"{options} --output_dir {tmp_path}")
+    full = pq.read_table(table)
+    voices = ["low", "high"] * 4 + ["hoarse"] * 8
+    pq.write_table(full.append_column("speaker", pa.array(voices)), table)
+    run("evaluate_speech", f"{options} --output_dir {tmp_path}")
+    report = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    # Of rows 1 to 7, the even ones and those of the odd ones whose caption is known.
+    for kind, count in (("pair", 3), ("voice", 2)):
+        assert report["speaker+text->sound"][f"{kind}, recognised"]["count"] == count
+        assert report["speaker->sound"][f"{kind}, level"]["count"] <= count  # of those that aren't empty
+        assert report["sound->speaker"][f"{kind}, right"]["count"] == count
+        assert report["sound->text"][f"{kind}, exact match"]["count"] > count
+    assert not {"retrieval", "inpainting", "repair"} & set(report)  # it knows neither text->sound nor ->sound
+    assert not (tmp_path / "evaluation_speech-3.wav").exists()
 
 
 def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path):
