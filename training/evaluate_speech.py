@@ -9,8 +9,8 @@
 codec makes of them, and in what the pipeline says; other languages than English have no figures by it. Figures are for
 each kind of ``held_out``: captions in another voice, voices and captions never heard. Segments of labels, such as
 voices, are columns of the data of the same name; rows of labels that training didn't have are left out of their tasks.
-``evaluation_speech.png`` has
-spectrograms, pictures and texts of the first eight, and the WAV files beside it are what is said of their captions.
+``evaluation_speech.png`` has spectrograms, pictures and texts of the first eight, and the WAV files beside it are what
+is said of their captions.
 """
 
 import argparse
