@@ -90,7 +90,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add_bucket_argument(parser, "By default all pictures become squares.")
     add_image_arguments(parser, resize_mode="auto", default="The default.")
     parser.add_argument("--batch_size", type=positive_integer, default=64)
-    parser.add_argument("--shard_size", type=positive_integer, default=100_000, help="Rows per file of codes.")
+    parser.add_argument(
+        "--shard_size",
+        type=positive_integer,
+        help="Rows per file of codes; by default a 64th of them, between 256 and 100,000, of a stream 100,000.",
+    )
     parser.add_argument("--max_samples", type=positive_integer)
     parser.add_argument("--cache_dir")
     parser.add_argument("--device", type=torch_device, default="cuda" if torch.cuda.is_available() else "cpu")

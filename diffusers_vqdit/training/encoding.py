@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # In the folder of codes, until all are there.
 PARTS_FOLDER, ROWS_FOLDER = ".unfinished-codes", ".unfinished-rows"
+NUM_SHARDS, MIN_SHARD_SIZE, MAX_SHARD_SIZE = 64, 256, 100_000
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def encode_dataset(
     block_length: int = 16,
     max_text_length: int | None = None,
     batch_size: int = 64,
-    shard_size: int = 100_000,
+    shard_size: int | None = None,
     image_interpolation_mode: str = "lanczos",
     dataloader_num_workers: int = 0,
 ) -> Path:
@@ -112,7 +113,8 @@ def encode_dataset(
         block_length: token ids a block, see [`VQDiTTransformer2DModel`]; each text's end fills its last block.
         max_text_length: token ids of a text at most; longer ones are cut, with a warning that counts them.
         batch_size: pictures or texts that are encoded at once.
-        shard_size: rows of a shard, of which a process encodes one after the other.
+        shard_size: rows of a shard, of which a process encodes one after the other, and which a run that is killed
+            loses at the most. By default a 64th of the rows, between 256 and 100,000; of a stream 100,000.
         image_interpolation_mode: how pictures are resized, see [`~utils.fitting.resize_image`].
         dataloader_num_workers: processes that read and decode ahead of time; 0: this one does.
 
@@ -132,7 +134,7 @@ def encode_dataset(
         options["buckets"] = check_buckets("aspect_ratio_buckets", aspect_ratio_buckets)
         if resolution:
             raise ValueError(f"resolution={resolution} and aspect_ratio_buckets both say a size; give one of them")
-    batch_size, shard_size = check_integer("batch_size", batch_size, 1), check_integer("shard_size", shard_size, 1)
+    batch_size = check_integer("batch_size", batch_size, 1)
     columns = columns_of_flags(
         resolution=resolution,
         image_vq=image_vq,
@@ -160,6 +162,9 @@ def encode_dataset(
             f"dataset={type(dataset).__name__} must be a datasets.Dataset, or what load_training_dataset gives with "
             "streaming=True"
         )
+    if shard_size is None:
+        shard_size = MAX_SHARD_SIZE if stream is not None else shard_size_of(len(dataset))
+    shard_size = check_integer("shard_size", shard_size, 1)
     if stream is not None:
         source = source_of(stream.identity, columns, batch_size, shard_size, [prints, lowres_factor, options])
         if _is_there(folder, source):
@@ -193,6 +198,11 @@ def encode_dataset(
         _put_together(folder, parts, encoder, index)
     wait_for_processes()
     return folder
+
+
+def shard_size_of(rows: int) -> int:
+    """Rows of a shard, whatever the number of processes, that leave some for each of them and few to be lost."""
+    return min(max(MIN_SHARD_SIZE, -(-rows // NUM_SHARDS)), MAX_SHARD_SIZE)
 
 
 def _is_there(folder: Path, source: str) -> bool:

@@ -21,7 +21,7 @@ from diffusers_vqdit.training import code_files
 from diffusers_vqdit.training.code_files import code_type
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import load_training_dataset
-from diffusers_vqdit.training.encoding import encode_dataset
+from diffusers_vqdit.training.encoding import encode_dataset, shard_size_of
 from diffusers_vqdit.utils.fingerprints import file_sha256
 
 
@@ -43,6 +43,15 @@ def encode(pictures, image_vq, text_vq, tokenizer, tmp_path):
         return encode_dataset(dataset, tmp_path / name, **given)
 
     return run
+
+
+@pytest.mark.parametrize("rows", [1, 255, 373, 4000, 10_639, 16_384, 1_000_000, 6_400_001, 10**9])
+def test_by_default_every_process_has_shards_to_encode_and_few_rows_to_lose(rows):
+    size = shard_size_of(rows)
+    shards = -(-rows // size)
+    assert 256 <= size <= 100_000 and shards >= min(64, rows // 256)
+    assert shards <= 64 or size == 100_000  # each is a file that is mapped
+    assert size == 256 or size <= rows / 63
 
 
 def shards_of(folder):
