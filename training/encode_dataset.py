@@ -53,7 +53,7 @@ from diffusers_vqdit.utils.arguments import (
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Encode a dataset into a folder of codes.")
-    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    parser.add_argument("--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     parser.add_argument("--split", default="train")

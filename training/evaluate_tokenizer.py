@@ -16,8 +16,10 @@ another only.
 
 import argparse
 import json
+from datetime import timedelta
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from datasets import Audio
 
 from diffusers_vqdit import ImageVQModel
@@ -46,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="ImageVQModel, VQModel, TextVQModel, or an audio codec: a folder or a Hub id.",
     )
     parser.add_argument("--subfolder", help="Of the tokenizer in a pipeline's folder.")
-    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file; by default the emoji dataset.")
+    parser.add_argument(
+        "--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern; by default the emoji dataset."
+    )
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir", help="Image folder.")
     parser.add_argument("--split", default="test")
@@ -155,7 +159,8 @@ FLAGS = {
 
 def main(args: argparse.Namespace) -> None:
     check_launch()
-    accelerator = Accelerator()
+    # A process may have more pictures, or slower ones, than another.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     if args.output_file is not None and accelerator.is_main_process:
         check_output_file("output_file", args.output_file)
     # A codec of transformers has no such entry.

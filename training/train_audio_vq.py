@@ -97,7 +97,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--restart_threshold", type=non_negative_number, default=0.1)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    data.add_argument("--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern.")
     data.add_argument("--dataset_config_name")
     data.add_argument("--train_data_dir", help="Folder of sounds.")
     data.add_argument("--audio_column", default="audio")

@@ -120,7 +120,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.")
+    data.add_argument("--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern.")
     data.add_argument("--dataset_config_name")
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl.")
     data.add_argument("--image_column", default="image")

@@ -22,7 +22,9 @@ from diffusers_vqdit.utils.texts import in_parts
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Train a byte-level BPE tokenizer.")
-    parser.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file.", required=True)
+    parser.add_argument(
+        "--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern.", required=True
+    )
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--split", default="train")
     parser.add_argument("--text_columns", nargs="+", default=["text"])

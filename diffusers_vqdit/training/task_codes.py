@@ -48,7 +48,9 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     """Add the flags of the codes, or of the data to make them of, and return their group for the tasks."""
     data = parser.add_argument_group("data")
     data.add_argument("--codes_dir", help="Folder written by encode_dataset.py.")
-    data.add_argument("--dataset_name", help="Hub dataset, or path of a parquet file, to encode at the start.")
+    data.add_argument(
+        "--dataset_name", help="Hub dataset, or files of it: a path, folder or pattern, to encode at the start."
+    )
     data.add_argument("--dataset_config_name")
     add_streaming_argument(data)
     data.add_argument("--train_data_dir", help="Image folder with metadata.jsonl, to encode at the start.")
