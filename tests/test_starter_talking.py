@@ -1,0 +1,40 @@
+"""The unfinished checkpoint that listens and speaks: complete, small, and with the figures that were measured."""
+
+import json
+
+import pytest
+import torch
+
+from diffusers_vqdit import VQDiTPipeline
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    return root / "model_cards" / "vqdit-talking-emoji"
+
+
+def test_it_is_complete_and_within_40_megabytes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    names = {str(path.relative_to(folder)) for path in files}
+    assert {"README.md", "model_index.json", "evaluation_speech.png", "evaluation_speech.json"} <= names
+
+
+def test_its_card_shows_the_figures_that_were_measured(folder, script):
+    report = json.loads((folder / "evaluation_speech.json").read_text())
+    assert script("evaluate").as_table(report) in (folder / "README.md").read_text()
+
+
+def test_it_hears_what_it_says_and_draws_it(folder):
+    """Of its own sounds, in the voice that it is told, some are understood by itself."""
+    pipe = VQDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    captions = ["watermelon", "banana", "pizza", "coconut", "popcorn", "bread", "chocolate bar", "doughnut"]
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+    said = pipe(captions, inputs={"voice": ["en-us"] * len(captions)}, output="audio", generator=seeds)
+    assert said.sampling_rate == 11025
+    assert all(0.3 < len(sound) / said.sampling_rate < 4 for sound in said.audios)
+    sounds = [{"array": sound, "sampling_rate": said.sampling_rate} for sound in said.audios]
+    texts = pipe(inputs={"audio": sounds}, output="text", generator=seeds).texts
+    assert sum(text == caption for text, caption in zip(texts, captions, strict=True)) >= 2
+    assert pipe(inputs={"audio": sounds[0]}, output="image").images[0].size == (32, 32)
