@@ -14,7 +14,8 @@ does; what it says is nobody's. Takes ten minutes of one core. With
 the captions are those of Debian's drawings for Tux Paint, read aloud by people. Those are under the GPL-2, and so is
 the table made of them: it isn't this project's to give away.
 
-Columns: ``audio`` (FLAC, one channel, ``--sampling_rate``), ``text`` (what is said), ``image``, ``language``,
+Columns: ``audio`` (FLAC, one channel, ``--sampling_rate``), ``text`` (what is said), ``speech`` (the same as one voice a
+language says it, for a model that hears many voices and speaks in one; not of stamps), ``image``, ``language``,
 ``voice``, ``emoji`` (of stamps their file's name), ``label``, ``split`` and ``held_out``. By caption and voice alone,
 1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in ``train`` in other voices, and the voice with
 other captions. All that the last voice of each language says is in ``test`` (``"voice"``), and so is what the emoji
@@ -145,9 +146,12 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             pair = pair if args.voices_per_caption > 1 else None
             chosen = voices[: args.voices_per_caption]
             chosen += [last] if row["split"] == "test" or fraction(text, last[0]) < HELD_OUT_PAIRS else []
+            # One voice a language speaks, but not what it's to be heard saying for the first time in the test split.
+            speaker = next(voice for voice in VOICES[language] if voice != pair)
+            speech = flac(speak(text, *manner(text, *speaker, 0)), args.sampling_rate, "speech")
             for voice in chosen:
                 held = row["held_out"] or ("voice" if voice == last else "pair" if voice == pair else "")
-                kept = {"text": text, "language": language, "voice": voice[0], "held_out": held}
+                kept = {"text": text, "speech": speech, "language": language, "voice": voice[0], "held_out": held}
                 kept |= {name: row[name] for name in ("image", "emoji", "label")}
                 for rendition in range(1 if held else args.renditions):
                     said = speak(text, *manner(text, *voice, rendition))
@@ -196,9 +200,8 @@ def main(args: argparse.Namespace) -> None:
             failed += 1
     if not rows:
         raise ValueError(f"stamps_dir={str(args.stamps_dir)!r} has no recordings of captions")
-    features = Features(
-        {"audio": Audio(args.sampling_rate), "image": Image(), **{n: Value("string") for n in COLUMNS}}
-    )
+    sounds = dict.fromkeys(("audio", "speech") if args.stamps_dir is None else ("audio",), Audio(args.sampling_rate))
+    features = Features({**sounds, "image": Image(), **{name: Value("string") for name in COLUMNS}})
     table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
     with replacing_file(args.output_file) as unfinished:
         pq.write_table(table, unfinished, row_group_size=1000)  # `datasets` would encode the sounds once more

@@ -230,7 +230,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     trained = list(model.parameters())
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=objective.quantizer)
+    watch = TrainingWatch(accelerator, args, quantizer=objective.quantizer)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         part = {"seed": args.seed, "step": micro_step, "rank": accelerator.process_index}

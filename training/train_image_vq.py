@@ -283,7 +283,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.image_batches(args, accelerator, pictures, step)
     progress = setup.progress_bar(accelerator, max_steps, step)
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantize)
+    watch = TrainingWatch(accelerator, args, quantizer=unwrap(model).quantize)
     started, seen, stop = time.time(), 0, False
     while step < max_steps and not stop:
         sample = to_pixels(next(batches).to(accelerator.device, non_blocking=True))

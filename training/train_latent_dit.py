@@ -378,7 +378,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
     started, seen, stop = time.time(), 0, False
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
+    watch = TrainingWatch(accelerator, args)
     while step < max_steps and not stop:
         rows = next(batches)
         # Drawn for each row of the global batch, however many processes share it.

@@ -272,7 +272,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(tokens), step)
     progress = setup.progress_bar(accelerator, max_steps, step)
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm, quantizer=unwrap(model).quantizers)
+    watch = TrainingWatch(accelerator, args, quantizer=unwrap(model).quantizers)
     started, seen, measured, stop = time.time(), 0, {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]

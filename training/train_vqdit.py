@@ -353,7 +353,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     task_losses: dict[str, float] = measures.get("task_losses", {})
     started, seen, stop = time.time(), 0, False
     utilisation = Utilisation(args, accelerator)
-    watch = TrainingWatch(accelerator, max_grad_norm=args.max_grad_norm)
+    watch = TrainingWatch(accelerator, args)
     while step < max_steps and not stop:
         rows = next(batches)
         batch = draw_batch(codes, tasks, rows, accelerator, seed=args.seed, step=micro_step)

@@ -275,14 +275,17 @@ class SpeechMeasures:
         self.pipeline, self.data, self.args = pipeline, data, args
         segments = pipeline._segments
         self.fields = {name: one.output_field for name, one in segments.items()}
-        audio = next((name for name in sorted(segments) if self.fields[name] == "audios"), None)
-        if audio is None:
+        self.sounds = [name for name in sorted(segments) if self.fields[name] == "audios"]
+        if not self.sounds:
             raise ValueError(f"the pipeline has no sounds, which the figures are of; it has {sorted(segments)}")
-        self.audio, self.segment = audio, cast(Any, segments[audio])
-        self.rate = self.segment.sampling_rate
         tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks]
+        # What is partly known is heard; another segment of sounds may be what the pipeline says alone.
+        given = [name for name in self.sounds if any(name in task.given for task in tasks)]
+        self.audio = (given or self.sounds)[0]
+        self.segment = cast(Any, segments[self.audio])
+        self.rate = self.segment.sampling_rate
         self.known = set(tasks)
-        self.tasks = [task for task in tasks if len(task.generated) == 1 and audio in task.segments]
+        self.tasks = [t for t in tasks if len(t.generated) == 1 and set(self.sounds) & set(t.segments)]
         self.labels = {name: label_names(pipeline, name) for name, one in self.fields.items() if one == "labels"}
         own = ARGUMENTS["class_labels"]
         self.columns = {"": args.caption_column, **{n: args.label_column if n == own else n for n in self.labels}}
@@ -321,7 +324,7 @@ class SpeechMeasures:
                 continue
             (wanted,) = task.generated
             drawn = self._sample(f"{task}, {kind}", its, wanted, {name: its.of(name) for name in task.given})
-            if wanted == self.audio:
+            if wanted in self.sounds:
                 heard(str(task), "", drawn, self.rate, its.captions if task.given else None)
                 if any(self.fields[name] == "texts" for name in task.given):
                     report.said.extend(zip(its.captions[:SHOWN], drawn, strict=False))
@@ -329,7 +332,7 @@ class SpeechMeasures:
             report.show(str(task), drawn, its.captions)
             if (figure := self._figure(wanted, drawn, its)) is not None:
                 self.report.figures.setdefault(str(task), {})[f"{kind}, {figure[0]}"] = figure[1]
-        if any(not task.given for task in self.tasks):
+        if Task((), (self.audio,)) in self.known:
             blank = [with_silence(sound) for sound in some.sounds]
             options = {"mask_image": [np.array([0, 1, 0])] * len(blank)}
             filled = self._sample(f"inpainting, {kind}", some, self.audio, {self.audio: blank}, **options)

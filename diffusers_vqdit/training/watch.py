@@ -1,11 +1,13 @@
 """What goes wrong while a run trains, told while it happens: once each, with what helps against it."""
 
+import argparse
 import logging
 from collections import deque
 
 import torch
 from accelerate import Accelerator
 
+from ..models.image_vq import QUANTIZER_OPTIONS
 from ..models.quantizers import Quantizer, ResidualVectorQuantizer
 from .metrics import expected_usage
 
@@ -24,15 +26,15 @@ class TrainingWatch:
     ``clipping``.
 
     Args:
-        max_grad_norm: that gradients are clipped to; 0 for never.
+        args: of the script, by whose flags the warnings say what would help.
         quantizer: that is trained, where one is.
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, max_grad_norm: float = 0.0, quantizer: Quantizer | None = None
+        self, accelerator: Accelerator, args: argparse.Namespace, *, quantizer: Quantizer | None = None
     ) -> None:
-        self.accelerator = accelerator
-        self.max_grad_norm = max_grad_norm
+        self.accelerator, self.args = accelerator, args
+        self.max_grad_norm = args.max_grad_norm
         self.num_codes = 1 if quantizer is None else quantizer.num_codes
         levels = len(quantizer) if isinstance(quantizer, ResidualVectorQuantizer) else 1
         self.told: set[str] = set()
@@ -96,8 +98,7 @@ class TrainingWatch:
                 step,
                 "usage",
                 f"the last {USAGE_STEPS} batches used less than {100 * LOW_USAGE:g} % of the codes that they could "
-                f"show, now {100 * usage:.2g} % of the codebook: it collapses. Lower --learning_rate, or train with "
-                "--codebook_update ema --codebook_init kmeans --restart_threshold 0.1",
+                f"show, now {100 * usage:.2g} % of the codebook: it collapses. Lower --learning_rate{self._keepers()}",
             )
         # Codes that this process has seen in a window; those of the others would be more of the same.
         for level, used in zip(codes.cpu().reshape(vectors, -1).unbind(1), self._used, strict=True):
@@ -109,11 +110,35 @@ class TrainingWatch:
                 self._tell(
                     step,
                     "dead_codes",
-                    f"{100 * dead:.0f} % of the codes were not used once in the last {self._seen} positions. Raise "
-                    "--restart_threshold, or make fewer codes (--num_vq_embeddings, --num_codes)",
+                    f"{100 * dead:.0f} % of the codes were not used once in the last {self._seen} positions. "
+                    f"{self._revivers()}",
                 )
             self._used.zero_()
             self._seen = 0
+
+    def _takes(self, flag: str) -> bool:
+        """Whether the script has a flag, and what it trains takes it."""
+        kind = getattr(self.args, "quantizer_type", "vq")
+        known = any(flag in options for options in QUANTIZER_OPTIONS.values())
+        return hasattr(self.args, flag) and (not known or flag in QUANTIZER_OPTIONS[kind])
+
+    def _keepers(self) -> str:
+        """What else keeps codes in use than a lower learning rate, of what the run doesn't have already."""
+        wanted = {"codebook_update": "ema", "codebook_init": "kmeans"}
+        flags = [f"--{name} {value}" for name, value in wanted.items() if self._takes(name)]
+        flags = [flag for flag in flags if getattr(self.args, flag.split()[0][2:]) != flag.split()[1]]
+        if self._takes("restart_threshold") and self.args.restart_threshold == 0:
+            flags.append("--restart_threshold 0.1")
+        if not self._takes("restart_threshold") and self._takes("entropy_weight") and not self.args.entropy_weight:
+            flags.append("--entropy_weight 0.1")
+        return f", or train with {' '.join(flags)}" if flags else ""
+
+    def _revivers(self) -> str:
+        restart = "Raise --restart_threshold, or make" if self._takes("restart_threshold") else "Make"
+        sizes = ("num_codes", "num_vq_embeddings")
+        size = "fsq_levels" if getattr(self.args, "fsq_levels", None) else next(filter(self._takes, sizes), None)
+        size = "vq_embed_dim" if getattr(self.args, "quantizer_type", "") == "lfq" else size
+        return f"{restart} fewer codes (--{size})" if size else f"{restart} fewer codes"
 
     def _tell(self, step: int, name: str, text: str) -> None:
         if name in self.told:
