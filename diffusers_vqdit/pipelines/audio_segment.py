@@ -1,8 +1,8 @@
 """Sounds as segments: the codes of an audio codec, all of a frame in one position, with an end."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -79,11 +79,17 @@ class AudioReader(ColumnReader):
         if audio_codebooks is not None:
             check_integer("audio_codebooks", audio_codebooks, 1)
         shape = encode_waveform(tokenizer, beside, longest, tokenizer.device, audio_codebooks).shape
-        self.frames, self.codebooks = frames or shape[0], shape[1]
+        self.given_frames, self.frames, self.codebooks = frames, frames or shape[0], shape[1]
         self.shape = [self.frames, self.codebooks]
         limit = self.frames * samples_per_frame(tokenizer, beside) / self.rate
         if cut := int((lengths > limit).sum()):
             self.notes = [f"column {column!r}: {cut} of {len(lengths)} sounds are cut to {limit:.1f} s"]
+
+    def lengthen(self, others: Sequence[Self]) -> None:
+        """Take as many frames as the longest column of the codec: segments of one length share embeddings."""
+        if self.given_frames is None:
+            self.frames = max(self.frames, *(other.frames for other in others))
+            self.shape = [self.frames, self.codebooks]
 
     @property
     def vocab_size(self) -> int:

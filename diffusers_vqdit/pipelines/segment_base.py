@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -160,6 +160,10 @@ class ColumnReader(ABC):
     @abstractmethod
     def read(self, row: int) -> Any:
         """A row's value. What it raises leaves the row out, with a warning."""
+
+    def lengthen(self, others: Sequence[Self]) -> None:  # noqa: B027
+        """Take the shape that columns of the same tokenizer can share, if it has one to choose; `others` are all of
+        them, this one too."""
 
     @abstractmethod
     def digest(self, values: list) -> bytes:

@@ -26,7 +26,9 @@ def prepare(script, root, tmp_path, monkeypatch):
         captions = "" if "--stamps_dir" in arguments else f"--emoji_file {root / 'training/data/emoji.parquet'}"
         module.main(module.parse_args(f"{captions} --output_file {path} {arguments}".split()))
         table = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-        return table.cast_column("audio", Audio(decode=False))
+        for name in {"audio", "speech"} & set(table.column_names):
+            table = table.cast_column(name, Audio(decode=False))
+        return table
 
     return prepare
 
@@ -40,6 +42,12 @@ def test_what_is_held_out_is_not_in_training(prepare, script):
     ]
     train = [row for row in rows if row["split"] == "train"]
     known, pairs = defaultdict(set), {(row["text"], row["voice"]) for row in train}
+    said = {}
+    for text, language, speech in zip(table["text"], table["language"], table["speech"], strict=True):
+        # One recording a caption, in whatever voice it was heard, which is none of the test split's.
+        assert said.setdefault((language, text), speech["bytes"]) == speech["bytes"]
+    own = zip(table["held_out"], table["audio"], table["speech"], strict=True)
+    assert len(said) > 300 and all(heard["bytes"] != speech["bytes"] for kind, heard, speech in own if kind == "pair")
     for row in train:
         assert row["held_out"] == "" and row["voice"] != voices[row["language"]][-1][0]
         known[row["text"]].add(row["voice"])

@@ -1,7 +1,9 @@
 """What goes wrong is told once, when it does, in the log and in the trackers; what goes right isn't told."""
 
+import argparse
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -15,7 +17,20 @@ CODES = 64
 FEW, ALL = torch.zeros(4, 8, 8, dtype=torch.int64), torch.arange(256).view(4, 8, 8) % CODES
 
 
-def watched(monkeypatch, caplog, *, steps, loss=lambda step: 1.0 / step, norm=lambda step: 0.1, codes=None, levels=1):
+CLIPPING = argparse.Namespace(max_grad_norm=1.0, restart_threshold=0.0)
+
+
+def watched(
+    monkeypatch,
+    caplog,
+    *,
+    steps,
+    args=CLIPPING,
+    loss=lambda step: 1.0 / step,
+    norm=lambda step: 0.1,
+    codes=None,
+    levels=1,
+):
     """The texts of the warnings, and what the trackers got: (name, step)."""
     tracked = []
     accelerator = Accelerator()
@@ -23,7 +38,7 @@ def watched(monkeypatch, caplog, *, steps, loss=lambda step: 1.0 / step, norm=la
     quantizer = VectorQuantizer(CODES, 2)
     if levels > 1:
         quantizer = ResidualVectorQuantizer(VectorQuantizer(CODES, 2) for _ in range(levels))
-    watch = TrainingWatch(accelerator, max_grad_norm=1.0, quantizer=quantizer if codes is not None else None)
+    watch = TrainingWatch(accelerator, args, quantizer=quantizer if codes is not None else None)
     with caplog.at_level(logging.WARNING, "diffusers_vqdit"):
         for step in range(1, steps + 1):
             found = None if codes is None else codes(step)
@@ -75,3 +90,38 @@ def test_gradients_that_are_always_clipped_are_told(monkeypatch, caplog, every):
         monkeypatch, caplog, steps=steps, norm=lambda step: 0.5 if every and not step % every else 3.0
     )
     assert tracked == ([] if every else [("warnings/clipping", CLIPPED_STEPS)])
+
+
+@pytest.mark.parametrize(
+    ("script_name", "flags", "collapsed", "dead"),
+    [
+        ("train_image_vq", "", "", "--restart_threshold --num_vq_embeddings"),
+        (
+            "train_image_vq",
+            "--restart_threshold 0",
+            "--restart_threshold 0.1",
+            "--restart_threshold --num_vq_embeddings",
+        ),
+        (
+            "train_image_vq",
+            "--codebook_update gradient --codebook_init data",
+            "--codebook_update ema --codebook_init kmeans",
+            "--restart_threshold --num_vq_embeddings",
+        ),
+        ("train_image_vq", "--quantizer_type fsq --fsq_levels 8 5 5", "", "--fsq_levels"),
+        ("train_image_vq", "--quantizer_type lfq", "--entropy_weight 0.1", "--vq_embed_dim"),
+        ("train_image_vq", "--quantizer_type simvq --entropy_weight 0.2", "", "--num_vq_embeddings"),
+        ("train_text_vq", "", "", "--restart_threshold --num_codes"),
+        ("train_text_vq", "--restart_threshold 0", "--restart_threshold 0.1", "--restart_threshold --num_codes"),
+        ("train_audio_vq", "", "", "--restart_threshold --num_vq_embeddings"),
+    ],
+)
+def test_what_would_help_is_a_flag_that_the_run_has_and_has_not_set(
+    script, monkeypatch, caplog, script_name, flags, collapsed, dead
+):
+    data = {"train_text_vq": "--dataset_name d", "train_audio_vq": "--train_data_dir d"}
+    args = script(script_name).parse_args([*data.get(script_name, "--train_data_dir d").split(), *flags.split()])
+    texts, _ = watched(monkeypatch, caplog, steps=200, args=args, codes=lambda step: FEW)
+    usage, unused = (next(text for text in texts if word in text) for word in ("collapses", "not used once"))
+    assert usage[usage.index("--") :] == "--learning_rate" + (f", or train with {collapsed}" if collapsed else "")
+    assert re.findall(r"--\w+", unused) == dead.split()
