@@ -344,8 +344,8 @@ class SpeechMeasures:
             heard("repair", "bursts of noise, ", noisy, own, captions)
             heard("repair", "repaired, ", mended, self.rate, captions)
         for task in self.tasks:
-            if len(task.given) != 1 or set(task.segments) & set(self.labels):
-                continue
+            if len(task.given) != 1 or set(task.segments) & ({*self.labels, *self.sounds} - {self.audio}):
+                continue  # of another segment of sounds the data has no recordings
             # As retrieval ranks: by the likelihood of the query, or of what is sought beside its own.
             if {Task(task.generated, task.given), Task((), task.generated)} & self.known:
                 (given,), (wanted,) = task.given, task.generated

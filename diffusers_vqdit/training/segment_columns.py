@@ -364,13 +364,12 @@ def name_tokenizers(
             places = [known_as] if known_as else [kind.tokenizer, kind.tokenizer_alone]
             model = next((named[place] for place in places if place and named.get(place) is not None), None)
         if model is None:  # as other segments of its kind have it, if these share one
-            alike = [
-                one.tokenizer or named.get(one.tokenizer_name)
-                for one in columns.values()
-                if one.modality == column.modality
-            ]
-            model, *others = dict.fromkeys(one for one in alike if one is not None) or [None]
-            model = None if others else model
+            others = [one for one in columns.values() if one.modality == column.modality]
+            makers = {one.tokenizer or named.get(one.tokenizer_name): one.beside for one in others}
+            makers.pop(None, None)
+            if len(makers) == 1:
+                ((model, beside),) = makers.items()
+                column = replace(column, beside=column.beside or beside)
         if model is None:
             default = f", or {kind.tokenizer}" if kind.tokenizer else ""
             raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")

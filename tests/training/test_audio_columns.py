@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Audio, Dataset
 
 from diffusers_vqdit.pipelines.audio_codecs import encode_waveform
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
@@ -37,6 +37,26 @@ def test_codes_are_the_codecs_and_then_the_end(audio_codecs, sound_table, tmp_pa
     assert fewer.codes["sound"].equal(codes.codes["sound"][..., :2])
     with pytest.raises(ValueError, match="audio_codebooks=4, but the codec makes 3"):
         encode(sound_table(), tmp_path / "more", codec, extractor, audio_codebooks=4)
+
+
+@pytest.mark.parametrize("frames", [None, 20, 12])
+def test_columns_of_one_codec_share_their_embeddings(audio_codecs, sound_table, tmp_path, frames):
+    """They have the longest's length, but where a pretrained model has set one."""
+    codec, extractor = audio_codecs.audio_codec("encodec")
+    rows = sound_table().cast_column("audio", Audio(decode=False))
+    rows = rows.add_column("short", [rows[0]["audio"]] * 8, feature=rows.features["audio"])
+    options = {} if frames is None else {"frames": frames}
+    columns = {
+        "answer": SegmentColumn("audio", "short"),  # the codec is the other's
+        "sound": SegmentColumn("audio", "audio", codec, extractor, options=options),
+    }
+    codes = CodeDataset(encode_dataset(rows, tmp_path / "codes", segments=columns))
+    assert [codes.segments[name]["shape"] for name in columns] == [[frames or 19, 3]] * 2
+    assert codes.segments["sound"]["shared_with"] == "answer" and codes.entries["answer"]["tokenizer"] == "answer"
+    assert codes.codes["answer"].equal(codes.codes["sound"][:1].expand(8, -1, -1))
+    other = {**columns, "more": SegmentColumn("audio", "audio", audio_codecs.audio_codec("dac")[0], extractor)}
+    with pytest.raises(ValueError, match=r"segments\['answer'\] needs a tokenizer that makes codes of its sounds"):
+        encode_dataset(rows, tmp_path / "other", segments=other)
 
 
 def test_long_sounds_are_cut_and_counted(audio_codecs, sound_table, tmp_path, caplog):

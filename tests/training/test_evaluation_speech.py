@@ -129,6 +129,28 @@ def test_sounds_are_made_in_voices_that_the_pipeline_knows(run, talking_pipeline
     assert not (tmp_path / "evaluation_speech-3.wav").exists()
 
 
+def test_what_is_said_may_be_a_segment_beside_what_is_heard(run, talking_pipeline, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    segments = dict(talking_pipeline.transformer.config.segments)
+    segments["answer"] = {**{key: segments["sound"][key] for key in ("vocab_size", "shape")}, "shared_with": "sound"}
+    tasks = ["text->answer", "image->answer", "sound->text", "sound->answer", "->sound", "text->sound", "->answer"]
+    transformer = VQDiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=1, segments=segments, tasks=tasks
+    )
+    of_sound = talking_pipeline.config.segments["sound"]
+    parts = {**talking_pipeline.components, "transformer": transformer.eval()}
+    pipe = VQDiTPipeline(**parts, segments={"sound": of_sound, "answer": of_sound})
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table} --num_inference_steps 2"
+    run("evaluate_speech", f"{options} --output_dir {tmp_path}")
+    report = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    assert set(report) == {"codec", *tasks, "inpainting", "repair", "retrieval"}
+    for task in ("text->answer", "image->answer", "sound->answer", "text->sound"):
+        assert report[task]["pair, recognised"]["count"] == 7
+    assert "pair, recognised" not in report["->answer"]
+    assert not [name for name in report["retrieval"] if "answer" in name]  # the recordings are of what is heard
+
+
 def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path):
     talking_pipeline.save_pretrained(tmp_path / "pipe")
     options = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table} --num_inference_steps 2"
