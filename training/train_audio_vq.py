@@ -255,9 +255,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         logs = dict(zip(logs, means, strict=True)) | output.figures
         progress.update(1)
         shown = {name: f"{logs[name]:.4f}" for name in ("reconstruction", "commitment", "usage")}
-        progress.set_postfix({**shown, **measured})
         logs |= {"gradient_norm": norm, "lr": lr_scheduler.get_last_lr()[0], "skipped_steps": run.skipped_steps}
         logs["sounds_per_second"] = seen / (time.time() - started)
+        progress.set_postfix({**shown, **measured, "sounds/s": f"{logs['sounds_per_second']:.1f}"})
         accelerator.log({**logs, **utilisation.figures()}, step=step)
         watch.look(step, logs["reconstruction"], norm, output.codes, logs["usage"])
         last = step == max_steps

@@ -12,6 +12,7 @@ from ..utils.checks import check_choice, check_integer, shown
 from ..utils.components import find_component
 from ..utils.decoding import as_picture_column, decode_image, image_size, place, to_bytes, to_pixels
 from ..utils.fingerprints import tensor_sha256
+from ..utils.fitting import cuts_much
 from ..utils.images import (
     back_project,
     cut_out,
@@ -30,9 +31,6 @@ from ..utils.images import (
 )
 from .check_inputs import MAX_SIDE
 from .segment_base import ARGUMENTS, ColumnReader, EncodedValue, SegmentProcessor, forget_positions
-
-
-MAX_CUT = 0.05  # of a picture's area, that is cropped without a word
 
 
 class ImageReader(ColumnReader):
@@ -100,12 +98,10 @@ class ImageReader(ColumnReader):
             return 0
 
     def is_cut(self, row: int) -> bool:
-        """Whether a crop takes more than a share of `MAX_CUT` of the picture's area."""
+        """Whether the picture is cropped, and much of it."""
         if self.resize_mode != "crop":
             return False
-        (height, width), size = image_size(self.dataset[row][self.column]), self.sizes[self.group]
-        scale = max(size[0] / height, size[1] / width)
-        return size[0] * size[1] < (1 - MAX_CUT) * height * width * scale**2
+        return cuts_much(image_size(self.dataset[row][self.column]), self.sizes[self.group])
 
     def read(self, row: int) -> torch.Tensor:
         """uint8 (C, height, width)."""

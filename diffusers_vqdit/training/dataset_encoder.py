@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..pipelines.image_segment import MAX_CUT
 from ..pipelines.segment_base import ColumnReader, SegmentColumn, bucket_shape
 from ..pipelines.segment_processors import MODALITIES, check_segment_entries, kind_of
 from ..utils.distributed import process_rank
@@ -22,6 +21,7 @@ from ..utils.fingerprints import file_sha256
 from ..utils.token_ids import makes_token_ids
 from .code_files import SUFFIXES, shard_writer
 from .data import MAX_NAMED, try_rows
+from .image_reader import crop_warning
 from .row_stream import POSITION, RowStream
 from .state_files import StateRows, states_writer
 
@@ -215,7 +215,7 @@ class DatasetEncoder(Dataset):
             generator=torch.Generator(),  # else it draws from that of the models' weights
         )
         total = sum(min(self.shard_size, self.num_rows - shard * self.shard_size) for shard in shards)
-        with tqdm(total=total, desc="Encoding", disable=process_rank()[0] > 0 or total < 1000) as bar:
+        with tqdm(total=total, desc="Encoding", disable=process_rank()[0] > 0) as bar:
             for shard, parts in itertools.groupby(loader, key=lambda part: part.shard):
                 yield shard, self._make_shard(folder, shard, parts, bar)
 
@@ -256,10 +256,7 @@ class DatasetEncoder(Dataset):
         if skipped := sum(part["skipped"] for part in parts):
             logger.warning(f"skipped {skipped} of {self.num_rows} {self.noun}s that could not be read")
         if cut := sum(part.get("cut", 0) for part in parts):  # parts of an earlier version don't tell
-            logger.warning(
-                f"resize_mode='crop' takes more than {MAX_CUT:.0%} of the area off {cut} of {self.num_rows} pictures, "
-                "which have another aspect ratio: --resize_mode auto reads those on plain ground whole, pad_border all"
-            )
+            logger.warning(crop_warning(cut, self.num_rows))
         self.shapes = next(part["shapes"] for part in parts if part["shards"])
         for bucket, size in enumerate(self.buckets):
             count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)

@@ -14,11 +14,13 @@ import datasets
 import torch
 from torch.utils.data import DataLoader
 
-from ..utils.decoding import as_picture_column, place
+from ..utils.decoding import as_picture_column, image_size, place
+from ..utils.distributed import process_rank
+from ..utils.fitting import cuts_much
 from .checkpoints import fingerprint
 from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
-from .image_reader import ImageReader
+from .image_reader import ImageReader, crop_warning
 from .image_stream import ImageStream, open_pictures
 
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 CACHED_BYTES = 1 << 26  # all decoded pictures are kept in memory where they take no more
 VALIDATION_PICTURES = (1024, 256)  # at most: of a split of their own, of the training split
 MAX_TRIED = 1000  # pictures in a row that can't be read
+LOOKED_AT = 1000  # pictures at most whose sizes tell what a crop cuts off
 
 Problem = tuple[int, str]  # a row, and why it can't be read
 
@@ -50,11 +53,26 @@ class ImageDataset(ImageReader):
         self.column = dataset.select_columns(self.image_column)  # the others need not be read, or decoded
         self.pictures: torch.Tensor | None = None
         self.rows: Sequence[int] = range(len(dataset))
+        self._warn_of_crops()
         if not self.random_crop and len(dataset) * 3 * self.resolution**2 <= CACHED_BYTES:
             options = {"resize_mode": self.resize_mode, "interpolation": self.interpolation}
             self.pictures, self.rows = decode_images(dataset, self.image_column, self.resolution, **options)
         else:
             self[0, 0]
+
+    def _warn_of_crops(self) -> None:
+        """By the headers of the first pictures."""
+        if self.resize_mode != "crop" or self.random_crop or process_rank()[0] > 0:
+            return
+        cut, count = 0, min(len(self.column), LOOKED_AT)
+        for row in range(count):
+            try:
+                size = image_size(self.column[row][self.image_column])
+            except Exception:  # of any kind; it is told when it is read
+                continue
+            cut += cuts_much(size, (self.resolution, self.resolution))
+        if cut:
+            logger.warning(crop_warning(cut, count))
 
     def __len__(self) -> int:
         return len(self.column if self.pictures is None else self.pictures)

@@ -140,13 +140,16 @@ def _make_parts(
         )
     )
     told = 0
-    for part, own in tqdm(batches.items(), desc=name.capitalize(), disable=process_rank()[0] > 0):
+    total = sum(len(rows) for own in batches.values() for rows in own)
+    progress = tqdm(total=total, desc=name.capitalize(), unit=" images", disable=process_rank()[0] > 0)
+    for part, own in batches.items():
         rows: list[int] = []
         shape: list[int] = []
         file, dtype = folder / f"{part:05d}.bin", ""
         with replacing_file(file) as unfinished, open(unfinished, "wb") as sink:
-            for _ in own:
+            for batch in own:
                 pictures, kept, problems = next(loader)
+                progress.update(len(batch))
                 for problem in problems[: max(0, MAX_NAMED - told)]:
                     logger.warning(f"skipped picture {problem}")
                 told += len(problems)

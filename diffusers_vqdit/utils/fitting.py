@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 RESIZE_MODES = ("crop", "pad", "pad_border", "auto")
 INTERPOLATION_MODES = tuple(method.name.lower() for method in Image.Resampling)
 
+MAX_CUT = 0.05  # of a picture's area, that is cropped without a word
+
 # Ground is plain where so large a share of the border's pixels differs from their median by so little.
 GROUND_SHARE, GROUND_TOLERANCE = 0.6, 12
 
@@ -19,6 +21,12 @@ def fitted_box(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
     height, width = (max(1, round(n * scale)) for n in size)
     return (canvas[0] - height) // 2, (canvas[1] - width) // 2, height, width
+
+
+def cuts_much(size: tuple[int, int], canvas: tuple[int, int]) -> bool:
+    """Whether a picture (height, width) that is cropped to fill a canvas loses more than `MAX_CUT` of its area."""
+    scale = max(canvas[0] / size[0], canvas[1] / size[1])
+    return canvas[0] * canvas[1] < (1 - MAX_CUT) * size[0] * size[1] * scale**2
 
 
 def padding_colour(pixels: np.ndarray, size: tuple[int, int], resize_mode: str) -> tuple[int, ...] | None:

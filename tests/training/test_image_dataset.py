@@ -122,3 +122,17 @@ def test_the_image_tokenizer_resumes_to_the_same_weights(run, dataset, uncached,
     with pytest.raises(ValueError, match="random_flip=True, which is now False"):
         other = arguments.replace("--random_flip", "")
         run("train_image_vq", f"{other} --output_dir {tmp_path / 'whole'} --resume_from_checkpoint latest")
+
+
+@pytest.mark.parametrize("mode", ["crop", "auto", "pad"])
+@pytest.mark.parametrize("sides", [(40, 20), (20, 40), (20, 20), (100, 97)])
+def test_what_a_crop_takes_off_is_said(tmp_path, caplog, mode, sides):
+    for index in range(3):
+        Image.new("RGB", sides if index else (20, 20)).save(tmp_path / f"{index}.png")
+    pictures = load_training_dataset(train_data_dir=str(tmp_path), image_column="image")
+    ImageDataset(pictures, "image", 16, resize_mode=mode)
+    told = "resize_mode='crop' takes more than 5% of the area off 2 of 3 pictures" in caplog.text
+    assert told == (mode == "crop" and min(sides) < 0.95 * max(sides))
+    caplog.clear()
+    ImageDataset(pictures, "image", 16, random_crop=True)
+    assert "resize_mode" not in caplog.text
