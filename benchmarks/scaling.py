@@ -111,14 +111,15 @@ def tables(args: argparse.Namespace) -> str:
     heads += [
         f"GiB of a GPU, batch {batch}",
         f"sharded over {NODE}",
-        *(f"samples/s, {gpus:,} GPUs" for gpus in args.gpus),
+        *(f"samples/s (ms a step), {gpus:,} GPUs" for gpus in args.gpus),
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for size in args.sizes:
         for resolution in args.resolutions:
             for codes_a_side in (1, 2):
                 one = cost(size, resolution, codes_a_side)
-                speeds = [f"{gpus * batch / step_seconds(one, gpus, args):,.0f}" for gpus in args.gpus]
+                steps = [(gpus, step_seconds(one, gpus, args)) for gpus in args.gpus]
+                speeds = [f"{gpus * batch / seconds:,.0f} ({1e3 * seconds:.0f})" for gpus, seconds in steps]
                 cells = [size, resolution, codes_a_side**2, f"{one.parameters / 1e6:.0f} M", f"{one.flops / 1e9:.0f}"]
                 cells += [
                     f"{one.activations / 2**20:.0f} MiB",
