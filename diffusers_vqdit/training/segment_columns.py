@@ -365,7 +365,7 @@ def name_tokenizers(
             model = next((named[place] for place in places if place and named.get(place) is not None), None)
         if model is None:  # as other segments of its kind have it, if these share one
             others = [one for one in columns.values() if one.modality == column.modality]
-            makers = {one.tokenizer or named.get(one.tokenizer_name): one.beside for one in others}
+            makers = {one.tokenizer or named.get(one.tokenizer_name or ""): one.beside for one in others}
             makers.pop(None, None)
             if len(makers) == 1:
                 ((model, beside),) = makers.items()
