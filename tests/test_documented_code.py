@@ -20,7 +20,7 @@ BLOCK = re.compile(r"^( *)```(?:python|py)\n(.*?)^ *```", re.DOTALL | re.MULTILI
 INLINE = re.compile(r"`((?:print\()?pipe\([^`\n]*|(?:print\()?pipe\.\w+[.(\[][^`\n]*|print\(pipe[^`\n]*)`")
 # Pages of several checkpoints: which one a line is about is told by a segment of its own.
 WHOSE = {
-    "speech": r"\baudio\b",
+    "speech": r"\baudio\b|\bspeech\b",
     "poems": r"\bpoem\b",
     "sketches": r"\b(sketch|style)\b",
     "pairs": r"\b(source|edges)\b",
@@ -49,13 +49,14 @@ def trained(root, tmp_path_factory, encoders, audio_codecs):
     picture, text = {"vocab_size": 2048, "shape": [8, 8]}, {"vocab_size": 2048, "shape": [24]}
 
     codec, extractor = audio_codecs.audio_codec("encodec")
-    tasks = ["text->audio", "audio->text", "audio->image", "->audio"]
-    audio = {"vocab_size": 17, "shape": [12, 3], "patch": [1, 3], "separate_codebooks": True}
+    tasks = ["text->audio", "audio->text", "audio->image", "->audio", "text->speech"]
+    said = {"vocab_size": 17, "shape": [12, 3]}
+    audio = {**said, "patch": [1, 3], "separate_codebooks": True}
     pipe = small(
-        {"text": text, "image": picture, "audio": audio},
+        {"text": text, "image": picture, "audio": audio, "speech": {**said, "shared_with": "audio"}},
         tasks,
         **own,
-        segments={"audio": {"modality": "audio", "tokenizer": "codec"}},
+        segments=dict.fromkeys(("audio", "speech"), {"modality": "audio", "tokenizer": "codec"}),
         segment_tokenizers=MultiTokenizerModel({"codec": codec}, {"codec": extractor}),
     )
     pipe.save_pretrained(folder / "outputs/speech")

@@ -19,15 +19,15 @@ def test_its_card_shows_the_figures_that_were_measured(folder, script):
 
 
 def test_it_hears_what_it_says_and_draws_it(folder):
-    """Of its own sounds, in the voice that it is told, some are understood by itself."""
+    """Of what it says itself it understands most."""
     pipe = VQDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     captions = ["watermelon", "banana", "pizza", "coconut", "popcorn", "bread", "chocolate bar", "doughnut"]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
-    said = pipe(captions, inputs={"voice": ["en-us"] * len(captions)}, output="audio", generator=seeds)
+    said = pipe(captions, output="speech", generator=seeds)
     assert said.sampling_rate == 11025
     assert all(0.3 < len(sound) / said.sampling_rate < 4 for sound in said.audios)
     sounds = [{"array": sound, "sampling_rate": said.sampling_rate} for sound in said.audios]
     texts = pipe(inputs={"audio": sounds}, output="text", generator=seeds).texts
-    assert sum(text == caption for text, caption in zip(texts, captions, strict=True)) >= 2
+    assert sum(text == caption for text, caption in zip(texts, captions, strict=True)) >= 6
     assert pipe(inputs={"audio": sounds[0]}, output="image").images[0].size == (32, 32)

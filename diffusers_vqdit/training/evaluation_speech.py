@@ -58,7 +58,7 @@ class SpeechData:
             resolution: of the pictures; None where they are not needed.
             resize_mode: how they are read, as in [`~utils.fitting.resize_image`].
         """
-        from datasets import Audio
+        from datasets import Audio, Image
 
         images = [] if resolution is None else [args.image_column]
         wanted = [args.audio_column, args.caption_column]
@@ -66,7 +66,8 @@ class SpeechData:
         dataset = load_training_dataset(**source, image_column=images).cast_column(
             args.audio_column, Audio(decode=False)
         )
-        names = [name for name in dataset.column_names if name not in (args.audio_column, args.image_column)]
+        media = {name for name, kind in dataset.features.items() if isinstance(kind, Audio | Image)}
+        names = [name for name in dataset.column_names if name not in {args.image_column, *media}]
         columns = {name: list(dataset[name]) for name in names}
         held = columns.get("held_out", ["test"] * len(dataset))
         spoken = columns.get("language", [args.language] * len(dataset))

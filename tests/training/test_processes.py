@@ -84,7 +84,8 @@ CASES = {
         "train_latent_dit",
         8,
         "--image_vq {image_vq} --text_vq {text_vq} --caption_columns text phrase --label_column label --random_flip "
-        "--use_ema --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --caption_dropout 0.5 --label_dropout 0.5",
+        "--use_ema --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --caption_dropout 0.5 "
+        "--label_dropout 0.5",
     ),
     "latent_dit, epsilon": (
         "train_latent_dit",
