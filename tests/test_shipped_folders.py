@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 
-FOLDERS = sorted(path.parent for path in Path(__file__).parents[1].glob("model_cards/*/README.md"))
+FOLDERS = sorted(path for path in (Path(__file__).parents[1] / "model_cards").iterdir() if path.is_dir())
 EVIDENCE = {
     "vqdit-emoji": {"samples.png", "evaluation.json", "evaluation.md"},
     "vqdit-emoji-64": {"samples.png"},
@@ -24,7 +24,7 @@ def test_a_folder_is_complete_and_within_40_megabytes(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     names = {str(path.relative_to(folder)) for path in files}
     assert sum(path.stat().st_size for path in files) <= 40e6
-    assert EVIDENCE.get(folder.name, set()) <= names and {"model_index.json", "config.json"} & names
+    assert {"README.md"} | EVIDENCE.get(folder.name, set()) <= names and {"model_index.json", "config.json"} & names
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert weights
     for path in weights:

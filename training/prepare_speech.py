@@ -15,11 +15,11 @@ the captions are those of Debian's drawings for Tux Paint, read aloud by people.
 the table made of them: it isn't this project's to give away.
 
 Columns: ``audio`` (FLAC, one channel, ``--sampling_rate``), ``text`` (what is said), ``speech`` (the same in one voice
-a language, for a model that hears many and speaks in one; not of stamps), ``image``, ``language``, ``voice``,
-``emoji`` (of stamps their file's name), ``label``, ``split`` and ``held_out``. By caption and voice alone,
-1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in ``train`` in other voices, and the voice with
-other captions. All that the last voice of each language says is in ``test`` (``"voice"``), and so is what the emoji
-dataset holds out (``"composition"`` and ``"picture"``). Of stamps 1 in 10 is held out (``"picture"``).
+a language, or in a second one where the first is held out, for a model that hears many; not of stamps), ``image``,
+``language``, ``voice``, ``emoji`` (of stamps their file's name), ``label``, ``split`` and ``held_out``. By caption and
+voice alone, 1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in ``train`` in other voices, and the
+voice with other captions. All that the last voice of each language says is in ``test`` (``"voice"``), and so is what
+the emoji dataset holds out (``"composition"`` and ``"picture"``). Of stamps 1 in 10 is held out (``"picture"``).
 """
 
 import argparse

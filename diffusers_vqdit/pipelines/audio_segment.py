@@ -81,15 +81,22 @@ class AudioReader(ColumnReader):
         shape = encode_waveform(tokenizer, beside, longest, tokenizer.device, audio_codebooks).shape
         self.given_frames, self.frames, self.codebooks = frames, frames or shape[0], shape[1]
         self.shape = [self.frames, self.codebooks]
-        limit = self.frames * samples_per_frame(tokenizer, beside) / self.rate
-        if cut := int((lengths > limit).sum()):
-            self.notes = [f"column {column!r}: {cut} of {len(lengths)} sounds are cut to {limit:.1f} s"]
+        self.lengths = lengths
+        self.notes = self._cut()
+
+    def _cut(self) -> list[str]:
+        limit = self.frames * samples_per_frame(self.tokenizer, self.beside) / self.rate
+        cut, count = int((self.lengths > limit).sum()), len(self.lengths)
+        return [f"column {self.column!r}: {cut} of {count} sounds are cut to {limit:.1f} s"] if cut else []
 
     def lengthen(self, others: Sequence[Self]) -> None:
-        """Take as many frames as the longest column of the codec: segments of one length share embeddings."""
+        """Take as many frames as a pretrained model has for the codec's sounds, or as the longest column: segments of
+        one length share embeddings."""
         if self.given_frames is None:
-            self.frames = max(self.frames, *(other.frames for other in others))
+            given = [other.given_frames for other in others if other.given_frames is not None]
+            self.frames = max(given or [other.frames for other in others])
             self.shape = [self.frames, self.codebooks]
+            self.notes = self._cut()
 
     @property
     def vocab_size(self) -> int:

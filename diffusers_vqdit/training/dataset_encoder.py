@@ -101,13 +101,18 @@ class DatasetEncoder(Dataset):
                     f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings; make each a "
                     "segment of its own, and tasks that have it given"
                 )
-        for name, (reader, *_) in self.of.items():
-            maker = (columns[name].modality, columns[name].tokenizer_name)
-            reader.lengthen(
-                [self.of[n][0] for n in columns if (columns[n].modality, columns[n].tokenizer_name) == maker]
-            )
-            if reader.shape is not None:
-                self.shapes[name] = reader.shape
+        for name, column in columns.items():
+            maker = (column.modality, column.tokenizer_name)
+            alike = [
+                reader
+                for n, one in columns.items()
+                if (one.modality, one.tokenizer_name) == maker
+                for reader in self.of[n]
+            ]
+            for reader in self.of[name]:
+                reader.lengthen(alike)
+            if (shape := self.of[name][0].shape) is not None:
+                self.shapes[name] = shape
         self.states = [name for name, readers in self.of.items() if readers[0].state_channels is not None]
         if len(self.states) == len(self.of):
             raise ValueError(f"segments={self.states} are states of encoders, which are only given: add one of codes")

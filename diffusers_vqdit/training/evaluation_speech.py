@@ -285,8 +285,14 @@ class SpeechMeasures:
         self.audio = (given or self.sounds)[0]
         self.segment = cast(Any, segments[self.audio])
         self.rate = self.segment.sampling_rate
+        if rates := {cast(Any, segments[name]).sampling_rate for name in self.sounds} - {self.rate}:
+            raise ValueError(f"the pipeline's sounds are of several sampling rates: {sorted({self.rate, *rates})}")
         self.known = set(tasks)
-        self.tasks = [t for t in tasks if len(t.generated) == 1 and set(self.sounds) & set(t.segments)]
+        others = set(self.sounds) - {
+            self.audio
+        }  # which may be said: of what they are given the data has no recordings
+        single = [task for task in tasks if len(task.generated) == 1 and not others & set(task.given)]
+        self.tasks = [task for task in single if set(self.sounds) & set(task.segments)]
         self.labels = {name: label_names(pipeline, name) for name, one in self.fields.items() if one == "labels"}
         own = ARGUMENTS["class_labels"]
         self.columns = {"": args.caption_column, **{n: args.label_column if n == own else n for n in self.labels}}

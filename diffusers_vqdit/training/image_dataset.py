@@ -64,15 +64,15 @@ class ImageDataset(ImageReader):
         """By the headers of the first pictures."""
         if self.resize_mode != "crop" or self.random_crop or process_rank()[0] > 0:
             return
-        cut, count = 0, min(len(self.column), LOOKED_AT)
-        for row in range(count):
+        cuts = []
+        for row in range(min(len(self.column), LOOKED_AT)):
             try:
                 size = image_size(self.column[row][self.image_column])
             except Exception:  # of any kind; it is told when it is read
                 continue
-            cut += cuts_much(size, (self.resolution, self.resolution))
-        if cut:
-            logger.warning(crop_warning(cut, count))
+            cuts.append(cuts_much(size, (self.resolution, self.resolution)))
+        if any(cuts):
+            logger.warning(crop_warning(sum(cuts), len(cuts), first=len(self.column) > LOOKED_AT))
 
     def __len__(self) -> int:
         return len(self.column if self.pictures is None else self.pictures)

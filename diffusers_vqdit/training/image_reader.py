@@ -14,11 +14,12 @@ from .draws import step_generator
 _DRAWS = 3  # tells the draws of a picture from others of its step
 
 
-def crop_warning(cut: int, count: int) -> str:
-    """What is said where `cut` of `count` pictures are cropped so."""
+def crop_warning(cut: int, count: int, *, first: bool = False) -> str:
+    """What is said where `cut` of `count` pictures, all or the first, are cropped so."""
     return (
-        f"resize_mode='crop' takes more than {MAX_CUT:.0%} of the area off {cut} of {count} pictures, which have "
-        "another aspect ratio: --resize_mode auto reads those on plain ground whole, pad_border all"
+        f"resize_mode='crop' takes more than {MAX_CUT:.0%} of the area off {cut} of {'the first ' * first}{count} "
+        "pictures, which have another aspect ratio: --resize_mode auto reads those on plain ground whole, pad_border "
+        "all"
     )
 
 

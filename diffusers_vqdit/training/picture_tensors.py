@@ -159,6 +159,7 @@ def _make_parts(
                     shape, dtype = list(made.shape[1:]), next(k for k, kind in DTYPES.items() if kind == made.dtype)
                     sink.write(made.contiguous().numpy())
         yield part, {"files": {file.name: file_sha256(file)}, "rows": rows, "shape": shape, "dtype": dtype}
+    progress.close()
 
 
 def _as_they_are(read: tuple) -> tuple:

@@ -363,13 +363,13 @@ def name_tokenizers(
             known_as = column.tokenizer_name if column.tokenizer_name in named else None
             places = [known_as] if known_as else [kind.tokenizer, kind.tokenizer_alone]
             model = next((named[place] for place in places if place and named.get(place) is not None), None)
-        if model is None:  # as other segments of its kind have it, if these share one
+        if model is None and column.tokenizer_name is None:  # as others of its kind have it, if these share one
             others = [one for one in columns.values() if one.modality == column.modality]
-            makers = {one.tokenizer or named.get(one.tokenizer_name or ""): one.beside for one in others}
-            makers.pop(None, None)
-            if len(makers) == 1:
-                ((model, beside),) = makers.items()
-                column = replace(column, beside=column.beside or beside)
+            makers = [(one.tokenizer or named.get(one.tokenizer_name or ""), one) for one in others]
+            if len({id(maker) for maker, _ in makers if maker is not None}) == 1:
+                model, lender = next((maker, one) for maker, one in makers if maker is not None)
+                beside = next((one.beside for one in others if one.beside is not None), None)
+                column = replace(column, tokenizer_name=lender.tokenizer_name, beside=column.beside or beside)
         if model is None:
             default = f", or {kind.tokenizer}" if kind.tokenizer else ""
             raise ValueError(f"segments[{name!r}] needs a tokenizer that makes codes of its {kind.noun}s{default}")

@@ -117,7 +117,9 @@ class TrainingWatch:
             self._seen = 0
 
     def _takes(self, flag: str) -> bool:
-        """Whether the script has a flag, and what it trains takes it."""
+        """Whether the script has a flag, and what it trains takes it: a pretrained model is as it is."""
+        if getattr(self.args, "pretrained_model_name_or_path", None) is not None:
+            return False
         kind = getattr(self.args, "quantizer_type", "vq")
         known = any(flag in options for options in QUANTIZER_OPTIONS.values())
         return hasattr(self.args, flag) and (not known or flag in QUANTIZER_OPTIONS[kind])
@@ -134,6 +136,8 @@ class TrainingWatch:
         return f", or train with {' '.join(flags)}" if flags else ""
 
     def _revivers(self) -> str:
+        if getattr(self.args, "pretrained_model_name_or_path", None) is not None:
+            return "Lower --learning_rate"
         restart = "Raise --restart_threshold, or make" if self._takes("restart_threshold") else "Make"
         sizes = ("num_codes", "num_vq_embeddings")
         size = "fsq_levels" if getattr(self.args, "fsq_levels", None) else next(filter(self._takes, sizes), None)

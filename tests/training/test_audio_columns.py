@@ -54,6 +54,10 @@ def test_columns_of_one_codec_share_their_embeddings(audio_codecs, sound_table, 
     assert [codes.segments[name]["shape"] for name in columns] == [[frames or 19, 3]] * 2
     assert codes.segments["sound"]["shared_with"] == "answer" and codes.entries["answer"]["tokenizer"] == "answer"
     assert codes.codes["answer"].equal(codes.codes["sound"][:1].expand(8, -1, -1))
+    known = SegmentColumn("audio", "short", codec, extractor, options={"frames": 4})
+    fewer = {"answer": SegmentColumn("audio", "audio"), "sound": known}
+    codes = CodeDataset(encode_dataset(rows, tmp_path / "fewer", segments=fewer))
+    assert [codes.segments[name]["shape"] for name in fewer] == [[4, 3]] * 2
     other = {**columns, "more": SegmentColumn("audio", "audio", audio_codecs.audio_codec("dac")[0], extractor)}
     with pytest.raises(ValueError, match=r"segments\['answer'\] needs a tokenizer that makes codes of its sounds"):
         encode_dataset(rows, tmp_path / "other", segments=other)
