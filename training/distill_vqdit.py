@@ -18,7 +18,6 @@ The starter's figures stand in docs/performance.md.
 import argparse
 import copy
 import math
-import time
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +44,7 @@ from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpo
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated, whole_state
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.validation import draw_validation
@@ -242,7 +242,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
     task_losses: dict[str, float] = measures.get("task_losses", {})
-    started, seen, stop = time.time(), 0, False
+    throughput, stop = Throughput(), False
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args)
     while step < max_steps and not stop:
@@ -271,7 +271,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 )
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1
-        seen += len(rows) * accelerator.num_processes
+        throughput.add(len(rows) * accelerator.num_processes)
         average = track_loss(accelerator, task_losses, batch.task, loss)
         if norm is None:
             continue
@@ -285,8 +285,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             **utilisation.figures(),
         }
         progress.update(1)
-        speed = seen / (time.time() - started)
-        shown = {name: f"{x:.4f}" for name, x in task_losses.items()} | {"images/s": f"{speed:.0f}"}
+        speed = throughput.end_step()
+        shown = {name: f"{x:.4f}" for name, x in task_losses.items()} | {"images/s": shown_rate(speed)}
         progress.set_postfix({"round": this_round + 1, **shown})
         accelerator.log(
             {f"loss/{batch.task}": average, "round": this_round + 1, **logs, "images_per_second": speed}, step=step
@@ -305,6 +305,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     if whole is not None:
                         measured = loss_measures(task_losses)
                         publish_pipeline(args, build_pipeline(whole), measured, args.validation_prompts, step=step)
+        throughput.go_on()
     progress.close()
 
     # 5. Save the pipeline

@@ -4,7 +4,7 @@
     python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
 Any data with a training and a test split will do (``--dataset_name``): without columns ``emoji`` and ``held_out``,
-what needs them is left out, and all of the test split is measured where it says held-out compositions.
+what needs them is left out, and all of the test split is measured in place of held-out compositions.
 
 ``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
 options are those of ``training/evaluate_tokenizer.py``. ``--audio_column audio`` measures a pipeline that speaks or

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
 
 
@@ -23,6 +24,9 @@ PANELS = {
     "discriminator": ("generator", "discriminator", "logits_", "lecam", "adaptive_weight"),
     "use of the codebook": ("usage",),
     "perplexity of the codes": ("perplexity",),
+    "validation, in dB": ("validation/psnr",),
+    "validation: use of the codebook": ("validation/usage",),
+    "validation: perplexity of the codes": ("validation/perplexity",),
     "validation": ("validation/",),
     "samples a second": ("*_per_second",),
     "model FLOPs utilisation": ("mfu",),
@@ -44,6 +48,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every figure's steps and values in the TensorBoard files below a folder, in the order of the steps.
 
+    From the first step of a file on, what earlier files say is of a run that was begun anew, or resumed before it.
+
     Raises:
         ValueError: if there are none.
     """
@@ -52,21 +58,27 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, dict[int, float]] = {}
     for file in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for name in events.Tags()["scalars"]:
-            # Steps that a resumed run took again are the later file's.
-            found.setdefault(name, {}).update({event.step: event.value for event in events.Scalars(name)})
+        own = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+        if own:
+            first = min(map(min, own.values()))
+            found = {name: {k: v for k, v in values.items() if k < first} for name, values in found.items()}
+        for name, values in own.items():
+            found[name] = found.get(name, {}) | values
+    found = {name: values for name, values in found.items() if values}
     if not found:
         raise ValueError(f"{folder} has no figures of a run: train with --report_to tensorboard")
     return {name: sorted(values.items()) for name, values in found.items()}
 
 
 def panels_of(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[str]]:
-    """Title -> names of the figures in the panel, each in the first that fits; panels without any are left out."""
+    """Title -> names of the figures in the panel, each in the first that fits; panels without any are left out, and
+    losses that are always 0, which the run hasn't."""
     panels: dict[str, list[str]] = {}
     for name in sorted(scalars):
         for title, patterns in PANELS.items():
             if any(name.endswith(p[1:]) if p.startswith("*") else name.startswith(p) for p in patterns):
-                if not any(name in names for names in panels.values()):
+                unused = title == "losses" and not any(value for _, value in scalars[name])
+                if not unused and not any(name in names for names in panels.values()):
                     panels.setdefault(title, []).append(name)
     return {title: panels[title] for title in PANELS if title in panels}
 
@@ -83,7 +95,10 @@ def smoothed(values: list[float], share: float = 0.02) -> list[float]:
 
 def draw(scalars: dict[str, list[tuple[int, float]]], samples: Path | None, output_file: Path) -> None:
     """Draw the panels, and below them a picture of samples."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plot_run.py draws with matplotlib: pip install matplotlib") from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -104,7 +119,8 @@ def draw(scalars: dict[str, list[tuple[int, float]]], samples: Path | None, outp
             axis.plot(steps, values, color=color, linewidth=1.5, label=name, marker="." if len(steps) < 30 else None)
         for name, points in warnings.items():
             axis.axvline(points[0][0], color="0.4", linestyle=":", linewidth=1, label=f"warning: {name}")
-        if title in LOGARITHMIC and all(value > 0 for name in names for _, value in scalars[name]):
+        shown = [value for name in names for _, value in scalars[name] if math.isfinite(value)]
+        if title in LOGARITHMIC and shown and min(shown) > 0:
             axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
@@ -122,9 +138,11 @@ def draw(scalars: dict[str, list[tuple[int, float]]], samples: Path | None, outp
 
 
 def main(args: argparse.Namespace) -> None:
-    samples = sorted((args.output_dir / "samples").glob("step-*.png"))
+    samples = (args.output_dir / "samples").glob("step-*.png")
+    newest = max(samples, key=lambda path: path.stat().st_mtime, default=None)
     output_file = args.output_file or args.output_dir / "run.png"
-    draw(read_scalars(args.output_dir / args.logging_dir), samples[-1] if samples else None, output_file)
+    check_output_file("output_file", output_file)
+    draw(read_scalars(args.output_dir / args.logging_dir), newest, output_file)
     print(output_file)
 
 

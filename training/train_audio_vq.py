@@ -17,7 +17,6 @@ as they were and after Griffin-Lim alone.
 """
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_codec
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
@@ -231,7 +231,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     trained = list(model.parameters())
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args, quantizer=objective.quantizer)
-    started, seen, stop = time.time(), 0, False
+    throughput, stop = Throughput(), False
     while step < max_steps and not stop:
         part = {"seed": args.seed, "step": micro_step, "rank": accelerator.process_index}
         waveforms = crop_sounds(sounds, next(batches), length, **part).to(accelerator.device)
@@ -245,7 +245,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if adversary:
                 logs |= adversary.descend(run, step, output.real, output.made)
         micro_step += 1
-        seen += len(waveforms) * accelerator.num_processes
+        throughput.add(len(waveforms) * accelerator.num_processes)
         if not accelerator.sync_gradients:
             continue
 
@@ -256,8 +256,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         progress.update(1)
         shown = {name: f"{logs[name]:.4f}" for name in ("reconstruction", "commitment", "usage")}
         logs |= {"gradient_norm": norm, "lr": lr_scheduler.get_last_lr()[0], "skipped_steps": run.skipped_steps}
-        logs["sounds_per_second"] = seen / (time.time() - started)
-        progress.set_postfix({**shown, **measured, "sounds/s": f"{logs['sounds_per_second']:.1f}"})
+        logs["sounds_per_second"] = throughput.end_step()
+        progress.set_postfix({**shown, **measured, "sounds/s": shown_rate(logs["sounds_per_second"])})
         accelerator.log({**logs, **utilisation.figures()}, step=step)
         watch.look(step, logs["reconstruction"], norm, output.codes, logs["usage"])
         last = step == max_steps
@@ -274,6 +274,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 with evaluated(accelerator, model, ema, trained) as whole:
                     publish(args, whole, objective, measured, step)
                 objective.train(unwrap(model))
+        throughput.go_on()
     progress.close()
 
     # 5. Save

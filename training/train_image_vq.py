@@ -18,7 +18,6 @@ sharp pictures rather than the highest PSNR, add a perceptual and an adversarial
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -44,6 +43,7 @@ from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
@@ -55,6 +55,7 @@ from diffusers_vqdit.utils.arguments import (
     non_negative_number,
     positive_integer,
 )
+from diffusers_vqdit.utils.buckets import check_resolution
 from diffusers_vqdit.utils.decoding import to_pixels
 
 
@@ -246,9 +247,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
-    # 1. Pictures, models
-    pictures, held_out = load_images(args)
+    # 1. Models, pictures
     model = build_model(args)
+    check_resolution(args.resolution, model.downsample_factor)
+    pictures, held_out = load_images(args)
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
 
@@ -284,7 +286,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args, quantizer=unwrap(model).quantize)
-    started, seen, stop = time.time(), 0, False
+    throughput, stop = Throughput(), False
     while step < max_steps and not stop:
         sample = to_pixels(next(batches).to(accelerator.device, non_blocking=True))
         with accelerator.accumulate(model, *([adversary.discriminator] if adversary else [])), utilisation.counting():
@@ -302,7 +304,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 logs["gradient_norm"] = norm
             if adversary:
                 logs |= adversary.descend(run, step, sample, made)
-        seen += len(sample) * accelerator.num_processes
+        throughput.add(len(sample) * accelerator.num_processes)
         if not accelerator.sync_gradients:
             continue
 
@@ -311,10 +313,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         values = torch.stack([torch.as_tensor(v, device=loss.device).detach().float() for v in logs.values()])
         logs = dict(zip(logs, accelerator.reduce(values, "mean").tolist(), strict=True))
         logs |= level_figures(output.usage, output.perplexity)
-        speed = seen / (time.time() - started)
+        speed = throughput.end_step()
         progress.update(1)
         shown = {"mse": f"{logs['mse']:.4f}", "vq": f"{logs['commitment']:.4f}", "usage": f"{logs['usage']:.2f}"}
-        shown["images/s"] = f"{speed:.0f}"
+        shown["images/s"] = shown_rate(speed)
         shown |= {name.removeprefix("validation/"): f"{value:.2f}" for name, value in measured.items()}
         progress.set_postfix(shown)
         logs |= {"skipped_steps": run.skipped_steps, "images_per_second": speed, **utilisation.figures()}
@@ -333,6 +335,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(accelerator, model, ema, model.parameters()) as whole:
                     publish(args, whole, measured, step)
+        throughput.go_on()
     progress.close()
 
     # 5. Save

@@ -22,7 +22,6 @@ of a checkpoint states its own.
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,7 @@ from diffusers_vqdit.training.optimization import unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
@@ -376,7 +376,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(latents), step)
     progress, null_label = setup.progress_bar(accelerator, max_steps, step), transformer.config.num_embeds_ada_norm
-    started, seen, stop = time.time(), 0, False
+    throughput, stop = Throughput(), False
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args)
     while step < max_steps and not stop:
@@ -409,7 +409,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     ema.step(averaged)
             optimizer.zero_grad()
         micro_step += 1
-        seen += len(rows) * accelerator.num_processes
+        throughput.add(len(rows) * accelerator.num_processes)
         logs = {name: accelerator.reduce(value, "mean").item() for name, value in logs.items()}
         if math.isfinite(logs["loss"]):
             smooth = logs["loss"] if smooth is None else 0.99 * smooth + 0.01 * logs["loss"]
@@ -419,8 +419,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         step += 1
         run.end_step(step)
         progress.update(1)
-        speed = seen / (time.time() - started)
-        progress.set_postfix({"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": f"{speed:.0f}"})
+        speed = throughput.end_step()
+        progress.set_postfix(
+            {"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": shown_rate(speed)}
+        )
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         accelerator.log({**logs, "images_per_second": speed, **utilisation.figures()}, step=step)
         if wanted and due(step, args.validation_steps):
@@ -434,6 +436,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             save_checkpoint(accelerator, args.output_dir, step, total_limit=args.checkpoints_total_limit, **kept)
             if publishes_checkpoints(args) and step < max_steps and not stop:
                 publish(step)
+        throughput.go_on()
     progress.close()
 
     # 6. Save the pipeline

@@ -9,7 +9,6 @@ cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 """
 
 import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
@@ -181,6 +181,11 @@ def build_model(args: argparse.Namespace, captions: Texts) -> tuple[TextVQModel,
         model, tokenizer = load_text_vq(name, argument=argument, cache_dir=args.cache_dir, torch_dtype=torch.float32)
     else:
         tokenizer = train_tokenizer(captions, args.tokenizer_vocab_size, args.max_length)
+        if args.num_codes > len(tokenizer) and args.downsample_factor == args.kernel_size == 1:
+            logger.warning(
+                f"num_codes={args.num_codes} are more than the {len(tokenizer)} tokens that these captions gave the "
+                f"vocabulary, of which each gets one code: --num_codes {len(tokenizer)} is enough"
+            )
         model = TextVQModel(
             vocab_size=len(tokenizer),
             max_length=args.max_length,
@@ -273,7 +278,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     progress = setup.progress_bar(accelerator, max_steps, step)
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args, quantizer=unwrap(model).quantizers)
-    started, seen, measured, stop = time.time(), 0, {}, False
+    throughput, measured, stop = Throughput(), {}, False
     while step < max_steps and not stop:
         batch = tokens[next(batches)]
         # Drawn for each row of the global batch, however many processes share it.
@@ -294,7 +299,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 if ema is not None and stepped:
                     ema.step(model.parameters())
             optimizer.zero_grad()
-        seen += captions_a_row * len(batch) * accelerator.num_processes
+        throughput.add(captions_a_row * len(batch) * accelerator.num_processes)
         if not accelerator.sync_gradients:
             continue
 
@@ -307,12 +312,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             **level_figures(output.usage, output.perplexity),
             "gradient_norm": norm,
             "skipped_steps": run.skipped_steps,
-            "captions_per_second": seen / (time.time() - started),
+            "captions_per_second": throughput.end_step(),
             **utilisation.figures(),
         }
         progress.update(1)
         shown = {"ce": f"{losses[0]:.4f}", "vq": f"{losses[1]:.4f}", "usage": f"{logs['usage']:.2f}"}
-        shown["captions/s"] = f"{logs['captions_per_second']:.0f}"
+        shown["captions/s"] = shown_rate(logs["captions_per_second"])
         shown |= {name.removeprefix("validation/"): f"{value:.3f}" for name, value in measured.items()}
         progress.set_postfix(shown)
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
@@ -328,6 +333,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             if accelerator.is_main_process and publishes_checkpoints(args) and step < max_steps and not stop:
                 with evaluated(accelerator, model, ema, model.parameters()) as whole:
                     publish(args, whole, tokenizer, held_out, step)
+        throughput.go_on()
     progress.close()
 
     # 5. Save

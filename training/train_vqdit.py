@@ -18,7 +18,6 @@ running time and figures stand in its model card.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -62,6 +61,7 @@ from diffusers_vqdit.training.segment_columns import (
 )
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
+from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.training.utilisation import Utilisation
@@ -351,7 +351,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     batches = setup.run_batches(args, accelerator, len(codes), step, codes.buckets)
     progress = setup.progress_bar(accelerator, max_steps, step)
     task_losses: dict[str, float] = measures.get("task_losses", {})
-    started, seen, stop = time.time(), 0, False
+    throughput, stop = Throughput(), False
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args)
     while step < max_steps and not stop:
@@ -369,7 +369,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             )
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
         micro_step += 1
-        seen += len(rows) * accelerator.num_processes
+        throughput.add(len(rows) * accelerator.num_processes)
         average = track_loss(accelerator, task_losses, batch.task, loss)
         if not accelerator.sync_gradients:
             continue
@@ -379,8 +379,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         logs = {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         logs |= utilisation.figures()
         progress.update(1)
-        speed = seen / (time.time() - started)
-        progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": f"{speed:.0f}"})
+        speed = throughput.end_step()
+        progress.set_postfix({**{name: f"{x:.3f}" for name, x in task_losses.items()}, "images/s": shown_rate(speed)})
         accelerator.log({f"loss/{batch.task}": average, **logs, "images_per_second": speed}, step=step)
         if wanted and due(step, args.validation_steps):
             with evaluated(accelerator, transformer, ema, trained) as whole:
@@ -396,6 +396,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                     if whole is not None:
                         measured = loss_measures(args, task_losses)
                         publish_pipeline(args, build_pipeline(whole), measured, wanted, argument=argument, step=step)
+        throughput.go_on()
     progress.close()
 
     # 5. Save the pipeline

@@ -71,15 +71,14 @@ class ImageReader(ColumnReader):
         self.settings = {"resize_mode": resize_mode, "image_augmentations": augmentations}
         if interpolation != "lanczos":
             self.settings["image_interpolation_mode"] = interpolation
+        step, name = tokenizer.downsample_factor, "resolution" if buckets is None else "aspect_ratio_buckets"
+        check_bucket_steps(name, self.sizes, (step, step), f"a code of column {column!r}")
+        if self.factor is not None:
+            check_bucket_steps(name, self.sizes, (self.factor, self.factor), f"lowres_factor={factor}")
         if buckets is None:
             self.settings = {"resolution": resolution, **self.settings}
         else:
             self.settings["aspect_ratio_buckets"] = buckets
-            step = tokenizer.downsample_factor
-            check_bucket_steps("aspect_ratio_buckets", buckets, (step, step), f"a code of column {column!r}")
-            if self.factor is not None:
-                steps = (self.factor, self.factor)
-                check_bucket_steps("aspect_ratio_buckets", buckets, steps, f"lowres_factor={factor}")
             self.entry["buckets"] = [[height // step, width // step] for height, width in buckets]
 
     @classmethod

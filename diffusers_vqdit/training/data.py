@@ -14,7 +14,7 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from .draws import step_generator
-from .image_folder import holds_pictures_only, read_image_folder
+from .image_folder import holds_pictures, read_image_folder
 from .row_stream import RowStream
 from .sound_folder import holds_sounds, read_sound_folder
 from .table_files import (
@@ -23,6 +23,7 @@ from .table_files import (
     TEXT_LOADERS,
     MissingSplitError,
     Splits,
+    csv_as_text,
     find_table_files,
     kinds_of_tables,
     loading,
@@ -68,7 +69,7 @@ def load_splits(
     loaded: tuple[str | None, ...] = ()  # by `datasets`: its loader or the data's name, and the configuration
     place = Path(dataset_name or train_data_dir or "")
     sounds = place.is_dir() and holds_sounds(place)
-    if streaming and (dataset_name is None or sounds or (place.is_dir() and holds_pictures_only(place))):
+    if streaming and (dataset_name is None or sounds or (place.is_dir() and holds_pictures(place))):
         raise ValueError(
             f"streaming needs dataset_name: a dataset of the Hub, or files of tables or tars; {shown(str(place))} has "
             "files of its own, which are read from where they are: leave streaming out"
@@ -81,13 +82,13 @@ def load_splits(
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
         table = read_image_folder(train_data_dir, columns, own)
-    elif Path(dataset_name).is_dir() and holds_pictures_only(Path(dataset_name)):
+    elif Path(dataset_name).is_dir() and holds_pictures(Path(dataset_name)):
         table = read_image_folder(dataset_name, columns, own)
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
         features = check_parquet(files, columns) if kind == ".parquet" else None
         options: dict[str, Any] = {} if features is None else {"features": features, "columns": list(features)}
-        options |= _PARQUET if kind == ".parquet" else {}
+        options |= _PARQUET if kind == ".parquet" else csv_as_text(files) if kind == ".csv" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
         options["data_files"], loaded = paths, ({**LOADERS, **TEXT_LOADERS}[kind],)
         problem, folder = f"is no {kind} file that can be read", picture_folder(files)

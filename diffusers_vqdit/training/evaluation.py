@@ -150,7 +150,7 @@ class EmojiData:
         pictures: (N, 3, H, W) uint8, the training split first; those that can't be read are left out, as rows too.
         columns: each column's N values.
         train, composition, test: rows: some of the training split, the held-out compositions, the whole test split.
-            Without a column ``held_out`` that says so, all of the test split are called compositions.
+            Without a column ``held_out`` that says so, all of the test split stand for compositions.
         plain: rows of the training split whose emoji has no variants, so that no rule tells their texts; none without
             a column ``emoji``.
         codes, decoded: codes (N, h, w) of all pictures, and what they decode to, in [-1, 1].
@@ -162,6 +162,7 @@ class EmojiData:
         judge: a second one beside the nearest pixels: features of a vision backbone.
         features: (N, C), unit length, of what all pictures decode to; None without a judge.
         resize_mode: how pictures that are not square are read.
+        held_out: what the report calls the compositions.
     """
 
     pictures: torch.Tensor
@@ -180,6 +181,7 @@ class EmojiData:
     judge: BackboneFeatures | None = None
     features: torch.Tensor | None = None
     resize_mode: str = "crop"
+    held_out: str = "held-out compositions"
 
     @classmethod
     def load(
@@ -245,6 +247,7 @@ class EmojiData:
             judge=judge,
             features=None if judge is None else unit_features(judge, decoded, args.batch_size),
             resize_mode=resize_mode,
+            held_out=cls.held_out if "held_out" in columns else "test split",
         )
 
     def at_size(self, image_vq: ImageVQModel, size: tuple[int, int], args: argparse.Namespace) -> "EmojiData":

@@ -71,7 +71,7 @@ def measure_text_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpar
             figures[f"{name}, {title}, nearest picture{how} is the one named"] = figure
 
     for task in tasks_between(pipeline, [*roles.texts, *roles.states], [roles.image]):
-        sets = {"training captions": data.train, "held-out compositions": data.composition}
+        sets = {"training captions": data.train, data.held_out: data.composition}
         sets |= {"held-out styles": data.styles} if data.styles else {}
         for name, rows in sets.items():
             for column in roles.columns(task.given[0], data):
@@ -88,7 +88,7 @@ def measure_sizes(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Names
         return {}
     for height, width in args.sizes or ():
         fitted, size = data.at_size(pipeline.image_vq, (height, width), args), f"{height} x {width} px"
-        for title, rows in (("training captions", data.train), ("held-out compositions", data.composition)):
+        for title, rows in (("training captions", data.train), (data.held_out, data.composition)):
             passed, options = {roles.prompt: data.texts(rows)}, {"height": height, "width": width}
             drawn = sample(pipeline, args, len(rows), size, roles.image, passed, **options)
             figures[f"{size}, {title}, nearest picture is the one named"] = share(fitted.nearest(drawn, rows))
@@ -126,7 +126,7 @@ def measure_inpainting(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         passed = {**({roles.prompt: data.texts(rows)} if given else {}), roles.image: real}
         drawn = sample(pipeline, args, len(rows), f"inpainting {name}", roles.image, passed, **options)
         figure = share(data.nearest(drawn, rows))
-        figures[f"held-out compositions, central half, {name}, nearest picture is the right one"] = figure
+        figures[f"{data.held_out}, central half, {name}, nearest picture is the right one"] = figure
         kept = kept or [torch.equal(a[:, outside], b[:, outside]) for a, b in zip(drawn, real, strict=True)]
     return {**figures, "pixels outside of the mask bit-identical": share(kept)} if kept else figures
 
@@ -151,8 +151,8 @@ def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Name
     passed = {roles.prompt: data.texts(rows), roles.image: damaged}
     fixed = sample(pipeline, args, len(rows), "repair", roles.image, passed, strength=0.5)
     return {
-        "held-out compositions with squares of noise, PSNR before": mean(psnr(2 * damaged - 1, 2 * real - 1), "dB"),
-        "held-out compositions with squares of noise, with caption, PSNR after": mean(
+        f"{data.held_out} with squares of noise, PSNR before": mean(psnr(2 * damaged - 1, 2 * real - 1), "dB"),
+        f"{data.held_out} with squares of noise, with caption, PSNR after": mean(
             psnr(2 * fixed - 1, 2 * real - 1), "dB"
         ),
     }
@@ -162,7 +162,7 @@ def measure_image_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     """Of tasks from other pictures, and a text beside them: those pictures are columns of their segments' names."""
     roles, figures = Roles.of(pipeline), {}
     for task, others in image_tasks(pipeline, roles).items():
-        for title, rows in (("training pictures", data.train), ("held-out compositions", data.composition)):
+        for title, rows in (("training pictures", data.train), (data.held_out, data.composition)):
             passed = {name: data.others(rows, name) for name in others}
             passed |= {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
             drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
@@ -190,7 +190,7 @@ def measure_super_resolution(pipeline: VQDiTPipeline, data: EmojiData, args: arg
         passed = {roles.prompt: data.texts(rows), roles.image: small}
         versions["with caption"] = 2 * sample(pipeline, args, len(rows), "with caption", roles.image, passed) - 1
     return {
-        f"held-out compositions, {factor}x, {name}, {unit[0]}": mean(unit[1](pixels, real), unit[2])
+        f"{data.held_out}, {factor}x, {name}, {unit[0]}": mean(unit[1](pixels, real), unit[2])
         for name, pixels in versions.items()
         for unit in (("PSNR", psnr, "dB"), ("SSIM", ssim, ""))
     }

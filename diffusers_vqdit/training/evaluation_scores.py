@@ -102,7 +102,7 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     roles = Roles.of(pipeline)
     figures: dict[str, Any] = {}
     known = any(task_between(pipeline, [given], [roles.label]) for given in (roles.image, roles.prompt))
-    sets = {"held-out compositions": data.composition, "whole test split": data.test} if known else {}
+    sets = {data.held_out: data.composition, "whole test split": data.test} if known else {}
     for name, rows in sets.items():
         captions = data.texts(rows) if roles.prompt else [""] * len(rows)
         found = classification_accuracy(pipeline, data.pictures[rows], captions, data.labels(rows), args.batch_size)
@@ -117,7 +117,7 @@ def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
         generator = torch.Generator().manual_seed(args.seed)
         best = pipeline.classify(image=data.real([row]), labels=candidates, num_samples=8, generator=generator).labels
         hits.append(best == candidates[:1])
-    figures["held-out compositions, picture, caption chosen among ten by likelihood"] = share(hits)
+    figures[f"{data.held_out}, picture, caption chosen among ten by likelihood"] = share(hits)
     return figures
 
 
@@ -137,7 +137,7 @@ def measure_likelihood(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         passed = as_arguments({name: values[name] for name in (*given, generated)})
         generator = torch.Generator().manual_seed(args.seed)
         output = pipeline.score(task, num_samples=8, batch_size=args.batch_size, generator=generator, **passed)
-        figures[f"held-out compositions, {task}, at most"] = mean(output.bits_per_code, "bits per code")
+        figures[f"{data.held_out}, {task}, at most"] = mean(output.bits_per_code, "bits per code")
     return figures
 
 
@@ -146,7 +146,7 @@ def measure_retrieval(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
     figures: dict[str, Any] = {}
     if not task_between(pipeline, [roles.prompt], [roles.image]):
         return figures
-    for name, rows in (("whole test split", data.test), ("held-out compositions", data.composition)):
+    for name, rows in (("whole test split", data.test), (data.held_out, data.composition)):
         found = retrieval_recall(pipeline, data.pictures[rows], data.texts(rows), args.batch_size)
         for way, recalls in found.items():
             figures |= {f"{name}, {way}, {recall}": figure for recall, figure in recalls.items()}

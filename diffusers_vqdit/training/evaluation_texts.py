@@ -14,7 +14,7 @@ def equal(texts: list[str], truths: list[str]) -> dict[str, Any]:
 
 def measure_image_to_text(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     roles, figures = Roles.of(pipeline), {}
-    for name, rows in (("training pictures", data.train), ("held-out compositions", data.composition)):
+    for name, rows in (("training pictures", data.train), (data.held_out, data.composition)):
         for task in tasks_between(pipeline, [roles.image], roles.texts):
             (wanted,) = task.generated
             column = roles.column(wanted, data)
@@ -28,11 +28,11 @@ def measure_text_to_text(
     data: EmojiData,
     args: argparse.Namespace,
     rows: list[int] | None = None,
-    name: str = "held-out compositions",
+    name: str | None = None,
 ) -> dict:
     """Of the compositions, or of other `rows` that the report calls `name`."""
     roles, figures = Roles.of(pipeline), {}
-    rows = data.composition if rows is None else rows
+    rows, name = (data.composition, data.held_out) if rows is None else (rows, name)
     for task in tasks_between(pipeline, roles.texts, roles.texts):
         (given, wanted), columns = task.segments, [roles.column(segment, data) for segment in task.segments]
         texts = sample(pipeline, args, len(rows), str(task), wanted, {given: data.texts(rows, columns[0])})
@@ -80,11 +80,11 @@ def measure_infilling(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.N
     blanks = {roles.caption: blanked(data.texts(rows), pipeline)}
     if task_between(pipeline, [], [roles.caption]):
         alone = sample(pipeline, args, len(rows), "infilling", roles.caption, blanks)
-        figures["held-out compositions, one token, exact match"] = equal(alone, data.texts(rows))
+        figures[f"{data.held_out}, one token, exact match"] = equal(alone, data.texts(rows))
     if task_between(pipeline, [roles.image], [roles.caption]):
         passed = {**blanks, roles.image: data.real(rows)}
         seen = sample(pipeline, args, len(rows), "infilling of a picture's caption", roles.caption, passed)
-        figures["held-out compositions, one token, picture given, exact match"] = equal(seen, data.texts(rows))
+        figures[f"{data.held_out}, one token, picture given, exact match"] = equal(seen, data.texts(rows))
     return figures
 
 

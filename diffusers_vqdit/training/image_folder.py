@@ -20,8 +20,13 @@ logger = logging.getLogger(__name__)
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"  # as datasets' own image folders call them
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# What a folder that a training run wrote has in it: a pipeline, a LoRA.
-_RUN_FILES = ("model_index.json", "pytorch_lora_weights.safetensors")
+# What a folder that a script wrote has in it: a pipeline, a LoRA, codes.
+_RUN_FILES = ("model_index.json", "pytorch_lora_weights.safetensors", "segments.json")
+# Tables of samples, pictures among them; and what may be one, or stand beside pictures and say something else.
+_TABLES = {".parquet", ".arrow", ".tar", ".lance"}
+_TEXT_TABLES = {".csv", ".tsv", ".json", ".jsonl", ".py", ".zip", ".h5"}
+# Nobody takes these for pictures.
+_NOTES = {".md", ".txt", ".ini", ".db"}
 SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -36,16 +41,17 @@ def first_of(items: Iterable[Any], count: int = 5) -> str:
 
 
 def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list[Path], list[Path]]:
-    """The picture files below a folder, and the metadata files, both sorted.
+    """The picture files below a folder, by their endings, and the metadata files, both sorted.
 
     Hidden files and folders are left out, and each folder is read once, however many links lead to it. Folders that a
-    training run wrote, `output_dir` among them, are left out with a warning.
+    training run wrote, `output_dir` among them, and files of other endings are left out with a warning.
     """
     extensions = _picture_extensions()
     pictures: list[Path] = []
     metadata: list[Path] = []
     own: list[Path] = []
     odd: list[Path] = []
+    others: list[Path] = []
     output = output_dir.resolve() if output_dir is not None else None
     seen: set[tuple[int, int]] = set()
     folders, links = [folder], list[Path]()
@@ -86,6 +92,12 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
                 (pictures if stat.S_ISREG(mode) else odd).append(path)
             elif entry.name in METADATA_FILES and stat.S_ISREG(mode):
                 metadata.append(path)
+            elif path.suffix.lower() not in _NOTES and not is_run:
+                others.append(path)
+    if others:
+        logger.warning(
+            f"left out {len(others)} files in {str(folder)!r} that don't end as pictures' names do: {first_of(others)}"
+        )
     if odd:
         logger.warning(f"left out {len(odd)} paths that are no regular files or folders to read: {first_of(odd)}")
     if own:
@@ -97,19 +109,24 @@ def list_image_files(folder: Path, output_dir: Path | None = None) -> tuple[list
     return sorted(pictures), sorted(metadata)
 
 
-def holds_pictures_only(folder: Path) -> bool:
-    """Whether a folder is one for [`read_image_folder`]: it has pictures, and no tables but their metadata."""
-    tables = {".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".py", ".tar", ".zip", ".h5", ".lance"}
-    pictures = False
+def holds_pictures(folder: Path) -> bool:
+    """Whether a folder is one for [`read_image_folder`]: it has pictures, and neither tables with some in them nor
+    more tables of texts than pictures, but for their metadata and what scripts wrote."""
+    pictures = texts = 0
     for place, folders, names in os.walk(folder):
         if Path(place) != folder and _is_run(Path(place)):
             folders.clear()
             continue
-        for name in map(Path, names):
-            if name.suffix.lower() in tables and name.name not in METADATA_FILES:
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in map(Path, names):
+            ending = path.suffix.lower()
+            if path.name in METADATA_FILES or path.name in _RUN_FILES:
+                continue
+            if ending in _TABLES and not _is_run(Path(place)):
                 return False
-            pictures = pictures or name.suffix.lower() in _picture_extensions()
-    return pictures
+            pictures += ending in _picture_extensions()
+            texts += ending in _TEXT_TABLES
+    return pictures > 0 and pictures >= texts
 
 
 def _picture_extensions() -> set[str]:

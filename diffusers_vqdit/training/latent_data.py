@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
+from ..utils.buckets import check_resolution
 from ..utils.distributed import from_main_process, process_rank
 from ..utils.labels import encode_labels
 from .caption_states import CaptionStates, cache_captions
@@ -43,6 +44,7 @@ def load_data(
     if resolution is None:
         size = vae.config.sample_size
         resolution = transformer.config.sample_size * downsample_factor(vae) if transformer is not None else size
+    check_resolution(resolution, downsample_factor(vae))
     captions = {column: CaptionColumn(dataset, column) for column in args.caption_columns}
     if captions:
         ours = isinstance(parts["text_encoder"], TextVQModel)

@@ -132,6 +132,11 @@ def prepare(
     global_batch = args.train_batch_size * batches
     max_steps = args.max_train_steps or math.ceil(num_samples / global_batch) * args.num_train_epochs
     set_default(args, "lr_warmup_steps", checkpoint, min(MAX_WARMUP_STEPS, math.ceil(max_steps / 20)))
+    if args.lr_warmup_steps >= max_steps > 1 and args.lr_scheduler != "constant" and accelerator.is_main_process:
+        logger.warning(
+            f"lr_warmup_steps={args.lr_warmup_steps} are all of the run's {max_steps} steps: its learning rate only "
+            f"rises, to {max_steps / args.lr_warmup_steps:.2g} times learning_rate. Give fewer, or more steps"
+        )
     # Over a fifth of the steps
     set_default(args, "ema_decay", checkpoint, min(MAX_EMA_DECAY, max(0.0, 1 - 5 / max_steps)))
     lr_scheduler = get_scheduler(

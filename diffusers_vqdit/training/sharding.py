@@ -6,6 +6,8 @@ saved or drawn from is a copy of the model on the main process.
 
 import argparse
 import copy
+import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,9 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .optimization import averaged_weights, unwrap
+
+
+logger = logging.getLogger(__name__)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -49,6 +54,11 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator, model: 
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config |= {"train_micro_batch_size_per_gpu": args.train_batch_size, "gradient_clipping": args.max_grad_norm}
     if not is_sharded(accelerator):
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.is_main_process:
+            logger.warning(
+                "FSDP was asked for, but nothing is sharded: Accelerate shards on accelerators alone. Each process "
+                "has the whole model"
+            )
         return
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:

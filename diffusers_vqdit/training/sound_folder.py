@@ -11,7 +11,7 @@ from .image_folder import (
     class_rows,
     described_files,
     first_of,
-    holds_pictures_only,
+    holds_pictures,
 )
 
 
@@ -38,7 +38,7 @@ def holds_sounds(folder: Path) -> bool:
     """Whether a folder is one for [`read_sound_folder`]: it has sounds, no pictures, and no tables but metadata."""
     names = [Path(name) for _, _, found in os.walk(folder) for name in found if name not in METADATA_FILES]
     tables = any(name.suffix.lower() in (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow") for name in names)
-    return not tables and bool(list_sound_files(folder)[0]) and not holds_pictures_only(folder)
+    return not tables and bool(list_sound_files(folder)[0]) and not holds_pictures(folder)
 
 
 def read_sound_folder(folder: str | Path) -> dict[str, Any]:

@@ -77,6 +77,22 @@ def kinds_of_tables(folder: Path) -> set[str]:
     return {path.suffix.lower() for path in folder.rglob("*")} & {*LOADERS, *TEXT_LOADERS}
 
 
+def csv_as_text(files: Sequence[str]) -> dict[str, Any]:
+    """The arguments with which `datasets` reads tables of texts as they stand, an empty field alone for a missing one:
+    it would make ``01`` and ``1`` one number, and ``None`` no caption."""
+    import pandas as pd
+    from datasets import Features, Value
+
+    names: dict[str, Any] = {}
+    for file in files:
+        try:
+            names |= dict.fromkeys(pd.read_csv(file, nrows=0, index_col=False).columns)
+        except (OSError, ValueError):
+            return {}  # no table: `datasets` says why
+    features = Features({name: Value("string") for name in names})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
 def picture_folder(files: Sequence[str]) -> Path | None:
     """The folder that paths of pictures in tables are relative to: that of the files, if they are texts in one."""
     folders = {Path(os.path.abspath(name)).parent for name in files}

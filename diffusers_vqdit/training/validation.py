@@ -16,6 +16,7 @@ from PIL import Image
 from ..pipelines.segment_base import ARGUMENTS, IMAGE, TEXT
 from ..tasks import Task
 from ..utils.images import to_rgb
+from ..utils.weight_files import replacing_file
 
 
 def steps_of(args: argparse.Namespace) -> dict[str, int]:
@@ -68,7 +69,8 @@ def save_grid(images: Sequence[Image.Image], columns: int, output_dir: Path, ste
     folder.mkdir(parents=True, exist_ok=True)
     blank = [images[0].copy() for _ in range(-len(images) % columns)]
     grid = make_image_grid([*images, *blank], rows=math.ceil(len(images) / columns), cols=columns)
-    grid.save(folder / f"step-{step:06d}.png")
+    with replacing_file(folder / f"step-{step:06d}.png") as unfinished:  # others may be looking at it
+        grid.save(unfinished, format="PNG")
     return grid
 
 

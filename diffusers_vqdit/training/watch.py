@@ -39,6 +39,7 @@ class TrainingWatch:
         levels = len(quantizer) if isinstance(quantizer, ResidualVectorQuantizer) else 1
         self.told: set[str] = set()
         self._steps = self._clipped = self._low = self._seen = 0
+        self._anew = True  # not resumed, where the loss may have fallen long ago
         self._used = torch.zeros(levels, self.num_codes, dtype=torch.bool)
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=LOSS_STEPS // 4)
@@ -54,13 +55,17 @@ class TrainingWatch:
         """Take in what an optimizer step gave.
 
         Args:
+            step: from 1; a run whose first is a later one was resumed.
             loss: that training lowers, without what a discriminator adds.
             gradient_norm: before clipping.
             codes: of this process's last micro-batch, (...), or (..., q).
             usage: share of the codebook that this micro-batch used on all processes, the mean of all levels.
         """
         self._steps += 1
-        self._look_at_loss(step, loss)
+        if self._steps == 1:
+            self._anew = step == 1
+        if self._anew:
+            self._look_at_loss(step, loss)
         clipped = 0 < self.max_grad_norm < gradient_norm
         self._clipped = self._clipped + 1 if clipped else 0
         if self._clipped == CLIPPED_STEPS:

@@ -35,6 +35,11 @@ def check_bucket_steps(name: str, buckets: Sequence[Sequence[int]], steps: Seque
             )
 
 
+def check_resolution(resolution: int, step: int) -> None:
+    """Raise a ValueError unless a side of so many pixels is a multiple of a code's."""
+    check_bucket_steps("resolution", [(resolution, resolution)], (step, step), "a code")
+
+
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Sequence[int]]) -> int:
     """The bucket whose aspect ratio is nearest, by its logarithm, to that of a size (height, width); of two that are
     as near, the first."""

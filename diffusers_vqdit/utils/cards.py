@@ -58,8 +58,9 @@ CARD_TEMPLATE = """\
 """
 
 _GENERATOR_RISKS = """\
-* **Forgery.** What it draws and writes is synthetic and may pass for genuine. Say so where you show it. The demo's
-  pictures carry metadata that say it (IPTC digital source type `trainedAlgorithmicMedia`), which editing may remove.
+* **Forgery.** What it draws and writes is synthetic and may pass for genuine. Say so where you show it. Files
+  that `save_generated` and the demo write have metadata that say it (IPTC digital source type
+  `trainedAlgorithmicMedia`), which editing may remove.
 * **Privacy.** A model of a small dataset can give its training pictures and captions back. Whoever appears in them
   must have agreed, and so must the owner of confidential data.
 * **Bias.** It reproduces what is frequent in its training data, with its stereotypes and its gaps."""

@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, TiffImagePlugin
 
 from .checks import shown
 from .fitting import resize_image
-from .images import to_channels
+from .images import orientation, to_channels
 
 
 def decode_image(
@@ -51,8 +51,10 @@ def image_size(value: dict) -> tuple[int, int]:
         ValueError: as [`decode_image`], as far as its header tells.
     """
     with _opened(value) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+        width, height = picture.size
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow's versions differ in whose size it is
+            width, height = picture.tag_v2[TiffImagePlugin.IMAGEWIDTH], picture.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        return (width, height) if orientation(picture) >= 5 else (height, width)
 
 
 @contextmanager

@@ -40,9 +40,7 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     DistributedDataParallel's mean of the gradients is then that of a loss of the global batch."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
-    from torch.distributed.nn.functional import all_reduce  # not there in every build of PyTorch
-
-    return all_reduce(values)
+    return _Sum.apply(values)
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -54,6 +52,32 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in the order of their ranks; every process must bring as many."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
-    from torch.distributed.nn.functional import all_gather
+    return _Gather.apply(rows)
 
-    return torch.cat(all_gather(rows.contiguous()))
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
+        return _summed(values)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _summed(gradient)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _summed(gradient).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

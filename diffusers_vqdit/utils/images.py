@@ -7,9 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from .fitting import fitted_box, padding_colour, resize_image, resize_planes
+
+
+# What shows a picture of an EXIF orientation as it is meant; orientation 1 needs nothing.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where a picture of Pillow's says its orientation.
+_ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,6 +54,30 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return to_rgb(image) if channels == 3 else to_rgb(image).convert("L")
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a picture, 1 to 8; 1 where it says none, or nothing that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # what a camera wrote there tells nothing of the pixels
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as its orientation says, which is then no longer with it.
+
+    Pillow's own function writes all of the EXIF data anew, and fails on fields that a picture can be read without.
+    """
+    image.load()  # which turns some formats' pictures
+    number = orientation(image)
+    if number == 1:
+        return image
+    image = image.transpose(_TURNS[number])
+    for name in _ORIENTED:
+        image.info.pop(name, None)
+    return image
+
+
 def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it has such pixels."""
     if not isinstance(image, Image.Image):
@@ -48,7 +86,7 @@ def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bo
         raise ValueError(f"image has no pixels: its size is {image.size}")
     mode, size = image.mode, image.size
     try:
-        image = ImageOps.exif_transpose(image)
+        image = _turned(image)
         transparent = image.has_transparency_data
         if mode.startswith("I") or mode == "F":
             return _to_8_bits(image, background).convert("RGB"), transparent

@@ -219,6 +219,15 @@ def test_files_without_rows_among_others_add_none(tmp_path, counts, streaming):
         assert list((found.rows(tmp_path / "rows", ["text"], {}) if streaming else found)["text"]) == TEXTS
 
 
+@pytest.mark.parametrize("texts", [["01", "1", "1e2", "100"], ["1", "", "None", "NA"], ["true", "null", "nan", "1.0"]])
+def test_texts_of_a_csv_table_are_read_as_they_stand(tmp_path, texts):
+    """As those of metadata.csv; an empty field alone is a missing one."""
+    lines = ["image,label", *(f"{row}.png,{text}" for row, text in enumerate(texts))]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(lines) + "\n")
+    dataset = load_training_dataset(dataset_name=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache"))
+    assert list(dataset["label"]) == [text or None for text in texts]
+
+
 def test_a_folder_of_parquet_files_may_be_called_like_one(write, tmp_path):
     (tmp_path / "spark.parquet").mkdir()
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "spark.parquet" / "part-0.parquet")

@@ -265,3 +265,16 @@ def test_latents_are_kept_for_the_same_pictures_only(run, tokenizers, picture_fo
     Image.new("RGB", (32, 32), "black").save(picture_folder / "3.png")
     with pytest.raises(ValueError, match="was made with other pictures; delete it"):
         run("train_latent_dit", arguments)
+
+
+@pytest.mark.parametrize("script_name", ["encode_dataset", "train_latent_dit", "train_image_vq"])
+def test_a_resolution_between_codes_is_refused_before_the_work(run, tokenizers, picture_folder, tmp_path, script_name):
+    """The tiny tokenizer's codes are 4 pixels wide."""
+    data = f"--train_data_dir {picture_folder} --output_dir {tmp_path / 'run'} --resolution 30"
+    more = {"encode_dataset": tokenizers, "train_latent_dit": f"--image_vq {tmp_path / 'image_vq'} {TINY}"}
+    more["train_image_vq"] = "--block_out_channels 8 8 8 --norm_num_groups 2 --report_to none --max_train_steps 1"
+    with pytest.raises(
+        ValueError, match=r"resolution: \[30, 30\] must be a multiple of \[4, 4\].* such as \[32, 32\]"
+    ):
+        run(script_name, f"{data} {more[script_name]}")
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name not in (".lock", "logs")]

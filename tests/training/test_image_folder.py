@@ -166,6 +166,38 @@ def test_a_folder_of_pictures_by_its_name_as_a_dataset(tmp_path, caplog):
     assert len([r for r in caplog.records if "training runs wrote" in r.message]) == 1
 
 
+STRAY = ["info.json", "list.csv", "names.jsonl", "a.jpg.json", "backup.zip", "load.py"]
+
+
+@pytest.mark.parametrize("names", [[name] for name in STRAY] + [STRAY[:3]])
+def test_a_file_beside_pictures_does_not_change_how_they_are_read(tmp_path, caplog, names):
+    """Rows of metadata, runs in the folder, and the warnings are those of the folder without it."""
+    for index in range(3):
+        draw(tmp_path / f"{index}.png")
+    draw(tmp_path / "run" / "samples" / "step-000001.png")
+    (tmp_path / "run" / "model_index.json").write_text("{}")
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "segments.json").write_text("{}")
+    (tmp_path / "codes" / "codes-00000.arrow").write_text("")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "a"}\n{"file_name": "2.png", "text": "b"}'
+    )
+    for name in names:
+        (tmp_path / name).write_text('{"a": 1}')
+    dataset = load_training_dataset(dataset_name=str(tmp_path), columns=["text"], image_column="image")
+    assert list(dataset["text"]) == ["a", "b"]
+    assert "left out 1 of 3 pictures" in caplog.text and "training runs wrote" in caplog.text
+    assert f"left out {len(names)} files" in caplog.text and names[0] in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.heic", "IMG_0001", "b.jpg~", "c.jpg_large", "d.svg"])
+def test_files_without_a_pictures_ending_are_counted_and_named(tmp_path, caplog, name):
+    draw(tmp_path / "1.png")
+    draw(tmp_path / "more" / name)
+    assert paths(read(tmp_path)) == [str(tmp_path / "1.png")]
+    assert "left out 1 files" in caplog.text and name in caplog.text
+
+
 def test_a_file_name_that_is_no_text_is_read(tmp_path):
     draw(tmp_path / "1.png")
     os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/caf\xe9.png")

@@ -1,6 +1,7 @@
 """A run's TensorBoard files become one picture."""
 
 import math
+import os
 
 import pytest
 from PIL import Image
@@ -27,6 +28,29 @@ def test_a_resumed_run_is_read_as_one(script, tmp_path):
     assert scalars["usage"] == [(5, 0.5)]
     with pytest.raises(ValueError, match="has no figures of a run"):
         module.read_scalars(tmp_path / "samples")
+
+
+def test_a_run_that_was_begun_anew_in_the_folder_is_read_alone(script, tmp_path):
+    """Later steps of the earlier one, its warnings and its own figures are not in the picture."""
+    module = script("plot_run")
+    old = {"mse": [(step, 1.0) for step in range(1, 31)], "validation/psnr": [(30, 9.0)], "warnings/usage": [(8, 1.0)]}
+    write(tmp_path / "logs/image_vq", old)
+    write(tmp_path / "logs/image_vq", {"mse": [(step, 2.0) for step in range(1, 13)]})
+    assert module.read_scalars(tmp_path / "logs") == {"mse": [(step, 2.0) for step in range(1, 13)]}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, 1.0])
+def test_whatever_a_figure_was_it_is_drawn(script, tmp_path, value):
+    pytest.importorskip("matplotlib")
+    module = script("plot_run")
+    (tmp_path / "samples").mkdir()
+    for step, color in ((30, "red"), (12, "lime")):  # the second run's are fewer
+        Image.new("RGB", (64, 32), color).save(tmp_path / f"samples/step-{step:06d}.png")
+        os.utime(tmp_path / f"samples/step-{step:06d}.png", (0, 60 - step))
+    write(tmp_path / "logs", {"gradient_norm": [(1, value), (2, value)], "mse": [(1, 1.0)], "entropy": [(1, 0.0)]})
+    module.main(module.parse_args(["--output_dir", str(tmp_path), "--output_file", str(tmp_path / "new/a.png")]))
+    colors = {color for _, color in Image.open(tmp_path / "new/a.png").convert("RGB").getcolors(10**7)}
+    assert (0, 255, 0) in colors and (255, 0, 0) not in colors
 
 
 def test_every_figure_has_its_panel_and_none_has_two(script):

@@ -81,6 +81,16 @@ def test_warmup_and_averages_follow_the_steps(steps, warmup, decay):
     assert (args.lr_warmup_steps, args.ema_decay) == (0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "scheduler", "told"),
+    [(10, "cosine", True), (2000, "linear", True), (9, "cosine", False)] + [(2000, "constant", False)],
+)
+def test_a_warmup_as_long_as_the_run_is_told(caplog, warmup, scheduler, told):
+    args = arguments(max_train_steps=10, lr_scheduler=scheduler, lr_warmup_steps=warmup)
+    prepare(args, Accelerator(), torch.nn.Linear(2, 2), 17)
+    assert (f"lr_warmup_steps={warmup} are all of the run's 10 steps" in caplog.text) == told
+
+
 def test_a_run_that_goes_on_keeps_its_warmup_and_averages(tmp_path):
     """Also where it is made longer, and where its version had other defaults."""
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"lr_warmup_steps": 200, "ema_decay": 0.9999})

@@ -78,6 +78,12 @@ def test_nothing_is_done_where_nothing_is_sharded(kind):
         assert found is None and model.training
 
 
+def test_fsdp_that_does_not_engage_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    prepare_sharding(ARGS, accelerator(DistributedType.MULTI_CPU), transformer(**CODES))
+    assert "nothing is sharded" in caplog.text
+
+
 @pytest.mark.parametrize(("norm", "expected"), [(torch.tensor(2.0), 2.0), (2.5, 2.5), (None, 0.0)])
 def test_norms_of_all_engines_are_tensors(norm, expected):
     """DeepSpeed's is a number, and none before its first step."""

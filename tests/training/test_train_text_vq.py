@@ -88,3 +88,13 @@ def test_figures_of_a_text_tokenizer_are_those_of_its_captions_in_any_batches(to
     each = {f"usage_{level}": value for level, value in enumerate(usage, 1)}
     each |= {f"perplexity_{level}": value for level, value in enumerate(perplexity, 1)}
     assert {name: figures[name] for name in each if name in figures} == (pytest.approx(each) if levels > 1 else {})
+
+
+@pytest.mark.parametrize(("num_codes", "kernel_size", "told"), [(600, 1, True), (100, 1, False), (600, 3, False)])
+def test_codes_that_no_token_can_use_are_told(script, caplog, num_codes, kernel_size, told):
+    module = script("train_text_vq")
+    PartialState()
+    flags = f"--num_codes {num_codes} --kernel_size {kernel_size} --tokenizer_vocab_size 500 --output_dir x"
+    captions = [f"the {row}th picture of a red apple" for row in range(50)]
+    _, tokenizer = module.build_model(module.parse_args(f"--train_data_dir x {flags}".split()), captions)
+    assert (f"num_codes={num_codes} are more than the {len(tokenizer)} tokens" in caplog.text) == told

@@ -25,6 +25,7 @@ def watched(
     caplog,
     *,
     steps,
+    first=1,
     args=CLIPPING,
     loss=lambda step: 1.0 / step,
     norm=lambda step: 0.1,
@@ -40,7 +41,7 @@ def watched(
         quantizer = ResidualVectorQuantizer(VectorQuantizer(CODES, 2) for _ in range(levels))
     watch = TrainingWatch(accelerator, args, quantizer=quantizer if codes is not None else None)
     with caplog.at_level(logging.WARNING, "diffusers_vqdit"):
-        for step in range(1, steps + 1):
+        for step in range(first, first + steps):
             found = None if codes is None else codes(step)
             usage = None if found is None else len(found.unique()) / CODES
             watch.look(step, loss(step), norm(step), found, usage)
@@ -80,6 +81,10 @@ def test_codes_that_lie_dead_are_told(monkeypatch, caplog, levels):
 def test_a_loss_that_does_not_fall_is_told(monkeypatch, caplog, loss):
     texts, tracked = watched(monkeypatch, caplog, steps=2 * LOSS_STEPS, loss=loss)
     assert tracked == [("warnings/loss", LOSS_STEPS)] and "--learning_rate" in texts[0]
+
+
+def test_a_loss_that_fell_before_the_run_was_resumed_is_not_told(monkeypatch, caplog):
+    assert watched(monkeypatch, caplog, steps=2 * LOSS_STEPS, first=700, loss=lambda step: 2.0) == ([], [])
 
 
 @pytest.mark.parametrize("every", [0, CLIPPED_STEPS // 2])

@@ -60,11 +60,12 @@ def test_sizes_between_steps_are_refused_with_what_would_do():
         check_bucket_steps("x", [[32, 24], [24, 42]], (8, 4), "a code")
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_that_of_the_picture_as_it_is_seen(tmp_path, orientation):
+def test_the_size_is_that_of_the_picture_as_it_is_seen(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (30, 10)).save(tmp_path / "a.jpg", exif=exif)
-    value = {"bytes": None, "path": str(tmp_path / "a.jpg")}
+    Image.new("RGB", (30, 10)).save(tmp_path / f"a.{ending}", exif=exif)
+    value = {"bytes": None, "path": str(tmp_path / f"a.{ending}")}
     assert image_size(value) == ((10, 30) if orientation < 5 else (30, 10))
     assert decode_image(value, (4, 6)).shape == (3, 4, 6)

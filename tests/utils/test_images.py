@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_vqdit.utils.decoding import decode_image
+from diffusers_vqdit.utils.decoding import decode_image, image_size
 from diffusers_vqdit.utils.fitting import RESIZE_MODES, fitted_box, resize_image
 from diffusers_vqdit.utils.images import (
     cut_out,
@@ -225,6 +226,19 @@ def test_what_is_no_picture_file_is_named(kind, tmp_path):
     }.get(kind, {"bytes": None, "path": str(tmp_path / kind)})
     with pytest.raises(ValueError, match="the picture"):
         decode_image(value, 8)
+
+
+def test_exif_that_pillow_cannot_write_anew_is_no_hindrance():
+    """A field of another type than its number's, as some cameras and programs write it."""
+    picture, data = noise((40, 24)), io.BytesIO()
+    fields = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + struct.pack("<HHI4s", 282, 2, 3, b"72\0\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + fields + bytes(4)
+    picture.save(data, "JPEG", exif=exif, quality=95)
+    plain = io.BytesIO()
+    picture.save(plain, "JPEG", quality=95)
+    turned = Image.open(plain).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(data))), np.asarray(turned))
+    assert image_size({"bytes": data.getvalue(), "path": None}) == turned.size[::-1]
 
 
 def test_a_decoded_file_is_the_picture_as_it_is_seen(tmp_path):
