@@ -420,9 +420,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         run.end_step(step)
         progress.update(1)
         speed = throughput.end_step()
-        progress.set_postfix(
-            {"loss": f"{logs['loss'] if smooth is None else smooth:.4f}", "images/s": shown_rate(speed)}
-        )
+        progress.set_postfix({"loss": f"{smooth or logs['loss']:.4f}", "images/s": shown_rate(speed)})
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "gradient_norm": norm, "skipped_steps": run.skipped_steps}
         accelerator.log({**logs, "images_per_second": speed, **utilisation.figures()}, step=step)
         if wanted and due(step, args.validation_steps):
