@@ -44,6 +44,7 @@ from diffusers_vqdit.training.checkpoints import (
     read_manifest,
     save_checkpoint,
 )
+from diffusers_vqdit.training.code_embeddings import start_embeddings, tokenizers_of
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
@@ -321,6 +322,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     base = None if args.rank is None else model_fingerprint(parts["transformer"])
     grown = names_of_labels(parts["segments"], labels)
     transformer = build_transformer(args, parts["transformer"], segments, grown, tasks)
+    if parts["transformer"] is None:
+        start_embeddings(transformer, tokenizers_of(parts, codes.entries))
     scheduler = parts["scheduler"]
     rate = transformer_learning_rate(transformer.inner_dim, pretrained=parts["transformer"] is not None)
     setup.set_default(args, "learning_rate", checkpoint, rate)

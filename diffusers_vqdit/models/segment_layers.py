@@ -17,6 +17,9 @@ from ..utils.checks import check_flag, check_integer, check_integers, shown
 from .layers import modulate, rotary_positions, sincos_positions
 
 
+CODES_STD = 0.5  # of the embeddings of codes at first
+
+
 class CodebookHeads(nn.ModuleList):
     """A linear head for each place in a patch, whose codes are of a codebook of their own.
 
@@ -105,7 +108,7 @@ class SegmentLayers:
     def _initialize_segment_layers(self) -> None:
         """Embedded codes of the positions' scale, for either to be seen; zero heads, for a first loss of log K."""
         for embedding in self.code_embeddings.values():
-            nn.init.normal_(embedding.weight, std=0.5)
+            nn.init.normal_(embedding.weight, std=CODES_STD)
         for layer in self.proj_in.values():
             if isinstance(layer, StatesProjection):
                 continue
