@@ -107,6 +107,7 @@ SINGLE = {
     "benchmarks/quantizers": [("seeds", "-1", "in [0,"), ("speed_rounds", "0", "at least 1")],
     "benchmarks/kinds_of_diffusion": [("num_inference_steps", "0", "at least 1")],
     "benchmarks/growth": [("rounds", "0", "at least 1")],
+    "benchmarks/code_embeddings": [("max_train_steps", "0", "at least 1"), ("seeds", "-1", "in [0,")],
     "benchmarks/scaling": [("gpus", "0", "at least 1"), ("utilization", "2", "in [0, 1]")],
     "examples/lora_style": [("rank", "0", "at least 1"), ("num_train_pictures", "0", "at least 1")],
     "examples/animate_sampling": [("side", "0", "at least 1"), ("seed", "-1", "in [0,")],
