@@ -45,7 +45,9 @@ def make_parts(
         with replacing_file(folder / _name(number)) as unfinished:
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
     wait_for_processes()
-    return [json.loads((folder / _name(number)).read_bytes()) for number in range(count)]
+    entries = [json.loads((folder / _name(number)).read_bytes()) for number in range(count)]
+    wait_for_processes()  # until all have read: the caller may take the parts away
+    return entries
 
 
 def _name(number: int) -> str:
