@@ -1,8 +1,9 @@
 """A gallery to search: items as codes, with their features, in one file."""
 
 import hashlib
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ GALLERY_TENSORS = {
     "bias": _FLOATS,
     "basis": _FLOATS,
 }
+_OPTIONAL = ("lengths", "places")
 
 
 @dataclass
@@ -45,6 +47,11 @@ class GalleryIndex:
         basis (`torch.Tensor` of shape `(N * D, R)`): float16, orthonormal columns.
         lengths (`torch.Tensor` of shape `(G,)`, *optional*): int32, the codes of each item that is a text by blocks;
             those after them are padding. None for other items.
+        query_shape (`tuple[int, ...]`, *optional*): of the queries' codes, where these are not on the grid that is the
+            segment's own.
+        places (`torch.Tensor` of shape `(G,)`, *optional*): int64, of each item in the whole gallery, where this is a
+            part of one; None for all of it, in order.
+        others (`list[GalleryIndex]`): the other parts, where items or queries have several grids: one for each.
 
     Raises:
         ValueError: if a field has another type, dtype or shape, isn't finite, or doesn't fit the others.
@@ -60,6 +67,9 @@ class GalleryIndex:
     basis: torch.Tensor
     tokenizers: str = ""
     lengths: torch.Tensor | None = None
+    query_shape: tuple[int, ...] | None = None
+    places: torch.Tensor | None = None
+    others: "list[GalleryIndex]" = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._faiss: Any = None
@@ -95,13 +105,23 @@ class GalleryIndex:
             fits = isinstance(found, torch.Tensor) and found.dtype in GALLERY_TENSORS["codes"] and self.codes.ndim == 2
             if not fits or found.shape != (size,) or found.min() < 1 or found.max() > self.codes.shape[1]:
                 raise ValueError(f"lengths={shown(found)} must be integers ({size},) in [1, {self.codes.shape[1]}]")
+        if self.places is not None:
+            found = self.places
+            if not isinstance(found, torch.Tensor) or found.dtype != torch.int64 or found.shape != (size,):
+                raise ValueError(f"places={shown(found)} must be int64 ({size},)")
         check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
 
     def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:
         return [((self.segment,), (self.query,)), ((self.query,), (self.segment,))]
 
     def __len__(self) -> int:
-        return len(self.codes)
+        found = [len(part.codes) if part.places is None else int(part.places.max()) + 1 for part in self.parts]
+        return max(found)
+
+    @property
+    def parts(self) -> "list[GalleryIndex]":
+        """This and the others."""
+        return [self, *self.others]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, under a temporary name until it is complete and on the disk.
@@ -112,11 +132,15 @@ class GalleryIndex:
         path = _path(path)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
-        tensors = {name: getattr(self, name).contiguous() for name in GALLERY_TENSORS}
-        if self.lengths is not None:
-            tensors["lengths"] = self.lengths.contiguous()
+        tensors, metadata = {}, {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
+        for number, part in enumerate(self.parts):
+            before = f"{number}." if number else ""
+            found = {name: getattr(part, name) for name in (*GALLERY_TENSORS, *_OPTIONAL)}
+            tensors |= {before + name: value.contiguous() for name, value in found.items() if value is not None}
+            metadata |= {before + name: getattr(part, name) for name in GALLERY_STRINGS} if number else {}
+            if part.query_shape is not None:
+                metadata[f"{before}query_shape"] = json.dumps(part.query_shape)
         with replacing_file(path) as unfinished:
-            metadata = {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
             save_file(tensors, unfinished, metadata={**metadata, "sha256": _digest(metadata, tensors)})
 
     @classmethod
@@ -141,29 +165,39 @@ class GalleryIndex:
                 "GalleryIndex.save"
             )
         digest = found.get("sha256")  # version 0.1 wrote none
-        strings, tensors = ({name: found[name] for name in part} for part in (GALLERY_STRINGS, GALLERY_TENSORS))
-        tensors |= {name: found[name] for name in ("lengths",) if name in found}  # of texts by blocks alone
-        if digest is not None and digest != _digest(strings, tensors):
+        tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+        if digest is not None and digest != _digest(found, tensors):
             raise ValueError(f"{str(path)!r} is damaged: its content has another SHA-256 than when it was written")
         try:
-            return cls(**strings, **tensors, tokenizers=found.get("tokenizers", ""))
-        except ValueError as error:
+            first, *others = (cls._part(found, before) for before in _prefixes(found))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
+        first.others = others
+        return first
+
+    @classmethod
+    def _part(cls, found: dict[str, Any], before: str) -> "GalleryIndex":
+        """The part of a file whose names begin so."""
+        fields = {name: found[before + name] for name in (*GALLERY_STRINGS, *GALLERY_TENSORS)}
+        fields |= {name: found[before + name] for name in _OPTIONAL if before + name in found}
+        shape = found.get(f"{before}query_shape")
+        query_shape = None if shape is None else tuple(json.loads(shape))
+        return cls(**fields, query_shape=query_shape, tokenizers=found.get("tokenizers", ""))
 
     def search(self, queries: torch.Tensor, count: int) -> torch.LongTensor:
-        """The `count` items (B, count) with the largest inner products with `queries` (B, R), best first.
+        """The `count` items of this part (B, count) with the largest inner products with `queries` (B, R), best first.
 
         By faiss's exact inner-product index where faiss is installed, else by matrix products a chunk at a time.
 
         Raises:
-            ValueError: if `queries` has another shape or isn't finite, or `count` isn't in [1, len(self)].
+            ValueError: if `queries` has another shape or isn't finite, or `count` isn't in [1, G].
         """
         rank = self.features.shape[1]
         if not isinstance(queries, torch.Tensor) or queries.ndim != 2 or queries.shape[1] != rank:
             found = tuple(queries.shape) if isinstance(queries, torch.Tensor) else shown(queries)
             raise ValueError(f"queries must be a tensor (B, {rank}), got {found}")
         check_finite({"queries": queries}, "the search")
-        count = check_integer("count", count, 1, len(self))
+        count = check_integer("count", count, 1, len(self.codes))
         queries = queries.float().cpu()
         if find_spec("faiss") is not None:
             # No import statement: diffusers would warn of a repository's pipeline.py that it isn't installed.
@@ -176,7 +210,7 @@ class GalleryIndex:
             return torch.from_numpy(self._faiss.search(queries.numpy(), count)[1])
         best = torch.empty(len(queries), 0)
         places = torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(self), SEARCH_CHUNK):
+        for start in range(0, len(self.codes), SEARCH_CHUNK):
             rows = slice(start, start + SEARCH_CHUNK)
             scores = torch.addmm(self.bias[rows], queries, self.features[rows].float().T)  # (B, chunk)
             numbers = torch.arange(start, start + scores.shape[1]).expand(len(queries), -1)
@@ -186,8 +220,17 @@ class GalleryIndex:
         return places
 
 
+def _prefixes(found: dict[str, Any]) -> list[str]:
+    """What the names of each part's fields begin with in a file, in order."""
+    numbers = {int(name.partition(".")[0]) for name in found if name.partition(".")[0].isdecimal()}
+    return ["", *(f"{number}." for number in sorted(numbers))]
+
+
 def _digest(strings: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-    parts = [*(strings[name] for name in GALLERY_STRINGS), *(tensor_sha256(one) for one in tensors.values())]
+    names = [before + name for before in _prefixes(tensors) for name in (*GALLERY_STRINGS, "query_shape")]
+    kinds = [before + name for before in _prefixes(tensors) for name in (*GALLERY_TENSORS, *_OPTIONAL)]
+    parts = [*(strings[name] for name in names if name in strings)]
+    parts += [tensor_sha256(tensors[name]) for name in kinds if name in tensors]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ where it is generated, the shortlist is by that, and the rank by all blocks.
 import hashlib
 import itertools
 import json
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +97,10 @@ def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
     return ways
 
 
-def _at_once(segment: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of the codes of which one forward pass tells all: of texts by blocks those of the first."""
-    return (segment["block_length"],) if "block_length" in segment else tuple(segment["shape"])
-
-
-def _numel(segment: dict[str, Any]) -> int:
-    return torch.Size(_at_once(segment)).numel()
+def _at_once(segment: dict[str, Any], shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The shape of the codes of which one forward pass tells all: the segment's own, or another grid's `shape`; of
+    texts by blocks those of the first."""
+    return (segment["block_length"],) if "block_length" in segment else tuple(shape or segment["shape"])
 
 
 @torch.no_grad()
@@ -111,9 +109,10 @@ def all_masked(
     segment: str,
     given: dict[str, torch.Tensor] | None = None,
     given_mask: dict[str, torch.Tensor] | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head of a wholly masked segment gets and gives: states (B, N, D) and log p (B, N, K), float32. Of texts
-    by blocks it is the first block.
+    by blocks it is the first block. `shape` is that of the codes where they are not on the segment's own grid.
 
     D is the width of a code's state: the model's, or a part of it where a position holds several codes.
 
@@ -122,7 +121,7 @@ def all_masked(
     config = transformer.config.segments[segment]
     size = len(next(iter(given.values()))) if given else 1
     device = next(iter(given.values())).device if given else transformer.device
-    codes = torch.full((size, *_at_once(config)), config["vocab_size"], device=device)
+    codes = torch.full((size, *_at_once(config, shape)), config["vocab_size"], device=device)
     states, thread = [], threading.get_ident()
 
     def record(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -140,14 +139,21 @@ def all_masked(
 
 
 def _marginal(
-    transformer: VQDiTTransformer2DModel, gallery: GalleryIndex, segment: str
+    transformer: VQDiTTransformer2DModel, gallery: GalleryIndex, segment: str, shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`all_masked`] with nothing given: computed once for a gallery, as it is of one model."""
     device = transformer.device
     key = segment, device, torch.is_autocast_enabled(device.type)
     if key not in gallery._marginals:
-        gallery._marginals[key] = all_masked(transformer, segment)
+        gallery._marginals[key] = all_masked(transformer, segment, shape=shape)
     return gallery._marginals[key]
+
+
+def _shapes(transformer: VQDiTTransformer2DModel, gallery: GalleryIndex) -> dict[str, tuple[int, ...]]:
+    """Of the codes of which one forward pass tells all, by segment of a gallery."""
+    segments = transformer.config.segments
+    own = {gallery.segment: tuple(gallery.codes.shape[1:]), gallery.query: gallery.query_shape}
+    return {name: _at_once(segments[name], shape) for name, shape in own.items() if "shape" in segments[name]}
 
 
 def at_codes(table: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
@@ -155,12 +161,19 @@ def at_codes(table: torch.Tensor, codes: torch.LongTensor) -> torch.Tensor:
     return table.gather(-1, codes[..., None]).sum((-2, -1))
 
 
-def check_items(name: str, codes: torch.LongTensor, transformer: VQDiTTransformer2DModel, segment: str) -> None:
-    """Raise a ValueError unless there are codes (B, *shape) of a segment, one item or more."""
+def check_items(
+    name: str,
+    codes: torch.LongTensor,
+    transformer: VQDiTTransformer2DModel,
+    segment: str,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Raise a ValueError unless there are codes (B, *shape) of a segment, one item or more; `shape` is its own, or
+    that of another grid."""
     segments = transformer.config.segments or {}
     if segment not in segments:
         raise ValueError(f"{segment!r} is no segment; this model has {list(segments)}")
-    shape, size = tuple(segments[segment]["shape"]), segments[segment]["vocab_size"]
+    shape, size = tuple(shape or segments[segment]["shape"]), segments[segment]["vocab_size"]
     fits = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int64, torch.int32) and codes.ndim > 1
     if fits and "block_length" in segments[segment]:
         shape = tuple(codes.shape[1:])  # of any length
@@ -178,23 +191,26 @@ def _vectors(
     segment: str,
     codes: torch.LongTensor,
     mask: torch.BoolTensor | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """The vectors (B, N * D) of items on their side of `way`: head inputs where given, head rows where generated.
-    `mask` (B, n) is zero at the padding of texts by blocks."""
+    `mask` (B, n) is zero at the padding of texts by blocks, `shape` the grid of what is generated, where it isn't its
+    own."""
     generated = way.generated[0]
     if way.given == (segment,):
         masks = None if mask is None else {segment: mask}
-        return all_masked(transformer, generated, {segment: codes}, masks)[0].flatten(1)
-    head, places = _head(transformer, generated)
-    codes = codes.flatten(1)[:, : _numel(transformer.config.segments[generated])]
-    return head.weight.detach().float()[(*places, codes)].flatten(1)
+        return all_masked(transformer, generated, {segment: codes}, masks, shape)[0].flatten(1)
+    shape = _at_once(transformer.config.segments[generated], shape)
+    head, places = _head(transformer, generated, shape)
+    return head.weight.detach().float()[(*places, codes.flatten(1)[:, : math.prod(shape)])].flatten(1)
 
 
-def _head(transformer: VQDiTTransformer2DModel, segment: str) -> tuple[torch.nn.Module, tuple[torch.LongTensor, ...]]:
+def _head(
+    transformer: VQDiTTransformer2DModel, segment: str, shape: tuple[int, ...]
+) -> tuple[torch.nn.Module, tuple[torch.LongTensor, ...]]:
     """A segment's head, and what it takes besides states: where the codebooks of a patch differ, which one (N,)."""
-    config = transformer.config.segments[segment]
-    places = transformer._places(segment, _at_once(config), transformer.device)
-    return transformer.heads[config.get("shared_with", segment)], places
+    places = transformer._places(segment, shape, transformer.device)
+    return transformer.heads[transformer.config.segments[segment].get("shared_with", segment)], places
 
 
 @torch.no_grad()
@@ -206,6 +222,8 @@ def build_index(
     *,
     batch_size: int = 64,
     lengths: torch.LongTensor | None = None,
+    shape: tuple[int, ...] | None = None,
+    query_shape: tuple[int, ...] | None = None,
 ) -> GalleryIndex:
     """Index a gallery.
 
@@ -220,23 +238,25 @@ def build_index(
         segment, query: the segment of the items and that of the queries.
         batch_size: items a forward pass.
         lengths: (G,), the codes of each item that is a text by blocks, in whole blocks; None for all of them.
+        shape, query_shape: of the items' and the queries' codes, where they are not on the segments' own grids.
 
     Raises:
         ValueError: if the checkpoint knows no task between the two segments that ranks items, or codes don't fit.
     """
     batch_size = check_integer("batch_size", batch_size, 1)
-    check_items("codes", codes, transformer, segment)
+    check_items("codes", codes, transformer, segment, shape)
     codes = codes.long()
     ways = directions(transformer.config.tasks or [], query, segment)
-    sizes = {way: _numel(transformer.config.segments[way.generated[0]]) for way in ways}
+    grids = {segment: shape, query: query_shape}
+    shapes = {way: _at_once(transformer.config.segments[way.generated[0]], grids[way.generated[0]]) for way in ways}
     if lengths is None and "block_length" in transformer.config.segments[segment]:
         lengths = torch.full((len(codes),), codes.shape[1])
     mask = text_mask(codes, lengths)
 
     def vectors_of(part: torch.LongTensor) -> torch.Tensor:
-        return _vectors(transformer, way, segment, codes[part], None if mask is None else mask[part])
+        return _vectors(transformer, way, segment, codes[part], None if mask is None else mask[part], shapes[way])
 
-    way = max(ways, key=sizes.__getitem__)
+    way = max(ways, key=lambda way: math.prod(shapes[way]))
     order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0)).to(codes.device)
     chosen, others = order[:FIT_SIZE], order[FIT_SIZE:]
     sample = torch.cat([vectors_of(part) for part in chosen.split(batch_size)])
@@ -248,7 +268,7 @@ def build_index(
     values, axes = torch.linalg.eigh((sample @ sample.T).double())
     kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
-    head, places = _head(transformer, way.generated[0])
+    head, places = _head(transformer, way.generated[0], shapes[way])
     # What was computed for the fit is not computed again.
     rest = (vectors_of(part) - mean for part in others.split(batch_size) if len(part))
     features, bias = [], []
@@ -256,7 +276,7 @@ def build_index(
         features.append((vectors @ basis.float()).half())
         if way.given == (segment,):
             states = mean + features[-1].float() @ basis.float().T
-            logits = head(states.view(len(states), sizes[way], -1).to(head.weight.dtype), *places).float()
+            logits = head(states.view(len(states), math.prod(shapes[way]), -1).to(head.weight.dtype), *places).float()
             bias.append(-logits.logsumexp(-1).sum(1))
         else:
             bias.append(torch.zeros(len(vectors), device=codes.device))
@@ -271,6 +291,7 @@ def build_index(
         bias=torch.cat(bias)[order.argsort()].cpu(),
         basis=basis.cpu(),
         lengths=None if lengths is None else lengths.to("cpu", torch.int32),
+        query_shape=query_shape,
     )
 
 
@@ -305,7 +326,7 @@ def retrieve(
             raise ValueError(f"gallery has the segment {name!r}; this model has {list(segments)}")
     geometry, blocks = segments[gallery.segment], gallery.lengths is not None
     fits = blocks == ("block_length" in geometry) and gallery.codes.max() < geometry["vocab_size"]
-    if not fits or not blocks and gallery.codes.shape[1:] != tuple(geometry["shape"]):
+    if not fits or not blocks and gallery.codes.ndim != 1 + len(geometry["shape"]):
         raise ValueError(
             f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
             f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
@@ -313,11 +334,11 @@ def retrieve(
     if gallery.model != transformer_digest(transformer):
         raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
     if "channels" not in segments[gallery.query]:
-        check_items("query", query, transformer, gallery.query)
+        check_items("query", query, transformer, gallery.query, gallery.query_shape)
         query = query.long()
     batch_size = check_integer("batch_size", batch_size, 1)
-    top_k = check_integer("top_k", top_k, 1, len(gallery))
-    shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery))
+    top_k = check_integer("top_k", top_k, 1, len(gallery.codes))
+    shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery.codes))
     tasks = transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
@@ -326,8 +347,9 @@ def retrieve(
             f"gallery has the way {gallery.way!r}; this model has {[str(one) for one in ways]}: index "
             "the gallery with this model"
         )
-    width = _head(transformer, way.generated[0])[0].weight.shape[-1]
-    expected = _numel(segments[way.generated[0]]) * width
+    shapes = _shapes(transformer, gallery)
+    width = _head(transformer, way.generated[0], shapes[way.generated[0]])[0].weight.shape[-1]
+    expected = math.prod(shapes[way.generated[0]]) * width
     if len(gallery.basis) != expected:
         raise ValueError(
             f"gallery has a basis of {len(gallery.basis)} rows, but this model {expected}: index the gallery with "
@@ -335,7 +357,9 @@ def retrieve(
         )
     known = {Task.parse(task) for task in tasks}
     free: dict[Task, Any] = {
-        way: _marginal(transformer, gallery, way.generated[0]) if Task((), way.generated) in known else None
+        way: _marginal(transformer, gallery, *way.generated, shapes[way.generated[0]])
+        if Task((), way.generated) in known
+        else None
         for way in ways
     }
 
@@ -344,13 +368,15 @@ def retrieve(
     places, scores = [], []
     masks = [None] * len(query) if query_mask is None else query_mask.split(batch_size)
     for part, mask in zip(query.split(batch_size), masks, strict=False):
-        given = [{gallery.query: one} for one in (part, mask) if one is not None]
+        given = [None if one is None else {gallery.query: one} for one in (part, mask)]
         at_once = forward in ways and (way == forward or gallery.lengths is None)
-        states, table = all_masked(transformer, gallery.segment, *given) if at_once else (0, 0)
+        states, table = (
+            all_masked(transformer, gallery.segment, *given, shapes[gallery.segment]) if at_once else (0, 0)
+        )
         if way == forward:
             vectors = (states - free[forward][0]).flatten(1)
         else:
-            vectors = _vectors(transformer, way, gallery.query, part)
+            vectors = _vectors(transformer, way, gallery.query, part, None, shapes[gallery.query])
         found = gallery.search(vectors.cpu() @ gallery.basis.float(), shortlist)  # (b, shortlist)
         places.append(found)
         score = torch.zeros(found.shape)
@@ -377,7 +403,7 @@ def retrieve(
         for part in places.unique().split(batch_size):
             codes = gallery.codes[part].long().to(query.device)
             given = given_items(gallery, part, codes)
-            table = all_masked(transformer, gallery.query, *given)[1]
+            table = all_masked(transformer, gallery.query, *given, shape=shapes[gallery.query])[1]
             if free[backward] is not None:
                 table = table - free[backward][1]
             for item, one in zip(part.tolist(), table, strict=True):
@@ -388,3 +414,23 @@ def retrieve(
     # 3. Rank
     best, order = scores.sort(dim=1, descending=True, stable=True)
     return RetrievalOutput(indices=places.gather(1, order)[:, :top_k], scores=best[:, :top_k])
+
+
+def retrieve_from_parts(
+    transformer: VQDiTTransformer2DModel,
+    query: torch.LongTensor,
+    parts: list[GalleryIndex],
+    *,
+    top_k: int,
+    shortlist: int,
+    **options: Any,
+) -> RetrievalOutput:
+    """[`retrieve`] from a gallery whose items have several grids: the best of each part's, by their PMI."""
+    found = []
+    for part in parts:
+        size = len(part.codes)
+        one = retrieve(transformer, query, part, top_k=min(top_k, size), shortlist=max(shortlist, top_k), **options)
+        found.append((one.scores, one.indices if part.places is None else part.places[one.indices]))
+    scores, indices = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    return RetrievalOutput(indices=indices.gather(1, order)[:, :top_k], scores=best[:, :top_k])

@@ -1,4 +1,4 @@
-"""What a model of likelihoods does besides drawing: score, classify, retrieve."""
+"""What a model of likelihoods does besides drawing and retrieving: score, classify."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..likelihood.bounds import (
     negative_elbo,
     stratified_masks,
 )
-from ..likelihood.retrieval import GalleryIndex, RetrievalOutput, all_masked, build_index, retrieve, tokenizers_digest
+from ..likelihood.retrieval import all_masked
 from ..models.layers import VQDiTPrefix
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
@@ -26,8 +26,9 @@ from .check_inputs import check_batch, check_generator
 from .guidance import encode_given
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .ready_codes import are_codes, encode_value, read_value
-from .segment_base import IMAGE, LABEL, TEXT, SegmentProcessor, forget_positions
+from .ready_codes import encode_value
+from .segment_base import LABEL, TEXT, SegmentProcessor, forget_positions
+from .sizes_mixin import in_order
 from .text_segment import TextSegment
 
 
@@ -47,7 +48,7 @@ class ClassificationOutput(BaseOutput):
 
 
 class LikelihoodMixin(InputsMixin):
-    """The part of [`VQDiTPipeline`] that compares candidates: likelihoods, classification, retrieval."""
+    """The part of [`VQDiTPipeline`] that compares candidates: likelihoods and classification."""
 
     @torch.no_grad()
     def score(
@@ -102,17 +103,37 @@ class LikelihoodMixin(InputsMixin):
             )
         self._check_task(arrow, self._tokenized(passed, passed))
         passed = self._read(passed, unknown=False)
-        size = check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
+        check_batch({name: len(value) for name, value in passed.items()}, 1, generator, broadcast=True)
+        state = None if generator is None else generator.get_state()
+        places, found = [], []
+        for own, values, segments in self._by_grid(passed, arrow.segments):
+            if state is not None:
+                generator.set_state(state)  # the masks of a grid don't depend on what else is scored
+            places.append(own)
+            found.append(self._score(arrow, values, segments, num_samples, batch_size, generator))
+        self.maybe_free_model_hooks()
+        fields = ("nll", "standard_error", "num_codes")
+        return LikelihoodOutput(**{name: in_order(places, [getattr(one, name) for one in found]) for name in fields})
+
+    def _score(
+        self,
+        task: Task,
+        passed: dict[str, list],
+        segments: dict[str, SegmentProcessor],
+        num_samples: int,
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> LikelihoodOutput:
+        """[`score`] of samples whose pictures are of one grid."""
+        size = max(map(len, passed.values()))
         # What is the same for all is encoded once.
-        given = {name: encode_value(self._segment(name), passed[name]) for name in arrow.given}
+        given = {name: encode_value(segments[name], passed[name]) for name in task.given}
         prefix = encode_given(self.transformer, given) if given else None
-        codes = {name: encode_value(self._segment(name), passed[name]).codes for name in arrow.generated}
+        codes = {name: encode_value(segments[name], passed[name]).codes for name in task.generated}
         generated = {name: value.expand(size, *value.shape[1:]) for name, value in codes.items()}
         bound, num_samples = self._bound_of(generated, num_samples, generator)
         with self.progress_bar(total=num_samples * -(-size // batch_size)) as progress_bar:
-            output = bound(prefix=prefix, batch_size=batch_size, progress=progress_bar.update)
-        self.maybe_free_model_hooks()
-        return output
+            return bound(prefix=prefix, batch_size=batch_size, progress=progress_bar.update)
 
     def _bound_of(
         self, generated: dict[str, torch.LongTensor], num_samples: int, generator: torch.Generator | None
@@ -196,10 +217,14 @@ class LikelihoodMixin(InputsMixin):
             _, passed = self._plan(passed, segment.name)
             passed = self._read(passed, unknown=False)
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
-            given = {name: encode_value(self._segment(name), value) for name, value in passed.items()}
-            codes = {name: value.codes for name, value in given.items()}
-            masks = {name: value.mask for name, value in given.items() if value.mask is not None}
-            scores = all_masked(self.transformer, segment.name, codes, masks)[1][:, 0]  # (B, K)
+            places, found = [], []
+            for own, values, segments in self._by_grid(passed, passed):
+                given = {name: encode_value(segments[name], value) for name, value in values.items()}
+                codes = {name: value.codes for name, value in given.items()}
+                masks = {name: value.mask for name, value in given.items() if value.mask is not None}
+                places.append(own)
+                found.append(all_masked(self.transformer, segment.name, codes, masks)[1][:, 0])
+            scores = in_order(places, found)  # (B, K)
             names = segment.decode(torch.arange(scores.shape[1])[:, None])
         self.maybe_free_model_hooks()
         probabilities = scores.softmax(-1).float().cpu()
@@ -236,156 +261,17 @@ class LikelihoodMixin(InputsMixin):
         check_batch({one: len(value) for one, value in passed.items()}, 1, None)
         text = segment.encode(labels)
         bound, _ = self._bound_of({name: text}, num_samples, generator)
-        prefixes = encode_given(self.transformer, {n: encode_value(self._segment(n), v) for n, v in passed.items()})
-        # A sample's keys and values serve all texts.
-        rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
-        nll = torch.stack([bound(prefix=row, batch_size=batch_size).nll for row in rows])
+        places, found = [], []
+        for own, values, segments in self._by_grid(passed, passed):
+            prefixes = encode_given(self.transformer, {n: encode_value(segments[n], v) for n, v in values.items()})
+            # A sample's keys and values serve all texts.
+            rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
+            places.append(own)
+            found.append(torch.stack([bound(prefix=row, batch_size=batch_size).nll for row in rows]))
+        nll = in_order(places, found)
         if str(Task((), (name,))) in (self.transformer.config.tasks or []):
             nll = nll - bound(prefix=None, batch_size=batch_size).nll
         return nll
-
-    @torch.no_grad()
-    def index(
-        self,
-        prompt: list[str] | None = None,
-        image: PipelineImageInput | None = None,
-        *,
-        inputs: dict[str, Any] | None = None,
-        query: str | None = None,
-        batch_size: int = 64,
-    ) -> GalleryIndex:
-        """Index a gallery of texts, for queries by pictures, or of pictures, for queries by texts; or of any segment,
-        for queries by any other.
-
-        Args:
-            prompt, image, inputs: the items, of one segment; as in [`__call__`].
-            query: the segment of the queries. By default ``text`` for ``image`` and the other way round, and the only
-                one that the checkpoint knows a task of for others.
-            batch_size: items a forward pass.
-
-        Returns:
-            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it. Texts by
-            blocks are ranked by all of them; where the checkpoint only generates them, the shortlist is by the first.
-
-        Raises:
-            ValueError: for an empty gallery, or a checkpoint that knows no task between items and queries.
-        """
-        items = self._passed(prompt, image, None, inputs)
-        if len(items) != 1:
-            raise ValueError(
-                f"give prompt or image, one of them, or one segment's inputs: a gallery holds the items of one "
-                f"segment, got {sorted(items)}"
-            )
-        batch_size = check_integer("batch_size", batch_size, 1)
-        ((segment, values),) = items.items()
-        query = self._query_segment(segment) if query is None else self._segment(query).name
-        processor = self._segment(segment)
-        if not are_codes(processor, values) or processor.has_length:
-            self._check_components(segment, f"a gallery of {segment} codes")
-        if processor.given_only:
-            raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
-        if not processor.takes_mask or are_codes(processor, values):  # pictures are read part by part: may be many
-            values = read_value(processor, values, unknown=False)
-        lengths = None
-        if processor.block_length is not None:
-            found = encode_value(processor, values)
-            whole = torch.full((len(found.codes),), found.codes.shape[1])
-            codes, lengths = found.codes, whole if found.mask is None else found.mask.sum(1)
-        else:
-            codes = self._codes_of(processor, values, batch_size)
-        output = build_index(self.transformer, codes, segment, query, batch_size=batch_size, lengths=lengths)
-        output.tokenizers = self._tokenizers_digest(segment)
-        self.maybe_free_model_hooks()
-        return output
-
-    def _codes_of(self, processor: SegmentProcessor, values: Any, batch_size: int) -> torch.LongTensor:
-        """Codes of a gallery's items, which are encoded some at a time."""
-        if isinstance(values, list) and values:
-            parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
-        else:
-            parts = [values]
-        ready = are_codes(processor, values)
-        return torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts])
-
-    def _query_segment(self, segment: str) -> str:
-        """The segment that a gallery is searched by where the call doesn't say it."""
-        usual = {TEXT: IMAGE, IMAGE: TEXT}.get(segment)
-        tasks = [Task.parse(task) for task in self.transformer.config.tasks or []]
-        pairs = [task.segments for task in tasks if len(task.segments) == 2 and len(task.given) == 1]
-        found = sorted({one for pair in pairs if segment in pair for one in pair if one != segment})
-        if usual is not None and (usual in found or not found):
-            return usual
-        if len(found) != 1:
-            raise ValueError(
-                f"query=None: say by which segment a gallery of {segment!r} is searched, one of {found}; it needs a "
-                "task between the two"
-            )
-        return found[0]
-
-    def _tokenizers_digest(self, segment: str) -> str:
-        """Empty where its tokenizer isn't there, so that it can't be told from others."""
-        processor = self._segment(segment)
-        found = [processor.components.get(name) for name in processor.needs[:1]]
-        return "" if None in found else tokenizers_digest(found)
-
-    @torch.no_grad()
-    def retrieve(
-        self,
-        query: str | list[str] | PipelineImageInput,
-        gallery: GalleryIndex,
-        top_k: int | None = None,
-        *,
-        shortlist: int | None = None,
-        batch_size: int = 64,
-    ) -> RetrievalOutput:
-        """The items of a gallery that go best with each query: texts for pictures, pictures for texts, or whatever
-        segments [`index`] was told.
-
-        Args:
-            query: texts for a gallery of pictures, pictures for one of texts; values of the gallery's ``query``.
-            gallery: from [`index`].
-            top_k: items a query; by default 5, or all of a gallery that has fewer.
-            shortlist: candidates a query that the features find, and PMI ranks; by default 20, or twice `top_k` where
-                that is more. Each candidate costs a forward pass where the checkpoint knows both directions.
-            batch_size: queries or candidates a forward pass.
-
-        Returns:
-            [`~likelihood.retrieval.RetrievalOutput`]: ``indices`` and ``scores`` (B, top_k), best first.
-
-        Raises:
-            ValueError: for an index of another model, or an argument that doesn't fit.
-
-        Examples:
-            ```py
-            >>> gallery = pipe.index(image=pictures)
-            >>> gallery.save("gallery.safetensors")
-            >>> best = pipe.retrieve("a red apple", gallery, top_k=3).indices[0]
-            ```
-        """
-        if not isinstance(gallery, GalleryIndex):
-            raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
-        if gallery.tokenizers and self._tokenizers_digest(gallery.segment) not in ("", gallery.tokenizers):
-            raise ValueError(
-                f"gallery was indexed with another tokenizer of {gallery.segment!r} than this pipeline's, or in "
-                "another dtype; index it with this one"
-            )
-        batch_size = check_integer("batch_size", batch_size, 1)
-        top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
-        shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
-        processor = self._segment(gallery.query)
-        try:
-            queries = read_value(processor, query, unknown=False)
-        except ValueError as error:
-            raise ValueError(
-                f"query must be {processor.noun}s, as the gallery holds {gallery.segment} codes, got "
-                f"{shown(query)}: {error}"
-            ) from error
-        value, sizes = encode_value(processor, queries), {"top_k": top_k, "shortlist": shortlist}
-        output = retrieve(
-            self.transformer, value.codes, gallery, **sizes, batch_size=batch_size, query_mask=value.mask
-        )
-        self.maybe_free_model_hooks()
-        return output
 
     def _forget(
         self, codes: torch.LongTensor, strength: float, prefix: VQDiTPrefix | None, segment: str

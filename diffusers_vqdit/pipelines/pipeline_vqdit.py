@@ -27,6 +27,7 @@ from .lora_mixin import LoraMixin
 from .pipeline_output import VQDiTPipelineOutput
 from .pipeline_utils import PluginPipelineMixin, check_components, with_own_state
 from .ready_codes import encode_partial_value, encode_value
+from .retrieval_mixin import RetrievalMixin
 from .segment_base import ENCODERS, EncodedValue
 from .segment_processors import (
     check_code_segments,
@@ -53,7 +54,9 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class VQDiTPipeline(LoraMixin, BlockGenerationMixin, LikelihoodMixin, PluginPipelineMixin, DiffusionPipeline):
+class VQDiTPipeline(
+    LoraMixin, BlockGenerationMixin, LikelihoodMixin, RetrievalMixin, PluginPipelineMixin, DiffusionPipeline
+):
     """Generate pictures, captions or labels from one another by masked diffusion over their codes.
 
     Args:

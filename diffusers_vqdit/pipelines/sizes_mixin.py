@@ -1,6 +1,6 @@
 """The shapes of the codes of what is passed and generated: by height and width, by aspect ratio, or by ready codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ class SizesMixin:
     # The pipeline's
     transformer: Any
     _segments: Any
+    _segments_of: Callable[[dict[str, tuple[int, ...]]], dict[str, SegmentProcessor]]
     _check_components: Callable[[str, str], None]
 
     def _read(
@@ -77,18 +78,57 @@ class SizesMixin:
         seen = [name for name in segments if name in passed and segments[name].buckets]
         if not seen or any(segments[name].tiled for name in passed):
             return {}
-        grid, shapes = self._bucket_of(segments[seen[0]], passed[seen[0]]), {}
-        for name in task.segments:
-            one = segments[name]
-            if one.buckets and (name in passed or latents is None):
-                bucket = nearest_bucket(grid, one.buckets)
-                shapes[name] = tuple(bucket_shape(one.shape, one.entry, bucket))
+        grid = self._bucket_of(segments[seen[0]], passed[seen[0]])
         for name in seen[1:]:
             self._bucket_of(segments[name], passed[name])
+        return self._shapes_on(grid, [name for name in task.segments if name in passed or latents is None])
+
+    def _shapes_on(self, grid: Sequence[int], names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the codes of the buckets nearest to a grid, by segment that has buckets."""
+        segments, shapes = self._segments, {}
+        for name in names:
+            if buckets := segments[name].buckets:
+                bucket = nearest_bucket(grid, buckets)
+                shapes[name] = tuple(bucket_shape(segments[name].shape, segments[name].entry, bucket))
         return shapes
+
+    def _by_grid(
+        self, passed: dict[str, list], names: Iterable[str]
+    ) -> list[tuple[list[int], dict[str, list], dict[str, SegmentProcessor]]]:
+        """What is passed, sorted by the bucket that each sample's first picture belongs to, so that no sample depends
+        on the others: for each bucket the samples' places, their values, and the segments, those of `names` on its
+        grid. A single value is of all samples."""
+        segments, size = self._segments, max(map(len, passed.values()))
+        seen = [name for name in segments if name in passed and segments[name].buckets and not segments[name].tiled]
+        if not seen:
+            return [(list(range(size)), passed, segments)]
+        first, rows = passed[seen[0]], {}
+        for row in range(size):
+            value = first[row : row + 1] if len(first) > 1 else first
+            rows.setdefault(tuple(self._bucket_of(segments[seen[0]], value)), []).append(row)
+        return [
+            (
+                places,
+                {name: [one[row] for row in places] if len(one) > 1 else one for name, one in passed.items()},
+                self._segments_of(self._shapes_on(grid, names)),
+            )
+            for grid, places in sorted(rows.items())
+        ]
 
     @staticmethod
     def _bucket_of(segment: SegmentProcessor, values: list) -> list[int]:
         if not are_codes(segment, values):
             return segment.bucket_of(values)
         return segment.buckets[nearest_bucket(tuple(values[0].shape[:2]), segment.buckets)]
+
+
+def in_order(places: Sequence[list[int]], parts: Sequence[Any]) -> Any:
+    """The rows (b, ...) of several groups of samples, or one number for each group, in the samples' order."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [
+        one if isinstance(one, torch.Tensor) else torch.tensor([one] * len(own))
+        for one, own in zip(parts, places, strict=True)
+    ]
+    order = torch.tensor([place for own in places for place in own]).argsort()
+    return torch.cat(rows)[order.to(rows[0].device)]

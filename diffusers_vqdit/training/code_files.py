@@ -172,7 +172,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} was written by an older version: that its files are whole, and of these tokenizers, "
             "can't be checked"
         )
-        return {**index, "fingerprints": {}, "settings": {}, "shards": None, "source": ""}
+        return {**index, "fingerprints": {}, "settings": {}, "shards": None, "source": "", "notes": []}
+    notes = index.setdefault("notes", [])
+    need(isinstance(notes, list) and all(type(x) is str for x in notes), "notes", notes, "a list of strings")
     prints, settings, shards = index.get("fingerprints"), index.get("settings"), index.get("shards")
     need(
         isinstance(prints, dict) and all(type(x) is str for x in prints.values()),

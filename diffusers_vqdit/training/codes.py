@@ -6,8 +6,8 @@ A folder of codes holds ``codes-00000.arrow``, ``codes-00001.arrow``, ... (those
 given, ``{segment}_variants`` those of a text with several captions for use where it is generated, too.
 ``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and what it is (``modality``, ``tokenizer`` and
 options, as the pipeline takes them), the names of the labels, how many times smaller ``image_lowres`` is, how the data
-was read (``settings``), SHA-256 of the data and the tokenizers (``fingerprints``) and the shards with theirs.
-[`~training.encoding.encode_dataset`] writes it.
+was read (``settings``), what of it was lost (``notes``), SHA-256 of the data and the tokenizers (``fingerprints``) and
+the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
 
 Segments of an encoder's states have ``channels`` in place of ``vocab_size``; their states lie beside each shard's
 codes in ``states-00000.arrow`` ([`~training.state_files`]), and are read row by row.
@@ -58,6 +58,8 @@ class CodeDataset:
             pictures' aspect ratios, and numbers of blocks of texts.
         fingerprints (`dict[str, str]`): SHA-256 of ``data``, ``image_vq``, ``text_vq``, ``tokenizer`` and of other
             tokenizers, as far as there are any.
+        notes (`list[str]`): what was lost in the encoding: texts that were cut, pictures that were cropped or could
+            not be read.
         source (`str`): SHA-256 of all that the codes were made from, by which a folder isn't made twice; empty in
             those of older versions.
         fingerprint (`str`): SHA-256 of the index, which names those of all shards.
@@ -76,6 +78,7 @@ class CodeDataset:
         self.lowres_factor: int | None = index["lowres_factor"]
         self.settings: dict = index["settings"]
         self.fingerprints: dict[str, str] = index["fingerprints"]
+        self.notes: list[str] = index["notes"]
         self.source: str = index["source"]
         self.fingerprint = file_sha256(folder / INDEX_FILE)
         paths = check_shards(folder, index["shards"])

@@ -258,10 +258,14 @@ class DatasetEncoder(Dataset):
         if not shards:
             column = next((part["column"] for part in parts if part["column"]), self.skipping.column)
             raise ValueError(f"column {column!r}: none of the {self.num_rows} {self.noun}s could be read")
+        found = []
         if skipped := sum(part["skipped"] for part in parts):
-            logger.warning(f"skipped {skipped} of {self.num_rows} {self.noun}s that could not be read")
+            found.append(f"skipped {skipped} of {self.num_rows} {self.noun}s that could not be read")
         if cut := sum(part.get("cut", 0) for part in parts):  # parts of an earlier version don't tell
-            logger.warning(crop_warning(cut, self.num_rows))
+            found.append(crop_warning(cut, self.num_rows))
+        for note in found:
+            logger.warning(note)
+        self.notes += found
         self.shapes = next(part["shapes"] for part in parts if part["shards"])
         for bucket, size in enumerate(self.buckets):
             count = sum(shard["rows"] for shard in shards if shard["bucket"] == bucket)

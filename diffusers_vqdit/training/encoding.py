@@ -192,6 +192,7 @@ def encode_dataset(
             "labels": list(encoder.entries().get(LABEL, {}).get("names", {}).values()),
             "lowres_factor": lowres_factor,
             "settings": encoder.settings,
+            "notes": encoder.notes,
             "fingerprints": {"data": f"{digest:064x}", **prints},
             "source": source,
         }

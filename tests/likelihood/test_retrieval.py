@@ -164,9 +164,9 @@ def test_marginals_are_computed_once_for_a_gallery(transformer, monkeypatch):
     index = build_index(transformer, items("image", 6), "image", "text")
     original, free = retrieval.all_masked, []
 
-    def counted(model, segment, given=None):
+    def counted(model, segment, given=None, *options, **shape):
         free.extend([segment] if given is None else [])
-        return original(model, segment, given)
+        return original(model, segment, given, *options, **shape)
 
     monkeypatch.setattr(retrieval, "all_masked", counted)
     first, second = (retrieve(transformer, items("text", 2, seed=1), index, top_k=3, shortlist=6) for _ in range(2))

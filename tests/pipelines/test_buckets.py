@@ -1,11 +1,13 @@
 """Pictures that are passed to a pipeline that was trained on several aspect ratios."""
 
+import dataclasses
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import GalleryIndex, VQDiTPipeline, VQDiTTransformer2DModel
 
 
 GRIDS = [[4, 4], [6, 3], [3, 6]]
@@ -151,3 +153,91 @@ def test_positions_of_patches_divide_the_grids(buckets):
     with pytest.raises(ValueError, match=r"\['buckets'\]: \[6, 3\] must be a multiple of \[2, 2\].* such as"):
         VQDiTPipeline(**parts, segments={"image": {"modality": "image", "buckets": GRIDS}})
     VQDiTPipeline(**parts, segments={"image": {"modality": "image", "buckets": [[4, 4], [6, 2]]}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+SIZES = [(20, 20), (100, 60), (9, 30), (60, 36), (16, 17)]  # of the grids 0, 1, 2, 1 and 0
+
+
+def codes_of(pipe, image, segment="image"):
+    """A picture's codes on the grid of its own aspect ratio, by its size in pixels."""
+    grid = GRIDS[min(range(3), key=lambda i: abs(np.log(image.height * GRIDS[i][1] / (image.width * GRIDS[i][0]))))]
+    return pipe._segments_of({segment: tuple(grid)})[segment].encode([image])
+
+
+@pytest.mark.parametrize("task", ["text->image", "image->text"])
+def test_each_picture_is_scored_on_its_own_grid_whatever_else_is_scored(buckets, task):
+    pictures = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    options = {"num_samples": 4}
+    found = buckets.score(task, "a red apple", pictures, generator=torch.Generator().manual_seed(3), **options)
+    for row, one in enumerate(pictures):
+        alone = buckets.score(task, "a red apple", one, generator=torch.Generator().manual_seed(3), **options)
+        ready = buckets.score(
+            task, "a red apple", codes_of(buckets, one), generator=torch.Generator().manual_seed(3), **options
+        )
+        assert torch.equal(alone.nll, ready.nll)
+        torch.testing.assert_close(found.nll[row], alone.nll[0])
+        counts = torch.as_tensor(found.num_codes).expand(len(pictures))
+        assert int(counts[row]) == int(torch.as_tensor(alone.num_codes).flatten()[0])
+    assert torch.equal(found.bits_per_code, found.nll / (torch.as_tensor(found.num_codes) * np.log(2)))
+
+
+def test_each_picture_is_classified_on_its_own_grid(buckets, grids):
+    pictures = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    labels, options = ["a red apple", "a sailboat", "sun"], {"num_samples": 4}
+    found = buckets.classify(image=pictures, labels=labels, generator=torch.Generator().manual_seed(3), **options)
+    assert sorted(grids) == sorted(GRIDS)  # once each, several pictures together
+    for row, one in enumerate(pictures):
+        alone = buckets.classify(image=one, labels=labels, generator=torch.Generator().manual_seed(3), **options)
+        torch.testing.assert_close(found.probabilities[row], alone.probabilities[0])
+
+
+def test_a_gallery_of_pictures_of_several_aspect_ratios(buckets, grids, tmp_path):
+    pictures = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    gallery = buckets.index(image=pictures)
+    assert sorted(grids) == sorted(GRIDS) and len(gallery) == len(pictures) and len(gallery.parts) == 3
+    found = buckets.retrieve(["a red apple", "sun"], gallery, top_k=5)
+    assert [sorted(row) for row in found.indices.tolist()] == [[0, 1, 2, 3, 4]] * 2
+    assert (found.scores.diff(dim=1) <= 0).all()
+    # Each has the PMI that it has alone, on its grid.
+    for row, one in enumerate(pictures):
+        alone = buckets.retrieve(["a red apple", "sun"], buckets.index(image=[one]), top_k=1)
+        own = found.scores[found.indices == row]
+        torch.testing.assert_close(own, alone.scores[:, 0])
+    # A file of it is the same.
+    gallery.save(tmp_path / "gallery.safetensors")
+    again = GalleryIndex.load(tmp_path / "gallery.safetensors")
+    assert len(again) == len(gallery) and len(again.parts) == 3
+    other = buckets.retrieve(["a red apple", "sun"], again, top_k=5)
+    assert torch.equal(other.indices, found.indices) and torch.equal(other.scores, found.scores)
+    # Ready codes of one grid are a gallery, too.
+    ready = buckets.index(image=torch.cat([codes_of(buckets, pictures[row]) for row in (1, 3)]))
+    best = buckets.retrieve("sun", ready, top_k=2)
+    order = [row for row in found.indices[1].tolist() if row in (1, 3)]
+    assert [[1, 3][place] for place in best.indices[0].tolist()] == order
+
+
+def test_pictures_of_several_aspect_ratios_ask_one_gallery(buckets, grids, tmp_path):
+    pictures, texts = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)], ["a red apple", "sun", "moon"]
+    gallery = buckets.index(texts)
+    gallery.save(tmp_path / "gallery.safetensors")
+    found = buckets.retrieve(pictures, GalleryIndex.load(tmp_path / "gallery.safetensors"), top_k=3)
+    assert sorted(grids) == sorted(GRIDS)
+    for row, one in enumerate(pictures):
+        alone = buckets.retrieve(codes_of(buckets, one), gallery, top_k=3)
+        assert torch.equal(found.indices[row], alone.indices[0])
+        torch.testing.assert_close(found.scores[row], alone.scores[0])
+    # And of sketches by pictures, each on a grid of its own.
+    sketches = buckets.index(inputs={"sketch": pictures[:3]}, query="image")
+    assert len(sketches) == 3 and len(sketches.parts) == 9
+    assert sorted(buckets.retrieve(pictures[1], sketches, top_k=3).indices[0].tolist()) == [0, 1, 2]
+
+
+def test_a_gallery_of_before_is_asked_on_the_first_grid(buckets, grids):
+    gallery = buckets.index(["a red apple", "sun"])
+    old = dataclasses.replace(gallery, query_shape=None, others=[])
+    buckets.retrieve(picture(100, 60), old, top_k=1)
+    assert grids == [GRIDS[0]]

@@ -99,6 +99,16 @@ def test_how_pictures_are_read_reaches_the_pipeline(run, tokenizers, picture_fol
         run("train_vqdit", f"{data} {tuned} --lowres_factor 2")
 
 
+def test_what_was_lost_in_the_encoding_is_said_before_training(run, tokenizers, picture_folder, tmp_path, caplog):
+    change_rows(picture_folder, lambda index, row: {"text": "word " * 40} if index < 2 else {})
+    run("encode_dataset", f"--train_data_dir {picture_folder} {tokenizers} --output_dir {tmp_path / 'codes'}")
+    caplog.clear()
+    codes = f"--codes_dir {tmp_path / 'codes'} --tasks ->text"
+    run("train_vqdit", f"{codes} {tokenizers} {TINY} --output_dir {tmp_path / 'a'}")
+    (told,) = [record.message for record in caplog.records if "are cut" in record.message]
+    assert f"{str(tmp_path / 'codes')!r}: 2 of " in told
+
+
 def test_new_labels_are_added_to_a_pretrained_pipeline(run, tokenizers, picture_folder, tmp_path):
     data = f"--train_data_dir {picture_folder} --label_column label --tasks label->image,->image"
     run("train_vqdit", f"{data} {tokenizers} {TINY} --output_dir {tmp_path / 'base'}")
