@@ -353,7 +353,10 @@ class VQDiTTransformer2DModel(
         if class_labels is not None or cross_attention_kwargs is not None:
             raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
         if encoder_hidden_states is not None:
-            raise ValueError("encoder_hidden_states needs segments=None; pass texts as codes in given")
+            raise ValueError(
+                "encoder_hidden_states needs segments=None; pass texts in given, as codes, or as states of a segment with "
+                "channels"
+            )
         check_kind("prefix", prefix, VQDiTPrefix, "encode_prefix")
         check_kind("modulation", modulation, VQDiTModulation, "encode_modulation")
         check_kind("cache", cache, GenerationCache, "new_cache")

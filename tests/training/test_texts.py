@@ -114,6 +114,9 @@ def test_a_tokenizer_without_an_end_gets_one_and_it_is_told(words, tmp_path, cap
     assert found.eos_token == END_TOKEN and "has no end of texts" in caplog.text
     with pytest.raises(ValueError, match="has no tokenizer of transformers"):
         load_text_tokenizer(str(tmp_path / "nothing"))
+    # As train_text_vq.py writes it, beside its model.
+    words.save_pretrained(tmp_path / "text_vq" / "tokenizer")
+    assert load_text_tokenizer(str(tmp_path / "text_vq")).get_vocab() == words.get_vocab()
 
 
 def test_the_loss_is_that_of_each_block_alone():
