@@ -354,8 +354,8 @@ class VQDiTTransformer2DModel(
             raise ValueError("class_labels and cross_attention_kwargs need segments=None; pass labels in given")
         if encoder_hidden_states is not None:
             raise ValueError(
-                "encoder_hidden_states needs segments=None; pass texts in given, as codes, or as states of a segment with "
-                "channels"
+                "encoder_hidden_states needs segments=None; pass texts in given, as codes, or as states of a segment "
+                "that has channels"
             )
         check_kind("prefix", prefix, VQDiTPrefix, "encode_prefix")
         check_kind("modulation", modulation, VQDiTModulation, "encode_modulation")

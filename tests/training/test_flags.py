@@ -8,6 +8,7 @@ import pytest
 
 NEEDED = {
     "benchmarks/code_embeddings": "--codes_dir x --image_vq y",
+    "benchmarks/text_positions": "--text_vq x",
     "training/train_vqdit": "--codes_dir x --image_vq x",
     "training/train_latent_dit": "--dataset_name x --image_vq x",
     "training/distill_vqdit": "--codes_dir x --pretrained_model_name_or_path x",
