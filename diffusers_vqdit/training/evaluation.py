@@ -96,6 +96,10 @@ class Roles:
         captions = segment == self.caption or segment in self.states and segment not in data.columns
         return list(data.captions) if captions else [segment]
 
+    def pictures(self, rows: list[int], segment: str, data: "EmojiData") -> torch.Tensor:
+        """Of a segment, in [0, 1]."""
+        return data.real(rows) if segment == self.image else data.others(rows, segment)
+
     def column(self, segment: str, data: "EmojiData") -> str:
         """The dataset's column of a text."""
         return next(iter(self.columns(segment, data)), data.caption_column)
@@ -131,13 +135,14 @@ def tasks_between(pipeline: VQDiTPipeline, given: list[str], generated: list[str
 
 
 def image_tasks(pipeline: VQDiTPipeline, roles: Roles) -> dict[Task, list[str]]:
-    """The tasks of pictures from other pictures, with texts beside them or without, and which these others are."""
+    """The tasks of one picture from others, with texts beside them or without, and which these others are."""
     segments, found = pipeline._segments, {}
     for task in map(Task.parse, pipeline.transformer.config.tasks):
         others = [name for name in task.given if name not in (*roles.texts, *roles.states)]
         fields = [(segments[name].output_field, segments[name].given_field) for name in others]
         pictures = all("images" in both for both in fields) and not any(segments[name].tiled for name in others)
-        if others and pictures and task.generated == (roles.image,):
+        made = [segments[name].output_field == "images" and not segments[name].tiled for name in task.generated]
+        if others and pictures and made == [True]:
             found[task] = others
     return found
 
@@ -253,6 +258,12 @@ class EmojiData:
     def at_size(self, image_vq: ImageVQModel, size: tuple[int, int], args: argparse.Namespace) -> "EmojiData":
         """The same rows with pictures of another height and width, looked at by their pixels alone."""
         pictures, _ = read_pictures(self.splits, args.image_column, size, self.resize_mode)
+        codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
+        return replace(self, pictures=pictures, codes=codes, decoded=decoded, judge=None, features=None)
+
+    def of_column(self, image_vq: ImageVQModel, column: str, args: argparse.Namespace) -> "EmojiData":
+        """The same rows with the pictures of another column, looked at by their pixels alone."""
+        pictures = (self.others(list(range(len(self.pictures))), column) * 255).round().byte()
         codes, decoded = reconstruct(image_vq, pictures, args.batch_size)
         return replace(self, pictures=pictures, codes=codes, decoded=decoded, judge=None, features=None)
 

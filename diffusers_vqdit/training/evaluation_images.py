@@ -161,12 +161,18 @@ def measure_repair(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Name
 def measure_image_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
     """Of tasks from other pictures, and a text beside them: those pictures are columns of their segments' names."""
     roles, figures = Roles.of(pipeline), {}
+    looked_at = {roles.image: data}
     for task, others in image_tasks(pipeline, roles).items():
+        (output,) = task.generated
+        if output not in looked_at:
+            looked_at[output] = data.of_column(pipeline._segments[output].vq, output, args)
         for title, rows in (("training pictures", data.train), (data.held_out, data.composition)):
-            passed = {name: data.others(rows, name) for name in others}
+            passed = {name: roles.pictures(rows, name, data) for name in others}
             passed |= {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
-            drawn = sample(pipeline, args, len(rows), str(task), roles.image, passed)
-            figures[f"{task}, {title}, nearest picture is the right one"] = share(data.nearest(drawn, rows))
+            drawn = sample(pipeline, args, len(rows), str(task), output, passed)
+            figures[f"{task}, {title}, nearest picture is the right one"] = share(
+                looked_at[output].nearest(drawn, rows)
+            )
     return figures
 
 

@@ -64,11 +64,11 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
     if arrow := known([], [image]):
         add(arrow, draw(image))
     for task, others in image_tasks(pipeline, roles).items():
-        sources = {name: data.others(rows, name) for name in others}
+        sources = {name: roles.pictures(rows, name, data) for name in others}
         for name, pictures in sources.items():
             add(name, pictures)
         words = {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
-        add(f"... {task}", draw(image, {**sources, **words}), next(iter(words.values()), None))
+        add(f"... {task}", draw(task.generated[0], {**sources, **words}), next(iter(words.values()), None))
     for task in tasks_between(pipeline, [image], roles.texts):
         add(str(task), real, draw(task.generated[0], {image: real}))
     if known([roles.prompt], [image]):

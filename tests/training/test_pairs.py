@@ -124,7 +124,8 @@ def test_pairs_from_the_data_to_guided_pictures_and_figures(run, pairs, monkeypa
     figures = json.loads((pairs / "out" / "evaluation.json").read_text())
     assert {"tokenizers", "image->image"} <= set(figures) <= {"tokenizers", "image->image", "inpainting", "likelihood"}
     found = figures["image->image"]
-    assert len(found) == 6 and all(entry["count"] == 2 for entry in found.values())
+    assert len(found) == 8 and all(entry["count"] == 2 for entry in found.values())
+    assert "image->edges, held-out compositions, nearest picture is the right one" in found
     assert "source+text->image, held-out compositions, nearest picture is the right one" in {
         name.replace("text+source", "source+text") for name in found
     }
