@@ -1,7 +1,9 @@
 """Tiny real components, a tiny dataset, and the training scripts as modules."""
 
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -282,6 +284,32 @@ def talking_pipeline(image_vq, text_vq, tokenizer, audio_codecs):
         segments={"sound": {"modality": "audio", "tokenizer": "codec"}},
         segment_tokenizers=MultiTokenizerModel({"codec": codec}, {"codec": extractor}),
     )
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """Calls a function with each rank of a group of forked processes, and gives their exit codes; that of one that was
+    killed is the signal's, negative, and those of others that waited for it are no 0 either."""
+    runs = itertools.count()
+
+    def member(function, rank, world_size, store):
+        torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+        function(rank)
+        torch.distributed.destroy_process_group()
+
+    def run(function, world_size=2):
+        context, store = multiprocessing.get_context("fork"), tmp_path / f"store-{next(runs)}"
+        jobs = [context.Process(target=member, args=(function, rank, world_size, store)) for rank in range(world_size)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(60)
+            job.kill()
+            job.join()
+        return [job.exitcode for job in jobs]
+
+    return run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from diffusers.utils import deprecate
 
 from ..models.vae_latents import downsample_factor
 from ..utils.checks import check_flag, check_integer, check_number
+from ..utils.fitting import fitting_mode
 from ..utils.images import own_size, read_images, read_mask
 from .check_inputs import MAX_SIDE, check_batch, check_call, check_gaussian, check_labels, check_latents, either
 from .padded_states import PaddedStates
@@ -21,6 +22,7 @@ class LatentInputsMixin:
     transformer: Any
     vae: Any
     scheduler: Any
+    config: Any
     labels: dict[str, int]
     _callback_tensor_inputs: list[str]
 
@@ -39,13 +41,13 @@ class LatentInputsMixin:
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         **options: Any,
-    ) -> tuple[list[int] | None, torch.Tensor | None, torch.Tensor | None, int]:
+    ) -> tuple[list[int] | None, torch.Tensor | None, list[str], torch.Tensor | None, int]:
         """Check a call's arguments; `options` are those that [`~check_inputs.check_call`] has besides, and `texts` the
         prompt as [`~latent_prompts_mixin.LatentPromptsMixin._read_prompts`] reads it.
 
         Returns:
-            the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size and their masks (B, 1,
-            H, W), each None where not passed, and the number of samples.
+            the label numbers, the pictures (B, C, H, W) in [0, 1] at their own size, how each is fitted, and their
+            masks (B, 1, H, W), None or none where not passed, and the number of samples.
 
         Raises:
             ValueError: for an argument that doesn't fit.
@@ -72,11 +74,13 @@ class LatentInputsMixin:
             raise ValueError(f"{given} needs an image")
         labels = None
         pixels: Any = None
+        modes: list[str] = []
         if class_labels is not None:
             num_labels = self.transformer.config.num_embeds_ada_norm
             labels = check_labels("class_labels", class_labels, self.labels, num_labels)
         if image is not None:
-            pixels = own_size(read_images(image, self.vae.config.in_channels))
+            images = read_images(image, self.vae.config.in_channels)
+            pixels, modes = own_size(images), [fitting_mode(one, self.config.resize_mode) for one in images]
         if mask_image is not None:
             mask_image = read_mask(mask_image, tuple(pixels.shape[-2:]), len(pixels))
         passed = {"prompt": texts, "class_labels": labels, "image": pixels}
@@ -85,7 +89,7 @@ class LatentInputsMixin:
         if latents is not None:
             channels = self.transformer.config.in_channels
             check_latents(latents, (total, channels, size[0] // factor, size[1] // factor))
-        return labels, pixels, mask_image, total
+        return labels, pixels, modes, mask_image, total
 
 
 def labels_before_pictures(image: Any, class_labels: Any, names: Mapping[str, int]) -> tuple[Any, Any]:

@@ -68,7 +68,8 @@ class VQDiTPipeline(
         lowres_factor: how many times smaller the pictures were that ``image_lowres`` was trained on.
         resize_mode: how the training read pictures that are not of the grid's aspect ratio: ``"crop"`` cut their
             middle out, ``"pad"`` fitted them whole on white, ``"pad_border"`` on their border's colour; ``"auto"`` did
-            so where they stand on plain ground, else it cropped. Pictures to repaint are always fitted whole.
+            so where they stand on transparent or plain ground, else it cropped. Pictures to repaint are always fitted
+            whole.
         segments: what the segments are, by name: ``"modality"``: ``"image"``, ``"text"``, ``"label"``, ``"audio"``, or
             of encoders ``"states"`` and ``"image_states"``;
             ``"tokenizer"``, what makes their codes: a component, by default ``image_vq`` or ``text_vq``, or one of

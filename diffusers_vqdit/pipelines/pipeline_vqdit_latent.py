@@ -58,7 +58,7 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         max_sequence_length: tokens of a prompt for a transformers encoder; the rest is cut off, with a warning.
         resize_mode: how the training read pictures of another aspect ratio: ``"crop"`` cut their middle out, ``"pad"``
             fitted them whole on white, ``"pad_border"`` on their border's colour; ``"auto"`` did so where they stand
-            on plain ground, else it cropped. Pictures to repaint are always fitted whole.
+            on transparent or plain ground, else it cropped. Pictures to repaint are always fitted whole.
 
     A pipeline may be used by several threads at once, each call with arguments of its own. ``pipe._interrupt = True``
     ends all the calls that run.
@@ -205,17 +205,22 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         return self.pixel_processor.postprocess(torch.where(mask > 0, repainted, pixels), kind)
 
     def _encode_source(
-        self, pixels: torch.Tensor, mask: torch.Tensor | None, height: int, width: int, total: int
+        self,
+        pixels: torch.Tensor,
+        modes: list[str],
+        mask: torch.Tensor | None,
+        size: tuple[int, int],
+        total: int,
     ) -> tuple[torch.Tensor, torch.BoolTensor | None]:
-        """Latents (total, C, h, w) of pictures in [0, 1] at their own size, and which of them their masks touch
-        (total, 1, h, w)."""
+        """Latents (total, C, h, w) of pictures in [0, 1] at their own size, each fitted to `size` by its mode or whole
+        where there are masks, and which of them their masks touch (total, 1, h, w)."""
         inputs = 2.0 * pixels.to(self._execution_device) - 1.0
         if mask is None:
-            inputs = resize_pixels(inputs, (height, width), self.config.resize_mode)
-            return self._repeated(encode_latents(self.vae, inputs), total), None
+            fitted = [resize_pixels(one[None], size, mode) for one, mode in zip(inputs, modes, strict=True)]
+            return self._repeated(encode_latents(self.vae, torch.cat(fitted)), total), None
         mask = mask.to(inputs)
-        source = encode_latents(self.vae, resize_pixels(fill_with_surroundings(inputs, mask), (height, width)))
-        hole = touched_patches(mask, (height, width), tuple(source.shape[2:]))[:, None]
+        source = encode_latents(self.vae, resize_pixels(fill_with_surroundings(inputs, mask), size))
+        hole = touched_patches(mask, size, tuple(source.shape[2:]))[:, None]
         return self._repeated(source, total), self._repeated(hole, total)
 
     def _begin(
@@ -360,7 +365,7 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
             {"prompt": prompt_attention_mask, "negative_prompt": negative_prompt_attention_mask},
             max_sequence_length,
         )
-        numbers, pixels, mask, total = self.check_inputs(
+        numbers, pixels, modes, mask, total = self.check_inputs(
             texts,
             class_labels,
             image,
@@ -393,7 +398,9 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
             noise = latents.to(device, torch.float32)
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(int(num_inference_steps), device=device)
-        source, hole = (None, None) if pixels is None else self._encode_source(pixels, mask, height, width, total)
+        source, hole = None, None
+        if pixels is not None:
+            source, hole = self._encode_source(pixels, modes, mask, (height, width), total)
         latents, timesteps = self._begin(scheduler, int(num_inference_steps), noise, source, hole, strength)
         self._num_timesteps, accepted = len(timesteps), inspect.signature(scheduler.step).parameters
 

@@ -22,6 +22,7 @@ from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader, crop_warning
 from .image_stream import ImageStream, open_pictures
+from .table_files import stream_identity
 
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,8 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, I
         if "train" not in splits:
             raise MissingSplitError(f"split='train' is not in the data: it has {sorted(map(str, splits))}")
         measured = datasets.Dataset.from_list(list(open_pictures(splits, held_out, column).take(limit)))
-        pictures = ImageStream(open_pictures(splits, "train", column), *read, **own)
+        source = stream_identity(splits, "train", column)
+        pictures = ImageStream(open_pictures(splits, "train", column), *read, source=source, **own)
         return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
     train, measured = (
         take_split(splits, name, image_column=column, max_samples=count)

@@ -18,8 +18,8 @@ def crop_warning(cut: int, count: int, *, first: bool = False) -> str:
     """What is said where `cut` of `count` pictures, all or the first, are cropped so."""
     return (
         f"resize_mode='crop' takes more than {MAX_CUT:.0%} of the area off {cut} of {'the first ' * first}{count} "
-        "pictures, which have another aspect ratio: --resize_mode auto reads those on plain ground whole, pad_border "
-        "all"
+        "pictures, which have another aspect ratio: --resize_mode auto reads those on transparent or plain ground "
+        "whole, pad_border all"
     )
 
 

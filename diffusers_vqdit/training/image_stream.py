@@ -30,9 +30,17 @@ class ImageStream(ImageReader):
     In place of a picture that can't be read stands the next one of its batch that can.
 
     Its state is where the batches that were taken end: the epoch, the window, and the place of `datasets` before it.
+
+    Args:
+        source: what tells the data from others ([`~training.table_files.stream_identity`]); None where nothing does.
+        reading, options: those of [`~training.image_reader.ImageReader`].
     """
 
     pictures = None  # in memory
+
+    def __init__(self, *reading: Any, source: str | None = None, **options: Any) -> None:
+        super().__init__(*reading, **options)
+        self.source = source
 
     def _open(self, dataset: Any) -> None:
         self.rank, self.world_size = process_rank()
@@ -48,7 +56,8 @@ class ImageStream(ImageReader):
 
     def identity(self) -> dict[str, str]:
         """What tells these pictures from others, for the identity of a run."""
-        return {"resize_mode": self.resize_mode, "interpolation": self.interpolation}
+        source = {} if self.source is None else {"pictures": self.source}
+        return {**source, "resize_mode": self.resize_mode, "interpolation": self.interpolation}
 
     def samples(self) -> Iterator[tuple[Any, int]]:
         """Undecoded values from the state on, each with its position among those of all processes."""

@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
@@ -102,20 +101,20 @@ def settle_statistics(
 def encode_captions_of(
     args: argparse.Namespace, parts: dict[str, Any], captions: dict[str, CaptionColumn], device: torch.device
 ) -> CaptionStates | None:
-    """The states of all captions, on disk; None where there are none. The text encoder isn't needed after that."""
+    """The states of all captions, on disk; None where there are none. All processes must call it. The text encoder
+    isn't needed after that."""
     if not captions:
         return None
     encoder, length = parts["text_encoder"], parts["max_sequence_length"]
-    with PartialState().main_process_first():  # the others read the file
-        return cache_captions(
-            encoder,
-            parts["tokenizer"],
-            list(captions.values()),
-            encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
-            args.states_file or args.output_dir / STATES_FILE,
-            kept=args.states_file is not None,
-            device=device,
-        )
+    return cache_captions(
+        encoder,
+        parts["tokenizer"],
+        list(captions.values()),
+        encoder.config.max_length if isinstance(encoder, TextVQModel) else length,
+        args.states_file or args.output_dir / STATES_FILE,
+        kept=args.states_file is not None,
+        device=device,
+    )
 
 
 def draw_conditions(

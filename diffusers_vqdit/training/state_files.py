@@ -24,7 +24,7 @@ _TYPE = pa.large_list(pa.large_list(pa.float16()))
 @contextmanager
 def states_writer(path: Path, names: Sequence[str]) -> Iterator[Callable[[Mapping[str, StateRows]], None]]:
     """A function for a ``with`` block that writes some rows of the columns `names`; the file is there at its end."""
-    schema = pa.schema([(name, _TYPE) for name in names])
+    schema = _schema(names)
     with replacing_file(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
         with pa.ipc.new_file(sink, schema) as writer:
             yield lambda rows: writer.write_batch(
@@ -42,6 +42,19 @@ def write_states(path: Path, names: Sequence[str], batches: Iterable[Mapping[str
     with states_writer(path, names) as write:
         for batch in batches:
             write(batch)
+
+
+def join_state_files(path: Path, names: Sequence[str], parts: Iterable[Path]) -> None:
+    """Write the rows of files of the columns `names`, one file after the other, as they would be from all batches."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _schema(names)) as writer:
+        for part in parts:
+            with pa.OSFile(str(part), "rb") as source, pa.ipc.open_file(source) as file:
+                for number in range(file.num_record_batches):
+                    writer.write_batch(file.get_batch(number))
+
+
+def _schema(names: Sequence[str]) -> pa.Schema:
+    return pa.schema([(name, _TYPE) for name in names])
 
 
 def _array(rows: StateRows) -> pa.Array:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..utils.checks import shown
-from ..utils.distributed import from_all_processes
+from ..utils.distributed import from_all_processes, from_main_process
 from .data_identity import file_identity
 
 
@@ -185,9 +185,7 @@ def compare_files(splits: Splits, split: str) -> None:
         ValueError: on all processes, if one reads others than the first.
     """
     files = splits.builder.config.data_files[split]
-    content = [file_identity(path, times=False) for path in files]
-    content += [] if all(Path(path).is_file() for path in files) else [files.origin_metadata]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(_files_identity(files, times=False)).encode()).hexdigest()
     found = from_all_processes((digest, len(files), files[0]))
     for rank, (other, count, first) in enumerate(found):
         if other != found[0][0]:
@@ -196,6 +194,18 @@ def compare_files(splits: Splits, split: str) -> None:
                 f"{split!r}: process 0 has {found[0][1]} from {found[0][2]!r} on, process {rank} has {count} from "
                 f"{first!r} on, of other names, sizes or revisions; start them again once the data stay as they are"
             )
+
+
+def stream_identity(splits: Splits, split: str, column: str) -> str:
+    """What tells a column of a split of streams from others, on all processes, which must call it: names, sizes and
+    times of the first one's files, or the revision of a repository."""
+    content = [splits.builder.name, column, _files_identity(splits.builder.config.data_files[split], times=True)]
+    return from_main_process(hashlib.sha256(json.dumps(content).encode()).hexdigest())
+
+
+def _files_identity(files: Any, *, times: bool) -> list[Any]:
+    content = [file_identity(path, times=times) for path in files]
+    return content if all(Path(path).is_file() for path in files) else [*content, files.origin_metadata]
 
 
 def stream_of(builder: Any, split: str, columns: Sequence[str]) -> Any:

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 
 # "crop" cuts the middle out; "pad" fits the whole picture on white, "pad_border" on the colour of its border; "auto"
-# does the last where the picture stands on plain ground, and crops else.
+# does the second for a cut-out, the third where the picture stands on plain ground, and crops else.
 RESIZE_MODES = ("crop", "pad", "pad_border", "auto")
 INTERPOLATION_MODES = tuple(method.name.lower() for method in Image.Resampling)
 
@@ -14,6 +14,11 @@ MAX_CUT = 0.05  # of a picture's area, that is cropped without a word
 
 # Ground is plain where so large a share of the border's pixels differs from their median by so little.
 GROUND_SHARE, GROUND_TOLERANCE = 0.6, 12
+
+# A cut-out has so large a share of pixels that are at most so opaque, of 255. Once they are white, nothing but this
+# entry in the `info` of a picture tells it from a photograph, where what is drawn reaches its border.
+CLEAR_SHARE, CLEAR_ALPHA = 0.01, 25
+CUT_OUT = "cut_out"
 
 
 def fitted_box(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -27,6 +32,13 @@ def cuts_much(size: tuple[int, int], canvas: tuple[int, int]) -> bool:
     """Whether a picture (height, width) that is cropped to fill a canvas loses more than `MAX_CUT` of its area."""
     scale = max(canvas[0] / size[0], canvas[1] / size[1])
     return canvas[0] * canvas[1] < (1 - MAX_CUT) * size[0] * size[1] * scale**2
+
+
+def fitting_mode(image: Image.Image | torch.Tensor, resize_mode: str) -> str:
+    """`resize_mode` for a picture from [`~utils.images.read_images`]: where it is "auto", a cut-out is fitted whole,
+    on the white that was transparent. Tensors don't say what was."""
+    cut_out = isinstance(image, Image.Image) and image.info.get(CUT_OUT) is True
+    return "pad" if resize_mode == "auto" and cut_out else resize_mode
 
 
 def padding_colour(pixels: np.ndarray, size: tuple[int, int], resize_mode: str) -> tuple[int, ...] | None:
@@ -55,14 +67,15 @@ def resize_image(
     """A picture made `size` (height, width) without distortion.
 
     Args:
-        image: of mode ``RGB`` or ``L``.
+        image: of mode ``RGB`` or ``L``, from [`~utils.images.to_channels`] where it may have had transparent pixels.
         size: height and width of the result.
         resize_mode: one of `RESIZE_MODES`.
         interpolation: one of `INTERPOLATION_MODES`.
         centering: where the part that a crop keeps lies, across and down: 0 is left and top, 1 right and bottom.
     """
     pixels = np.asarray(image)
-    colour = padding_colour(pixels if pixels.ndim == 3 else pixels[..., None], size, resize_mode)
+    mode = fitting_mode(image, resize_mode)
+    colour = padding_colour(pixels if pixels.ndim == 3 else pixels[..., None], size, mode)
     return _fit(image, size, colour, Image.Resampling[interpolation.upper()], centering)
 
 

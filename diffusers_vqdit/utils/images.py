@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
-from .fitting import fitted_box, padding_colour, resize_image, resize_planes
+from .fitting import CLEAR_ALPHA, CLEAR_SHARE, CUT_OUT, fitted_box, padding_colour, resize_image, resize_planes
 
 
 # What shows a picture of an EXIF orientation as it is meant; orientation 1 needs nothing.
@@ -31,7 +31,8 @@ _ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB picture as it is seen: turned as its EXIF orientation says, transparent pixels on white.
+    """An RGB picture as it is seen: turned as its EXIF orientation says, transparent pixels on white, and its ``info``
+    saying where it is a cut-out, which [`~utils.fitting.resize_image`] never crops of itself.
 
     Grey values of more than 8 bits are scaled by their range: 16 bits in the modes ``I;16``; in ``I`` and ``F`` 8 bits
     where no value is above 255, else 16 bits (``I``), and floats in [0, 1] where none is above 1 (``F``).
@@ -79,7 +80,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
-    """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it has such pixels."""
+    """A picture in RGB, transparent pixels on ``"white"`` or ``"black"``, and whether it may have such pixels."""
     if not isinstance(image, Image.Image):
         raise ValueError(f"image must be a PIL picture, got {type(image).__name__}")
     if 0 in image.size:
@@ -94,10 +95,18 @@ def _on_background(image: Image.Image, background: str) -> tuple[Image.Image, bo
             image = image.convert("LA")
         if transparent:
             image = image.convert("RGBA")
+            clear = sum(image.getchannel("A").histogram()[: CLEAR_ALPHA + 1])
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+            _mark_cut_out(image, clear)
         return image.convert("RGB"), transparent
     except Exception as error:  # Pillow's plugins raise what they like on broken files
         raise ValueError(f"image of mode {mode!r} and size {size} can't be read: {error}") from error
+
+
+def _mark_cut_out(image: Image.Image, clear: int) -> None:
+    """Note in a picture's info, which goes with it through Pillow's conversions, that so many pixels were clear."""
+    if clear > CLEAR_SHARE * image.width * image.height:
+        image.info[CUT_OUT] = True
 
 
 def _to_8_bits(image: Image.Image, background: str) -> Image.Image:
@@ -110,7 +119,9 @@ def _to_8_bits(image: Image.Image, background: str) -> Image.Image:
     clear = image.info.get("transparency")
     if clear is not None:
         scaled[values == clear] = 255 if background == "white" else 0
-    return Image.fromarray(scaled.astype(np.uint8))
+    picture = Image.fromarray(scaled.astype(np.uint8))
+    _mark_cut_out(picture, 0 if clear is None else int((values == clear).sum()))
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """How pipelines read pictures and masks: as the training did, never squeezed; and what is pasted back."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_codes_are_those_of_the_picture_as_training_reads_it(pipeline, tmp_path,
         [tensor.float()],
     ):
         assert torch.equal(pipe.encode_image(other), expected)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (24, 40), (32, 32), (9, 31)])
+def test_cut_outs_are_whole_beside_photographs(pipeline, latent_pipeline, size):
+    """In one call, as training reads them: a cut-out that touches all sides, and its pixels without transparency."""
+    ring = Image.new("L", size, 255)
+    ring.paste(0, (size[0] // 3, size[1] // 3, size[0] - size[0] // 3, size[1] - size[1] // 3))
+    image = picture(size)
+    image.putalpha(ring)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    plain = Image.alpha_composite(Image.new("RGBA", size, "white"), image).convert("RGB")
+    codes, latents = (like(one, "auto") for one in (pipeline, latent_pipeline))
+    found = codes.encode_image([image, plain, turned(image)])
+    expected = [like(pipeline, mode).encode_image(plain)[0] for mode in ("pad", "crop", "pad")]
+    assert torch.equal(found, torch.stack(expected))
+    trained = decode_image({"bytes": file.getvalue()}, 16, "auto")
+    assert torch.equal(pipeline.image_vq.encode_codes(trained[None])[0], expected[0])
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    options = {"strength": 1e-3, "num_inference_steps": 1000, "output_type": "latent"}
+    begun = latents(image=[image, plain], generator=generators, **options).images
+    for one, mode in zip(begun, ("pad", "crop"), strict=True):
+        torch.testing.assert_close(one, latents_of(like(latent_pipeline, mode), plain)[0])
 
 
 def test_how_pictures_are_read_is_saved_and_old_configs_crop(pipeline, latent_pipeline, tmp_path):

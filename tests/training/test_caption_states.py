@@ -1,7 +1,10 @@
 """States of captions on disk: what they were made of, and that a run over latents needs no encoder after the start."""
 
 import hashlib
+import itertools
 import json
+import os
+import signal
 
 import pyarrow as pa
 import pytest
@@ -9,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_vqdit import VQDiTLatentPipeline
+from diffusers_vqdit.training import caption_states
 from diffusers_vqdit.training.caption_states import CaptionStates, _digest, cache_captions
 from diffusers_vqdit.training.columns import number_texts
-from diffusers_vqdit.training.state_files import StatesColumn
+from diffusers_vqdit.training.state_files import StatesColumn, write_states
+from diffusers_vqdit.utils.distributed import process_rank
 
 
 WORDS = ["a red box", "a blue box and a green dot", "pink", "a dot in a box", "green"]
@@ -95,6 +100,73 @@ def test_a_damaged_or_unfinished_file_is_refused(made, tmp_path):
     made(kept=False)
     assert json.loads(index.read_text())["max_sequence_length"] == "9"
     made()
+
+
+@pytest.fixture
+def encoded(monkeypatch, tmp_path):
+    """The file that lists encoded texts; with `killed` beside it, the last rank ends at its fourth batch."""
+    monkeypatch.setattr(caption_states, "PART_BATCHES", 2)
+    encode, batches = caption_states.encode_captions, itertools.count(1)
+
+    def listed(encoder, tokenizer, texts, *options):
+        if (tmp_path / "killed").exists() and process_rank()[0] == process_rank()[1] - 1 and next(batches) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(tmp_path / "encoded.txt", "a") as file:
+            file.writelines(f"{text}\n" for text in texts)
+        return encode(encoder, tokenizer, texts, *options)
+
+    monkeypatch.setattr(caption_states, "encode_captions", listed)
+    return tmp_path / "encoded.txt"
+
+
+MANY = [f"{WORDS[number % 5]} {number}" for number in range(23)]  # six parts of two batches of two
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (1, 2), (2, 1)])
+def test_a_killed_run_goes_on_with_the_parts_it_lacks(made, encoded, in_processes, tmp_path, first, second):
+    path, index = tmp_path / "states.arrow", tmp_path / "states.arrow.json"
+    made([*MANY, *MANY])
+    whole, said = path.read_bytes(), index.read_bytes()
+    assert encoded.read_text().split("\n")[:-1] == MANY
+    assert not list(tmp_path.glob(".unfinished*"))
+    path.unlink()
+    index.unlink()
+    (tmp_path / "killed").touch()
+    assert in_processes(lambda rank: made(MANY), first)[-1] == -signal.SIGKILL
+    assert not path.exists()
+    (tmp_path / "killed").unlink()
+    encoded.unlink()
+    assert in_processes(lambda rank: made(MANY), second) == [0] * second
+    assert path.read_bytes() == whole and index.read_bytes() == said
+    # The last of two processes had finished its first part of three, the other one all of its own.
+    left = MANY[12:16] + MANY[20:] if first == 2 else MANY[4:]
+    assert sorted(encoded.read_text().split("\n")[:-1]) == sorted(left)
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_the_file_is_that_of_all_batches_one_after_the_other(made, encoders, tmp_path):
+    states = made(MANY)
+
+    def batches():
+        for start in range(0, len(MANY), 2):
+            rows = range(start, min(start + 2, len(MANY)))
+            yield {"captions": [states.column.variants(row) for row in rows]}
+
+    write_states(tmp_path / "plain.arrow", ["captions"], batches())
+    assert (tmp_path / "plain.arrow").read_bytes() == (tmp_path / "states.arrow").read_bytes()
+
+
+def test_processes_refuse_a_file_of_something_else_together(made, in_processes, tmp_path):
+    made()
+    told = tmp_path / "told"
+
+    def refused(rank):
+        with pytest.raises(ValueError, match="states_file=.* was made with other max_sequence_length"):
+            made(length=8)
+        told.with_suffix(f".{rank}").touch()
+
+    assert in_processes(refused) == [0, 0]
+    assert len(list(tmp_path.glob("told.*"))) == 2
 
 
 def test_a_run_over_latents_reads_states(script, encoders, image_vq, picture_folder, tmp_path, caplog):

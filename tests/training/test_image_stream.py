@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 
 import datasets
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training import image_stream
+from diffusers_vqdit.training import image_dataset, image_stream
 from diffusers_vqdit.training.data import load_splits
 from diffusers_vqdit.training.image_stream import ImageStream, open_pictures, picture_stream
 
@@ -137,3 +138,46 @@ def test_the_image_tokenizer_resumes_on_a_stream(run, shards, tmp_path, capsys):
         assert "--streaming needs --dataset_name and --max_train_steps" in capsys.readouterr().err
     with pytest.raises(ValueError, match="streaming needs dataset_name: a dataset of the Hub, or files"):
         load_splits(train_data_dir=str(shards), streaming=True)
+
+
+def moved(shards, change):
+    """The data in another folder, as they are or changed."""
+    data = shards.with_name("moved")
+    shutil.copytree(shards, data)  # with the times
+    last = data / f"train-{SHARDS - 1}.parquet"
+    if change == "rows":
+        pq.write_table(pq.read_table(last).slice(1), last)
+    elif change == "time":  # as of other pictures of as many bytes
+        os.utime(last, ns=(0, 0))
+    elif change == "name":
+        last.rename(last.with_stem("train-9"))
+    elif change == "fewer":
+        last.unlink()
+    elif change == "more":
+        shutil.copy2(last, last.with_stem("train-9"))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [*((one, True) for one in (None, "rows", "time", "name", "fewer", "more")), ("more", False)]
+)
+def test_a_run_goes_on_with_the_same_files_alone(run, shards, tmp_path, monkeypatch, change, told):
+    arguments = (
+        "--streaming --resolution 8 --block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --report_to none "
+        f"--num_vq_embeddings 16 --train_batch_size 2 --validation_split none --output_dir {tmp_path / 'run'}"
+    )
+    if told:
+        run("train_image_vq", f"{arguments} --dataset_name {shards}/*.parquet --max_train_steps 1")
+    else:  # by a version that didn't tell data from others
+        with monkeypatch.context() as patch:
+            patch.setattr(image_dataset, "stream_identity", lambda *_: None)
+            run("train_image_vq", f"{arguments} --dataset_name {shards}/*.parquet --max_train_steps 1")
+    arguments += (
+        f" --dataset_name {moved(shards, change)}/*.parquet --max_train_steps 2 --resume_from_checkpoint latest"
+    )
+    if change is None or not told:
+        run("train_image_vq", arguments)
+        assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    else:
+        with pytest.raises(ValueError, match="can't be resumed, for it was trained with pictures="):
+            run("train_image_vq", arguments)

@@ -1,5 +1,8 @@
 """Tensors of pictures in a file: each picture's, whole or not at all, and not made twice."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +73,37 @@ def test_it_is_made_once_and_goes_on_where_it_stopped(images, tmp_path):
     with pytest.raises(ValueError, match="is damaged: its halves' SHA-256 is not the one in it"):
         encode_pictures(images, encode, path, "halves", {"a": "1"}, argument="halves_file")
     assert len(encode_pictures(images, encode, path, "halves", {"a": "1"}).tensor) == 21 and len(counted) > before
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("again", [2, 1])
+def test_a_killed_process_leaves_its_parts_to_the_next_run(images, in_processes, tmp_path, killed, again):
+    """Parts of rows 0-7 (one broken), 8-15 (all broken), 16-23 and 24-29, three rows a batch."""
+    path, counted = tmp_path / "two" / "halves.safetensors", tmp_path / "counted"
+    encode_pictures(images, halves, tmp_path / "one" / "halves.safetensors", "halves", {"a": "1"})
+    whole = (tmp_path / "one" / "halves.safetensors").read_bytes()
+
+    def run(rank, batches=None):
+        made = []
+
+        def encode(pictures):
+            if len(made) == batches and rank == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            made.append(len(pictures))
+            with open(counted, "ab") as file:
+                file.write(bytes(len(pictures)))
+            return halves(pictures)
+
+        encode_pictures(images, encode, path, "halves", {"a": "1"})
+
+    # The first process ends in its second part, the other one in its second, too, of which it had nothing to encode
+    # in the first.
+    assert in_processes(lambda rank: run(rank, 4 if killed == 0 else 1))[killed] == -signal.SIGKILL
+    assert not path.exists()
+    counted.unlink()
+    assert in_processes(run, again) == [0] * again
+    assert path.read_bytes() == whole and [one.name for one in path.parent.iterdir()] == [path.name]
+    assert counted.stat().st_size == (8 if killed == 0 else 6)  # pictures of the part that was not finished
 
 
 def test_latent_training_reads_many_pictures_from_its_file(run, images, image_vq, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from diffusers_vqdit import (
     ImageVQModel,
@@ -280,6 +281,24 @@ def test_sharded_processes_train_the_same_weights_as_one(trained, case):
     if case in SHARDED[:2]:
         averages, final = (f"checkpoint-{STEPS}/{name}" for name in ("ema.safetensors", "pytorch_model_fsdp_0"))
         assert (other / averages).is_file() and (other / final).is_dir()  # the weights in shards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED[:2])
+def test_averages_of_sharded_weights_move(trained, tmp_path, case):
+    """They are neither what they began with, nor what they were halfway, nor the weights that they follow."""
+    folder = trained["sharded"][case][0]
+    last = folder / f"checkpoint-{STEPS}"
+    dcp_to_torch_save(last / "pytorch_model_fsdp_0", tmp_path / "whole.pt")
+    weights = torch.load(tmp_path / "whole.pt", weights_only=True)["model"]
+    averages, before = (load_file(one / "ema.safetensors") for one in (last, folder / f"checkpoint-{STEPS // 2}"))
+    teacher = VQDiTPipeline.from_pretrained(folder.parents[1] / "teacher").transformer.state_dict()
+    saved = VQDiTPipeline.from_pretrained(folder).transformer
+    for number, (name, parameter) in enumerate(saved.named_parameters()):
+        average = averages[f"shadow_params[{number}]"]
+        assert torch.equal(parameter, average), name
+        others = [weights[name], before[f"shadow_params[{number}]"], *([teacher[name]] if case == "distilled" else [])]
+        assert all((average - other).abs().max() > 1e-5 for other in others), name
 
 
 @pytest.mark.slow

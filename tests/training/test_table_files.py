@@ -18,7 +18,7 @@ from PIL import Image
 from diffusers_vqdit.training import table_files
 from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, take_split
 from diffusers_vqdit.training.image_stream import open_pictures
-from diffusers_vqdit.training.table_files import Splits, compare_files, find_table_files
+from diffusers_vqdit.training.table_files import Splits, compare_files, find_table_files, stream_identity
 
 
 COUNT = 6
@@ -72,7 +72,7 @@ def test_revisions_of_the_hub_are_compared(monkeypatch, revision):
 
     def splits(address, tag):
         files = DataFilesList([f"hf://datasets/user/data{address}/a.parquet"], [("user/data", tag)])
-        builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+        builder = SimpleNamespace(name="parquet", config=SimpleNamespace(data_files={"train": files}))
         found = Splits()
         found.builder, found.dataset_name = builder, "user/data"
         return found
@@ -82,6 +82,8 @@ def test_revisions_of_the_hub_are_compared(monkeypatch, revision):
         monkeypatch.setattr(table_files, "from_all_processes", lambda value, told=told: [told.append(value) or value])
         compare_files(splits("@1234", "1234"), "train")
         monkeypatch.setattr(table_files, "from_all_processes", lambda value, told=told: [*told, value])
+        same = [stream_identity(splits(*one), "train", "image") for one in (("@1234", "1234"), change)]
+        assert (same[0] == same[1]) == (revision == "1234")
         if revision == "1234":
             compare_files(splits(*change), "train")
         else:
