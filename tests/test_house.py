@@ -54,6 +54,7 @@ CROSSING = {
     "models.states": "states of encoders in segment_layers, config_checks and the transformer",
     "pipelines.buckets": "aspect ratios, from the pipeline's call to the transformer's positions",
     "pipelines.classify": "classify() and retrieve() of pipelines, over likelihood",
+    "pipelines.exactness_laws": "laws of sampling, from the call to prefixes and the scheduler's events",
     "pipelines.exchanged_components": "components set to others, in both pipelines",
     "pipelines.pipeline_sampling": "samplers and settings of the scheduler as a pipeline's call meets them",
     "pipelines.pipeline_tasks": "repainting, repairing, filling in, enlarging: several mixins and segments",

@@ -1,4 +1,4 @@
-"""All that takes codes takes them as ever where a position holds several: samplers, likelihood, retrieval."""
+"""Likelihood and retrieval take codes as ever where a position holds several."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.likelihood.bounds import negative_elbo
 from diffusers_vqdit.likelihood.retrieval import _vectors, all_masked, at_codes, build_index, retrieve
 from diffusers_vqdit.tasks import Task
@@ -47,64 +47,6 @@ TINY = {
 
 def tiny(segment):
     return make({"image": segment}, noise=0.25, tasks=["->image"])
-
-
-@torch.no_grad()
-def exact_distribution(model, segment, steps, scheduler):
-    """By summing over all paths: the probabilities of all codes (K + 1,) * N after ancestral sampling."""
-    size, shape = segment["vocab_size"], segment["shape"]
-    states = list(itertools.product(range(size + 1), repeat=math.prod(shape)))
-    log_p = model({"image": torch.tensor(states).view(-1, *shape)}).sample["image"].double().log_softmax(-1)
-    p = dict(zip(states, log_p.exp().tolist(), strict=True))
-    ratios = scheduler.mask_ratio(torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
-    now = {states[-1]: 1.0}
-    for left in range(steps, 0, -1):
-        stay, later = ratios[left - 1] / ratios[left], {}
-        for state, weight in now.items():
-            options = [
-                [(size, stay), *((code, (1 - stay) * p[state][i][code]) for code in range(size))]
-                if value == size
-                else [(value, 1.0)]
-                for i, value in enumerate(state)
-            ]
-            for chosen in itertools.product(*options):
-                key = tuple(code for code, _ in chosen)
-                later[key] = later.get(key, 0.0) + weight * math.prod(chance for _, chance in chosen)
-        now = later
-    return {state: weight for state, weight in now.items() if size not in state}
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("segment", TINY.values(), ids=TINY)
-def test_samples_have_the_exact_distribution(segment, steps):
-    model, scheduler, draws = tiny(segment), MaskedDiffusionScheduler(sampler="ancestral"), 6000
-    expected = exact_distribution(model, segment, steps, scheduler)
-    assert sum(expected.values()) == pytest.approx(1)
-    uniform = segment["vocab_size"] ** -math.prod(segment["shape"])
-    assert max(expected.values()) > 1.3 * uniform  # another distribution could be told from it
-    length = math.prod(segment["shape"])
-    scheduler.set_timesteps(steps)
-    for event_driven in (False, True):
-        generator = torch.Generator().manual_seed(0)
-        sample, event = torch.full((draws, length), segment["vocab_size"]), None
-        for timestep in scheduler.timesteps:
-            revealed = None
-            if event_driven:
-                event = scheduler.next_event(timestep, sample == segment["vocab_size"], event, generator=generator)
-                revealed = event.revealed
-            with torch.no_grad():
-                logits = model({"image": sample.view(draws, *segment["shape"])}).sample["image"]
-            sample = scheduler.step(logits, timestep, sample, revealed=revealed, generator=generator).prev_sample
-        found, counts = sample.unique(dim=0, return_counts=True)
-        counts = {tuple(one): count for one, count in zip(found.tolist(), counts.tolist(), strict=True)}
-        assert set(counts) <= set(expected)
-        common = {x: p for x, p in expected.items() if draws * p >= 5}  # for the statistic to be chi-squared
-        pairs = [(counts.get(x, 0), p) for x, p in common.items()]
-        if len(common) < len(expected):
-            pairs.append((draws - sum(count for count, _ in pairs), 1 - sum(p for _, p in pairs)))
-        chi_square = sum((count - draws * p) ** 2 / (draws * p) for count, p in pairs)
-        freedom = len(pairs) - 1
-        assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize("segment", TINY.values(), ids=TINY)
@@ -159,39 +101,3 @@ def test_retrieval_ranks_by_the_likelihoods_of_codes(query, gallery):
     whole = pmi + torch.stack([at_codes(backward, one.flatten()[None].expand(6, -1)) for one in asked])
     torch.testing.assert_close(found.scores, whole.sort(1, descending=True).values, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found.scores, whole.gather(1, found.indices), atol=1e-3, rtol=1e-3)
-
-
-SAMPLERS = [
-    {"sampler": "ancestral"},
-    {"sampler": "ancestral", "remask": 0.3},
-    {"sampler": "confidence"},
-    {"sampler": "halton"},
-    {"sampler": "entropy_bound", "entropy_bound": 2.0},
-]
-
-
-@pytest.mark.parametrize("options", SAMPLERS)
-def test_every_sampler_draws_a_row_as_alone_and_keeps_known_codes(options):
-    model = make(tasks=["->image", "label->image"])
-    pipeline = VQDiTPipeline(model, MaskedDiffusionScheduler(**options), labels=list("abcde"))
-    pipeline.set_progress_bar_config(disable=True)
-    latents = torch.randint(30, (3, 4, 4))
-    latents[0], latents[1, 1:3, ::2] = 30, 30  # nothing is known, a part of some patches is, all is
-    arguments = {"output_type": "latent", "num_inference_steps": 5}
-
-    def run(rows, scale):
-        generators = [torch.Generator().manual_seed(row) for row in rows]
-        labels = ["abc"[row] for row in rows]
-        start = latents[list(rows)]
-        return pipeline(class_label=labels, latents=start, generator=generators, guidance_scale=scale, **arguments)
-
-    batch = run(range(3), 2.0).images
-    assert batch.max() < 30 and torch.equal(batch[latents < 30], latents[latents < 30])
-    for row in range(3):
-        assert torch.equal(run([row], 2.0).images[0], batch[row])
-    one = run(range(3), 1.0).images
-    model.register_to_config(tasks=["label->image"])  # can't be guided at all
-    generators = [torch.Generator().manual_seed(row) for row in range(3)]
-    assert torch.equal(
-        pipeline(class_label=["a", "b", "c"], latents=latents, generator=generators, **arguments).images, one
-    )

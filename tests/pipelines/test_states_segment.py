@@ -178,25 +178,6 @@ def test_the_negative_of_a_text_of_codes(pipeline):
     torch.testing.assert_close(seen[0], logits[1] + 5.0 * (logits[0] - logits[1]), atol=1e-4, rtol=1e-4)
 
 
-def test_guidance_of_one_is_none_and_the_prefix_is_what_is_computed_anew(encoders, image_vq):
-    pipe = make(encoders, image_vq, tasks=[*TASKS, "->image"])
-    states, mask = pipe.encode_prompt([SHORT, LONG])
-    image = {"image": torch.randint(33, (2, 4, 4))}
-    given, masks = {"prompt": states}, {"prompt": mask}
-    prefix = pipe.transformer.encode_prefix(given, masks)
-    logits = pipe.transformer(image, given=given, given_mask=masks).sample["image"]
-    assert torch.equal(pipe.transformer(image, prefix=prefix).sample["image"], logits)
-    both = pipe.transformer(image, prefix=prefix, with_unconditional=True).sample["image"]
-    torch.testing.assert_close(both[:2], logits)
-    assert torch.equal(
-        codes(pipe, [SHORT, LONG], count=2, guidance_scale=1.0),
-        codes(make_like(pipe), prompt_embeds=states, prompt_attention_mask=mask, count=2, guidance_scale=1.0),
-    )
-    assert not torch.equal(
-        codes(pipe, LONG, guidance_scale=6.0, seed=3), codes(pipe, LONG, guidance_scale=1.0, seed=3)
-    )
-
-
 @pytest.mark.parametrize("vision", ["clip", "dinov2"])
 def test_states_of_pictures(encoders, image_vq, vision):
     pipe = make(encoders, image_vq, vision=vision)
