@@ -35,6 +35,7 @@ from diffusers_vqdit.training.segment_columns import (
     audio_options,
     files_of,
     has_captions,
+    is_taken,
     load_encoders,
     load_tokenizers,
 )
@@ -137,10 +138,13 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
     wanted = [column for column in (*others, *files, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted, streaming=args.streaming)
     if args.segment:
-        # Where segments are named, the columns of these two names may be missing unless something else needs them.
+        # Where segments are named that take the tokenizers, the columns of these two names may be missing unless
+        # something else needs them.
         there = next(iter(splits.values())).column_names
-        image_column = None if image_column == IMAGE not in there and not args.lowres_factor else image_column
-        needed = prompt_columns or text_columns
+        needed = args.lowres_factor or not is_taken(args, "image_vq")
+        image_column = None if image_column == IMAGE not in there and not needed else image_column
+        taken = any(is_taken(args, name) for name in ("text_vq", "text_tokenizer", "text_encoder"))
+        needed = prompt_columns or text_columns or not taken
         caption_column = None if caption_column == TEXT not in there and not needed else caption_column
     dataset = take_split(
         splits,

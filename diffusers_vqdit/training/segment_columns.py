@@ -39,6 +39,11 @@ class SegmentFlag(NamedTuple):
     num_codes: int | None = None
 
     @property
+    def flag(self) -> str:
+        """The flag that says it."""
+        return "--code_columns" if self.modality == modality_of(CodesSegment) else "--segment"
+
+    @property
     def options(self) -> dict[str, Any]:
         """The reader's."""
         return {name: value for name, value in (("grid", self.grid), ("num_codes", self.num_codes)) if value}
@@ -129,6 +134,13 @@ def load_encoders(args: argparse.Namespace) -> dict[str, Any]:
         if name := getattr(args, kind.tokenizer):
             found[kind.tokenizer], found[kind.named_beside] = kind.load_tokenizer(name, cache_dir=args.cache_dir)
     return found
+
+
+def is_taken(args: argparse.Namespace, maker: str) -> bool:
+    """Whether a segment of ``--segment`` is made by what a flag names, such as ``image_vq``."""
+    component = TextSegment.tokenizer if maker == "text_tokenizer" else maker
+    made = (None, getattr(args, maker))
+    return any(MODALITIES[flag.modality].tokenizer == component and flag.tokenizer in made for flag in args.segment)
 
 
 def has_captions(args: argparse.Namespace) -> bool:

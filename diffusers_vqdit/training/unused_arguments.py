@@ -9,7 +9,7 @@ from ..pipelines.segment_base import IMAGE, LABEL, LOWRES, TEXT
 from ..tasks import parse_tasks
 from ..utils.arguments import refuse_unused
 from .quantizer_arguments import quantizer_options
-from .segment_columns import RESERVED, has_captions
+from .segment_columns import RESERVED, has_captions, is_taken
 
 
 _QUANTIZERS = set(sum(QUANTIZER_OPTIONS.values(), ())) - {"ema_decay"}  # --ema_decay is that of the weights
@@ -48,6 +48,11 @@ _OF_DATA = {
     *("image_column", "caption_column", "prompt_columns", "label_column", "image_augmentations", "max_train_samples"),
     *("image_interpolation_mode", "dataloader_num_workers", "block_length", "max_text_length", "max_sequence_length"),
     *("max_audio_length", "audio_codebooks"),
+}
+# Arguments that say what a segment is made from, and those of what makes it, by its name.
+_OF_SEGMENTS = {
+    IMAGE: (("image_column",), ("image_vq",)),
+    TEXT: (("caption_column", "prompt_columns"), ("text_vq", "text_tokenizer", "text_encoder")),
 }
 _OF_PICTURES = {
     *("image_column", "image_augmentations", "resolution", "aspect_ratio_buckets", "image_interpolation_mode"),
@@ -122,6 +127,11 @@ def _of_data(args: argparse.Namespace) -> dict[str, str]:
         found |= {} if LABEL in segments else {"label_column": f"without a task of {LABEL!r}"}
         found |= {} if pictures else dict.fromkeys(_OF_PICTURES, f"without a task of {IMAGE!r}")
         found |= {} if captions else dict.fromkeys(("caption_column", "prompt_columns"), f"without a task of {TEXT!r}")
+    for flag in args.segment:
+        columns, makers = _OF_SEGMENTS.get(flag.name, ((), ()))
+        unread = [name for name in makers if name in given and not is_taken(args, name)]
+        names = (*columns, *(unread if given.get("codes_dir") is None else ()))  # theirs are known by fingerprints
+        found |= dict.fromkeys(names, f"with {flag.flag} {flag.name}={flag.column}, which makes {flag.name!r}")
     if not (given.get("text_tokenizer") or named or pretrained):
         found |= dict.fromkeys(("block_length", "max_text_length"), "without --text_tokenizer")
     if not (given.get("text_encoder") or named or pretrained):

@@ -64,6 +64,18 @@ def test_a_column_that_is_named_is_not_left_out(run, tokenizers, picture_folder,
             run("encode_dataset", f"{data} {wrong} --output_dir {tmp_path / 'codes'}")
 
 
+def test_a_column_of_a_tokenizer_that_no_segment_takes_is_not_left_out(run, tokenizers, picture_folder, tmp_path):
+    image_vq = " ".join(tokenizers.split()[:2])
+    change_rows(picture_folder, lambda index, row: {"codes": [1, 2]})
+    rows = (picture_folder / "metadata.jsonl").read_text()
+    (picture_folder / "metadata.jsonl").write_text(rows.replace('"text":', '"title":'))
+    data = f"--train_data_dir {picture_folder} --code_columns codes --output_dir {tmp_path / 'codes'}"
+    with pytest.raises(ValueError, match="column 'text' is not in the data"):
+        run("encode_dataset", f"{data} {tokenizers}")
+    run("encode_dataset", f"{data} {tokenizers} --segment title=text:title")
+    run("encode_dataset", f"{data} {image_vq}")
+
+
 def test_texts_alone(run, tokenizers, picture_folder, tmp_path):
     text_vq = tokenizers.split()[-1]
     run(

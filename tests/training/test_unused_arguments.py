@@ -215,6 +215,45 @@ def test_one_choice_leaves_flags_of_another_without_a_say(name, given, unused, w
     assert f"{unused.split()[0]}=" in says and says.endswith(": leave it out") and why in says
 
 
+REPLACED = [
+    ("image=image:photo", "--image_column picture", "--image_vq y"),
+    ("image=image:photo:z", "--image_column picture --image_vq y", ""),
+    ("image=codes", "--image_column picture --image_vq y", ""),
+    ("text=text:words", "--caption_column caption --prompt_columns a --text_encoder y", "--text_vq y"),
+    ("text=text:words", "--caption_column caption", "--text_tokenizer y"),
+    ("text=text:words:z", "--caption_column caption --text_vq y --text_tokenizer y", ""),
+    ("text=states:words", "--caption_column caption --text_vq y", "--text_encoder y"),
+    ("text=codes:8", "--caption_column caption --prompt_columns a --text_vq y --text_encoder y", ""),
+]
+
+
+@pytest.mark.parametrize(("segment", "refused", "taken"), REPLACED)
+@pytest.mark.parametrize("name", ["train_vqdit", "distill_vqdit", "encode_dataset"])
+def test_one_flag_never_replaces_silently_what_another_makes(name, segment, refused, taken, modules, capsys):
+    parse, flag = (
+        modules[name].parse_args,
+        "--segment" if segment.count(":") and "8" not in segment else "--code_columns",
+    )
+    given = f"--train_data_dir x {flag} {segment} " + ("" if name == "train_vqdit" else NEEDED[name])
+    given = given.replace("--text_vq x", "").split()
+    taken = [] if name == "distill_vqdit" else taken.split()  # whose tokenizers are the pipeline's
+    assert "no effect" not in told(parse, given + taken, capsys)
+    words = refused.split()
+    for unread in zip(words[::2], words[1::2], strict=True):
+        if name == "distill_vqdit" and "column" not in unread[0]:
+            continue
+        says = told(parse, [*given, *taken, *unread], capsys)
+        assert f"{unread[0]}=" in says and f"has no effect with {flag} {segment.split('=')[0]}=" in says
+
+
+def test_a_tokenizer_that_another_segment_takes_is_one_in_use(modules):
+    words = "--segment sketch=image:drawing title=text:title --code_columns image=codes text=codes"
+    words = words.replace(" title=text", " --segment title=text").split()
+    modules["encode_dataset"].parse_args(
+        [*"--train_data_dir x --output_dir x --image_vq x --text_vq x".split(), *words]
+    )
+
+
 @pytest.mark.parametrize("name", ["train_vqdit", "distill_vqdit"])
 def test_codes_were_read_and_encoded_already(name, modules, parser_of, capsys):
     pretrained = "--codes_dir x --pretrained_model_name_or_path x"
