@@ -259,7 +259,7 @@ class InputsMixin(PromptMixin, SizesMixin):
             passed[lowres.name] = passed.pop(name)
         for name in blanks:
             if name not in generated:
-                unknown = f"the code {segments[name].vocab_size}, the mask" if name in ready else "<mask>"
+                unknown = f"the code {segments[name].vocab_size}, the mask" if name in ready else segments[name].blank
                 raise ValueError(
                     f"{shown(passed[name])} has {unknown}, which is for what is to be filled in: ask for "
                     f"output={name!r}"

@@ -211,6 +211,7 @@ class LikelihoodMixin(InputsMixin):
                     "whatever else they are to describe"
                 )
             names = _candidates(labels)
+            segment.check_whole("labels", names)
             scores = -self._candidate_nll(passed, segment, names, num_samples, batch_size, generator)
         else:
             segment = self._only_segment(LabelSegment, LABEL, output)

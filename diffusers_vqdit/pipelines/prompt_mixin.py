@@ -107,6 +107,7 @@ class PromptMixin(CodingMixin):
             segment = self._segments[name]
             if not are_codes(segment, value) and needs_encoder(segment, value):  # the prompt's may be ready
                 self._check_components(name, f"{argument}={shown(value)}")
+            segment.check_whole(argument, value)
             try:
                 values = (
                     read_value(segment, value, False) if are_codes(segment, value) else segment.read_negative(value)

@@ -29,7 +29,7 @@ def read_value(
     """One or several values, or their codes, as a list that is checked.
 
     Args:
-        unknown: whether codes may be the mask.
+        unknown: whether codes may be the mask, and texts have blanks.
         grids: shapes that a height and a width ask for, which codes may have beside the segment's own and those of its
             buckets; None where no size can be asked for.
 
@@ -37,6 +37,8 @@ def read_value(
         ValueError: naming the argument.
     """
     if not are_codes(segment, value):
+        if not unknown:
+            segment.check_whole(segment.argument, value)
         return segment.read(value)
     name, size = segment.argument, segment.vocab_size
     rows = value if isinstance(value, list) else list(value)

@@ -194,6 +194,7 @@ class RetrievalMixin(InputsMixin):
         top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
+        processor.check_whole("query", query)
         try:
             queries = read_value(processor, query, unknown=False)
         except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from ..models.segment_layers import has_codebooks
+from ..utils.checks import shown
 
 
 # The segments that arguments of their own are for; all others are passed by name.
@@ -365,9 +366,23 @@ class SegmentProcessor(ABC):
         """
         raise ValueError(f"mask_image is no mask of {self.argument}, a {self.noun}")
 
+    @property
+    def blank(self) -> str | None:
+        """What stands for one token of a text to fill in, where something does."""
+        return None
+
     def has_blanks(self, value: Any) -> bool:
         """Whether a value itself asks to be filled in."""
-        return False
+        blank, texts = self.blank, value if isinstance(value, list) else [value]
+        return blank is not None and any(isinstance(text, str) and blank in text for text in texts)
+
+    def check_whole(self, argument: str, value: Any) -> None:
+        """Raise a ValueError, which names the argument, where a value asks to be filled in that is taken as it is."""
+        if self.has_blanks(value):
+            raise ValueError(
+                f"{argument}={shown(value)} has {self.blank}, which is for what is to be filled in: here the whole "
+                f"{self.noun} is known"
+            )
 
 
 def bucket_shape(shape: Sequence[int], entry: Mapping[str, Any], bucket: int) -> list[int]:

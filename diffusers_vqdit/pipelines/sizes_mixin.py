@@ -29,7 +29,7 @@ class SizesMixin:
         self, passed: dict[str, Any], unknown: bool = True, sizes: tuple[int | None, int | None] | None = None
     ) -> dict[str, list]:
         """Lists of what was passed, by segment: texts, labels and codes that are checked, and pictures that are read;
-        `unknown` is whether codes may be the mask, and `sizes` the height and the width that they may be of."""
+        `unknown` is as [`read_value`] has it, and `sizes` the height and the width that they may be of."""
         segments, found = self._segments, {}
         for name, value in passed.items():
             grids: list | None = None if sizes is None else []

@@ -115,10 +115,9 @@ class TextSegment(SegmentProcessor):
     def encode(self, values: Any) -> torch.LongTensor:
         return self.vq.encode_codes(*self.tokenize(values))
 
-    def has_blanks(self, value: Any) -> bool:
-        mask = getattr(self.beside, "mask_token", None)
-        texts = value if isinstance(value, list) else [value]
-        return mask is not None and any(isinstance(text, str) and mask in text for text in texts)
+    @property
+    def blank(self) -> str | None:
+        return getattr(self.beside, "mask_token", None)
 
     def infill(self, texts: list[str]) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
         """What texts with blanks tell of a generated text.

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
 from ..utils.texts import cut_warning, in_parts, texts_of
-from ..utils.token_ids import before_end, blank_of, check_vocabulary, end_token_id, in_blocks, token_ids
+from ..utils.token_ids import (
+    before_end,
+    blank_of,
+    check_vocabulary,
+    end_token_id,
+    in_blocks,
+    token_ids,
+    written_ids,
+)
 from .segment_base import ENCODERS, EncodedValue
 from .text_segment import TextReader, TextSegment
 
@@ -19,6 +28,19 @@ from .text_segment import TextReader, TextSegment
 _token_logger = logging.get_logger(__name__)
 
 _MODELS = {"image_vq", TextSegment.tokenizer, *ENCODERS}  # components that make no token ids
+
+
+@dataclass
+class _Found:
+    """Texts of a kind: how many, and the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.first = self.first if self.count else text
+            self.count += 1
 
 
 class TokenReader(TextReader):
@@ -54,21 +76,42 @@ class TokenReader(TextReader):
         self.has_variants = False
 
     def _check_texts(self) -> list[str]:
-        longest = 0
+        longest, total, blank = 0, 0, blank_of(self.tokenizer)
+        empty, ended, blanks = _Found(), _Found(), _Found()
 
         def counted() -> Iterator[tuple[list[str], list[int]]]:
-            nonlocal longest
+            nonlocal longest, total
             for part in in_parts(self.texts(), 1024):
-                counts = [len(ids) + 1 for ids in token_ids(self.tokenizer, part)]
-                longest = max(longest, *counts)
+                written = written_ids(self.tokenizer, part)
+                ends = [ids.count(self.end) for ids in written]
+                counts = [len(ids) - end + 1 for ids, end in zip(written, ends, strict=True)]
+                longest, total = max(longest, *counts), total + len(part)
+                empty.add(text for text, count in zip(part, counts, strict=True) if count == 1)
+                ended.add(text for text, end in zip(part, ends, strict=True) if end)
+                blanks.add(text for text in part if blank in text)
                 yield part, counts
 
         problem = f"texts have more than max_text_length={self.limit} tokens with their end, and"
         warning = cut_warning(counted(), self.limit or math.inf, problem)
+        if empty.count:
+            raise ValueError(
+                f"column {self.column!r}: {empty.count} of {total} texts have no tokens but the end of a text, the "
+                f"first is {shown(empty.first, 60)}: leave these rows out"
+            )
         longest = min(longest, self.limit or longest)
         self.shape = [-(-longest // self.block_length) * self.block_length]
         self.geometry = {"block_length": self.block_length}
-        return [f"column {self.column!r}: {warning}"] if warning else []
+        notes = [warning] if warning else []
+        for found, what in (
+            (ended, f"name the end of a text, {self.tokenizer.eos_token!r}, which is left out of them"),
+            (
+                blanks,
+                f"have {blank!r}, which is learned as it is written, and asks to be filled in where it is passed",
+            ),
+        ):
+            if found.count:
+                notes.append(f"{found.count} of {total} texts {what}; the first is {shown(found.first, 60)}")
+        return [f"column {self.column!r}: {note}" for note in notes]
 
     @property
     def vocab_size(self) -> int:
@@ -124,9 +167,9 @@ class TokenSegment(TextSegment):
         """The code that ends a text."""
         return end_token_id(self.vq)
 
-    def has_blanks(self, value: Any) -> bool:
-        texts = value if isinstance(value, list) else [value]
-        return any(isinstance(text, str) and blank_of(self.vq) in text for text in texts)
+    @property
+    def blank(self) -> str:
+        return blank_of(self.vq)
 
     def ids_of(self, values: Any) -> list[list[int]]:
         """The token ids of texts, without an end. Texts longer than those trained on are told of."""
@@ -166,7 +209,7 @@ class TokenSegment(TextSegment):
     def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
         """Codes (B, n) of texts that begin so, or of whole ones with blanks: each ``<mask>`` is one token, and takes
         the place of the space before it."""
-        blank, end = blank_of(self.vq), self.end
+        blank, end = self.blank, self.end
         check_vocabulary(self.vq, self.vocab_size)
         rows = []
         for text in self.read(values):

@@ -64,7 +64,14 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens, and of any length. Several threads may use the tokenizer."""
+    """The ids of each text, without special tokens, and of any length. Several threads may use the tokenizer. An end
+    that a text names is left out ([`written_ids`] has it)."""
+    end = tokenizer.eos_token_id
+    return [[code for code in ids if code != end] for ids in written_ids(tokenizer, texts)]
+
+
+def written_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """[`token_ids`] with the ends that texts name."""
     if not texts:
         return []
     with tokenizer_lock:
@@ -72,8 +79,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-        found = tokenizer(list(texts), **options).input_ids
-    return [[code for code in ids if code != tokenizer.eos_token_id] for ids in found]  # of a text that names it
+        return tokenizer(list(texts), **options).input_ids
 
 
 def blank_of(tokenizer: Any) -> str:

@@ -1,6 +1,7 @@
 """Texts by blocks: what is known stays, a row is its own, and likelihoods are those of the blocks."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -332,3 +333,24 @@ def test_candidates_that_are_exact_are_classified_by_the_chain_rule(words):
             expected.append(total)
     found = pipe.classify(inputs={"title": title}, labels=poems, output="poem", num_samples=2).probabilities
     torch.testing.assert_close(found[0], torch.tensor(expected).softmax(0), atol=1e-4, rtol=1e-3)
+
+
+BLANKS = {
+    "inputs['poem']": lambda pipe, text: pipe.score("->poem", inputs={"poem": text}, num_samples=2),
+    "inputs['title']": lambda pipe, text: pipe.score("title->poem", inputs={"title": text, "poem": "a"}),
+    "labels": lambda pipe, text: pipe.classify(inputs={"title": "a"}, labels=["a", text], output="poem"),
+    "query": lambda pipe, text: pipe.retrieve(text, pipe.index(inputs={"poem": ["a", "the"]}, query="title")),
+}
+BLANKS["inputs['poem'] "] = lambda pipe, text: pipe.index(inputs={"poem": ["a", text]}, query="title")
+BLANKS["inputs['title'] "] = lambda pipe, text: pipe.classify(
+    inputs={"title": text}, labels=["a", "the"], output="poem"
+)
+
+
+@pytest.mark.parametrize("argument", BLANKS)
+def test_what_is_known_whole_has_nothing_to_fill_in(pipe, argument):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(argument.strip())}=.*<mask>.* has <mask>, which is for what is"
+    ):
+        BLANKS[argument](pipe, "a <mask> king")
+    BLANKS[argument](pipe, "once a king")

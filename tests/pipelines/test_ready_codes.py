@@ -35,6 +35,20 @@ def test_codes_give_what_their_value_gives(pipeline, values, argument, output, g
     assert torch.equal(rows, drawn[0])
 
 
+def test_texts_that_are_known_whole_have_nothing_to_fill_in(pipeline, values):
+    picture, blank = values["image"][0], ["a red apple", "a <mask> apple"]
+    calls = {
+        "prompt": lambda: pipeline.score("image->text", blank, picture, num_samples=2),
+        "prompt ": lambda: pipeline.index(blank),
+        "labels": lambda: pipeline.classify(image=picture, labels=blank, num_samples=2),
+        "query": lambda: pipeline.retrieve(blank, pipeline.index(image=picture)),
+        "negative_prompt": lambda: pipeline("a red apple", negative_prompt=blank[1], output="image"),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^{argument.strip()}=.* has <mask>, which is for what is to be filled"):
+            call()
+
+
 def test_codes_are_scored_classified_and_searched_as_their_values(pipeline, values):
     (texts, text_codes), (pictures, image_codes), _ = values.values()
     scores = [

@@ -23,6 +23,7 @@ from diffusers_vqdit.utils.token_ids import END_TOKEN, in_blocks, token_ids
 
 
 TITLES = ["king", "two kings and a queen", "a time", "upon a time in a far land"]
+POEM = {"poem": SegmentColumn("text", "poem")}
 POEMS = ["once upon a time", "a king  had\na daughter, and she had a king", "the End", "there was a time " * 9]
 
 
@@ -117,6 +118,25 @@ def test_a_tokenizer_without_an_end_gets_one_and_it_is_told(words, tmp_path, cap
     # As train_text_vq.py writes it, beside its model.
     words.save_pretrained(tmp_path / "text_vq" / "tokenizer")
     assert load_text_tokenizer(str(tmp_path / "text_vq")).get_vocab() == words.get_vocab()
+
+
+ENDED, BLANK = f"{END_TOKEN}a king{END_TOKEN}", "a <mask> king"
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", ENDED], ["a", BLANK, BLANK], [ENDED, "a", BLANK, ENDED]])
+def test_what_texts_have_of_their_tokenizer_is_told(words, tmp_path, caplog, texts):
+    encode_dataset(Dataset.from_dict({"poem": texts}), tmp_path, tokenizer=words, segments=POEM)
+    for text, what in ((ENDED, "name the end of a text, '<|endoftext|>'"), (BLANK, "have '<mask>', which is learned")):
+        note = f"column 'poem': {texts.count(text)} of {len(texts)} texts {what}"
+        assert (note in caplog.text) == (text in texts) and (what in caplog.text) == (text in texts)
+
+
+@pytest.mark.parametrize("empty", [END_TOKEN, END_TOKEN * 3])
+def test_a_text_of_ends_alone_is_refused(words, tmp_path, empty):
+    data = Dataset.from_dict({"poem": ["a", empty, "a king", empty]})
+    with pytest.raises(ValueError, match="column 'poem': 2 of 4 texts have no tokens but the end of a text"):
+        encode_dataset(data, tmp_path, tokenizer=words, segments=POEM)
+    assert not (tmp_path / "segments.json").exists()
 
 
 def test_the_loss_is_that_of_each_block_alone():
