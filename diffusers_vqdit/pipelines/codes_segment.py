@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.config_checks import MAX_CODES
 from ..utils.checks import shown
 from ..utils.fingerprints import tensor_sha256
 from .segment_base import ColumnReader, SegmentProcessor
@@ -29,17 +30,26 @@ class CodesReader(ColumnReader):
     ) -> None:
         super().__init__(dataset, column)
         self.dataset, self.grid = self.dataset.with_format("numpy"), None if grid is None else tuple(grid)
-        low, high = 0, 0
+        low = high = (0, 0)  # a code, and minus the first row that has it
         for row in range(len(self.dataset)):
             codes = self._codes(row)
             self.grid = codes.shape
-            low, high = min(low, int(codes.min())), max(high, int(codes.max()))
+            low, high = min(low, (int(codes.min()), row)), max(high, (int(codes.max()), -row))
         if self.grid is None:
             raise ValueError(f"column {column!r} has no rows")
         self.shape = list(self.grid)
-        self.size = high + 1 if num_codes is None else num_codes
-        if low < 0 or high >= self.size:
-            raise ValueError(f"column {column!r} has codes from {low} to {high}; they must be in [0, {self.size})")
+        self.size = min(high[0] + 1, MAX_CODES) if num_codes is None else num_codes
+        if self.size > MAX_CODES:
+            raise ValueError(f"column {column!r}: num_codes={num_codes} must be at most {MAX_CODES}")
+        for code, row in (low, high):
+            if not 0 <= code < self.size:
+                larger = (
+                    "give a larger num_codes (SIZE of --code_columns), or " if self.size <= code < MAX_CODES else ""
+                )
+                raise ValueError(
+                    f"column {column!r}, row {abs(row)}: the code {code} must be in [0, {self.size}): {larger}number "
+                    "the codes anew, from 0 on"
+                )
 
     def _codes(self, row: int) -> np.ndarray:
         """A row's codes, of the grid; of the first row any."""

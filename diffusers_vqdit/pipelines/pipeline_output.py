@@ -29,3 +29,10 @@ class VQDiTPipelineOutput(BaseOutput):
     segments: dict[str, Any] | None = None
     audios: list[np.ndarray] | list[torch.Tensor] | torch.Tensor | None = None
     sampling_rate: int | None = None
+
+    def as_tuple(self, made: list[str]) -> tuple:
+        """What ``return_dict=False`` gives: pictures, texts and labels, and all fields where something was made that
+        is none of these. `made` is the field of each segment, or empty."""
+        usual = ("images", "texts", "labels")
+        more = () if set(made) <= set(usual) else ("segments", "audios", "sampling_rate")
+        return tuple(getattr(self, name) for name in (*usual, *more))

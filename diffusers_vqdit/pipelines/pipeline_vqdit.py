@@ -296,7 +296,8 @@ class VQDiTPipeline(
             latents: codes to start from, int64, the segment's ``vocab_size`` where unknown. Known codes stay. A
                 tensor, or a dict of them where several segments are generated.
             output_type: ``"pil"``, ``"np"`` or ``"pt"``; ``"latent"`` returns codes, of texts and labels too.
-            return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels).
+            return_dict: whether to return a [`VQDiTPipelineOutput`] or a tuple (images, texts, labels); where ready
+                codes or sounds are generated, (images, texts, labels, segments, audios, sampling_rate).
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
                 step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
                 codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
@@ -399,6 +400,5 @@ class VQDiTPipeline(
         for name, value in reversed(segments.items()):
             first |= processors[name].fields(value)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return tuple(first.get(field) for field in ("images", "texts", "labels"))
-        return VQDiTPipelineOutput(**first, segments=segments)
+        found = VQDiTPipelineOutput(**first, segments=segments)
+        return found if return_dict else found.as_tuple([processors[name].output_field for name in segments])

@@ -54,7 +54,11 @@ def test_sounds_come_out_with_their_rate(pipe):
     assert all(np.array_equal(one.numpy(), other) for one, other in zip(tensors, drawn.audios, strict=True))
     codes = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="latent")
     assert codes.audios.shape == (2, FRAMES, 3) and codes.sampling_rate is None and codes.images is None
-    assert pipe(class_labels="dog", return_dict=False) == (None, None, None)
+    *others, segments, audios, rate = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), return_dict=False)
+    assert others == [None] * 3 and segments == {"sound": audios} and rate == RATE
+    assert all(np.array_equal(one, other) for one, other in zip(audios, drawn.audios, strict=True))
+    *others, labels = pipe(inputs={"sound": drawn.audios}, return_dict=False)
+    assert others == [None] * 2 and len(labels) == 2
     assert [row.task for row in pipe.tasks] == ["label->sound", "sound->label", "->sound"]
     assert pipe.hub_task == "audio-classification"
 

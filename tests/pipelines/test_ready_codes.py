@@ -191,8 +191,9 @@ def test_segments_of_nothing_but_codes(said, tmp_path):
     codes[:, :, 2:] = 20
     drawn = pipe(inputs={"video": codes}, output="video").segments["video"]
     assert drawn.shape == codes.shape and drawn.max() < 20 and torch.equal(drawn[:, :, :2], codes[:, :, :2])
-    first, *_ = pipe(output="video", return_dict=False, num_images_per_prompt=3)
-    assert first is None
+    *others, segments, audios, rate = pipe(output="video", return_dict=False, num_images_per_prompt=3)
+    assert {*others, audios, rate} == {None} and len(others) == 3
+    assert segments["video"].shape == (3, 2, 4, 4) and len(segments) == 1
     if said:
         out = pipe(inputs={"motion": torch.zeros(2, 5).long(), "plan": torch.zeros(2, 2, 3).long()})
         assert out.segments["video"].shape == (2, 2, 4, 4)
@@ -216,8 +217,17 @@ def test_segments_of_nothing_but_codes(said, tmp_path):
         ),
         ([[1, 2, 3]] * 2, {"grid": (2, 2)}, r"row 0: .* of shape \[2, 2\], got int64 of shape \[3\]"),
         ([[1.5, 2.0]], {}, "row 0: .* got float"),
-        ([[1, 5]], {"num_codes": 5}, r"codes from 0 to 5; they must be in \[0, 5\)"),
-        ([[-1, 5]], {}, r"codes from -1 to 5"),
+        (
+            [[1, 2], [1, 5], [5, 0]],
+            {"num_codes": 5},
+            r"'c', row 1: the code 5 must be in \[0, 5\): give a larger num_codes \(SIZE of --code_columns\), or",
+        ),
+        ([[0, 1], [-1, 5], [-1, 0]], {}, r"'c', row 1: the code -1 must be in \[0, 6\): number the codes anew"),
+        *(
+            ([[0, 1], [2, code]], {}, rf"'c', row 1: the code {code} must be in \[0, 16777216\): number the codes")
+            for code in (2**24, 2**31, 2**40)
+        ),
+        ([[0, 1]], {"num_codes": 2**24 + 1}, "'c': num_codes=16777217 must be at most 16777216"),
         ([[[[[1]]]]], {}, "of 1 to 3 axes"),
         ([1, 2], {}, "of 1 to 3 axes"),
         ([["a"]], {}, "row 0: must be lists of whole codes"),

@@ -75,7 +75,7 @@ def test_a_row_of_another_shape_is_named(run, clips, tmp_path):
     data = f"--dataset_name {tmp_path / 'clips.parquet'} --output_dir {tmp_path / 'codes'}"
     for column, message in [
         ("flat:2x4x3", r"column 'flat', row 0: must be lists of whole codes of shape \[2, 4, 3\]"),
-        ("codes::3", r"column 'codes' has codes from 0 to \d+; they must be in \[0, 3\)"),
+        ("codes::3", r"column 'codes', row \d: the code \d+ must be in \[0, 3\): give a larger num_codes \(SIZE of"),
         ("none", "column 'none' is not in the data"),
         ("text", "column 'text', row 0: must be lists of whole codes"),
     ]:
