@@ -46,7 +46,7 @@ from diffusers_vqdit.training.checkpoints import (
 )
 from diffusers_vqdit.training.code_embeddings import start_embeddings, tokenizers_of
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.finetuning import extend_transformer
+from diffusers_vqdit.training.finetuning import check_new_patches, extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
@@ -304,6 +304,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     names = {name for task, _ in tasks for name in task.segments}
     if args.rank is not None:
         check_lora_layers(parts["transformer"], args.lora_layers)
+    check_new_patches(parts["transformer"], args.patch)
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:

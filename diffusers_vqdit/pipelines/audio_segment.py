@@ -133,6 +133,7 @@ class AudioSegment(SegmentProcessor):
     noun = "sound"
     output_field = "audios"
     takes_mask = True
+    takes_integers = True
     how_to_pass = "give mask_image to fill a part in, or strength to draw what fits worst anew"
 
     @classmethod

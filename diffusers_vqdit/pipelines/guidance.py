@@ -138,10 +138,9 @@ def check_guidance(task: Task, scales: Scales, known: Iterable[str], negative: s
     if not missing:
         return
     if isinstance(scales, dict):
-        raise ValueError(
-            f"guidance_scale={scales} needs the tasks {needed}, of which this checkpoint doesn't know {missing}; it "
-            f"knows {sorted(tasks)}"
-        )
+        unknown = "which this checkpoint doesn't know"
+        unknown = unknown if missing == needed else f"of {unknown} {missing}"
+        raise ValueError(f"guidance_scale={scales} needs the tasks {needed}, {unknown}; it knows {sorted(tasks)}")
     raise ValueError(
         f"guidance_scale={scales} needs the task {missing[0]!r}, which this checkpoint doesn't know, or a "
         "negative_prompt; use 1"

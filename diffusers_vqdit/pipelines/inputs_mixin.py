@@ -13,7 +13,7 @@ from ..utils.checks import shown
 from .check_inputs import check_batch, check_call, either
 from .guidance import Scales, check_guidance, check_scales, check_scales_are_used, guidance_scales
 from .prompt_mixin import PromptMixin, needs_encoder, prompt_segment_of
-from .ready_codes import are_codes, has_unknown
+from .ready_codes import are_codes, check_codes_dtype, has_unknown
 from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .sizes_mixin import Codes, SizesMixin
@@ -187,6 +187,9 @@ class InputsMixin(PromptMixin, SizesMixin):
                 raise ValueError(f"inputs has {name!r}, which {arguments[name]} says too; give one of them")
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
         passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
+        segments = self._segments
+        for name in set(passed) & set(segments):
+            check_codes_dtype(segments[name], segments[name].argument, passed[name])
         for name, value in passed.items():
             if isinstance(value, list) and not value:
                 raise ValueError(f"{arguments.get(name, name)}=[] is an empty list; give at least one, or None")
@@ -360,19 +363,22 @@ class InputsMixin(PromptMixin, SizesMixin):
             value = chosen[name]
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"latents of {name!r} must be a tensor of codes, got {type(value).__name__}")
-            if "block_length" in segments[name] and value.ndim == 2:
-                shape = tuple(value.shape[1:])  # of any length
-            if value.dtype != torch.int64 or value.ndim != 1 + len(shape) or len(value) != batch_size:
+            wanted = str((batch_size, *shape))
+            if "block_length" in segments[name]:
+                wanted = f"({batch_size}, n), n any length from 1 on"
+                shape = tuple(value.shape[1:]) if value.ndim == 2 else shape
+            fits = value.ndim == 1 + len(shape) and len(value) == batch_size and value.numel() > 0
+            if value.dtype != torch.int64 or not fits:
                 raise ValueError(
-                    f"latents of {name!r} must be int64 codes of shape {(batch_size, *shape)}, {size} where unknown; "
-                    f"got {value.dtype} of shape {tuple(value.shape)}"
+                    f"latents of {name!r} must be int64 codes of shape {wanted}, {size} where unknown; got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
                 )
             if name in (shapes or {}) and value.shape[1:] != shape:
                 raise ValueError(
                     f"latents of {name!r} have the shape {tuple(value.shape)}, but height and width ask for {shape} "
                     "each; give one of the two"
                 )
-            if value.numel() and (value.min() < 0 or value.max() > size):
+            if value.min() < 0 or value.max() > size:
                 raise ValueError(
                     f"latents of {name!r} must be in [0, {size}], {size} where unknown; got values from {value.min()} "
                     f"to {value.max()}"

@@ -361,7 +361,7 @@ class VQDiTPipeline(
             task, guidance_scale, num_inference_steps, temperature, bool(negative)
         )
         scheduler = self.scheduler if blocks is None else self._scheduler_of(blocks, temperature)
-        scheduler.check_steps(num_inference_steps)
+        scheduler.check_steps(num_inference_steps, "" if blocks is None else "pass threshold=0.5 with it, or ")
         guidance_scale = guidance_scales(task, guidance_scale, image_guidance_scale, self._segments)
         self._guidance_scale = guidance_scale
 

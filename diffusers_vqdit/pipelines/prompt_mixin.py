@@ -12,7 +12,7 @@ from .coding_mixin import CodingMixin
 from .frozen_encoders import check_sequence_length
 from .guided_prefix import GuidedPrefix
 from .padded_states import PaddedStates, check_states_of
-from .ready_codes import are_codes, read_value
+from .ready_codes import are_codes, check_codes_dtype, read_value
 from .segment_base import TEXT, SegmentProcessor
 from .states_segment import StatesSegment, TextStatesSegment
 
@@ -66,7 +66,8 @@ class PromptMixin(CodingMixin):
         if prompt_embeds is not None:
             if len(states) != 1:
                 also = "; pass inputs={...} by name" if states else ""
-                raise ValueError(f"prompt_embeds is for a segment of a text encoder's states; there is {states}{also}")
+                there = f"there are {states}" if states else "this checkpoint has none"
+                raise ValueError(f"prompt_embeds is for a segment of a text encoder's states; {there}{also}")
             if states[0] in passed:
                 raise ValueError("give prompt or prompt_embeds, not both: they say the same")
             passed = {**passed, states[0]: self._embeds("prompt", states[0], prompt_embeds, prompt_attention_mask)}
@@ -107,6 +108,7 @@ class PromptMixin(CodingMixin):
             segment = self._segments[name]
             if not are_codes(segment, value) and needs_encoder(segment, value):  # the prompt's may be ready
                 self._check_components(name, f"{argument}={shown(value)}")
+            check_codes_dtype(segment, argument, value)
             segment.check_whole(argument, value)
             try:
                 values = (

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..utils.checks import shown
@@ -13,6 +14,26 @@ def are_codes(segment: SegmentProcessor, value: Any) -> bool:
     """Whether what is passed for a segment is codes: an int64 tensor (B, *shape), or a list of such of one sample."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, torch.Tensor) and first.dtype == torch.int64 and not segment.given_only
+
+
+def check_codes_dtype(segment: SegmentProcessor, argument: str, value: Any) -> None:
+    """Raise a ValueError, which names the argument, where codes are integers of another type, or arrays."""
+    first = value[0] if isinstance(value, list) and value else value
+    if segment.given_only or segment.takes_integers or not isinstance(first, torch.Tensor | np.ndarray):
+        return
+    kind = str(first.dtype).removeprefix("torch.")
+    ndim = len(segment.shape) + (first is value)
+    if first.ndim == ndim and "int" in kind and kind != "uint8" and not are_codes(segment, value):
+        pixels = "; pixels are floats in [0, 1]" if segment.takes_mask else ""
+        raise ValueError(
+            f"{argument} is {kind} of shape {tuple(first.shape)}, a {type(first).__name__}: codes must be int64 "
+            f"tensors of shape {codes_shape(segment)}, such as torch.as_tensor(codes).long(){pixels}"
+        )
+
+
+def codes_shape(segment: SegmentProcessor) -> str:
+    """The shape of a segment's codes, as error messages say it."""
+    return "('B', n), n any length from 1 on" if segment.has_length else str(("B", *segment.shape))
 
 
 def has_unknown(segment: SegmentProcessor, value: Any) -> bool:
@@ -45,13 +66,13 @@ def read_value(
     fits = bool(rows) and all(isinstance(row, torch.Tensor) and row.dtype == torch.int64 for row in rows)
     if not fits or len({row.shape for row in rows}) > 1 or rows[0].ndim != len(segment.shape) or not rows[0].numel():
         got = f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
-        raise ValueError(f"{name} must be int64 codes of shape {('B', *segment.shape)}, got {got}")
+        raise ValueError(f"{name} must be int64 codes of shape {codes_shape(segment)}, got {got}")
     buckets = [tuple(bucket_shape(segment.shape, segment.entry, i)) for i in range(len(segment.buckets))]
     if not segment.has_length and tuple(rows[0].shape) not in [segment.shape, *buckets, *(grids or ())]:
         also = f" or of one of its grids {segment.buckets}" if buckets else ""
         also += ", or of the grid of height and width" if segment.has_size and grids is not None else ""
         raise ValueError(
-            f"{name} must be int64 codes of shape {('B', *segment.shape)}{also}, got {(len(rows), *rows[0].shape)}"
+            f"{name} must be int64 codes of shape {codes_shape(segment)}{also}, got {(len(rows), *rows[0].shape)}"
         )
     low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
     if low < 0 or high > (size if unknown else size - 1):

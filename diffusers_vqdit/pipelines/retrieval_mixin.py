@@ -11,7 +11,7 @@ from ..likelihood.retrieval import RetrievalOutput, build_index, retrieve_from_p
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from .inputs_mixin import InputsMixin
-from .ready_codes import are_codes, encode_value, read_value
+from .ready_codes import are_codes, check_codes_dtype, encode_value, read_value
 from .segment_base import IMAGE, TEXT, SegmentProcessor, bucket_shape
 from .sizes_mixin import in_order
 
@@ -194,6 +194,7 @@ class RetrievalMixin(InputsMixin):
         top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
+        check_codes_dtype(processor, "query", query)
         processor.check_whole("query", query)
         try:
             queries = read_value(processor, query, unknown=False)

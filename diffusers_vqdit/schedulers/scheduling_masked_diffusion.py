@@ -229,8 +229,9 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         self._ratios = (times > 0).double() if self.until_done else self.mask_ratio(times)
         self._host_ratios = self._ratios.tolist()
 
-    def check_steps(self, num_inference_steps: int | str) -> int | str:
-        """`num_inference_steps`, if [`set_timesteps`] takes it.
+    def check_steps(self, num_inference_steps: int | str, remedy: str = "") -> int | str:
+        """`num_inference_steps`, if [`set_timesteps`] takes it; `remedy` is what else would do where it doesn't take
+        ``"auto"``, for the message.
 
         Raises:
             ValueError: if it doesn't.
@@ -241,7 +242,7 @@ class MaskedDiffusionScheduler(ComponentCheckpointMixin, SchedulerMixin, ConfigM
         if self.config.sampler not in ADAPTIVE_SAMPLERS:
             raise ValueError(
                 f"num_inference_steps='auto' needs one of the samplers {list(ADAPTIVE_SAMPLERS)}; the scheduler has "
-                f"sampler={self.config.sampler!r}; pass a number, or set "
+                f"sampler={self.config.sampler!r}; {remedy}pass a number, or set "
                 "pipe.scheduler = MaskedDiffusionScheduler.from_config(pipe.scheduler.config, sampler='threshold')"
             )
         return num_inference_steps

@@ -24,7 +24,7 @@ from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
 from ..utils.decoding import as_picture_column, decode_image, to_pixels
-from .data import decoded_batches, load_training_dataset
+from .data import MissingSplitError, decoded_batches, load_training_dataset
 from .image_losses import BackboneFeatures
 
 
@@ -209,7 +209,7 @@ class EmojiData:
             judge.check_size(resolution)
         found = []
         for name in ("train", "test"):
-            split = load_training_dataset(dataset_name=args.dataset_name, split=name, image_column=args.image_column)
+            split = load_measured_split(args.dataset_name, name, image_column=args.image_column)
             if max_samples is not None and len(split) > max_samples:
                 logger.warning(
                     f"of {len(split)} rows of split={name!r} the first max_samples={max_samples} are measured"
@@ -343,6 +343,21 @@ def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
         if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
             os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
         return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+
+
+def load_measured_split(dataset_name: str, split: str, **options: Any) -> Any:
+    """[`~training.data.load_training_dataset`] of a split that evaluation needs.
+
+    Raises:
+        MissingSplitError: that says what would do, if there is none.
+    """
+    try:
+        return load_training_dataset(dataset_name=dataset_name, split=split, **options)
+    except MissingSplitError as error:
+        raise MissingSplitError(
+            f"{error}. The split 'test' is measured, and compared with 'train': give --dataset_name data that have "
+            "both, such as a table with a column 'split' of these"
+        ) from None
 
 
 def read_pictures(

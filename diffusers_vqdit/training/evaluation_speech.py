@@ -20,7 +20,7 @@ from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
 from .caption_recogniser import CaptionRecogniser
 from .data import MissingSplitError, load_training_dataset
-from .evaluation import as_arguments, label_names, mean, read_pictures, reconstruct, sample, share
+from .evaluation import as_arguments, label_names, load_measured_split, mean, read_pictures, reconstruct, sample, share
 from .evaluation_texts import equal
 from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
@@ -62,10 +62,8 @@ class SpeechData:
 
         images = [] if resolution is None else [args.image_column]
         wanted = [args.audio_column, args.caption_column]
-        source = {"dataset_name": args.dataset_name, "split": "test", "columns": wanted}
-        dataset = load_training_dataset(**source, image_column=images).cast_column(
-            args.audio_column, Audio(decode=False)
-        )
+        dataset = load_measured_split(args.dataset_name, "test", columns=wanted, image_column=images)
+        dataset = dataset.cast_column(args.audio_column, Audio(decode=False))
         media = {name for name, kind in dataset.features.items() if isinstance(kind, Audio | Image)}
         names = [name for name in dataset.column_names if name not in {args.image_column, *media}]
         columns = {name: list(dataset[name]) for name in names}

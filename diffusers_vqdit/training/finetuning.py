@@ -44,6 +44,24 @@ def extend_transformer(
     return transformer
 
 
+def check_new_patches(
+    transformer: VQDiTTransformer2DModel | None, patches: Sequence[tuple[str, Sequence[int]]]
+) -> None:
+    """See, before anything is encoded, that ``--patch`` changes no segment of a pretrained transformer.
+
+    Raises:
+        ValueError: that names the segment.
+    """
+    known = {} if transformer is None else transformer.config.segments
+    for name, patch in patches:
+        own = known.get(name, {}).get("patch")
+        if name in known and list(patch) != own:
+            raise ValueError(
+                f"--patch {name}={'x'.join(map(str, patch))} is of a new transformer; the pretrained one has "
+                f"{own or 'no patch'} for {name!r}, which stays: leave it out"
+            )
+
+
 def check_same_segments(transformer: VQDiTTransformer2DModel, segments: Mapping[str, dict]) -> None:
     """Raise a ValueError unless the data's `segments` are as the transformer's own of these names, where it has them.
 

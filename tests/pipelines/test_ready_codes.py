@@ -1,5 +1,6 @@
 """Codes wherever a value is: given, partly known, scored, indexed; and segments that have nothing but codes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,34 @@ def test_texts_that_are_known_whole_have_nothing_to_fill_in(pipeline, values):
     for argument, call in calls.items():
         with pytest.raises(ValueError, match=rf"^{argument.strip()}=.* has <mask>, which is for what is to be filled"):
             call()
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.int8, np.int64, np.uint16])
+@pytest.mark.parametrize("rows", [False, True])
+def test_codes_of_another_type_are_named(pipeline, values, kind, rows):
+    picture, codes = values["image"][0], {name: codes for name, (_, codes) in values.items()}
+    codes = {n: v.to(kind) if isinstance(kind, torch.dtype) else v.numpy().astype(kind) for n, v in codes.items()}
+    codes = {name: list(value) if rows else value for name, value in codes.items()}
+    gallery = pipeline.index(image=picture)
+    calls = {
+        "image": lambda: pipeline(image=codes["image"], output="text"),
+        "image ": lambda: pipeline(image=codes["image"], output="image"),
+        " image": lambda: pipeline.index(image=codes["image"]),
+        "prompt": lambda: pipeline(codes["prompt"]),
+        "prompt ": lambda: pipeline.score("text->image", codes["prompt"], picture),
+        "class_labels": lambda: pipeline(class_labels=codes["class_labels"], output="image"),
+        "query": lambda: pipeline.retrieve(codes["prompt"], gallery),
+        "negative_prompt": lambda: pipeline("a", negative_prompt=codes["prompt"], output="image"),
+    }
+    name = str(kind).removeprefix("torch.") if isinstance(kind, torch.dtype) else np.dtype(kind).name
+    for argument, call in calls.items():
+        with pytest.raises(
+            ValueError, match=rf"^{argument.strip()} is {name} of .*: codes must be int64 tensors of shape"
+        ):
+            call()
+    with pytest.raises(ValueError, match="codes must be int64 .*; pixels are floats"):
+        pipeline(image=np.zeros((16, 16, 3), int), output="text")
+    assert pipeline(class_labels=np.array([0, 1], np.int32), output="image", num_inference_steps=1).images
 
 
 def test_codes_are_scored_classified_and_searched_as_their_values(pipeline, values):
@@ -246,3 +275,8 @@ def test_columns_of_codes(rows, options, message):
         codes.shape == (len(rows), *reader.shape) and codes.flatten().tolist() == torch.tensor(rows).flatten().tolist()
     )
     assert reader.vocab_size == options.get("num_codes", int(codes.max()) + 1)
+
+
+def test_ready_states_without_a_segment_of_them_are_named(pipeline):
+    with pytest.raises(ValueError, match="prompt_embeds is for a segment of .*; this checkpoint has none"):
+        pipeline(prompt_embeds=torch.zeros(1, 2, 3), output="image")

@@ -45,6 +45,18 @@ def test_the_sets_that_are_measured_and_both_judges(styles, image_vq, script):
     assert without.judged(own[rows], rows, 2).keys() == {""}
 
 
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_data_without_a_split_say_what_would_do(styles, image_vq, script, missing):
+    table = datasets.Dataset.from_parquet(str(styles)).filter(lambda row: row["split"] != missing)
+    table.to_parquet(str(styles))
+    evaluate = script("evaluate")
+    args = evaluate.parse_args(f"--pretrained_model_name_or_path x --dataset_name {styles}".split())
+    with pytest.raises(
+        ValueError, match=f"split='{missing}' is not in the data: .* give --dataset_name data that have"
+    ):
+        evaluate.EmojiData.load(image_vq, 16, args)
+
+
 def test_what_cannot_be_read_is_left_out_with_its_texts(styles, image_vq, script, caplog):
     table = datasets.load_dataset("parquet", data_files=str(styles), split="train").cast_column(
         "image", datasets.Image(decode=False)
