@@ -66,6 +66,19 @@ def codes(pipe, *args, seed=0, **kwargs):
     return pipe(*args, generator=generator, **options).segments["image"]
 
 
+def test_a_segment_of_states_beside_codes_is_encoded_by_its_name(encoders, image_vq, text_vq, tokenizer):
+    segments = {**SEGMENTS, "text": {"vocab_size": 64, "shape": [12]}}
+    parts = {**make(encoders, image_vq).components, "text_vq": text_vq, "tokenizer": tokenizer}
+    parts["transformer"] = make_transformer(segments, [*TASKS, "image->text"])
+    pipe = VQDiTPipeline(**parts, segments=ENTRIES)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(pipe.encode_prompt([SHORT]), pipe._segment("text").encode([SHORT]))
+    states, mask = pipe.encode_prompt([SHORT, LONG], segment="prompt")
+    assert states.is_floating_point() and mask.shape == states.shape[:2] and states.shape[2] == 16
+    given = {"prompt_embeds": states, "prompt_attention_mask": mask}
+    assert torch.equal(codes(pipe, count=2, **given), codes(pipe, count=2, inputs={"prompt": [SHORT, LONG]}))
+
+
 @pytest.mark.parametrize("kind", ["t5", "clip", "bert", "gpt2"])
 def test_a_text_does_not_depend_on_the_others_in_its_batch(encoders, image_vq, kind):
     """Nor on its padding: the states of any encoder, and what is drawn and scored from them."""
