@@ -30,11 +30,10 @@ from diffusers_vqdit.training.evaluation import (
     EmojiData,
     Roles,
     add_sampling_arguments,
-    reconstruct,
     sample,
     share,
-    unit_features,
 )
+from diffusers_vqdit.training.evaluation_pictures import reconstruct, unit_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer
 

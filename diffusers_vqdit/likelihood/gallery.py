@@ -132,7 +132,8 @@ class GalleryIndex:
         path = _path(path)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path={str(path)!r} must be a file in a folder that exists")
-        tensors, metadata = {}, {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
+        tensors: dict[str, torch.Tensor] = {}
+        metadata = {name: getattr(self, name) for name in (*GALLERY_STRINGS, "tokenizers")}
         for number, part in enumerate(self.parts):
             before = f"{number}." if number else ""
             found = {name: getattr(part, name) for name in (*GALLERY_TENSORS, *_OPTIONAL)}

@@ -357,7 +357,7 @@ def retrieve(
         )
     known = {Task.parse(task) for task in tasks}
     free: dict[Task, Any] = {
-        way: _marginal(transformer, gallery, *way.generated, shapes[way.generated[0]])
+        way: _marginal(transformer, gallery, way.generated[0], shapes[way.generated[0]])
         if Task((), way.generated) in known
         else None
         for way in ways
@@ -402,8 +402,8 @@ def retrieve(
         flat = query.flatten(1)
         for part in places.unique().split(batch_size):
             codes = gallery.codes[part].long().to(query.device)
-            given = given_items(gallery, part, codes)
-            table = all_masked(transformer, gallery.query, *given, shape=shapes[gallery.query])[1]
+            own_items = given_items(gallery, part, codes)
+            table = all_masked(transformer, gallery.query, *own_items, shape=shapes[gallery.query])[1]
             if free[backward] is not None:
                 table = table - free[backward][1]
             for item, one in zip(part.tolist(), table, strict=True):

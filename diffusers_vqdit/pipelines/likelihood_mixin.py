@@ -107,7 +107,7 @@ class LikelihoodMixin(InputsMixin):
         state = None if generator is None else generator.get_state()
         places, found = [], []
         for own, values, segments in self._by_grid(passed, arrow.segments):
-            if state is not None:
+            if generator is not None and state is not None:
                 generator.set_state(state)  # the masks of a grid don't depend on what else is scored
             places.append(own)
             found.append(self._score(arrow, values, segments, num_samples, batch_size, generator))

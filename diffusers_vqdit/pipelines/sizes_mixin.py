@@ -102,7 +102,8 @@ class SizesMixin:
         seen = [name for name in segments if name in passed and segments[name].buckets and not segments[name].tiled]
         if not seen:
             return [(list(range(size)), passed, segments)]
-        first, rows = passed[seen[0]], {}
+        first = passed[seen[0]]
+        rows: dict[tuple[int, ...], list[int]] = {}
         for row in range(size):
             value = first[row : row + 1] if len(first) > 1 else first
             rows.setdefault(tuple(self._bucket_of(segments[seen[0]], value)), []).append(row)

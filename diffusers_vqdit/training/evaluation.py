@@ -3,19 +3,14 @@
 import argparse
 import logging
 import math
-import os
 import random
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Audio, Image
-from tqdm.auto import tqdm
 
 from ..models.image_vq import ImageVQModel
 from ..models.text_vq import TextVQModel
@@ -23,8 +18,8 @@ from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS, TEXT
 from ..tasks import Task
 from ..utils.arguments import number, positive_integer, random_seed, torch_device
-from ..utils.decoding import as_picture_column, decode_image, to_pixels
-from .data import MissingSplitError, decoded_batches, load_training_dataset
+from ..utils.decoding import as_picture_column, decode_image
+from .evaluation_pictures import batched, load_measured_split, read_pictures, reconstruct, unit_features
 from .image_losses import BackboneFeatures
 
 
@@ -333,56 +328,6 @@ class EmojiData:
         return found
 
 
-def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
-    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory.
-
-    Raises:
-        OSError: if there is no room for it.
-    """
-    with tempfile.TemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
-
-
-def load_measured_split(dataset_name: str, split: str, **options: Any) -> Any:
-    """[`~training.data.load_training_dataset`] of a split that evaluation needs.
-
-    Raises:
-        MissingSplitError: that says what would do, if there is none.
-    """
-    try:
-        return load_training_dataset(dataset_name=dataset_name, split=split, **options)
-    except MissingSplitError as error:
-        raise MissingSplitError(
-            f"{error}. The split 'test' is measured, and compared with 'train': give --dataset_name data that have "
-            "both, such as a table with a column 'split' of these"
-        ) from None
-
-
-def read_pictures(
-    splits: list[Any], column: str, resolution: int | tuple[int, int], resize_mode: str
-) -> tuple[torch.Tensor, list[Any]]:
-    """Pictures (N, 3, H, W) uint8 of all splits that can be read, and the splits with their rows alone."""
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    pictures, count, kept = in_file((sum(map(len, splits)), 3, height, width), np.uint8), 0, []
-    for split in splits:
-        rows: list[int] = []
-        for batch, own in decoded_batches(split, column, resolution, resize_mode=resize_mode):
-            pictures[count : count + len(own)] = batch
-            count, rows = count + len(own), rows + own
-        kept.append(split if len(rows) == len(split) else split.select(rows))
-    return pictures[:count], kept
-
-
-@torch.no_grad()
-def unit_features(judge: BackboneFeatures, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Features (N, C) of pictures (N, 3, H, W) in [-1, 1], of unit length, on the CPU."""
-    device = next(judge.parameters()).device
-    parts = [judge.pooled(pixels[part].to(device)).cpu() for part in batched(len(pixels), batch_size, "Features")]
-    return F.normalize(torch.cat(parts), dim=1)
-
-
 def share(hits: list[bool]) -> dict[str, Any]:
     value = sum(hits) / len(hits)
     return {"value": value, "standard_error": math.sqrt(value * (1 - value) / len(hits)), "count": len(hits)}
@@ -391,11 +336,6 @@ def share(hits: list[bool]) -> dict[str, Any]:
 def mean(values: torch.Tensor, unit: str) -> dict[str, Any]:
     error = values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {"value": values.double().mean().item(), "standard_error": error, "count": len(values), "unit": unit}
-
-
-def batched(size: int, batch_size: int, description: str) -> Iterator[slice]:
-    for start in tqdm(range(0, size, batch_size), desc=description):
-        yield slice(start, min(start + batch_size, size))
 
 
 def as_arguments(passed: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,14 +386,3 @@ def sample(
             results.setdefault(name, []).append(value)
     joined = {n: torch.cat(v) if isinstance(v[0], torch.Tensor) else sum(v, []) for n, v in results.items()}
     return joined if len(joined) > 1 else next(iter(joined.values()))
-
-
-@torch.no_grad()
-def reconstruct(image_vq: ImageVQModel, pictures: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of all pictures, and the pictures they decode to, in [-1, 1]."""
-    codes, decoded = [], in_file(pictures.shape, np.float32)
-    for part in batched(len(pictures), batch_size, "Reconstructing"):
-        batch = image_vq.encode_codes(to_pixels(pictures[part]).to(image_vq.device))
-        codes.append(batch.cpu())
-        decoded[part] = image_vq.decode_codes(batch).sample.clamp(-1, 1).cpu()
-    return torch.cat(codes), decoded

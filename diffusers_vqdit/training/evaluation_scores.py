@@ -10,7 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
-from .evaluation import EmojiData, Roles, as_arguments, batched, mean, share, task_between, text_vq_of
+from .evaluation import EmojiData, Roles, as_arguments, mean, share, task_between, text_vq_of
+from .evaluation_pictures import batched
 
 
 def retrieval_recall(

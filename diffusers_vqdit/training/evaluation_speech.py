@@ -20,7 +20,8 @@ from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
 from .caption_recogniser import CaptionRecogniser
 from .data import MissingSplitError, load_training_dataset
-from .evaluation import as_arguments, label_names, load_measured_split, mean, read_pictures, reconstruct, sample, share
+from .evaluation import as_arguments, label_names, mean, sample, share
+from .evaluation_pictures import load_measured_split, read_pictures, reconstruct
 from .evaluation_texts import equal
 from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
 
