@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     small = {"down_block_types": ("DownEncoderBlock2D",) * 6, "up_block_types": ("UpDecoderBlock2D",) * 6}
     small |= {"block_out_channels": (4,) * 6, "norm_num_groups": 2, "latent_channels": 4, "num_vq_embeddings": 1024}
-    ImageVQModel(**small, sample_size=SIDE).save_pretrained(out / "image_vq")
+    ImageVQModel(**small, sample_size=args.encoding_resolution).save_pretrained(out / "image_vq")
     tokenizer = train_tokenizer(["the 0123456789th picture, in the 0th wording"], 300, 32)
     tokenizer.save_pretrained(out / "text_vq" / "tokenizer")
     sizes = {"max_length": 32, "num_codes": 64, "hidden_size": 8, "code_dim": 4}
