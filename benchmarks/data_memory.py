@@ -5,16 +5,19 @@
 
 cuts 256 px JPEG pictures out of photographs (out of coloured noise without any), writes them into parquet files, and
 simulates codes, sounds and captions; then runs encode_dataset.py over all pictures, copied and streamed,
-train_image_vq.py and train_latent_dit.py for a few steps, train_vqdit.py over the codes, train_audio_vq.py over the
-sounds, and train_latent_dit.py over small pictures with five captions each, with models as small as they can be.
+train_image_vq.py and train_latent_dit.py for a few steps, and train_vqdit.py, which encodes them at its start; then
+encode_dataset.py and train_image_vq.py over folders of such pictures with metadata, train_vqdit.py over the codes,
+train_audio_vq.py over the sounds, and train_latent_dit.py over small pictures with five captions each, with models as
+small as they can be.
 
 Prints the peak of each process: ``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped
-files, which the system keeps while it has no other use for them. 20,000 pictures take about a quarter of an hour of
-two CPU cores and 1 GB of disk.
+files, which the system keeps while it has no other use for them. 20,000 pictures take about half an hour of two CPU
+cores and 2 GB of disk.
 """
 
 import argparse
 import io
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +46,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Measure the peak memory of the training scripts.")
     parser.add_argument("--photographs", type=Path, help="Folder of pictures of at least 256 px to cut others out of.")
     parser.add_argument("--counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
+    parser.add_argument("--folder_counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
     parser.add_argument("--code_counts", type=positive_integer, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--sound_counts", type=positive_integer, nargs="*", default=[1000, 20_000])
     parser.add_argument("--caption_counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
@@ -84,6 +88,17 @@ def write_pictures(path: Path, photographs: Path | None, count: int) -> None:
             if len(rows) == 100 or index == count - 1:
                 writer.write_table(pa.Table.from_pylist(rows, kind))
                 rows = []
+
+
+def write_folder(folder: Path, photographs: Path | None, count: int) -> None:
+    """A folder of pictures, with captions of some 200 characters in its metadata, no two alike."""
+    folder.mkdir(parents=True)
+    with open(folder / "metadata.jsonl", "w") as metadata:
+        for index, data in enumerate(crops(photographs, count)):
+            name = f"photograph-{index:06d}.jpg"
+            (folder / name).write_bytes(data)
+            text = f"the {index}th picture, in its only wording " * 5
+            metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")
 
 
 def write_sounds(path: Path, count: int, seconds: float = 2.0, rate: int = 11025) -> None:
@@ -152,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     small = {"down_block_types": ("DownEncoderBlock2D",) * 6, "up_block_types": ("UpDecoderBlock2D",) * 6}
     small |= {"block_out_channels": (4,) * 6, "norm_num_groups": 2, "latent_channels": 4, "num_vq_embeddings": 1024}
-    ImageVQModel(**small, sample_size=SIDE).save_pretrained(out / "image_vq")
+    ImageVQModel(**small, sample_size=args.encoding_resolution).save_pretrained(out / "image_vq")
     tokenizer = train_tokenizer(["the 0123456789th picture, in the 0th wording"], 300, 32)
     tokenizer.save_pretrained(out / "text_vq" / "tokenizer")
     sizes = {"max_length": 32, "num_codes": 64, "hidden_size": 8, "code_dim": 4}
@@ -162,10 +177,12 @@ def main(args: argparse.Namespace) -> None:
     tiny = "--num_layers 1 --num_attention_heads 1 --attention_head_dim 8 --report_to none --train_batch_size 8"
     steps = f"--max_train_steps {args.max_train_steps} --checkpointing_steps 0 --validation_steps 0"
     model = "--block_out_channels 4 4 4 4 4 4 --norm_num_groups 2 --latent_channels 4 --num_vq_embeddings 64"
+    vq = f"--image_vq {out / 'image_vq'} --resolution {args.encoding_resolution}"
+    more = f"--report_to none --train_batch_size 4 --resolution {SIDE} --validation_split none"
     print("| script | samples | anonymous, MB | resident, MB |\n|---|---|---|---|", flush=True)
 
     def measure(script: str, count: int, arguments: str, of: str = "", flag: str = "") -> None:
-        name = f"{script}-{count}{'-captions' * bool(of)}{flag}"
+        name = f"{script}-{count}{of.replace(' (', '-').rstrip(')')}{flag}"
         found = peak(script, f"{arguments} {flag} --output_dir {out / name}", out / f"{name}.log")
         print(f"| {script}.py{of} {flag} | {count:,} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
 
@@ -175,12 +192,21 @@ def main(args: argparse.Namespace) -> None:
             write_pictures(path, args.photographs, count)
         data = f"--dataset_name {path} --cache_dir {out / 'cache'}"
         data += f" --dataloader_num_workers {args.dataloader_num_workers}"
-        vq = f"--image_vq {out / 'image_vq'} --resolution {args.encoding_resolution}"
-        more = f"--report_to none --train_batch_size 4 --resolution {SIDE} --validation_split none"
         measure("train_image_vq", count, f"{data} {model} {more} {steps}")
         for flag in ("", "--streaming"):
             measure("encode_dataset", count, f"{data} {vq} --batch_size 16", flag=flag)
         measure("train_latent_dit", count, f"{data} {vq} {tiny} {steps}")
+        encoded = f"--image_vq {out / 'image_vq'} --tasks=->image"
+        measure("train_vqdit", count, f"{data} {encoded} {tiny} {steps}", " (pictures)")
+    for count in args.folder_counts:
+        folder = out / f"folder-{count}"
+        if not folder.is_dir():
+            write_folder(folder, args.photographs, count)
+        data = f"--train_data_dir {folder} --cache_dir {out / 'cache'}"
+        data += f" --dataloader_num_workers {args.dataloader_num_workers}"
+        texts = f"--text_vq {out / 'text_vq'} --caption_column text"
+        measure("train_image_vq", count, f"{data} {model} {more} {steps}", " (folder)")
+        measure("encode_dataset", count, f"{data} {vq} {texts} --batch_size 16", " (folder)")
     for count in args.code_counts:
         if not (out / f"codes-{count}").is_dir():
             write_codes(out / f"codes-{count}", count)

@@ -41,7 +41,8 @@ NAMED = {
     "utils.images": "a public argument in a message",
     "utils.provenance": "an attribute of Pillow's pictures",
     "app.examples": "a key of the Hub's cards",
-    "training.image_folder": "columns, as datasets' image folders call them",
+    "training.image_folder": "a column, as datasets' image folders call it",
+    "training.folder_tables": "a column, as datasets' folders of files call it",
 }
 
 

@@ -25,7 +25,7 @@ from ..tasks import SEGMENT_NAME
 from ..utils.checks import check_integer, shown
 from ..utils.fingerprints import file_sha256
 from ..utils.weight_files import replacing_file
-from .image_folder import first_of
+from .folder_metadata import first_of
 from .mapped_codes import CodeChunk
 from .verified_files import changed_files
 

@@ -76,14 +76,14 @@ def load_splits(
         )
     table: dict
     if sounds:
-        table = read_sound_folder(place)
+        table = read_sound_folder(place, columns, cache_dir)
     elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
-        table = read_image_folder(train_data_dir, columns, own)
+        table = read_image_folder(train_data_dir, columns, own, cache_dir)
     elif Path(dataset_name).is_dir() and holds_pictures(Path(dataset_name)):
-        table = read_image_folder(dataset_name, columns, own)
+        table = read_image_folder(dataset_name, columns, own, cache_dir)
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
         features = check_parquet(files, columns) if kind == ".parquet" else None

@@ -1,47 +1,48 @@
 """Folders of recordings as tables. `datasets`' own reader of them needs torchcodec, which needs FFmpeg."""
 
-import logging
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .image_folder import (
-    METADATA_FILES,
-    SPLIT_FOLDERS,
-    class_rows,
-    described_files,
-    first_of,
-    holds_pictures,
-)
+from .file_lists import FileList, ending, sorted_paths
+from .folder_metadata import METADATA_FILES, described_files, first_of
+from .folder_tables import ClassFolders, Sample, folder_tables
+from .image_folder import files_below, holds_pictures, is_hidden
 
-
-logger = logging.getLogger(__name__)
 
 AUDIO_COLUMN = "audio"  # as datasets' own folders call it
+_TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow")
 
 
-def list_sound_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of sounds below a folder, and the metadata files, both sorted, without hidden ones."""
+def _shown_files(folder: Path) -> Iterator[str]:
+    return (path for path in files_below(folder, is_hidden) if not is_hidden(path))
+
+
+def _sounds(folder: Path) -> Iterator[str]:
     from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
-    found = [
-        Path(place) / name
-        for place, folders, names in os.walk(folder)
-        for name in names
-        if not any(part.startswith(".") for part in (*Path(place).relative_to(folder).parts, name))
-    ]
-    sounds = sorted(path for path in found if path.suffix.lower() in AudioFolder.EXTENSIONS and path.is_file())
-    return sounds, sorted(path for path in found if path.name in METADATA_FILES)
+    for path in _shown_files(folder):
+        if ending(path) in AudioFolder.EXTENSIONS and os.path.isfile(path):
+            yield path
+
+
+def list_sound_files(folder: Path, cache_dir: str | os.PathLike | None = None) -> tuple[FileList[str], list[Path]]:
+    """The files of sounds below a folder, and the metadata files, both sorted as paths are, without hidden ones."""
+    metadata = sorted(Path(path) for path in _shown_files(folder) if os.path.basename(path) in METADATA_FILES)
+    return FileList(sorted_paths(_sounds(folder), cache_dir), cache_dir), metadata
 
 
 def holds_sounds(folder: Path) -> bool:
     """Whether a folder is one for [`read_sound_folder`]: it has sounds, no pictures, and no tables but metadata."""
-    names = [Path(name) for _, _, found in os.walk(folder) for name in found if name not in METADATA_FILES]
-    tables = any(name.suffix.lower() in (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow") for name in names)
-    return not tables and bool(list_sound_files(folder)[0]) and not holds_pictures(folder)
+    if any(ending(path) in _TABLES and os.path.basename(path) not in METADATA_FILES for path in files_below(folder)):
+        return False
+    return next(_sounds(folder), None) is not None and not holds_pictures(folder)
 
 
-def read_sound_folder(folder: str | Path) -> dict[str, Any]:
+def read_sound_folder(
+    folder: str | Path, columns: Iterable[str] = (), cache_dir: str | os.PathLike | None = None
+) -> dict[str, Any]:
     """The splits of a folder of recordings as datasets with an undecoded ``audio`` column.
 
     With ``metadata.jsonl``, ``.csv`` or ``.parquet``, in it or below, each row with a ``file_name`` is a sample, and
@@ -49,29 +50,22 @@ def read_sound_folder(folder: str | Path) -> dict[str, Any]:
     the column ``label``. Folders called train, test or validation at the top are splits if all sounds lie in such
     folders; else there is one split, ``train``.
 
+    Args:
+        folder: the folder.
+        columns: which columns must be usable.
+        cache_dir: where the tables are, in files that have no names; by default the cache of `datasets`.
+
     Raises:
-        ValueError: if no row names a sound.
+        ValueError: if no row names a sound, or one of `columns` mixes types.
     """
+    from datasets import Audio
+
     folder = Path(os.path.abspath(folder))
-    sounds, metadata = list_sound_files(folder)
+    sounds, metadata = list_sound_files(folder, cache_dir)
+    samples: Iterable[Sample] = ClassFolders(folder, sounds)
     if metadata:
-        rows = described_files(folder, sounds, metadata, AUDIO_COLUMN)
-    else:
-        rows = list(zip(sounds, class_rows(folder, sounds), strict=True))
-    if not rows:
+        samples = FileList(described_files(folder, sounds, metadata, AUDIO_COLUMN), cache_dir)
+    if next(iter(samples), None) is None:
         raise ValueError(f"none of the rows of {first_of(metadata)} names a sound: there is nothing to read")
-    tops = [path.relative_to(folder).parts for path, _ in rows]
-    in_splits = all(len(parts) > 1 and parts[0] in SPLIT_FOLDERS for parts in tops)
-    splits: dict[str, list] = {}
-    for sample, parts in zip(rows, tops, strict=True):
-        splits.setdefault(SPLIT_FOLDERS[parts[0]] if in_splits else "train", []).append(sample)
-    return {name: _table(taken) for name, taken in splits.items()}
-
-
-def _table(rows: list[tuple[Path, dict[str, Any]]]) -> Any:
-    from datasets import Audio, Dataset
-
-    names = dict.fromkeys(name for _, row in rows for name in row)
-    columns = {name: [row.get(name) for _, row in rows] for name in names}
-    dataset = Dataset.from_dict({AUDIO_COLUMN: [str(path) for path, _ in rows], **columns})
-    return dataset.cast_column(AUDIO_COLUMN, Audio(decode=False))
+    options: dict[str, Any] = {"columns": list(columns), "cache_dir": cache_dir}
+    return folder_tables(folder, samples, AUDIO_COLUMN, Audio(decode=False), **options)

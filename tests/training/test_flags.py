@@ -109,6 +109,10 @@ SINGLE = {
     "benchmarks/quantizers": [("seeds", "-1", "in [0,"), ("speed_rounds", "0", "at least 1")],
     "benchmarks/kinds_of_diffusion": [("num_inference_steps", "0", "at least 1")],
     "benchmarks/growth": [("rounds", "0", "at least 1")],
+    "benchmarks/data_memory": [
+        *((name, "0", "at least 1") for name in ("counts", "folder_counts", "code_counts", "max_train_steps")),
+        *(("dataloader_num_workers", "-1", "at least 0"), ("output_dir", "", "no path")),
+    ],
     "benchmarks/code_embeddings": [("max_train_steps", "0", "at least 1"), ("seeds", "-1", "in [0,")],
     "benchmarks/scaling": [("gpus", "0", "at least 1"), ("utilization", "2", "in [0, 1]")],
     "examples/lora_style": [("rank", "0", "at least 1"), ("num_train_pictures", "0", "at least 1")],

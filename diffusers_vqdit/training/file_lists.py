@@ -1,0 +1,139 @@
+"""Lists and tables of any length in temporary files: mapped into memory, and gone when nobody reads them any more."""
+
+import heapq
+import mmap
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+
+T = TypeVar("T")
+
+ROWS_TOGETHER = 1000  # that are written and read at once
+SORTED_TOGETHER = 20_000  # texts that are sorted in memory
+
+
+def in_batches(items: Iterable[T], size: int | None = None) -> Iterator[list[T]]:
+    """Lists of `size` of them, by default `ROWS_TOGETHER`."""
+    items = iter(items)
+    while batch := list(islice(items, size or ROWS_TOGETHER)):
+        yield batch
+
+
+class FileList(Sequence[T]):
+    """A list of what can be pickled, in a file that has no name.
+
+    Args:
+        items: what is in it.
+        cache_dir: where the file is, by default the cache of `datasets`; where that can't be written, the folder of
+            temporary files.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+
+    def __init__(self, items: Iterable[T], cache_dir: str | os.PathLike | None = None) -> None:
+        self.length, self.starts = 0, [0]
+        with _temporary_file(cache_dir) as file:
+            for batch in in_batches(items):
+                with _saying_where(cache_dir):
+                    pickle.dump(batch, file)
+                self.length += len(batch)
+                self.starts.append(file.tell())
+            self._data = _mapped(file, cache_dir) if self.length else b""
+
+    def _batch(self, number: int) -> list[T]:
+        # Of this process's own, nobody else has the file.
+        return pickle.loads(self._data[self.starts[number] : self.starts[number + 1]])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, place = divmod(index, ROWS_TOGETHER)
+        return self._batch(batch)[place]
+
+    def __iter__(self) -> Iterator[T]:
+        for number in range(len(self.starts) - 1):
+            yield from self._batch(number)
+
+
+def sorted_texts(texts: Iterable[str], cache_dir: str | os.PathLike | None = None) -> Iterator[str]:
+    """Texts in order, of which a few are in memory at a time. All are read before it returns."""
+    runs = [
+        run if len(run) < SORTED_TOGETHER else FileList(run, cache_dir)
+        for run in map(sorted, in_batches(texts, SORTED_TOGETHER))
+    ]
+    return heapq.merge(*runs)
+
+
+def sorted_paths(paths: Iterable[str], cache_dir: str | os.PathLike | None = None) -> Iterator[str]:
+    """[`sorted_texts`] of paths, in the order of `Path`: folder by folder."""
+    keys = (path_key(path) for path in paths)
+    return (key.replace("\0", os.sep) for key in sorted_texts(keys, cache_dir))
+
+
+def ending(path: str) -> str:
+    """As `Path(path).suffix`, which keeps some memory for each name that it is asked for, in lower case."""
+    name = os.path.basename(path)
+    dot = name.rfind(".")
+    return name[dot:].lower() if 0 < dot < len(name) - 1 else ""
+
+
+def path_key(path: str) -> str:
+    """A text for each path, in the order of which paths are sorted. No name has the character that is before all."""
+    return path.replace(os.sep, "\0")
+
+
+def mapped_table(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, cache_dir: str | os.PathLike | None = None
+) -> pa.Table:
+    """A table of record batches, whose values are in a file that has no name.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    with _temporary_file(cache_dir) as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                with _saying_where(cache_dir):
+                    writer.write_batch(batch)
+        return pa.ipc.open_stream(pa.py_buffer(_mapped(file, cache_dir))).read_all()
+
+
+def _cache(cache_dir: str | os.PathLike | None) -> Path:
+    from datasets import config
+
+    return Path(cache_dir or config.HF_DATASETS_CACHE)
+
+
+def _temporary_file(cache_dir: str | os.PathLike | None) -> Any:
+    try:
+        _cache(cache_dir).mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=_cache(cache_dir))
+    except OSError:
+        return tempfile.TemporaryFile()
+
+
+def _mapped(file: Any, cache_dir: str | os.PathLike | None) -> mmap.mmap:
+    with _saying_where(cache_dir):
+        file.flush()
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@contextmanager
+def _saying_where(cache_dir: str | os.PathLike | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the list of a folder's files could not be written to {str(_cache(cache_dir))!r}, or to "
+            f"{tempfile.gettempdir()!r} where that can't be written ({error}); cache_dir and TMPDIR say where"
+        ) from error
