@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
-from ..utils.fingerprints import tensor_sha256
+from ..utils.fingerprints import tensor_sha256, tokenizer_fingerprint
 from ..utils.weight_files import check_finite, replacing_file
 
 
@@ -32,6 +33,32 @@ GALLERY_TENSORS = {
 _OPTIONAL = ("lengths", "places")
 
 
+def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
+    """A digest of the segments, of the first weights of each layer, which any training changes, and of the scales of
+    LoRAs that are active."""
+    digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
+    for name, value in sorted(transformer.state_dict().items()):
+        digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    for name, module in transformer.named_modules():
+        if isinstance(scales := getattr(module, "scaling", None), dict):  # a layer of peft's
+            active = [] if module.disable_adapters else module.active_adapters
+            digest.update(f"{name} {sorted((one, scales[one]) for one in active if one in scales)}".encode())
+    return digest.hexdigest()
+
+
+def tokenizers_digest(tokenizers: list[Any]) -> str:
+    """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of, or
+    of what one without weights makes of a text."""
+    digest = hashlib.sha256()
+    for tokenizer in tokenizers:
+        if not isinstance(tokenizer, torch.nn.Module):
+            digest.update(tokenizer_fingerprint(tokenizer).encode())
+            continue
+        for name, value in sorted(tokenizer.state_dict().items()):
+            digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass
 class GalleryIndex:
     """The items of a gallery as codes, and their features for the search. Made by [`VQDiTPipeline.index`].
@@ -39,8 +66,8 @@ class GalleryIndex:
     Args:
         segment, query: the segment of the items and that of the queries.
         way: the task whose PMI the features stand for.
-        model: [`~likelihood.retrieval.transformer_digest`] of the transformer.
-        tokenizers: [`~likelihood.retrieval.tokenizers_digest`]; empty where it isn't known.
+        model: [`transformer_digest`] of the transformer.
+        tokenizers: [`tokenizers_digest`]; empty where it isn't known.
         codes (`torch.Tensor` of shape `(G, *shape)`): int16, or int32 where the codebook needs it.
         features (`torch.Tensor` of shape `(G, R)`): float16.
         bias (`torch.Tensor` of shape `(G,)`): float32, the normaliser of an item that is given, else 0.
@@ -107,8 +134,9 @@ class GalleryIndex:
                 raise ValueError(f"lengths={shown(found)} must be integers ({size},) in [1, {self.codes.shape[1]}]")
         if self.places is not None:
             found = self.places
-            if not isinstance(found, torch.Tensor) or found.dtype != torch.int64 or found.shape != (size,):
-                raise ValueError(f"places={shown(found)} must be int64 ({size},)")
+            fits = isinstance(found, torch.Tensor) and found.dtype == torch.int64 and found.shape == (size,)
+            if not fits or found.min() < 0 or len(found.unique()) < size:
+                raise ValueError(f"places={shown(found)} must be different integers of at least 0, int64 ({size},)")
         check_finite({name: getattr(self, name) for name in ("features", "bias", "basis")}, "the gallery")
 
     def _sides(self) -> list[tuple[tuple[str], tuple[str]]]:

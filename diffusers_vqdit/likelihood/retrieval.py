@@ -16,9 +16,7 @@ A text by blocks is generated block by block, each in one step given those befor
 where it is generated, the shortlist is by that, and the rank by all blocks.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import threading
 from dataclasses import dataclass
@@ -30,10 +28,9 @@ from diffusers.utils import BaseOutput
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..tasks import Task, check_task
 from ..utils.checks import check_integer, shown
-from ..utils.fingerprints import tokenizer_fingerprint
 from .block_retrieval import given_items, scores_given_items, scores_of_texts, text_mask
 from .bounds import check_logits
-from .gallery import GalleryIndex
+from .gallery import GalleryIndex, transformer_digest
 
 
 NUM_FEATURES = 256
@@ -53,32 +50,6 @@ class RetrievalOutput(BaseOutput):
 
     indices: torch.LongTensor
     scores: torch.Tensor
-
-
-def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
-    """A digest of the segments, of the first weights of each layer, which any training changes, and of the scales of
-    LoRAs that are active."""
-    digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
-    for name, value in sorted(transformer.state_dict().items()):
-        digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
-    for name, module in transformer.named_modules():
-        if isinstance(scales := getattr(module, "scaling", None), dict):  # a layer of peft's
-            active = [] if module.disable_adapters else module.active_adapters
-            digest.update(f"{name} {sorted((one, scales[one]) for one in active if one in scales)}".encode())
-    return digest.hexdigest()
-
-
-def tokenizers_digest(tokenizers: list[Any]) -> str:
-    """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of, or
-    of what one without weights makes of a text."""
-    digest = hashlib.sha256()
-    for tokenizer in tokenizers:
-        if not isinstance(tokenizer, torch.nn.Module):
-            digest.update(tokenizer_fingerprint(tokenizer).encode())
-            continue
-        for name, value in sorted(tokenizer.state_dict().items()):
-            digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def directions(tasks: list[str], query: str, gallery: str) -> list[Task]:
@@ -224,6 +195,7 @@ def build_index(
     lengths: torch.LongTensor | None = None,
     shape: tuple[int, ...] | None = None,
     query_shape: tuple[int, ...] | None = None,
+    model: str | None = None,
 ) -> GalleryIndex:
     """Index a gallery.
 
@@ -239,6 +211,7 @@ def build_index(
         batch_size: items a forward pass.
         lengths: (G,), the codes of each item that is a text by blocks, in whole blocks; None for all of them.
         shape, query_shape: of the items' and the queries' codes, where they are not on the segments' own grids.
+        model: [`transformer_digest`] where it is known already.
 
     Raises:
         ValueError: if the checkpoint knows no task between the two segments that ranks items, or codes don't fit.
@@ -285,7 +258,7 @@ def build_index(
         segment=segment,
         query=query,
         way=str(way),
-        model=transformer_digest(transformer),
+        model=model or transformer_digest(transformer),
         codes=codes.to(small).cpu(),
         features=torch.cat(features)[order.argsort()].cpu(),
         bias=torch.cat(bias)[order.argsort()].cpu(),
@@ -315,11 +288,39 @@ def retrieve(
     each is then one of its own. Where candidates are given, each that stands on any shortlist is computed once for all
     queries.
 
+    Of a gallery in parts those of the queries' grid are searched, each for its best, which their PMI ranks together.
+
     Raises:
         ValueError: if the index is another model's, or `top_k` or `shortlist` doesn't fit.
     """
     if not isinstance(gallery, GalleryIndex):
         raise ValueError(f"gallery={shown(gallery)} must be a GalleryIndex, such as pipe.index makes")
+    for part in gallery.parts:
+        _check_part(transformer, part)
+    if {part.model for part in gallery.parts} != {transformer_digest(transformer)}:
+        raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
+    parts = gallery.parts
+    if "channels" not in transformer.config.segments[gallery.query]:
+        grid = tuple(query.shape[1:]) if isinstance(query, torch.Tensor) else ()
+        parts = [part for part in parts if part.query_shape in (None, grid)]
+        check_items("query", query, transformer, gallery.query, (parts or gallery.parts)[0].query_shape)
+        query = query.long()
+    batch_size = check_integer("batch_size", batch_size, 1)
+    top_k = check_integer("top_k", top_k, 1, len(gallery))
+    shortlist = check_integer("shortlist", shortlist, top_k)
+    found = []
+    for part in parts:
+        size = len(part.codes)
+        sizes = {"top_k": min(top_k, size), "shortlist": min(shortlist, size)}
+        one = _retrieve_part(transformer, query, part, **sizes, batch_size=batch_size, query_mask=query_mask)
+        found.append((one.scores, one.indices if part.places is None else part.places[one.indices]))
+    scores, indices = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    return RetrievalOutput(indices=indices.gather(1, order)[:, :top_k], scores=best[:, :top_k])
+
+
+def _check_part(transformer: VQDiTTransformer2DModel, gallery: GalleryIndex) -> None:
+    """Raise a ValueError unless a part of a gallery has codes that the model's can be."""
     segments = transformer.config.segments or {}
     for name in (gallery.segment, gallery.query):
         if name not in segments:
@@ -331,15 +332,20 @@ def retrieve(
             f"gallery has codes of shape {tuple(gallery.codes.shape[1:])} up to {int(gallery.codes.max())}; this "
             f"model's {gallery.segment!r} is {segments[gallery.segment]}: index the gallery with this model"
         )
-    if gallery.model != transformer_digest(transformer):
-        raise ValueError("gallery was indexed with another model, or in another dtype; index it with this one")
-    if "channels" not in segments[gallery.query]:
-        check_items("query", query, transformer, gallery.query, gallery.query_shape)
-        query = query.long()
-    batch_size = check_integer("batch_size", batch_size, 1)
-    top_k = check_integer("top_k", top_k, 1, len(gallery.codes))
-    shortlist = min(check_integer("shortlist", shortlist, top_k), len(gallery.codes))
-    tasks = transformer.config.tasks or []
+
+
+def _retrieve_part(
+    transformer: VQDiTTransformer2DModel,
+    query: torch.LongTensor,
+    gallery: GalleryIndex,
+    *,
+    top_k: int,
+    shortlist: int,
+    batch_size: int,
+    query_mask: torch.Tensor | None,
+) -> RetrievalOutput:
+    """[`retrieve`] from one part of a gallery, with places in it."""
+    segments, tasks = transformer.config.segments, transformer.config.tasks or []
     ways = directions(tasks, gallery.query, gallery.segment)
     way = Task.parse(gallery.way)
     if way not in ways:
@@ -414,23 +420,3 @@ def retrieve(
     # 3. Rank
     best, order = scores.sort(dim=1, descending=True, stable=True)
     return RetrievalOutput(indices=places.gather(1, order)[:, :top_k], scores=best[:, :top_k])
-
-
-def retrieve_from_parts(
-    transformer: VQDiTTransformer2DModel,
-    query: torch.LongTensor,
-    parts: list[GalleryIndex],
-    *,
-    top_k: int,
-    shortlist: int,
-    **options: Any,
-) -> RetrievalOutput:
-    """[`retrieve`] from a gallery whose items have several grids: the best of each part's, by their PMI."""
-    found = []
-    for part in parts:
-        size = len(part.codes)
-        one = retrieve(transformer, query, part, top_k=min(top_k, size), shortlist=max(shortlist, top_k), **options)
-        found.append((one.scores, one.indices if part.places is None else part.places[one.indices]))
-    scores, indices = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
-    best, order = scores.sort(dim=1, descending=True, stable=True)
-    return RetrievalOutput(indices=indices.gather(1, order)[:, :top_k], scores=best[:, :top_k])

@@ -188,7 +188,7 @@ class InputsMixin(PromptMixin, SizesMixin):
         passed = {name: value for name, value in {**named, **(inputs or {})}.items() if value is not None}
         passed = {name: list(value) if isinstance(value, tuple) else value for name, value in passed.items()}
         segments = self._segments
-        for name in set(passed) & set(segments):
+        for name in [name for name in passed if name in segments]:
             check_codes_dtype(segments[name], segments[name].argument, passed[name])
         for name, value in passed.items():
             if isinstance(value, list) and not value:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from diffusers.image_processor import PipelineImageInput
 
-from ..likelihood.gallery import GalleryIndex
-from ..likelihood.retrieval import RetrievalOutput, build_index, retrieve_from_parts, tokenizers_digest
+from ..likelihood.gallery import GalleryIndex, tokenizers_digest, transformer_digest
+from ..likelihood.retrieval import RetrievalOutput, build_index, retrieve
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from .inputs_mixin import InputsMixin
@@ -39,8 +39,9 @@ class RetrievalMixin(InputsMixin):
             batch_size: items a forward pass.
 
         Returns:
-            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes; ``save`` and ``load`` it. Texts by
-            blocks are ranked by all of them; where the checkpoint only generates them, the shortlist is by the first.
+            [`~likelihood.gallery.GalleryIndex`]: 0.7 kB a picture of 64 codes for each grid of the queries; ``save``
+            and ``load`` it. Texts by blocks are ranked by all of them; where the checkpoint only generates them, the
+            shortlist is by the first.
 
         Raises:
             ValueError: for an empty gallery, or a checkpoint that knows no task between items and queries.
@@ -61,7 +62,7 @@ class RetrievalMixin(InputsMixin):
             raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
         if not processor.takes_mask or are_codes(processor, values):  # pictures are read part by part: may be many
             values = read_value(processor, values, unknown=False)
-        parts = []
+        parts, model = [], transformer_digest(self.transformer)
         for places, own, grid in self._items_by_grid(processor, values):
             codes, lengths = self._codes_of(grid, own, batch_size)
             for other in self._grids_of(self._segment(query)):
@@ -75,9 +76,10 @@ class RetrievalMixin(InputsMixin):
                         lengths=lengths,
                         shape=grid.shape,
                         query_shape=other,
+                        model=model,
                     )
                 )
-                parts[-1].places = places
+                parts[-1].places = None if places is None else places.clone()  # a file has each tensor once
         output, *output.others = parts
         output.tokenizers = self._tokenizers_digest(segment)
         self.maybe_free_model_hooks()
@@ -203,22 +205,20 @@ class RetrievalMixin(InputsMixin):
                 f"query must be {processor.noun}s, as the gallery holds {gallery.segment} codes, got "
                 f"{shown(query)}: {error}"
             ) from error
-        places, found = [], []
+        places, found, grids = [], [], {part.query_shape for part in gallery.parts}
         for own, values, segments in self._by_grid({gallery.query: queries}, [gallery.query]):
-            parts = [part for part in gallery.parts if part.query_shape == segments[gallery.query].shape]
-            segment = segments[gallery.query] if parts else processor  # one of older versions has a single grid
-            value = encode_value(segment, values[gallery.query])
+            segment = segments[gallery.query]
+            if grids & {None, processor.shape} and segment.shape not in grids:
+                segment = processor  # of one of older versions, or of codes, on a single grid
+            elif segment.shape not in grids:
+                raise ValueError(
+                    f"gallery was indexed for queries of the grids {sorted(map(str, grids))}, and not for the "
+                    f"{list(segment.shape)} of this pipeline's: index it with this one"
+                )
+            value, sizes = encode_value(segment, values[gallery.query]), {"top_k": top_k, "shortlist": shortlist}
             places.append(own)
             found.append(
-                retrieve_from_parts(
-                    self.transformer,
-                    value.codes,
-                    parts or [part for part in gallery.parts if part.query_shape is None],
-                    top_k=top_k,
-                    shortlist=shortlist,
-                    batch_size=batch_size,
-                    query_mask=value.mask,
-                )
+                retrieve(self.transformer, value.codes, gallery, **sizes, batch_size=batch_size, query_mask=value.mask)
             )
         self.maybe_free_model_hooks()
         fields = ("indices", "scores")

@@ -181,7 +181,7 @@ def encode_dataset(
     if stream is None:
         rows = rows_fingerprint(dataset, list(columns_read(columns)), times=True)
         source = source_of(rows, columns, batch_size, shard_size, [prints, lowres_factor, options])
-        if _is_there(folder, source):
+        if _is_there(folder, source, encoder.notes):
             return folder
     unfinished = folder / PARTS_FOLDER
     parts = make_parts(unfinished, source, encoder.num_shards, partial(encoder.make_shards, unfinished))
@@ -206,14 +206,18 @@ def shard_size_of(rows: int) -> int:
     return min(max(MIN_SHARD_SIZE, -(-rows // NUM_SHARDS)), MAX_SHARD_SIZE)
 
 
-def _is_there(folder: Path, source: str) -> bool:
-    """Whether a folder has the whole codes of a source, which is then told. All processes must call it."""
+def _is_there(folder: Path, source: str, told: Sequence[str] = ()) -> bool:
+    """Whether a folder has the whole codes of a source, which is then said, and what was lost in them, but for what is
+    `told` already. All processes must call it."""
     first = process_rank()[0] == 0
     if not from_main_process(first and _is_made(folder, source)):
         return False
     logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
-    if first:  # of a run that was killed at its very end
-        _remove_parts(folder)
+    if first:
+        for note in read_index(folder)["notes"]:
+            if note not in told:
+                logger.warning(note)
+        _remove_parts(folder)  # of a run that was killed at its very end
     return True
 
 

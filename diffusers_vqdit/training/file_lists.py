@@ -2,6 +2,7 @@
 
 import heapq
 import mmap
+import operator
 import os
 import pickle
 import tempfile
@@ -57,7 +58,7 @@ class FileList(Sequence[T]):
         return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        batch, place = divmod(index, ROWS_TOGETHER)
+        batch, place = divmod(range(self.length)[operator.index(index)], ROWS_TOGETHER)  # no slices
         return self._batch(batch)[place]
 
     def __iter__(self) -> Iterator[T]:
@@ -101,10 +102,12 @@ def mapped_table(
         OSError: if there is no room for it.
     """
     with _temporary_file(cache_dir) as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            for batch in batches:
-                with _saying_where(cache_dir):
-                    writer.write_batch(batch)
+        writer = pa.ipc.new_stream(file, schema)
+        for batch in batches:
+            with _saying_where(cache_dir):
+                writer.write_batch(batch)
+        with _saying_where(cache_dir):
+            writer.close()
         return pa.ipc.open_stream(pa.py_buffer(_mapped(file, cache_dir))).read_all()
 
 

@@ -156,7 +156,7 @@ def load_codes(
     if args.codes_dir is not None:
         codes = CodeDataset(args.codes_dir)
         for note in codes.notes:
-            logger.warning(f"{args.codes_dir!r}: {note}")
+            logger.warning(f"{args.codes_dir!r}, when it was encoded: {note}")
         _take_tokenizers(codes, parts, available, segments)
         codes.check_tokenizers(**{name: parts[name] for name in (*NAMED, "segment_tokenizers")})
         made_by = {codes.entries[name].get("tokenizer") for name in segments & set(codes.entries)}

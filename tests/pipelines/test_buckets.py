@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_vqdit import GalleryIndex, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.likelihood.retrieval import retrieve
 
 
 GRIDS = [[4, 4], [6, 3], [3, 6]]
@@ -233,7 +234,23 @@ def test_pictures_of_several_aspect_ratios_ask_one_gallery(buckets, grids, tmp_p
     # And of sketches by pictures, each on a grid of its own.
     sketches = buckets.index(inputs={"sketch": pictures[:3]}, query="image")
     assert len(sketches) == 3 and len(sketches.parts) == 9
-    assert sorted(buckets.retrieve(pictures[1], sketches, top_k=3).indices[0].tolist()) == [0, 1, 2]
+    best = buckets.retrieve(pictures, sketches, top_k=3)
+    assert all(sorted(row) == [0, 1, 2] for row in best.indices.tolist())
+    sketches.save(tmp_path / "sketches.safetensors")
+    again = buckets.retrieve(pictures, GalleryIndex.load(tmp_path / "sketches.safetensors"), top_k=3)
+    assert torch.equal(again.indices, best.indices) and torch.equal(again.scores, best.scores)
+    # The function without a pipeline takes the whole gallery, too.
+    codes = codes_of(buckets, pictures[1])
+    alone = retrieve(buckets.transformer, codes, sketches, top_k=3, shortlist=20)
+    assert torch.equal(alone.indices[0], best.indices[1])
+
+
+def test_a_gallery_for_queries_of_other_grids_is_refused(buckets):
+    gallery = buckets.index(["a red apple", "sun"])
+    gallery.others = []
+    gallery.query_shape = (2, 8)
+    with pytest.raises(ValueError, match=r"queries of the grids \['\(2, 8\)'\], and not for the \[6, 3\]"):
+        buckets.retrieve(picture(100, 60), gallery, top_k=1)
 
 
 def test_a_gallery_of_before_is_asked_on_the_first_grid(buckets, grids):

@@ -113,12 +113,20 @@ def test_how_pictures_are_read_reaches_the_pipeline(run, tokenizers, picture_fol
 
 def test_what_was_lost_in_the_encoding_is_said_before_training(run, tokenizers, picture_folder, tmp_path, caplog):
     change_rows(picture_folder, lambda index, row: {"text": "word " * 40} if index < 2 else {})
-    run("encode_dataset", f"--train_data_dir {picture_folder} {tokenizers} --output_dir {tmp_path / 'codes'}")
+    (picture_folder / "broken.png").write_bytes(b"no picture")
+    with open(picture_folder / "metadata.jsonl", "a") as metadata:
+        metadata.write("\n" + json.dumps({"file_name": "broken.png", "text": "a dot"}))
+    encode = f"--train_data_dir {picture_folder} {tokenizers} --output_dir {tmp_path / 'codes'}"
+    for _ in range(2):  # the second finds them there
+        caplog.clear()
+        run("encode_dataset", encode)
+        lost = [record.message for record in caplog.records]
+        assert sum("are cut" in one for one in lost) == sum("could not be read" in one for one in lost) == 1
     caplog.clear()
     codes = f"--codes_dir {tmp_path / 'codes'} --tasks ->text"
     run("train_vqdit", f"{codes} {tokenizers} {TINY} --output_dir {tmp_path / 'a'}")
     (told,) = [record.message for record in caplog.records if "are cut" in record.message]
-    assert f"{str(tmp_path / 'codes')!r}: 2 of " in told
+    assert f"{str(tmp_path / 'codes')!r}, when it was encoded: 2 of " in told
 
 
 def test_new_labels_are_added_to_a_pretrained_pipeline(run, tokenizers, picture_folder, tmp_path):
