@@ -246,11 +246,11 @@ def _described(
         while name is not None and path_key(name) < path_key(picture):
             name = next(named, None)
         if picture != name:
-            unnamed.add(Path(picture).relative_to(folder))
+            unnamed.add(picture)
     if unnamed.count:
         logger.warning(
             f"left out {unnamed.count} of {len(pictures)} pictures in {str(folder)!r} that no metadata row names: "
-            f"{first_of(unnamed.items)}"
+            f"{first_of([os.path.relpath(picture, folder) for picture in unnamed.items])}"
         )
     return samples
 

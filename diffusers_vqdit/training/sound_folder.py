@@ -62,9 +62,11 @@ def read_sound_folder(
 
     folder = Path(os.path.abspath(folder))
     sounds, metadata = list_sound_files(folder, cache_dir)
-    samples: Iterable[Sample] = ClassFolders(folder, sounds)
+    samples: Iterable[Sample]
     if metadata:
         samples = FileList(described_files(folder, sounds, metadata, AUDIO_COLUMN), cache_dir)
+    else:
+        samples = ClassFolders(folder, sounds)
     if next(iter(samples), None) is None:
         raise ValueError(f"none of the rows of {first_of(metadata)} names a sound: there is nothing to read")
     options: dict[str, Any] = {"columns": list(columns), "cache_dir": cache_dir}
