@@ -178,6 +178,7 @@ def main(args: argparse.Namespace) -> None:
     steps = f"--max_train_steps {args.max_train_steps} --checkpointing_steps 0 --validation_steps 0"
     model = "--block_out_channels 4 4 4 4 4 4 --norm_num_groups 2 --latent_channels 4 --num_vq_embeddings 64"
     vq = f"--image_vq {out / 'image_vq'} --resolution {args.encoding_resolution}"
+    reading = f"--cache_dir {out / 'cache'} --dataloader_num_workers {args.dataloader_num_workers}"
     more = f"--report_to none --train_batch_size 4 --resolution {SIDE} --validation_split none"
     print("| script | samples | anonymous, MB | resident, MB |\n|---|---|---|---|", flush=True)
 
@@ -190,8 +191,7 @@ def main(args: argparse.Namespace) -> None:
         path = out / f"pictures-{count}.parquet"
         if not path.is_file():
             write_pictures(path, args.photographs, count)
-        data = f"--dataset_name {path} --cache_dir {out / 'cache'}"
-        data += f" --dataloader_num_workers {args.dataloader_num_workers}"
+        data = f"--dataset_name {path} {reading}"
         measure("train_image_vq", count, f"{data} {model} {more} {steps}")
         for flag in ("", "--streaming"):
             measure("encode_dataset", count, f"{data} {vq} --batch_size 16", flag=flag)
@@ -202,8 +202,7 @@ def main(args: argparse.Namespace) -> None:
         folder = out / f"folder-{count}"
         if not folder.is_dir():
             write_folder(folder, args.photographs, count)
-        data = f"--train_data_dir {folder} --cache_dir {out / 'cache'}"
-        data += f" --dataloader_num_workers {args.dataloader_num_workers}"
+        data = f"--train_data_dir {folder} {reading}"
         texts = f"--text_vq {out / 'text_vq'} --caption_column text"
         measure("train_image_vq", count, f"{data} {model} {more} {steps}", " (folder)")
         measure("encode_dataset", count, f"{data} {vq} {texts} --batch_size 16", " (folder)")

@@ -71,7 +71,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, i
 @given(st.lists(st.lists(TEXTS.filter(lambda name: name.strip(".")), min_size=1, max_size=3).map("/".join)))
 def test_paths_are_in_the_order_of_paths(tmp_path_factory, paths):
     cache = tmp_path_factory.mktemp("cache")
-    paths = [f"/root/{path}" for path in paths]
+    paths = [f"/pictures/{path}" for path in paths]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_lists, "SORTED_TOGETHER", 3)
         assert list(sorted_paths(paths, cache)) == [
