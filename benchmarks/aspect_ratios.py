@@ -10,14 +10,12 @@ the same batches. Writes a JSON file for each kind of positions, and its pipelin
 """
 
 import argparse
-import io
 import json
 import time
 from pathlib import Path
 
 import datasets
 import torch
-from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
@@ -26,9 +24,8 @@ from diffusers_vqdit.training.data import bucket_batches, load_training_dataset,
 from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
-from diffusers_vqdit.utils.fitting import resize_image
-from diffusers_vqdit.utils.images import to_rgb
 
+from .cut_pictures import cut
 from .masked_training import MaskedTraining, add_arguments, bits_per_code
 
 
@@ -48,15 +45,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=output_path, default=Path("outputs/aspect_ratios"))
     add_arguments(parser, train_batch_size=16, learning_rate=2e-3, **SIZE)
     return parser.parse_args(input_args)
-
-
-def cut(picture: dict, size: list[int]) -> dict:
-    """The middle of an undecoded picture, of the aspect ratio of a size and as large as there is."""
-    image = to_rgb(Image.open(io.BytesIO(picture["bytes"])))
-    scale = min(image.height / size[0], image.width / size[1])
-    file = io.BytesIO()
-    resize_image(image, (round(size[0] * scale), round(size[1] * scale))).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
 
 
 def load_codes(

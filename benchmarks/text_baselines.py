@@ -10,9 +10,10 @@ block); the two others are exact.
 
 * ``n-gram``: characters, interpolated by Witten and Bell (1991), from order 1 to ``--order``; below order 1 all of
   Unicode's 2^16 most common code points are as likely.
-* ``gpt2``: transformers' `GPT2LMHeadModel` of the checkpoint's layers and width over the checkpoint's tokens, trained
-  from scratch for ``--minutes`` of process time (0 leaves it out), AdamW, a cosine schedule. With a given column, it
-  reads given text, end, text, end, and the bits of the text alone are counted; it is trained on both.
+* ``gpt2``: transformers' `GPT2LMHeadModel` of the checkpoint's width over the checkpoint's tokens, with as many layers
+  as bring it nearest to the checkpoint's parameters (ours has adaLN and a head of its own), trained from scratch for
+  ``--minutes`` of process time (0 leaves it out), AdamW, a cosine schedule. With a given column, it reads given text,
+  end, text, end, and the bits of the text alone are counted; it is trained on both.
 """
 
 import argparse
@@ -115,22 +116,33 @@ def padded(rows: Sequence[list[int]], device: str) -> tuple[torch.Tensor, torch.
     return ids.to(device), labels.to(device)
 
 
+def equal_gpt2(pipe: VQDiTPipeline, longest: int) -> GPT2LMHeadModel:
+    """An untrained causal transformer for rows of at most `longest` ids, of the checkpoint's width and of as many
+    parameters, as nearly as whole layers allow."""
+    transformer, end = pipe.transformer, pipe.tokenizer.eos_token_id
+
+    def gpt2(layers: int) -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(pipe.tokenizer),
+                n_positions=longest,
+                n_embd=transformer.inner_dim,
+                n_layer=layers,
+                n_head=transformer.config.num_attention_heads,
+                bos_token_id=end,
+                eos_token_id=end,
+            )
+        )
+
+    with torch.device("meta"):
+        one, two = (gpt2(layers).num_parameters() for layers in (1, 2))
+    torch.manual_seed(0)
+    return gpt2(max(1, 1 + round((transformer.num_parameters() - one) / (two - one))))
+
+
 def train_gpt2(args: argparse.Namespace, pipe: VQDiTPipeline, rows: list[list[int]]) -> tuple[GPT2LMHeadModel, int]:
     """A causal transformer of the checkpoint's size after the minutes, and its steps."""
-    config, longest = pipe.transformer.config, max(map(len, rows))
-    width = config.num_attention_heads * config.attention_head_dim
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(pipe.tokenizer),
-            n_positions=longest,
-            n_embd=width,
-            n_layer=config.num_layers,
-            n_head=config.num_attention_heads,
-            bos_token_id=pipe.tokenizer.eos_token_id,
-            eos_token_id=pipe.tokenizer.eos_token_id,
-        )
-    ).to(args.device)
+    model = equal_gpt2(pipe, max(map(len, rows))).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     clock = time.process_time if args.device == "cpu" else time.perf_counter
@@ -189,7 +201,8 @@ def main(args: argparse.Namespace) -> None:
         rows = [ids for ids, first in sequences(pipe.tokenizer, list(train[args.text_column]), before)]
         rows = [ids for ids in rows if len(ids) <= 2 * longest]
         model, steps = train_gpt2(args, pipe, rows)
-        figures[f"gpt2, {args.minutes:g} minutes, {steps} steps"] = (
+        size = f"{model.config.n_layer} layers, {model.num_parameters() / 1e6:.1f} M"
+        figures[f"gpt2 ({size}), {args.minutes:g} minutes, {steps} steps"] = (
             gpt2_bits(model, sequences(pipe.tokenizer, texts, given), args) / characters
         )
     task = f"{args.given_column or ''}->{segment}"
