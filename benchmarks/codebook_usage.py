@@ -3,13 +3,14 @@
 
     python -m benchmarks.codebook_usage --train_data_dir PHOTOGRAPHS --output_dir outputs/codebook_usage
 
-Each setting is trained on crops of the photographs at its default learning rate, at a third of it and at thrice, and
-with vector-quantize-pytorch's quantizer in the same loop where there is a like one and it is installed (pip install
-vector-quantize-pytorch). The use of codes at every step is relative to what a batch can show: to the share of the
-codebook that as many positions show on average where all codes are used alike. The PSNR is of crops of other
-photographs, every eighth file. What ``codebook_usage.json`` in the output folder has already is kept, so that a run
-that was cut short goes on. The photographs of docs/image_tokenizer.md are in the Debian package
-plasma-workspace-wallpapers, and in scikit-image and scikit-learn; a grid of 300 steps takes 40 minutes of a CPU core.
+Each setting is trained on crops of the photographs at its default learning rate, at a third of it and at thrice, from
+each seed, and with vector-quantize-pytorch's quantizer in the same loop where there is a like one and it is installed
+(pip install vector-quantize-pytorch). The use of codes at every step is relative to what a batch can show: to the
+share of the codebook that as many positions show on average where all codes are used alike. The PSNR is of crops of
+other photographs, every eighth file. What ``codebook_usage.json`` in the output folder has already is kept, so that a
+run that was cut short goes on. The photographs of docs/image_tokenizer.md are in the Debian package
+plasma-workspace-wallpapers, and in scikit-image and scikit-learn; a grid of 300 steps takes 40 minutes of a CPU core
+for each seed.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--factors", type=positive_number, nargs="+", default=[1.0, 1 / 3, 3.0], help="Of the learning rate."
     )
     parser.add_argument("--only", nargs="+", help="Names of settings; by default all.")
-    parser.add_argument("--seed", type=random_seed, default=0)
+    parser.add_argument("--seeds", type=random_seed, nargs="+", default=[0, 1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=output_path, default=Path("outputs/codebook_usage"))
     args = parser.parse_args(input_args)
@@ -125,20 +126,28 @@ def foreign_quantizer(options: dict) -> Foreign | None:
 
 
 def train(
-    name: str, args: argparse.Namespace, pictures: torch.Tensor, held_out: torch.Tensor, factor: float, foreign: bool
+    name: str,
+    args: argparse.Namespace,
+    pictures: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    factor: float,
+    seed: int,
+    foreign: bool,
 ) -> dict | None:
     """Train one setting; its learning rate, the use of codes at every step, and the PSNR at the end.
 
     Args:
         pictures, held_out: (N, 3, H, W) uint8.
         factor: of the default learning rate.
+        seed: of the weights and the order of the pictures.
         foreign: with vector-quantize-pytorch's quantizer; None is returned where there is none.
     """
     widths, resolution, batch_size, flags = SETTINGS[name]
     parser = argument_parser("Defaults of quantizers.")
     add_quantizer_arguments(parser.add_argument_group("quantizer"))
     options = quantizer_options(parser.parse_args(flags.split()))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     model = ImageVQModel(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -162,7 +171,7 @@ def train(
         "cosine", optimizer, num_warmup_steps=args.max_train_steps // 2, num_training_steps=args.max_train_steps
     )
     shown = expected_usage(model.num_codes, batch_size * (resolution // model.downsample_factor) ** 2)
-    batches, used = shuffled_batches(len(pictures), batch_size, seed=args.seed), []
+    batches, used = shuffled_batches(len(pictures), batch_size, seed=seed), []
     for _ in range(args.max_train_steps):
         sample = to_pixels(pictures[next(batches)]).to(args.device)
         output = model(sample)
@@ -176,26 +185,43 @@ def train(
     return {"learning_rate": rate, "usage": [round(u, 4) for u in used], "psnr": figures["psnr"], "shown": shown}
 
 
-def as_table(runs: dict[str, dict[str, dict]]) -> str:
+Seeds = dict[str, dict]  # a run of each seed
+
+
+def psnr(runs: Seeds) -> float:
+    return sum(run["psnr"] for run in runs.values()) / len(runs)
+
+
+def use(runs: Seeds) -> list[float]:
+    return [used for run in runs.values() for used in run["usage"][FIRST:]]
+
+
+def deviation(runs: dict[str, dict[str, Seeds]]) -> float | None:
+    """Of the PSNR of one setting and rate between seeds, pooled over all; None where each has one."""
+    groups = [[run["psnr"] for run in seeds.values()] for found in runs.values() for seeds in found.values()]
+    squares = sum(len(group) * np.var(group) for group in groups)
+    return float((squares / free) ** 0.5) if (free := sum(len(group) - 1 for group in groups)) else None
+
+
+def as_table(runs: dict[str, dict[str, Seeds]]) -> str:
     """A row a setting: the default learning rate with the least and the mean use of codes after the first steps and
-    the PSNR, the PSNR of the other rates, and the same of vector-quantize-pytorch."""
+    the PSNR, mean of the seeds, the PSNR of the other rates, and the same of vector-quantize-pytorch."""
     heads = ["setting", "crops, batch", "learning rate", "least use", "mean use", "PSNR (dB)", "a third", "thrice"]
     heads += ["theirs: least use", "PSNR"]
     lines = [f"| {' | '.join(heads)} |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
 
-    def use(run: dict) -> list[float]:
-        return run["usage"][FIRST:]
-
-    def cell(run: dict | None) -> str:
-        return f"{run['psnr']:.2f} (use {min(use(run)):.2f})" if run else ""
+    def cell(seeds: Seeds | None) -> str:
+        return f"{psnr(seeds):.2f} ({min(use(seeds)):.2f})" if seeds else ""
 
     for name, found in runs.items():
         own, theirs = found["1"], found.get("theirs")
-        least, mean = min(use(own)), sum(use(own)) / len(use(own))
-        cells = [name, f"{SETTINGS[name][1]} px, {SETTINGS[name][2]}", f"{own['learning_rate']:.1e}", f"{least:.2f}"]
-        cells += [f"{mean:.2f}", f"{own['psnr']:.2f}", cell(found.get("0.33")), cell(found.get("3"))]
-        cells += [f"{min(use(theirs)):.2f}", f"{theirs['psnr']:.2f}"] if theirs else ["", ""]
+        mean, rate = sum(use(own)) / len(use(own)), next(iter(own.values()))["learning_rate"]
+        cells = [name, f"{SETTINGS[name][1]} px, {SETTINGS[name][2]}", f"{rate:.1e}", f"{min(use(own)):.2f}"]
+        cells += [f"{mean:.2f}", f"{psnr(own):.2f}", cell(found.get("0.33")), cell(found.get("3"))]
+        cells += [f"{min(use(theirs)):.2f}", f"{psnr(theirs):.2f}"] if theirs else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    if (spread := deviation(runs)) is not None:
+        lines.append(f"\nOne run's PSNR differs between seeds with a standard deviation of {spread:.2f} dB.")
     return "\n".join(lines)
 
 
@@ -204,20 +230,22 @@ def main(args: argparse.Namespace) -> None:
     held_out_files = files[::8]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = args.output_dir / "codebook_usage.json"
-    runs: dict[str, dict[str, dict]] = json.loads(results.read_text()) if results.is_file() else {}
+    runs: dict[str, dict[str, Seeds]] = json.loads(results.read_text()) if results.is_file() else {}
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     factors = {**{f"{factor:.2g}": factor for factor in args.factors}, "theirs": 1.0}
-    for (label, factor), name in itertools.product(factors.items(), args.only or SETTINGS):
-        side, found = SETTINGS[name][1], runs.setdefault(name, {})
-        if label in found:
+    for seed, (label, factor), name in itertools.product(args.seeds, factors.items(), args.only or SETTINGS):
+        side, seeds = SETTINGS[name][1], runs.setdefault(name, {}).get(label, {})
+        if str(seed) in seeds:
             continue
         if side not in data:
             trained_files = [file for file in files if file not in held_out_files]
             data[side] = (crops_of(trained_files, side, args.crops, 0), crops_of(held_out_files, side, 16, 1))
-        run = train(name, args, *data[side], factor, foreign=label == "theirs")
+        run = train(name, args, *data[side], factor=factor, seed=seed, foreign=label == "theirs")
         if run is not None:
-            found[label] = run
-            print(f"{name}, {label}: least use {min(run['usage'][FIRST:]):.2f}, {run['psnr']:.2f} dB", flush=True)
+            runs[name][label] = seeds | {str(seed): run}
+            print(
+                f"{name}, {label}, seed {seed}: least use {min(use({'': run})):.2f}, {run['psnr']:.2f} dB", flush=True
+            )
             results.write_text(json.dumps(runs) + "\n")
     (args.output_dir / "codebook_usage.md").write_text(as_table(runs) + "\n")
     print(as_table(runs))
