@@ -30,7 +30,7 @@ from diffusers_vqdit.pipelines.audio_codecs import decode_waveform
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.adversarial import ADVERSARIAL_IDENTITY, Adversary, add_adversarial_arguments
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, crop_sounds, load_sounds
+from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, load_crops, load_sounds
 from diffusers_vqdit.training.audio_objectives import AudioObjective, audio_objective
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.files import save_pretrained_atomically
@@ -47,6 +47,7 @@ from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
+    non_negative_integer,
     non_negative_number,
     number,
     positive_integer,
@@ -112,6 +113,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Seconds of the part of a sound that a step sees.",
     )
     data.add_argument("--max_train_samples", type=positive_integer)
+    data.add_argument(
+        "--dataloader_num_workers",
+        type=non_negative_integer,
+        default=0,
+        help="Processes that decode sounds ahead of time; 0: the main process does.",
+    )
     data.add_argument("--cache_dir")
 
     add_training_arguments(
@@ -225,18 +232,25 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
-    step, micro_step = run.step, run.step * args.gradient_accumulation_steps
-    batches = setup.run_batches(args, accelerator, len(sounds), step)
+    step = run.step
+    waveforms = load_crops(
+        sounds,
+        setup.run_batches(args, accelerator, len(sounds), step),
+        length,
+        seed=args.seed,
+        step=step * args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        num_workers=args.dataloader_num_workers,
+    )
     progress = setup.progress_bar(accelerator, max_steps, step)
     trained = list(model.parameters())
     utilisation = Utilisation(args, accelerator)
     watch = TrainingWatch(accelerator, args, quantizer=objective.quantizer)
     throughput, stop = Throughput(), False
     while step < max_steps and not stop:
-        part = {"seed": args.seed, "step": micro_step, "rank": accelerator.process_index}
-        waveforms = crop_sounds(sounds, next(batches), length, **part).to(accelerator.device)
+        sample = next(waveforms).to(accelerator.device, non_blocking=True)
         with accelerator.accumulate(model, *([adversary.discriminator] if adversary else [])), utilisation.counting():
-            output = objective.step(model, waveforms)
+            output = objective.step(model, sample)
             loss, logs = output.loss, {"reconstruction": output.reconstruction, "commitment": output.commitment}
             if adversary:
                 fooling, more = adversary.generator_loss(step, output.made, output.reconstruction)
@@ -244,8 +258,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema)
             if adversary:
                 logs |= adversary.descend(run, step, output.real, output.made)
-        micro_step += 1
-        throughput.add(len(waveforms) * accelerator.num_processes)
+        throughput.add(len(sample) * accelerator.num_processes)
         if not accelerator.sync_gradients:
             continue
 

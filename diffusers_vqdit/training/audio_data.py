@@ -2,11 +2,12 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from ..schedulers.samplers import uniform
 from ..utils.sounds import part_start, read_part, read_sound, sound_seconds
@@ -171,3 +172,38 @@ def crop_sounds(
         part = sounds.part(row, share, length)
         found[index, : len(part)] = as_waveform(part)
     return found
+
+
+class _Crops(Dataset):
+    """The parts of a batch's sounds, by its rows and its step."""
+
+    def __init__(self, sounds: SoundDataset, length: int, seed: int, rank: int) -> None:
+        self.sounds, self.length, self.seed, self.rank = sounds, length, seed, rank
+
+    def __getitem__(self, index: tuple[torch.Tensor, int]) -> torch.Tensor:
+        rows, step = index
+        return crop_sounds(self.sounds, rows, self.length, seed=self.seed, step=step, rank=self.rank)
+
+
+def load_crops(
+    sounds: SoundDataset,
+    batches: Iterator[torch.Tensor],
+    length: int,
+    *,
+    seed: int,
+    step: int = 0,
+    rank: int = 0,
+    num_workers: int = 0,
+) -> Iterator[torch.Tensor]:
+    """What [`crop_sounds`] gives (B, length) of each of a run's batches of rows (B,), from `step` on; decoded by
+    `num_workers` processes ahead of time, or by this one. Sounds that are kept need none."""
+    return iter(
+        DataLoader(
+            _Crops(sounds, length, seed, rank),
+            batch_size=None,
+            sampler=((rows, step + number) for number, rows in enumerate(batches)),
+            num_workers=0 if sounds.sounds is not None else num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it draws from that of the models' weights
+        )
+    )

@@ -10,7 +10,7 @@ from datasets import Audio, Dataset
 from safetensors.torch import load_file
 
 from diffusers_vqdit.training import audio_data
-from diffusers_vqdit.training.audio_data import SoundDataset, crop_sounds
+from diffusers_vqdit.training.audio_data import SoundDataset, crop_sounds, load_crops
 from diffusers_vqdit.utils import sounds as reading
 
 
@@ -75,6 +75,20 @@ def test_parts_are_the_same_whether_sounds_are_kept_or_not(sound_table, monkeypa
     assert len(told) == 2 and told[0].startswith("skipped sound in row 1: ValueError: no sound that can be read")
     monkeypatch.setattr(audio_data, "CACHED_BYTES", 2 * sum(map(len, kept.sounds)))
     assert SoundDataset(whole, "audio", 800).sounds is not None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_that_read_ahead_give_the_same_parts(sound_table, monkeypatch, kept, workers):
+    if not kept:
+        monkeypatch.setattr(audio_data, "CACHED_BYTES", 0)
+    sounds = SoundDataset(sound_table(broken=() if kept else (5,)), "audio", 800)
+    batches = [torch.tensor([5, 0, 3]), torch.tensor([7, 1, 2]), torch.tensor([4, 6, 6])]
+    state = torch.get_rng_state()
+    found = load_crops(sounds, iter(batches), 64, seed=1, step=7, rank=1, num_workers=workers)
+    for number, (parts, rows) in enumerate(zip(found, batches, strict=True)):
+        assert parts.equal(crop_sounds(sounds, rows, 64, seed=1, step=7 + number, rank=1))
+    assert torch.get_rng_state().equal(state)
 
 
 def test_no_more_is_decoded_than_a_part(nothing_is_kept, monkeypatch, tmp_path):
