@@ -1,7 +1,8 @@
 """The demo, ``python -m diffusers_vqdit``: pictures from English and Chinese prompts, and captions of pictures; or,
 with ``--say`` and ``--listen``, speech of texts and texts of speech, by a pipeline that was trained on sounds.
 
-It uses the starter checkpoint of the checkout, unless another pipeline is named.
+It uses a starter checkpoint of the checkout, unless another pipeline is named: the one of pictures, or with ``--say``
+and ``--listen`` the one that talks.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from .utils.arguments import (
     refuse_unused,
 )
 from .utils.provenance import save_generated
-from .utils.starter import STARTER, check_starter
+from .utils.starter import STARTER, TALKING_STARTER, check_starter, model_id
 
 
 # Prompt, and its meaning where it isn't English, for a label that any font can show.
@@ -55,8 +56,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         type=model_name,
-        default=str(STARTER),
-        help="Pipeline: a folder or a Hub id.",
+        help=f"Pipeline: a folder or a Hub id; by default {STARTER.name}, to talk {TALKING_STARTER.name}.",
     )
     parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
     parser.add_argument("--say", nargs="+", help="Texts to speak, each into a WAV file, in place of drawing.")
@@ -68,6 +68,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.say or args.listen:
         refuse_unused(parser, args, {"prompt": "with --say or --listen"})
+    if args.pretrained_model_name_or_path is None:
+        args.pretrained_model_name_or_path = str(TALKING_STARTER if args.say or args.listen else STARTER)
     return args
 
 
@@ -119,7 +121,7 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed + index)
         spoken = pipeline(**passed, **options, output=audio, generator=generator)
         path = args.output_file.with_name(f"{args.output_file.stem}-{index}.wav")
-        about = {"model_id": args.pretrained_model_name_or_path, "description": said}
+        about = {"model_id": model_id(args.pretrained_model_name_or_path), "description": said}
         save_generated(spoken.audios[0], path, sampling_rate=spoken.sampling_rate, **about)
         print(f"{path.resolve()}: {said}, {len(spoken.audios[0]) / spoken.sampling_rate:.1f} s")
     for heard in args.listen or []:
@@ -162,11 +164,10 @@ def main(args: argparse.Namespace) -> None:
         images += pictures
         labels += [f"-> {text}" for text in texts]
 
-    model_id = "vqdit-emoji" if path == str(STARTER) else path
     save_generated(
         labelled_grid(images, labels),
         args.output_file,
-        model_id=model_id,
+        model_id=model_id(path),
         description="; ".join(prompts),
         composite=len(images) > len(prompts),
     )

@@ -5,6 +5,7 @@ import pytest
 import soundfile
 
 from diffusers_vqdit.__main__ import main, parse_args
+from diffusers_vqdit.utils import starter
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
@@ -36,6 +37,36 @@ def test_segments_are_those_of_a_task_that_speaks_or_listens(talking_pipeline, a
     folder = audio_codecs.sound_folder(tmp_path / "sounds", count=1)
     main(parse_args([*place, "--listen", str(folder / "0.flac"), "--num_inference_steps", "2"]))
     assert "0.flac: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "vqdit-emoji"),
+        (["--prompt", "a sailboat"], "vqdit-emoji"),
+        (["--say", "a red apple"], "vqdit-talking-emoji"),
+        (["--listen", "a.wav"], "vqdit-talking-emoji"),
+        (["--say", "a red apple", "--pretrained_model_name_or_path", "you/model"], "you/model"),
+        (["--say", "a red apple", "--pretrained_model_name_or_path", str(starter.STARTER)], str(starter.STARTER)),
+    ],
+)
+def test_the_starter_is_one_that_does_what_is_asked(root, arguments, name):
+    name = str(root / "model_cards" / name) if name.startswith("vqdit") else name
+    assert parse_args(arguments).pretrained_model_name_or_path == name
+
+
+def test_without_a_pipelines_name_the_talking_starter_speaks_and_listens(root, tmp_path, capsys, monkeypatch):
+    """And its files name it without the path of this machine; where it isn't there, as in a wheel, it is said."""
+    said, place = tmp_path / "demo-0.wav", ["--output_file", str(tmp_path / "demo.png"), "--num_inference_steps", "8"]
+    main(parse_args(["--say", "a red apple", *place]))
+    main(parse_args(["--listen", str(said), *place]))
+    assert str(said) in (told := capsys.readouterr().out) and f"{said}: " in told.splitlines()[-1]
+    assert soundfile.info(said).duration > 0.3
+    assert b": vqdit-talking-emoji" in said.read_bytes() and str(root).encode() not in said.read_bytes()
+    monkeypatch.setattr("diffusers_vqdit.__main__.TALKING_STARTER", tmp_path / "gone")
+    monkeypatch.setattr(starter, "TALKING_STARTER", tmp_path / "gone")
+    with pytest.raises(SystemExit, match=f"The starter checkpoint is not at {tmp_path / 'gone'}"):
+        main(parse_args(["--say", "a red apple", *place]))
 
 
 def test_a_sound_is_found_by_its_text(talking_pipeline, audio_codecs):
