@@ -48,11 +48,13 @@ def test_codecs_of_transformers(run, audio_codecs, hub, client, tmp_path, kind):
         part.save_pretrained(tmp_path / kind)
     sound = f"--segment sound=audio:audio:{tmp_path / kind}"
     run(
-        "train_vqdit",
-        f"--dataset_name {data} {sound} {TASKS} {TINY} --audio_codebooks 2 --max_audio_length 0.15 "
-        f"--output_dir {tmp_path / 'out'}",
+        "encode_dataset",
+        f"--dataset_name {data} {sound} --segment kind=label:label --audio_codebooks 2 --max_audio_length 0.15 "
+        f"--output_dir {tmp_path / 'codes'}",
     )
-    assert CodeDataset(tmp_path / "out" / "codes").segments["sound"]["shape"] == [15, 2]
+    encoded = CodeDataset(tmp_path / "codes")
+    assert encoded.segments["sound"]["shape"] == [15, 2] and len(encoded) == 8
+    run("train_vqdit", f"--codes_dir {tmp_path / 'codes'} {sound} {TASKS} {TINY} --output_dir {tmp_path / 'out'}")
     saved = VQDiTPipeline.from_pretrained(tmp_path / "out")
     saved.push_to_hub(f"alice/{kind}")
     loaded = VQDiTPipeline.from_pretrained(f"alice/{kind}", cache_dir=tmp_path / "cache")
@@ -66,13 +68,14 @@ def test_codecs_of_transformers(run, audio_codecs, hub, client, tmp_path, kind):
     codec, _ = load_audio_codec(str(tmp_path / "out" / "segment_tokenizers" / "sound.tokenizer"))
     assert type(codec) is type(saved.segment_tokenizers.tokenizers["sound"])
 
-    # A pipeline's finetuning keeps its codec, its length and its codebooks.
+    # A pipeline's finetuning keeps its codec, its length and its codebooks, and encodes at the start what was encoded.
     run(
         "train_vqdit",
         f"--pretrained_model_name_or_path {tmp_path / 'out'} --dataset_name {data} --segment sound=audio:audio {TUNE} "
         f"{TASKS} --output_dir {tmp_path / 'tuned'}",
     )
-    assert CodeDataset(tmp_path / "tuned" / "codes").segments["sound"]["shape"] == [15, 2]
+    again = CodeDataset(tmp_path / "tuned" / "codes")
+    assert again.segments["sound"]["shape"] == [15, 2] and again.codes["sound"].equal(encoded.codes["sound"])
 
 
 @pytest.mark.slow
