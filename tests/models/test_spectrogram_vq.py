@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import SpeechT5FeatureExtractor, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from diffusers_vqdit import SpectrogramVQModel
 from diffusers_vqdit.models.mel_spectrogram import griffin_lim, log_mel_spectrogram
@@ -85,6 +86,24 @@ def test_a_vocoder_takes_the_place_of_griffin_lim(codec):
     assert seen[0].equal(codec.decode_log_mel(codes)) and seen[0].shape == (2, 8, 6)
     low, high = codec.config.log_mel_range
     assert low <= seen[0].min() and seen[0].max() <= high
+
+
+def test_a_vocoder_of_transformers_takes_spectrograms_of_its_kind():
+    """Those that docs/audio.md gives the flags of: SpeechT5's own, of as many samples a frame."""
+    options = {"sampling_rate": 16000, "n_fft": 1024, "hop_length": 256, "num_mel_bins": 80}
+    codec = SpectrogramVQModel(**options, min_frequency=80, max_frequency=7600, block_out_channels=(8, 8, 8, 8)).eval()
+    torch.manual_seed(0)
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(upsample_initial_channel=32)).eval()
+    waveform = torch.rand(2, 16000) - 0.5
+    own = SpeechT5FeatureExtractor()(audio_target=waveform[0].numpy(), sampling_rate=16000, return_tensors="pt")
+    log_mel = log_mel_spectrogram(waveform[:1, : 62 * 256], codec.filters, 1024, 256)[0].T
+    assert torch.allclose(log_mel[2:-2], own.input_values[0][2:60], atol=1e-4)  # ends are padded in another way
+    codes = codec.encode_codes(waveform)
+    with torch.no_grad():
+        sample = codec.decode_codes(codes, vocoder).sample
+    assert codes.shape == (2, 8, 10) and sample.shape == codec.decode_codes(codes).sample.shape == (2, 8 * 8 * 256)
+    assert sample.isfinite().all() and sample.std() > 0 and sample.abs().max() <= 1
+    assert not sample[0].equal(sample[1])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.audio_codecs import check_codec
@@ -51,7 +52,12 @@ def test_sounds_come_out_with_their_rate(pipe):
     assert all(np.abs(one).max() <= 1 for one in drawn.audios)
     assert pipe(inputs={"sound": drawn.audios}).labels  # what is spoken can be heard
     tensors = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="pt").audios
+    assert all(isinstance(one, torch.Tensor) for one in tensors)
     assert all(np.array_equal(one.numpy(), other) for one, other in zip(tensors, drawn.audios, strict=True))
+    arrays = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="np")
+    assert arrays.sampling_rate == RATE and arrays.segments["sound"] is arrays.audios
+    assert all(isinstance(one, np.ndarray) and one.dtype == np.float32 for one in arrays.audios)
+    assert all(np.array_equal(one, other) for one, other in zip(arrays.audios, drawn.audios, strict=True))
     codes = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), output_type="latent")
     assert codes.audios.shape == (2, FRAMES, 3) and codes.sampling_rate is None and codes.images is None
     *others, segments, audios, rate = pipe(class_labels=["dog", "cat"], generator=seeds(1, 2), return_dict=False)
@@ -61,6 +67,21 @@ def test_sounds_come_out_with_their_rate(pipe):
     assert others == [None] * 2 and len(labels) == 2
     assert [row.task for row in pipe.tasks] == ["label->sound", "sound->label", "->sound"]
     assert pipe.hub_task == "audio-classification"
+
+
+@pytest.mark.parametrize("pipe", ["spectrogram"], indirect=True)
+def test_codes_of_a_pipeline_go_to_a_vocoder(pipe):
+    """As docs/audio.md says: without frames of the end, which no codec knows."""
+    torch.manual_seed(0)
+    sizes = {"upsample_initial_channel": 8, "upsample_rates": [4, 2], "upsample_kernel_sizes": [8, 4]}
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=6, **sizes)).eval()
+    codes = pipe(class_labels="dog", output_type="latent", generator=seeds(1)).audios[0]
+    codec = pipe.segment_tokenizers.tokenizers["codec"]
+    codes = codes[(codes < codec.num_codes).all(1)]
+    with torch.no_grad():
+        sound = codec.decode_codes(codes[None], vocoder).sample[0]
+    assert 0 < len(codes) <= FRAMES and sound.shape == (16 * len(codes),)
+    assert sound.isfinite().all() and sound.std() > 0
 
 
 def test_a_sound_doesnt_depend_on_its_batch(pipe):
