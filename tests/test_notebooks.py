@@ -19,20 +19,23 @@ def run(path, parameters, monkeypatch):
     nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    return text, sum("image/png" in output.get("data", {}) for output in outputs)
+    shown = [output.get("data", {}) for output in outputs]
+    players = sum("data:audio/wav;base64," in one.get("text/html", "") for one in shown)
+    return text, sum("image/png" in one for one in shown), players
 
 
 def test_draw(root, monkeypatch):
-    text, pictures = run(root / "examples" / "draw.ipynb", {}, monkeypatch)
-    tasks, (captions, names, found) = text.splitlines()[0], text.splitlines()[-3:]
+    text, pictures, players = run(root / "examples" / "draw.ipynb", {}, monkeypatch)
+    tasks, (captions, names, found, heard) = text.splitlines()[0], text.splitlines()[-4:]
     assert tasks.startswith("task") and "snowman" in captions
     assert names == "['red apple', 'sailboat', 'snowman', 'red apple']"
-    assert found.startswith("['sailboat'") and pictures == 2
+    assert found.startswith("['sailboat'") and pictures == 3
+    assert heard == "['red apple']" and players == 1
 
 
 def test_train(root, monkeypatch):
     parameters = {"max_train_steps": 2, "train_batch_size": 4}
-    text, pictures = run(root / "examples" / "train.ipynb", parameters, monkeypatch)
+    text, pictures, _ = run(root / "examples" / "train.ipynb", parameters, monkeypatch)
     assert text.startswith("40 ") and pictures == 1
 
 
