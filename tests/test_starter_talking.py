@@ -1,6 +1,7 @@
 """The unfinished checkpoint that listens and speaks, with the figures that were measured."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ def folder(root):
 def test_its_card_shows_the_figures_that_were_measured(folder, script):
     report = json.loads((folder / "evaluation_speech.json").read_text())
     assert script("evaluate").as_table(report) in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_figures_of_the_tasks_table_are_the_cards(root, folder, page):
+    report = json.loads((folder / "evaluation_speech.json").read_text())
+    measures = {"text->speech": "recognised", "audio->text": "exact match", "audio->image": "nearest picture"}
+    values = [report[task][f"pair, {name}"]["value"] for task, name in measures.items()]
+    unseen = max(report[task][f"picture, {name}"]["value"] for task, name in measures.items())
+    (row,) = [one for one in (root / page).read_text().splitlines() if one.startswith(f"| {', '.join(measures)} |")]
+    assert re.findall(r"\d+\.\d %", row) == [f"{100 * value:.1f} %" for value in (*values, unseen)]
 
 
 def test_it_hears_what_it_says_and_draws_it(folder):
