@@ -24,7 +24,7 @@ UNFINISHED_FILE = ".unfinished-evaluation.json"  # in the output folder, until t
 _CONVENIENCES = ("tasks", "font", "output_dir")
 
 
-def write_report(folder: Path, name: str, report: Mapping[str, dict]) -> None:
+def write_report(folder: Path, name: str, report: dict[str, dict]) -> None:
     """Write the figures of all tasks as ``{name}.json`` and as a table, ``{name}.md``."""
     for file, text in ((f"{name}.json", json.dumps(report, indent=2)), (f"{name}.md", as_table(report) + "\n")):
         with replacing_file(folder / file) as unfinished:
