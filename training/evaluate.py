@@ -11,23 +11,25 @@ options are those of ``training/evaluate_tokenizer.py``. ``--audio_column audio`
 listens, on spoken captions, with the options of ``training/evaluate_speech.py``.
 
 Takes about half an hour on two CPU cores; ``--tasks`` measures some of them, and what the pipeline doesn't do is left
-out. One sample is drawn for each caption or
-picture, from a seed of its own, and each share comes with its standard error. The captions and pictures are held-out
-compositions (a role and a skin tone that training never saw together) or, where it says so, training captions or the
-whole test split. *Nearest picture* is the one of all 3,786 whose reconstruction by the image tokenizer has the
-smallest pixel distance to a sample; with ``--features``, also the one whose features are nearest by a vision model.
-Where a column ``held_out`` says "style", and where a column ``unseen`` has texts, these are measured besides.
+out. A task's figures are in the files as soon as it is measured, and a run that was killed goes on after them, given
+the same pipeline, data and options. One sample is drawn for each caption or picture, from a seed of its own, and each
+share comes with its standard error. The captions and pictures are held-out compositions (a role and a skin tone that
+training never saw together) or, where it says so, training captions or the whole test split. *Nearest picture* is the
+one of all 3,786 whose reconstruction by the image tokenizer has the smallest pixel distance to a sample; with
+``--features``, also the one whose features are nearest by a vision model. Where a column ``held_out`` says "style",
+and where a column ``unseen`` has texts, these are measured besides.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.models.segment_layers import segment_patch
 from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments, task_between
+from diffusers_vqdit.training.evaluation_files import UNFINISHED_FILE, evaluation_identity, measure_tasks
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
@@ -38,6 +40,7 @@ from diffusers_vqdit.training.evaluation_images import (
     measure_text_to_image,
     measure_tokenizers,
 )
+from diffusers_vqdit.training.evaluation_pictures import check_room
 from diffusers_vqdit.training.evaluation_report import as_table, draw_rows, task_rows
 from diffusers_vqdit.training.evaluation_scores import (
     measure_classification,
@@ -161,7 +164,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
-    for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
+    for name in ("evaluation.json", "evaluation.md", "evaluation.png", UNFINISHED_FILE):
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -178,13 +181,14 @@ def main(args: argparse.Namespace) -> None:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
     resolution = side * pipeline.image_vq.downsample_factor
     data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode, args.max_samples)
-    measured = {name: MEASURES[name](pipeline, data, args) for name in args.tasks}
-    report = {name: figures for name, figures in measured.items() if figures}
-    table = as_table(report)
-    (output_dir / "evaluation.json").write_text(json.dumps(report, indent=2))
-    (output_dir / "evaluation.md").write_text(table + "\n")
-    print(table)
+    for size in args.sizes or ():
+        counts = {"count": len(data.pictures), "drawn": max(len(data.train), len(data.composition))}
+        check_room("sizes", size, pipeline.image_vq, **counts, batch_size=args.batch_size)
+    measures = {name: partial(MEASURES[name], pipeline, data, args) for name in args.tasks}
+    report = measure_tasks(output_dir, evaluation_identity(pipeline, data, args), measures)
+    print(as_table(report))
     draw_rows(task_rows(pipeline, data, args), args.font).save(output_dir / "evaluation.png")
+    (output_dir / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

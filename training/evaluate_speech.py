@@ -10,16 +10,17 @@ codec makes of them, and in what the pipeline says; other languages than English
 each kind of ``held_out``: captions in another voice, voices and captions never heard. Segments of labels, such as
 voices, are columns of the data of the same name; rows of labels that training didn't have are left out of their tasks.
 ``evaluation_speech.png`` has spectrograms, pictures and texts of the first eight, and the WAV files beside it are what
-is said of their captions.
+is said of their captions; those of an earlier run are removed.
 """
 
 import argparse
-import json
+import re
 from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.evaluation import add_sampling_arguments
-from diffusers_vqdit.training.evaluation_report import as_table, draw_rows
+from diffusers_vqdit.training.evaluation_files import write_report
+from diffusers_vqdit.training.evaluation_report import draw_rows
 from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, font_file, model_name, output_path
@@ -59,12 +60,15 @@ def main(args: argparse.Namespace) -> None:
     resolution = None if pictures is None else pictures.shape[0] * pictures.vq.downsample_factor
     data = SpeechData.load(args, resolution, pipeline.config.resize_mode)
     report = measure_speech(pipeline, data, args)
-    files["json"].write_text(json.dumps(report.figures, indent=2))
-    files["md"].write_text(as_table(report.figures) + "\n")
+    write_report(folder, "evaluation_speech", report.figures)
     draw_rows(report.rows, args.font).save(files["png"])
     for index, (caption, sound) in enumerate(report.said):
         file = folder / f"evaluation_speech-{index}.wav"
         save_generated(sound, file, sampling_rate=report.sampling_rate, model_id=folder.name, description=caption)
+    for file in folder.glob("evaluation_speech-*.wav"):  # of an earlier run that said more
+        number = re.fullmatch(r"evaluation_speech-(0|[1-9][0-9]*)\.wav", file.name)
+        if number is not None and int(number[1]) >= len(report.said) and file.is_file():
+            file.unlink()
     print(files["md"].read_text())
 
 

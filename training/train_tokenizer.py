@@ -9,7 +9,11 @@ are, lines and spaces too. The folder is what ``--text_tokenizer`` takes, as is 
 """
 
 import argparse
+import json
+import logging
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
 
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts
@@ -18,6 +22,9 @@ from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer
 from diffusers_vqdit.utils.texts import in_parts
+
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +47,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
+def is_another(file: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a file is of another tokenizer, or of none."""
+    try:
+        return json.loads(file.read_bytes()) != json.loads(tokenizer.backend_tokenizer.to_str())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+
+
 def main(args: argparse.Namespace) -> None:
     with output_folder(args.output_dir, files=["tokenizer.json", "tokenizer_config.json"]):
         dataset = load_training_dataset(
@@ -52,6 +69,11 @@ def main(args: argparse.Namespace) -> None:
         )
         texts = Texts([CaptionColumn(dataset, column) for column in args.text_columns])
         tokenizer = train_text_tokenizer(texts, args.vocab_size, args.characters)
+        if is_another(args.output_dir / "tokenizer.json", tokenizer):
+            logger.warning(
+                f"{str(args.output_dir)!r} had another tokenizer, which this one replaces: codes of that one are none "
+                "of this"
+            )
         save_pretrained_atomically(tokenizer, args.output_dir)
     parts = in_parts(texts, READ_ROWS)
     count = sum(len(ids) for part in parts for ids in tokenizer(part, add_special_tokens=False).input_ids)

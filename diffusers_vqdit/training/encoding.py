@@ -79,8 +79,8 @@ def encode_dataset(
     Args:
         dataset: rows with undecoded image columns, as [`~training.data.load_training_dataset`] gives them; or the
             [`~training.row_stream.RowStream`] that it gives with ``streaming=True``, which makes the same folder.
-        output_dir: the folder to write. What it holds is replaced at the end, and stays as it was if
-            something fails before.
+        output_dir: the folder to write. What it holds is replaced at the end, of which a warning tells before, and
+            stays as it was if something fails before.
         resolution: side of the square pictures given to `image_vq`, in pixels.
         image_vq, text_vq, tokenizer: the tokenizers; needed for the columns that are given. Without `text_vq`, the
             codes of texts are the token ids of `tokenizer`, of any length.
@@ -208,9 +208,14 @@ def shard_size_of(rows: int) -> int:
 
 def _is_there(folder: Path, source: str, told: Sequence[str] = ()) -> bool:
     """Whether a folder has the whole codes of a source, which is then said, and what was lost in them, but for what is
-    `told` already. All processes must call it."""
+    `told` already; of codes of another it is said that they are replaced. All processes must call it."""
     first = process_rank()[0] == 0
     if not from_main_process(first and _is_made(folder, source)):
+        if first and (folder / INDEX_FILE).exists():
+            logger.warning(
+                f"{str(folder)!r} has codes of other data, tokenizers or options, or not whole ones: they are "
+                "replaced when the new ones are whole"
+            )
         return False
     logger.info(f"{str(folder)!r} has the codes of these data and tokenizers already")
     if first:

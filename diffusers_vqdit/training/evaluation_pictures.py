@@ -2,11 +2,13 @@
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -32,6 +34,38 @@ def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
         if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
             os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
         return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+
+
+def check_room(
+    argument: str, size: Sequence[int], image_vq: ImageVQModel, *, count: int, drawn: int, batch_size: int
+) -> None:
+    """See that what pictures of a size take at the least is there: a size is bounded by the machine alone.
+
+    Args:
+        argument: for the message.
+        size: height and width in pixels.
+        count: pictures of the data, which [`read_pictures`] and [`reconstruct`] put into temporary files.
+        drawn: pictures that are drawn, of which there are two copies in memory when they are looked at.
+        batch_size: pictures that are encoded at once.
+
+    Raises:
+        ValueError: if the disk or the memory of the device that `image_vq` is on is smaller.
+    """
+    pixels, folder, device = math.prod(size), tempfile.gettempdir(), image_vq.device
+    encoded = image_vq.config.in_channels + image_vq.config.block_out_channels[0]  # with its first layer's features
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    if device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(device)
+    needed = {
+        f"free on the disk of {folder}": (3 * pixels * count * (1 + 4), shutil.disk_usage(folder).free),
+        f"memory of {device}": (4 * pixels * max(2 * 3 * drawn, encoded * min(batch_size, count)), memory),
+    }
+    for what, (wanted, there) in needed.items():
+        if wanted > there:
+            raise ValueError(
+                f"{argument}={list(size)} needs {wanted / 2**30:.3g} GiB {what} at the least, and there are "
+                f"{there / 2**30:.3g}: give a smaller one, or less in max_samples, num_samples or batch_size"
+            )
 
 
 def load_measured_split(dataset_name: str, split: str, **options: Any) -> Any:

@@ -58,6 +58,8 @@ def _begin(folder: Path, identity: str) -> None:
     """Empty the folder of parts of another identity."""
     path = folder / IDENTITY_FILE
     if folder.exists() and not (path.is_file() and path.read_bytes() == identity.encode()):
+        if done := len(list(folder.glob("part-*.json"))):
+            logger.warning(f"{done} parts in {str(folder)!r} are of other data, models or options: they are removed")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as unfinished:

@@ -103,16 +103,51 @@ def test_what_is_there_is_not_encoded_again(encode, image_vq, pictures, monkeypa
     assert counted
 
 
-def test_parts_of_a_run_that_failed_are_taken_by_the_next(encode, image_vq, tmp_path, monkeypatch):
-    whole, counted, plain = encode("whole"), [], image_vq.encode_codes
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("change", "told"), [({}, False), ({"batch_size": 4}, True), ({"label_column": None}, True), ("bias", True)]
+)
+def test_codes_that_are_replaced_are_told(encode, image_vq, caplog, change, told, damaged):
+    folder = encode("codes")
+    assert "they are replaced when" not in caplog.text  # by the first
+    if change == "bias":
+        with torch.no_grad():
+            image_vq.encoder.conv_in.bias[0] += 1e-3
+    if damaged:
+        shutil.copyfile(next(folder.glob("codes-*")), folder / "codes-00099.arrow")
+    options = {} if change == "bias" else change
+    encode("codes", **options)
+    assert (f"{str(folder)!r} has codes of other data, tokenizers or options" in caplog.text) == (told or damaged)
+    caplog.clear()
+    encode("codes", **options)
+    assert "they are replaced when" not in caplog.text
 
-    def failing(pixels):
+
+def fail_once(image_vq, monkeypatch):
+    """Let the twentieth call fail; how many pictures each is of is listed."""
+    counted, plain = [], image_vq.encode_codes
+
+    def encode_codes(pixels):
         counted.append(len(pixels))
         if len(counted) == 20:
             raise RuntimeError("out of memory")
         return plain(pixels)
 
-    monkeypatch.setattr(image_vq, "encode_codes", failing)
+    monkeypatch.setattr(image_vq, "encode_codes", encode_codes)
+    return counted
+
+
+def test_parts_of_another_run_are_not_removed_without_a_word(encode, image_vq, monkeypatch, caplog):
+    fail_once(image_vq, monkeypatch)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encode("codes")
+    encode("codes", batch_size=2)
+    assert "parts in" in caplog.text and "are of other data, models or options: they are removed" in caplog.text
+
+
+def test_parts_of_a_run_that_failed_are_taken_by_the_next(encode, image_vq, tmp_path, monkeypatch):
+    whole = encode("whole")
+    counted = fail_once(image_vq, monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
         encode("codes")
     left = tmp_path / "codes" / ".unfinished-codes"

@@ -1,5 +1,8 @@
 """The data that pipelines are measured on, and how drawn pictures are judged."""
 
+import json
+from functools import partial
+
 import datasets
 import numpy as np
 import pytest
@@ -149,12 +152,56 @@ def test_pictures_of_other_sizes_are_judged_beside_their_own(styles, pipeline, s
     figures = measure(pipeline, data[0], args)
     assert [figure["value"] for figure in figures.values()] == [1, 1, 1, 1, 0, 0]
     assert next(iter(figures)) == "16 x 16 px, training captions, nearest picture is the one named"
-    with pytest.raises(ValueError, match="width=18 must be a multiple of 4"):
-        evaluate.main(evaluate.parse_args([*source, "--sizes", "16,18"]))
+    monkeypatch.setattr(evaluate, "measure_tasks", None)
+    for sizes, told in (("16,18", "width=18 must be a multiple of 4"), ("16,16;65536,65536", "65536] needs .* GiB")):
+        with pytest.raises(ValueError, match=told):
+            evaluate.main(evaluate.parse_args([*source, "--sizes", sizes]))
     pipeline.transformer.register_to_config(tasks=["->image"])
     pipeline.save_pretrained(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"sizes=\[\[16, 16\]\] needs a task from captions to pictures: .*'->image'"):
         evaluate.main(evaluate.parse_args([*source, "--sizes", "16,16"]))
+
+
+# Whether figures that a killed run has measured are taken after it.
+CHANGES = {"nothing": True, "other tasks": True, "an option": False, "the pipeline": False, "the data": False}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_is_killed_leaves_its_figures_to_the_same_run(
+    change, styles, pipeline, script, tmp_path, monkeypatch
+):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    evaluate, called = script("evaluate"), []
+
+    def measure(name, *_):
+        called.append(name)
+        return {"right": {"value": 0.5}}
+
+    for name in ("tokenizers", "retrieval", "likelihood"):
+        monkeypatch.setitem(evaluate.MEASURES, name, partial(measure, name))
+    monkeypatch.setattr(evaluate, "draw_rows", lambda rows, font: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(evaluate, "task_rows", lambda *args: [])
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--dataset_name", str(styles)]
+    words += ["--output_dir", str(tmp_path / "out"), "--num_samples", "4", "--tasks"]
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setitem(evaluate.MEASURES, "retrieval", lambda *args: 1 / 0)
+        evaluate.main(evaluate.parse_args([*words, "tokenizers,retrieval"]))
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())) == ["tokenizers"]
+    monkeypatch.setitem(evaluate.MEASURES, "retrieval", partial(measure, "retrieval"))
+    tasks = "retrieval,likelihood,tokenizers" if change == "other tasks" else "tokenizers,retrieval"
+    if change == "the pipeline":
+        next(pipeline.transformer.parameters()).data.add_(1)
+        pipeline.save_pretrained(tmp_path / "pipe")
+    if change == "the data":
+        table = datasets.Dataset.from_parquet(str(styles), cache_dir=str(tmp_path / "cache"))
+        table.map(lambda row: {"text": f"a {row['text']}"}).to_parquet(str(styles))
+    called.clear()
+    evaluate.main(evaluate.parse_args([*words, tasks, *(["--seed", "1"] if change == "an option" else [])]))
+    assert ("tokenizers" not in called) == CHANGES[change]
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())) == tasks.split(",")
+    called.clear()
+    evaluate.main(evaluate.parse_args([*words, tasks]))  # one that has ended is measured anew
+    assert called == tasks.split(",")
 
 
 def test_sizes_and_their_task_are_given_together(script, capsys):

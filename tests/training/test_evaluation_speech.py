@@ -71,7 +71,12 @@ def test_every_task_has_its_figure(run, talking_pipeline, audio_codecs, table, t
     talking_pipeline.save_pretrained(tmp_path / "pipe")
     monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
     options = f"--dataset_name {table} --num_samples 4 --num_inference_steps 2 --output_dir {tmp_path}"
+    earlier = [tmp_path / f"evaluation_speech-{number}.wav" for number in (2, 3, 11)]  # of a run that said more
+    mine = [tmp_path / f"evaluation_speech{name}" for name in ("-03.wav", "-3-mine.wav", "-4.flac", "-x.wav", ".wav")]
+    for file in (*earlier, *mine):
+        file.write_bytes(b"old")
     run("evaluate_speech", f"--pretrained_model_name_or_path {tmp_path / 'pipe'} {options}")
+    assert [file.exists() for file in earlier] == [True, False, False] and all(file.exists() for file in mine)
     report = json.loads((tmp_path / "evaluation_speech.json").read_text())
     tasks = talking_pipeline.transformer.config.tasks
     assert set(report) == {"codec", *tasks, "inpainting", "repair", "retrieval"}

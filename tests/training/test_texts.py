@@ -189,6 +189,28 @@ def test_a_block_text_is_generated_alone():
         VQDiTTransformer2DModel(2, 8, num_layers=1, segments=segments, tasks=["->kind+poem"])
 
 
+REPLACED = "had another tokenizer, which this one replaces"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("", False), ("--max_samples 16", False), ("--vocab_size 301", True), ("--text_columns title", True)],
+)
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_tokenizer_that_replaces_another_says_so(run, folder, tmp_path, caplog, change, told, broken):
+    command = f"--dataset_name {folder / 'texts.parquet'} --output_dir {tmp_path} --vocab_size 300"
+    command += " --text_columns title poem"
+    run("train_tokenizer", command)
+    assert REPLACED not in caplog.text
+    if broken:
+        (tmp_path / "tokenizer.json").write_text("{")
+    run("train_tokenizer", f"{command} {change}")
+    assert (REPLACED in caplog.text) == (told or broken)
+    caplog.clear()
+    run("train_tokenizer", f"{command} {change}")
+    assert REPLACED not in caplog.text
+
+
 @pytest.mark.parametrize("encoded", [True, False])
 def test_texts_are_encoded_trained_saved_loaded_and_continued(run, folder, tmp_path, encoded):
     """From a trained tokenizer to a pipeline that goes on; with the codes on disk, and encoded at the start."""
