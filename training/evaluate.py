@@ -3,6 +3,8 @@
 
     python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji
 
+``evaluation_prompts.png`` has the first 48 held-out captions, one sample each, where ``text->image`` is measured.
+
 Any data with a training and a test split will do (``--dataset_name``): without columns ``emoji`` and ``held_out``,
 what needs them is left out, and all of the test split is measured in place of held-out compositions.
 
@@ -41,7 +43,7 @@ from diffusers_vqdit.training.evaluation_images import (
     measure_tokenizers,
 )
 from diffusers_vqdit.training.evaluation_pictures import check_room
-from diffusers_vqdit.training.evaluation_report import as_table, draw_rows, task_rows
+from diffusers_vqdit.training.evaluation_report import as_table, draw_rows, prompt_rows, task_rows
 from diffusers_vqdit.training.evaluation_scores import (
     measure_classification,
     measure_likelihood,
@@ -89,6 +91,8 @@ MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dic
     "text similarity": measure_similarity,
     "likelihood": measure_likelihood,
 }
+
+FILES = ("evaluation.json", "evaluation.md", "evaluation.png", "evaluation_prompts.png")
 
 
 def measures(names: str) -> list[str]:
@@ -164,7 +168,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
-    for name in ("evaluation.json", "evaluation.md", "evaluation.png", UNFINISHED_FILE):
+    for name in (*FILES, UNFINISHED_FILE):
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -188,6 +192,8 @@ def main(args: argparse.Namespace) -> None:
     report = measure_tasks(output_dir, evaluation_identity(pipeline, data, args), measures)
     print(as_table(report))
     draw_rows(task_rows(pipeline, data, args), args.font).save(output_dir / "evaluation.png")
+    if "text->image" in args.tasks and (prompts := prompt_rows(pipeline, data, args)):
+        draw_rows(prompts, args.font).save(output_dir / "evaluation_prompts.png")
     (output_dir / UNFINISHED_FILE).unlink(missing_ok=True)
 
 

@@ -142,6 +142,9 @@ def image_tasks(pipeline: VQDiTPipeline, roles: Roles) -> dict[Task, list[str]]:
     return found
 
 
+BY_FEATURES = " by features"  # what the report calls the judge
+
+
 @dataclass
 class EmojiData:
     """The dataset and the sets of rows that are measured.
@@ -317,14 +320,26 @@ class EmojiData:
         # Two emoji may look the same: the named one must be as near as the nearest.
         return (named <= distance.min(1).values + 1e-4).tolist()
 
+    def likeness(self, samples: torch.Tensor, batch_size: int) -> torch.Tensor | None:
+        """(S, N) cosines of the judge's features of samples, in [0, 1], and of all pictures; None without a judge."""
+        if self.judge is None or self.features is None:
+            return None
+        return unit_features(self.judge, samples.float().cpu() * 2 - 1, batch_size) @ self.features.T
+
     def judged(self, samples: torch.Tensor, rows: list[int], batch_size: int) -> dict[str, dict[str, Any]]:
         """The share of samples, in [0, 1], to which no picture is nearer than their rows', by what is looked at: its
         pixels, and the judge's features where there is one. ``""`` is the pixels' key."""
         found = {"": share(self.nearest(samples, rows))}
-        if self.judge is not None and self.features is not None:
-            likeness = unit_features(self.judge, samples.float().cpu() * 2 - 1, batch_size) @ self.features.T  # (S, N)
+        if (likeness := self.likeness(samples, batch_size)) is not None:
             own = likeness.gather(1, torch.tensor(rows)[:, None])[:, 0]
-            found[" by features"] = share((own >= likeness.max(1).values - 1e-5).tolist())
+            found[BY_FEATURES] = share((own >= likeness.max(1).values - 1e-5).tolist())
+        return found
+
+    def nearest_by(self, samples: torch.Tensor, batch_size: int) -> dict[str, list[int]]:
+        """The rows of the pictures nearest to samples, in [0, 1], by what is looked at as in [`judged`]."""
+        found = {"": self.nearest_rows(samples)}
+        if (likeness := self.likeness(samples, batch_size)) is not None:
+            found[BY_FEATURES] = likeness.argmax(1).tolist()
         return found
 
 

@@ -103,9 +103,12 @@ def measure_label_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
     names = label_names(pipeline, roles.label)
     labels = [names[i % len(names)] for i in range(args.num_samples)]
     drawn = sample(pipeline, args, len(labels), task, roles.image, {roles.label: labels})
-    found = data.labels(data.nearest_rows(drawn))
-    hits = [one == label for one, label in zip(found, labels, strict=True)]
-    return {"all labels, nearest picture has the label": share(hits)}
+    return {
+        f"all labels, nearest picture{how} has the label": share(
+            [one == label for one, label in zip(data.labels(rows), labels, strict=True)]
+        )
+        for how, rows in data.nearest_by(drawn, args.batch_size).items()
+    }
 
 
 def central_hole(size: int) -> torch.Tensor:
@@ -125,8 +128,8 @@ def measure_inpainting(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
             continue
         passed = {**({roles.prompt: data.texts(rows)} if given else {}), roles.image: real}
         drawn = sample(pipeline, args, len(rows), f"inpainting {name}", roles.image, passed, **options)
-        figure = share(data.nearest(drawn, rows))
-        figures[f"{data.held_out}, central half, {name}, nearest picture is the right one"] = figure
+        for how, figure in data.judged(drawn, rows, args.batch_size).items():
+            figures[f"{data.held_out}, central half, {name}, nearest picture{how} is the right one"] = figure
         kept = kept or [torch.equal(a[:, outside], b[:, outside]) for a, b in zip(drawn, real, strict=True)]
     return {**figures, "pixels outside of the mask bit-identical": share(kept)} if kept else figures
 
@@ -170,9 +173,8 @@ def measure_image_to_image(pipeline: VQDiTPipeline, data: EmojiData, args: argpa
             passed = {name: roles.pictures(rows, name, data) for name in others}
             passed |= {n: data.texts(rows, roles.column(n, data)) for n in task.given if n not in others}
             drawn = sample(pipeline, args, len(rows), str(task), output, passed)
-            figures[f"{task}, {title}, nearest picture is the right one"] = share(
-                looked_at[output].nearest(drawn, rows)
-            )
+            for how, figure in looked_at[output].judged(drawn, rows, args.batch_size).items():
+                figures[f"{task}, {title}, nearest picture{how} is the right one"] = figure
     return figures
 
 

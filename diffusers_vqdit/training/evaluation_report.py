@@ -14,6 +14,7 @@ from .evaluation_texts import blanked
 
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+PROMPTS, ACROSS = 48, 8  # held-out captions of the sheet, and how many stand in a row
 CELL, CAPTION, TITLE = 112, 46, 210  # pixels in the picture: a cell's side, the height below it, the titles' width
 
 
@@ -38,7 +39,7 @@ def as_table(report: dict) -> str:
 
 def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> list[tuple[str, list[tuple]]]:
     """Rows of a title and cells; a cell is a picture (C, H, W) in [0, 1] or a text, and the caption below it."""
-    roles, rows = Roles.of(pipeline), data.composition[:8]
+    roles, rows = Roles.of(pipeline), data.composition[:ACROSS]
     real, captions = data.real(rows), data.texts(rows) if roles.prompt or roles.caption else []
     image, caption, label = roles.image, roles.caption, roles.label
     result: list[tuple[str, list[tuple]]] = []
@@ -101,6 +102,19 @@ def task_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace
         if arrow := known([given], [label]):
             add(arrow, contents, draw(label, {given: contents}))
     return result
+
+
+def prompt_rows(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> list[tuple[str, list[tuple]]]:
+    """Rows as of [`task_rows`]: the first held-out captions, `PROMPTS` of them and one sample each; empty where the
+    pipeline draws no captions."""
+    roles, rows = Roles.of(pipeline), data.composition[:PROMPTS]
+    if not task_between(pipeline, [roles.prompt], [roles.image]):
+        return []
+    texts = data.texts(rows)
+    drawn = sample(pipeline, args, len(rows), "prompts", roles.image, {roles.prompt: texts})
+    cells = list(zip(drawn, texts, strict=True))
+    parts = [(start, cells[start : start + ACROSS]) for start in range(0, len(cells), ACROSS)]
+    return [(f"{data.held_out}, {start + 1} to {start + len(part)}", part) for start, part in parts]
 
 
 def wrapped(text: str, width: int, font: Font, lines: int) -> str:

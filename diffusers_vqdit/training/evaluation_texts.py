@@ -103,9 +103,10 @@ def measure_joint(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Names
     emoji = dict(zip(captions, data.columns["emoji"], strict=True))
     figures = {}
     for name, pairs in drawn.items():
-        found = list(zip(pairs[caption], data.nearest_rows(pairs[image]), strict=True))
-        of_emoji = [emoji.get(text) == data.columns["emoji"][row] for text, row in found]
-        own = [text == captions[row] for text, row in found]
-        figures[f"{name}, nearest picture is of the caption's emoji"] = share(of_emoji)
-        figures[f"{name}, nearest picture is the caption's own, skin tone too"] = share(own)
+        for how, rows in data.nearest_by(pairs[image], args.batch_size).items():
+            found = list(zip(pairs[caption], rows, strict=True))
+            of_emoji = [emoji.get(text) == data.columns["emoji"][row] for text, row in found]
+            own = [text == captions[row] for text, row in found]
+            figures[f"{name}, nearest picture{how} is of the caption's emoji"] = share(of_emoji)
+            figures[f"{name}, nearest picture{how} is the caption's own, skin tone too"] = share(own)
     return figures

@@ -44,8 +44,39 @@ def test_the_sets_that_are_measured_and_both_judges(styles, image_vq, script):
     assert {how: figure["value"] for how, figure in right.items()} == {"": 1.0, " by features": 1.0}
     wrong = data.judged(own[rows], [1, 2, 3], 2)
     assert {how: figure["value"] for how, figure in wrong.items()} == {"": 0.0, " by features": 0.0}
+    assert data.nearest_by(own[rows], 2) == {"": rows, " by features": rows}
     without = evaluate.EmojiData.load(image_vq, 16, args)
-    assert without.judged(own[rows], rows, 2).keys() == {""}
+    assert without.judged(own[rows], rows, 2).keys() == without.nearest_by(own[rows], 2).keys() == {""}
+
+
+def test_whatever_is_drawn_has_both_judges_and_prompts_a_sheet(styles, pipeline, script, tmp_path):
+    table = datasets.Dataset.from_parquet(str(styles), cache_dir=str(tmp_path / "cache"))
+    table = table.add_column("emoji", table["text"]).add_column("label", [f"kind {i % 3}" for i in range(10)])
+    table.to_parquet(str(tmp_path / "data.parquet"))
+    pipeline.save_pretrained(tmp_path / "pipe")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path / "judge")
+    evaluate = script("evaluate")
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--features", str(tmp_path / "judge")]
+    words += ["--dataset_name", str(tmp_path / "data.parquet"), "--num_samples", "4", "--num_inference_steps", "1"]
+    tasks = "text->image,label->image,inpainting,->image+text"
+    args = evaluate.parse_args([*words, "--output_dir", str(tmp_path / "out"), "--tasks", tasks])
+    evaluate.main(args)
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(report) == tasks.split(",")
+    for figures in report.values():
+        by_pixels = [name for name in figures if "nearest picture" in name and "by features" not in name]
+        assert by_pixels
+        for name in by_pixels:
+            assert figures[name.replace("nearest picture", "nearest picture by features")]["count"] > 0
+    assert Image.open(tmp_path / "out" / "evaluation_prompts.png").size[0] > 300
+
+    data = evaluate.EmojiData.load(pipeline.image_vq, 16, args)
+    data.composition = [row % 10 for row in range(60)]
+    rows = evaluate.prompt_rows(pipeline, data, args)
+    assert [title for title, _ in rows][::5] == ["held-out compositions, 1 to 8", "held-out compositions, 41 to 48"]
+    assert [text for _, cells in rows for _, text in cells] == data.texts(data.composition[:48])
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
