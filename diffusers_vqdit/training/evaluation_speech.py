@@ -38,6 +38,7 @@ class SpeechData:
         sounds: by row, undecoded.
         columns: values of the other columns by row.
         recogniser: of the rows' captions; None for a language that it doesn't know.
+        any_caption: one of all captions in the language, the training split's too, for what is said without one.
         pictures: (M, 3, H, W) uint8, all that differ, of the training split too, and `picture_of` the number of each
             row's, -1 of one that has none; None without pictures.
         others: the other columns of sounds, undecoded, by name.
@@ -47,6 +48,7 @@ class SpeechData:
     sounds: list[Any]
     columns: dict[str, list]
     recogniser: CaptionRecogniser | None
+    any_caption: CaptionRecogniser | None
     pictures: torch.Tensor | None
     picture_of: list[int]
     others: dict[str, Sequence[Any]]
@@ -79,10 +81,10 @@ class SpeechData:
         fit = [row for row in range(len(dataset)) if spoken[row] == args.language]
         if not fit:
             raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(map(str, spoken)))}")
-        english = args.language.split("-")[0] == "en"
+        english, any_caption = args.language.split("-")[0] == "en", None
         if english:
-            everyone = CaptionRecogniser(captions)
-            fit = [row for row in fit if everyone.knows(captions[row])]
+            any_caption = CaptionRecogniser(sorted({captions[row] for row in fit} | _trained_captions(args)))
+            fit = [row for row in fit if any_caption.knows(captions[row])]
         if images:  # some of Tux Paint's stamps have none
             fit = [row for row in fit if picture_of[row] >= 0]
         if not fit:
@@ -101,7 +103,8 @@ class SpeechData:
             if others := _other_pictures(args, first):
                 pictures = torch.cat([pictures, read_pictures(others, args.image_column, resolution, resize_mode)[0]])
         others = {name: dataset[name] for name in spoken_in if name != args.audio_column}  # read by the row
-        return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of, others)
+        sounds = list(dataset[args.audio_column])
+        return cls(rows, sounds, columns, recogniser, any_caption, pictures, picture_of, others)
 
 
 def number_pictures(dataset: Any, column: str) -> tuple[list[int], dict[bytes, int]]:
@@ -131,15 +134,26 @@ def _other_pictures(args: argparse.Namespace, known: Mapping[bytes, int]) -> lis
     return [trained.select_columns(column).select(rows)] if rows else []
 
 
+def _trained_captions(args: argparse.Namespace) -> set[str]:
+    """Those of the training split in the language, where there is one."""
+    column = args.caption_column
+    try:
+        trained = load_training_dataset(dataset_name=args.dataset_name, split="train", columns=[column])
+    except MissingSplitError:
+        return set()
+    spoken = trained["language"] if "language" in trained.column_names else [args.language] * len(trained)
+    return {text for text, language in zip(trained[column], spoken, strict=True) if text and language == args.language}
+
+
 def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str] | None) -> dict[str, dict]:
     """The share of sounds in which their captions are heard; without captions, that in which any is, and how many
     different ones. Nothing without a recogniser."""
-    if data.recogniser is None:
+    if data.recogniser is None or data.any_caption is None:
         return {}
     if captions is not None:
         hits = [data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)]
         return {"recognised": share(hits)}
-    heard = [data.recogniser.heard(one, rate) for one in sounds]
+    heard = [data.any_caption.heard(one, rate) for one in sounds]
     different = len(set(heard) - {None})
     return {
         "any caption recognised": share([one is not None for one in heard]),

@@ -187,13 +187,20 @@ def test_what_is_said_may_be_a_segment_beside_what_is_heard(
     assert not [name for name in report["retrieval"] if "answer" in name]  # the recordings are of what is heard
 
 
-def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path):
+def test_a_language_without_a_recogniser_has_the_other_figures(run, talking_pipeline, table, tmp_path, monkeypatch):
     talking_pipeline.save_pretrained(tmp_path / "pipe")
     options = f"--pretrained_model_name_or_path {tmp_path / 'pipe'} --dataset_name {table} --num_inference_steps 2"
     run("evaluate_speech", f"{options} --language zh --output_dir {tmp_path}")
     report = json.loads((tmp_path / "evaluation_speech.json").read_text())
     assert report["sound->text"]["voice, exact match"]["count"] == 1 and "pair, level" not in report["->sound"]
     assert not any("recognised" in name for figures in report.values() for name in figures)
+    # All other figures are those of English.
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    run("evaluate_speech", f"{options} --output_dir {tmp_path}")
+    english = json.loads((tmp_path / "evaluation_speech.json").read_text())
+    for task, figures in english.items():
+        voice = {name for name in figures if name.startswith("voice, ") and "recognised" not in name}
+        assert voice == set(report[task]), task
     with pytest.raises(ValueError, match=r"language='xx' is of no row; there are \['en', 'zh'\]"):
         run("evaluate_speech", f"{options} --language xx --output_dir {tmp_path}")
 
@@ -236,6 +243,21 @@ def test_rows_that_lack_something_are_left_out_or_named(run, talking_pipeline, t
     ):
         with pytest.raises(ValueError, match=problem):
             measure(**options)
+
+
+def test_any_caption_is_one_of_training_too(table, script, monkeypatch):
+    """In the language that is measured; the recogniser of what is given a caption has those that are measured."""
+    monkeypatch.setattr(evaluation_speech, "CaptionRecogniser", Told)
+    full = pq.read_table(table)
+    texts, languages = full["text"].to_pylist(), full["language"].to_pylist()
+    texts[:2], languages[1], languages[9] = ["a kite", "a rouge"], "fr", "en"
+    for name, values in (("text", texts), ("language", languages), ("split", ["train"] * 2 + ["test"] * 14)):
+        full = full.set_column(full.column_names.index(name), full.field(name), pa.array(values))
+    for found, captions in ((full, {"a kite", *WORDS}), (full.slice(2), set(WORDS))):
+        pq.write_table(found, table)
+        options = f"--pretrained_model_name_or_path x --dataset_name {table}"
+        data = evaluation_speech.SpeechData.load(script("evaluate_speech").parse_args(options.split()), 16)
+        assert set(data.any_caption.captions) == captions and set(data.recogniser.captions) == set(WORDS[:3])
 
 
 def test_samples_are_compared_with_the_pictures_of_training_too(table, script):
@@ -365,7 +387,7 @@ def test_a_recogniser_hears_which_of_some_captions_is_said(root, caption):
 
 def test_unconditional_sounds_are_counted_by_what_is_heard(monkeypatch):
     heard = iter(["a", None, "b", "a"])
-    data = SimpleNamespace(recogniser=SimpleNamespace(heard=lambda sound, rate: next(heard)))
+    data = SimpleNamespace(recogniser=Told([]), any_caption=SimpleNamespace(heard=lambda sound, rate: next(heard)))
     found = evaluation_speech.recognised(data, [np.zeros(1)] * 4, 1600, None)
     assert found["any caption recognised"]["value"] == 3 / 4 and found["different captions recognised"]["value"] == 2
 
