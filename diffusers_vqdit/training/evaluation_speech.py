@@ -102,9 +102,9 @@ class SpeechData:
             pictures = torch.stack(own)
             if others := _other_pictures(args, first):
                 pictures = torch.cat([pictures, read_pictures(others, args.image_column, resolution, resize_mode)[0]])
-        others = {name: dataset[name] for name in spoken_in if name != args.audio_column}  # read by the row
-        sounds = list(dataset[args.audio_column])
-        return cls(rows, sounds, columns, recogniser, any_caption, pictures, picture_of, others)
+        sounds = {name: dataset[name] for name in spoken_in}  # read by the row
+        heard = list(sounds.pop(args.audio_column))
+        return cls(rows, heard, columns, recogniser, any_caption, pictures, picture_of, sounds)
 
 
 def number_pictures(dataset: Any, column: str) -> tuple[list[int], dict[bytes, int]]:
