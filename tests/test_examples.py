@@ -1,10 +1,13 @@
 """The examples that nothing else runs, with fewer steps than they need."""
 
 import copy
+import csv
 import importlib.util
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -34,12 +37,29 @@ def test_your_own_voice(root, audio_codecs, tmp_path):
     assert (tmp_path / "voice" / "codec" / "preprocessor_config.json").is_file()
 
 
-@pytest.fixture
-def captured(root):
-    spec = importlib.util.spec_from_file_location("captured", root / "examples" / "train_with_cuda_graphs.py")
+def example(root, name):
+    spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_espeak_reads_captions_in_place_of_you(root, tmp_path):
+    folder = example(root, "your_own_voice").record(tmp_path / "recordings", 4)
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and len({row["text"] for row in rows}) == 4
+    assert {path.name for path in folder.iterdir()} == {"metadata.csv", *(row["file_name"] for row in rows)}
+    for row in rows:
+        samples, rate = soundfile.read(folder / row["file_name"])
+        assert rate == 22050 and samples.ndim == 1 and 0.3 < len(samples) / rate < 4
+        assert 0.01 < np.sqrt(np.square(samples).mean()) and 1 <= len(row["text"].split()) <= 2
+
+
+@pytest.fixture
+def captured(root):
+    return example(root, "train_with_cuda_graphs")
 
 
 def test_a_captured_steps_loss_and_gradients_are_the_training_scripts(captured, transformer):

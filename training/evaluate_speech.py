@@ -6,9 +6,11 @@
 
 ``training/evaluate.py`` hands over to this script where ``--audio_column`` is given. Speech is judged by pocketsphinx
 (``pip install pocketsphinx``), which says which of the measured captions it hears: in the recordings, in what the
-codec makes of them, and in what the pipeline says; other languages than English have no figures by it. Figures are for
-each kind of ``held_out``: captions in another voice, voices and captions never heard. Segments of labels, such as
-voices, are columns of the data of the same name; rows of labels that training didn't have are left out of their tasks.
+codec makes of them, and in what the pipeline says; in what it says of its own accord, which of all captions. Other
+languages than English have no figures by it, and all others (``--language zh``). Figures are for each kind of
+``held_out``: captions in another voice, voices and captions never heard; of each kind at most ``--num_samples`` rows,
+all where that is more than there are. Segments of labels, such as voices, and other segments of sounds are columns of
+the data of the same name; rows of labels that training didn't have are left out of their tasks.
 ``evaluation_speech.png`` has spectrograms, pictures and texts of the first eight, and the WAV files beside it are what
 is said of their captions; those of an earlier run are removed.
 """

@@ -25,13 +25,16 @@ from datasets import Audio
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training.columns import CaptionColumn, Texts
 from diffusers_vqdit.training.data import decoded_batches, load_training_dataset
-from diffusers_vqdit.training.evaluation_speech import measure_audio_tokenizer
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.training.frechet_distance import inception_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.training.launch import check_launch
 from diffusers_vqdit.training.table_files import loading
-from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer, measure_text_tokenizer
+from diffusers_vqdit.training.tokenizer_metrics import (
+    measure_audio_tokenizer,
+    measure_image_tokenizer,
+    measure_text_tokenizer,
+)
 from diffusers_vqdit.training.tokenizers import load_codec, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
@@ -61,7 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recognise",
         action="store_true",
-        help="Whether pocketsphinx tells the sounds, English speech, by the first of --caption_columns.",
+        help="Whether pocketsphinx tells the sounds, English speech, by the first of --caption_columns: originals, "
+        "round trips, and those with a quarter and half of the codes drawn at random.",
     )
     parser.add_argument("--resolution", type=positive_integer, help="By default the tokenizer's sample_size.")
     parser.add_argument("--max_samples", type=positive_integer)

@@ -11,15 +11,19 @@ does; what it says is nobody's. Takes ten minutes of one core. With
     python training/prepare_speech.py --stamps_dir /usr/share/tuxpaint/stamps --languages ro es ru fr \
         --output_file outputs/stamps.parquet
 
-the captions are those of Debian's drawings for Tux Paint, read aloud by people. Those are under the GPL-2, and so is
-the table made of them: it isn't this project's to give away.
+the captions are those of Debian's drawings for Tux Paint, read aloud by people: ``NAME_desc_LANGUAGE.ogg`` beside
+``NAME.txt``, with the caption of that language, and ``NAME.png`` where the drawing is one (a sixth are SVG alone and
+have no picture). ``--sound_effects`` adds ``NAME.ogg``, what 135 of the things sound like, with the English caption.
+They are under the GPL-2, and so is the table made of them: it isn't this project's to give away.
 
 Columns: ``audio`` (FLAC, one channel, ``--sampling_rate``), ``text`` (what is said), ``speech`` (the same in one voice
 a language, or in a second one where the first is held out, for a model that hears many; not of stamps), ``image``,
-``language``, ``voice``, ``emoji`` (of stamps their file's name), ``label``, ``split`` and ``held_out``. By caption and
-voice alone, 1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in ``train`` in other voices, and the
-voice with other captions. All that the last voice of each language says is in ``test`` (``"voice"``), and so is what
-the emoji dataset holds out (``"composition"`` and ``"picture"``). Of stamps 1 in 10 is held out (``"picture"``).
+``language`` (``effect`` of a sound effect), ``voice``, ``emoji`` (of stamps their file's name), ``label``, ``split``
+and ``held_out``. By caption and voice alone, 1 in 25 goes to ``test`` (``held_out = "pair"``): the caption occurs in
+``train`` in other voices, and the voice with other captions. All that the last voice of each language says is in
+``test`` (``"voice"``): of what training says 1 caption in 25, or ``--unheard_voice_share``, which adds rows and leaves
+all others as they are. So is what the emoji dataset holds out (``"composition"`` and ``"picture"``). Of stamps 1 in 10
+is held out (``"picture"``).
 """
 
 import argparse
@@ -37,7 +41,14 @@ import soundfile
 from datasets import Audio, Features, Image, Value, load_dataset
 
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer, refuse_unused
+from diffusers_vqdit.utils.arguments import (
+    argument_parser,
+    integer,
+    output_path,
+    positive_integer,
+    refuse_unused,
+    share,
+)
 from diffusers_vqdit.utils.sounds import read_sound
 from diffusers_vqdit.utils.weight_files import replacing_file
 
@@ -60,6 +71,7 @@ VOICES = {
 }  # fmt: skip
 CAPTIONS = {"en": "text", "zh": "text_zh"}
 HELD_OUT_PAIRS, HELD_OUT_STAMPS = 1 / 25, 1 / 10
+EFFECT = "effect"  # as a language, of sounds that say nothing
 COLUMNS = ("text", "language", "voice", "emoji", "label", "split", "held_out")
 
 
@@ -79,6 +91,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--renditions", type=positive_integer, default=1, help="Times that a voice says a caption of training."
     )
+    parser.add_argument(
+        "--unheard_voice_share",
+        type=share,
+        default=HELD_OUT_PAIRS,
+        help="Of the captions of training, those that the last voice of each language says, for the test split alone.",
+    )
+    parser.add_argument("--sound_effects", action="store_true", help="Of stamps, too, with the English captions.")
     parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
     parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
     parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
@@ -86,12 +105,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if args.stamps_dir is None and (unknown := sorted(set(args.languages or []) - set(VOICES))):
         parser.error(f"--languages {unknown}: espeak-ng speaks the captions in {list(VOICES)}")
+    of_emoji = ("emoji_file", "voices_per_caption", "renditions", "unheard_voice_share", "labels")
     if args.stamps_dir is not None:
-        refuse_unused(
-            parser,
-            args,
-            dict.fromkeys(("emoji_file", "voices_per_caption", "renditions", "labels"), "with --stamps_dir"),
-        )
+        refuse_unused(parser, args, dict.fromkeys(of_emoji, "with --stamps_dir"))
+    else:
+        refuse_unused(parser, args, {"sound_effects": "without --stamps_dir"})
     return args
 
 
@@ -145,7 +163,8 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             pair = voices[0] if fraction("pair", text) < HELD_OUT_PAIRS * args.voices_per_caption else None
             pair = pair if args.voices_per_caption > 1 else None
             chosen = voices[: args.voices_per_caption]
-            chosen += [last] if row["split"] == "test" or fraction(text, last[0]) < HELD_OUT_PAIRS else []
+            unheard = row["split"] == "test" or fraction(text, last[0]) < args.unheard_voice_share
+            chosen += [last] if unheard else []
             # One voice a language speaks, but not what it's to be heard saying for the first time in the test split.
             speaker = next(voice for voice in VOICES[language] if voice != pair)
             speech = flac(speak(text, *manner(text, *speaker, 0)), args.sampling_rate, "speech")
@@ -166,23 +185,29 @@ def stamp_captions(path: Path) -> dict[str, str]:
 
 
 def stamps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Each recording of a caption, with the picture where that is a PNG file."""
+    """Each recording of a caption, and sound effects where they are asked for, with the picture where that is a PNG
+    file."""
     files = sorted(args.stamps_dir.rglob("*.txt"))
     spoken = [(path, sound) for path in files for sound in sorted(path.parent.glob(f"{path.stem}_desc*.ogg"))]
     of = {sound: sound.stem.removeprefix(f"{path.stem}_desc").removeprefix("_") or "en" for path, sound in spoken}
     counts = Counter(of.values())
     languages = args.languages or [language for language, count in counts.items() if count > 500]
+    if args.sound_effects:
+        effects = {sound: path for path in files if (sound := path.with_suffix(".ogg")).is_file()}
+        spoken += [(path, sound) for sound, path in effects.items()]
+        of, languages = of | dict.fromkeys(effects, EFFECT), [*languages, EFFECT]
     for path, sound in spoken[: args.max_captions]:
-        text, picture = stamp_captions(path).get(of[sound]), path.with_suffix(".png")
-        if of[sound] not in languages or text is None:
+        language = of[sound]
+        text, picture = stamp_captions(path).get("en" if language == EFFECT else language), path.with_suffix(".png")
+        if language not in languages or text is None:
             continue
         held = "picture" if fraction(path.stem) < HELD_OUT_STAMPS else ""
         yield {
             "audio": str(sound),
             "text": text,
             "image": {"bytes": picture.read_bytes(), "path": picture.name} if picture.is_file() else None,
-            "language": of[sound],
-            "voice": f"reader of {of[sound]}",
+            "language": language,
+            "voice": "sound effect" if language == EFFECT else f"reader of {language}",
             "emoji": path.stem,
             "label": path.relative_to(args.stamps_dir).parts[0],
             "split": "test" if held else "train",

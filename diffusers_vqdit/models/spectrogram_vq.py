@@ -177,9 +177,7 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         bands = self.config.num_mel_bins // self.vq.downsample_factor
         if codes.ndim != 3 or codes.shape[2] != bands:
             raise ValueError(f"codes must have shape (B, n, {bands}), got {tuple(codes.shape)}")
-        low, high = self.config.log_mel_range
-        sample = self.vq.decode_codes(codes.transpose(1, 2)).sample.float().clamp(-1, 1)
-        return low + (high - low) * (sample[:, 0].transpose(1, 2) + 1) / 2
+        return self._log_mel(self.vq.decode_codes(codes.transpose(1, 2)).sample)
 
     @apply_forward_hook
     def decode_codes(
@@ -198,12 +196,23 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             ValueError: as [`decode_log_mel`].
         """
         log_mel = self.decode_log_mel(codes)
-        if vocoder is not None:
-            sample = vocoder(log_mel)
-        else:
-            c = self.config
-            sample = griffin_lim(log_mel.mT, self.filters, c.n_fft, c.hop_length, c.griffin_lim_iterations)
+        sample = self._griffin_lim(log_mel) if vocoder is None else vocoder(log_mel)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @torch.no_grad()
+    def invert_spectrogram(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        """Waveforms (B, T), float32, of log-mel spectrograms (B, 1, M, n) in [-1, 1], by Griffin-Lim: what codes that
+        lost nothing would come back as."""
+        return self._griffin_lim(self._log_mel(spectrogram))
+
+    def _log_mel(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        """log10 of the mel amplitudes (B, n, M), float32, of spectrograms (B, 1, M, n)."""
+        low, high = self.config.log_mel_range
+        return low + (high - low) * (spectrogram.float().clamp(-1, 1)[:, 0].transpose(1, 2) + 1) / 2
+
+    def _griffin_lim(self, log_mel: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        return griffin_lim(log_mel.mT, self.filters, c.n_fft, c.hop_length, c.griffin_lim_iterations)
 
     def forward(self, waveform: torch.Tensor, return_dict: bool = True) -> SpectrogramVQOutput | tuple:
         """Encode, quantize and decode the spectrograms of waveforms (B, T)."""

@@ -43,14 +43,21 @@ class CaptionRecogniser:
 
     def hears(self, waveform: Any, sampling_rate: int, caption: str) -> bool:
         """Whether a sound (T,) is recognised as a caption."""
+        return self._words(waveform, sampling_rate) == spoken_words(caption)
+
+    def heard(self, waveform: Any, sampling_rate: int) -> str | None:
+        """The caption that a sound (T,) is recognised as; None for none, such as the beginning of one."""
+        return self.captions.get(self._words(waveform, sampling_rate) or "")
+
+    def _words(self, waveform: Any, sampling_rate: int) -> str | None:
         samples = audio_library("soxr").resample(np.asarray(waveform, np.float32), sampling_rate, RECOGNISER_RATE)
         samples = np.pad(samples, int(SILENCE * RECOGNISER_RATE))
         samples = samples + DITHER * np.random.default_rng(0).standard_normal(len(samples))
         self.decoder.start_utt()
         self.decoder.process_raw((samples.clip(-1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
         self.decoder.end_utt()
-        heard = self.decoder.hyp()
-        return heard is not None and heard.hypstr == spoken_words(caption)
+        found = self.decoder.hyp()
+        return None if found is None else found.hypstr
 
 
 def spoken_words(caption: str) -> str:

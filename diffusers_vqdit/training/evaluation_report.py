@@ -26,7 +26,7 @@ def as_table(report: dict) -> str:
             value, error, unit = 100 * entry["value"], 100 * entry.get("standard_error", 0), " %"
         else:
             value, error, unit = entry["value"], entry.get("standard_error", 0), f" {entry['unit']}".rstrip()
-        digits = 1 if unit == " %" else 0 if value > 100 else 2 if unit else 3
+        digits = 1 if unit == " %" else 0 if value > 100 or isinstance(value, int) else 2 if unit else 3
         text = f"{value:.{digits}f}{unit}"
         return text + (f" (± {error:.{digits}f}, n = {entry['count']})" if "count" in entry else "")
 

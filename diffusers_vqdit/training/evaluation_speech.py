@@ -2,7 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -10,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..pipelines.audio_codecs import decode_waveform, encode_waveform, has_own_codes, num_audio_codes, output_rate
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.segment_base import ARGUMENTS
 from ..tasks import Task
@@ -20,13 +20,12 @@ from ..utils.texts import check_captions
 from .audio_losses import SpectralLoss
 from .caption_recogniser import CaptionRecogniser
 from .data import MissingSplitError, load_training_dataset
-from .evaluation import as_arguments, label_names, mean, sample, share
+from .evaluation import as_arguments, label_names, sample, share
 from .evaluation_pictures import load_measured_split, read_pictures, reconstruct
 from .evaluation_texts import equal
-from .metrics import counts_by_level, level_figures, psnr, usage_of_counts
+from .sound_levels import levels, middle_third
 
 
-CLIPPED = 0.999
 SHOWN = 8  # examples
 
 
@@ -39,16 +38,20 @@ class SpeechData:
         sounds: by row, undecoded.
         columns: values of the other columns by row.
         recogniser: of the rows' captions; None for a language that it doesn't know.
+        any_caption: one of all captions in the language, the training split's too, for what is said without one.
         pictures: (M, 3, H, W) uint8, all that differ, of the training split too, and `picture_of` the number of each
             row's, -1 of one that has none; None without pictures.
+        others: the other columns of sounds, undecoded, by name.
     """
 
     rows: dict[str, list[int]]
     sounds: list[Any]
     columns: dict[str, list]
     recogniser: CaptionRecogniser | None
+    any_caption: CaptionRecogniser | None
     pictures: torch.Tensor | None
     picture_of: list[int]
+    others: dict[str, Sequence[Any]]
 
     @classmethod
     def load(cls, args: argparse.Namespace, resolution: int | None, resize_mode: str = "crop") -> "SpeechData":
@@ -64,7 +67,9 @@ class SpeechData:
         images = [] if resolution is None else [args.image_column]
         wanted = [args.audio_column, args.caption_column]
         dataset = load_measured_split(args.dataset_name, "test", columns=wanted, image_column=images)
-        dataset = dataset.cast_column(args.audio_column, Audio(decode=False))
+        spoken_in = [name for name, kind in dataset.features.items() if isinstance(kind, Audio)]
+        for name in spoken_in:
+            dataset = dataset.cast_column(name, Audio(decode=False))
         media = {name for name, kind in dataset.features.items() if isinstance(kind, Audio | Image)}
         names = [name for name in dataset.column_names if name not in {args.image_column, *media}]
         columns = {name: list(dataset[name]) for name in names}
@@ -76,10 +81,10 @@ class SpeechData:
         fit = [row for row in range(len(dataset)) if spoken[row] == args.language]
         if not fit:
             raise ValueError(f"language={args.language!r} is of no row; there are {sorted(set(map(str, spoken)))}")
-        english = args.language.split("-")[0] == "en"
+        english, any_caption = args.language.split("-")[0] == "en", None
         if english:
-            everyone = CaptionRecogniser(captions)
-            fit = [row for row in fit if everyone.knows(captions[row])]
+            any_caption = CaptionRecogniser(sorted({captions[row] for row in fit} | _trained_captions(args)))
+            fit = [row for row in fit if any_caption.knows(captions[row])]
         if images:  # some of Tux Paint's stamps have none
             fit = [row for row in fit if picture_of[row] >= 0]
         if not fit:
@@ -97,7 +102,9 @@ class SpeechData:
             pictures = torch.stack(own)
             if others := _other_pictures(args, first):
                 pictures = torch.cat([pictures, read_pictures(others, args.image_column, resolution, resize_mode)[0]])
-        return cls(rows, list(dataset[args.audio_column]), columns, recogniser, pictures, picture_of)
+        sounds = {name: dataset[name] for name in spoken_in}  # read by the row
+        heard = list(sounds.pop(args.audio_column))
+        return cls(rows, heard, columns, recogniser, any_caption, pictures, picture_of, sounds)
 
 
 def number_pictures(dataset: Any, column: str) -> tuple[list[int], dict[bytes, int]]:
@@ -127,65 +134,31 @@ def _other_pictures(args: argparse.Namespace, known: Mapping[bytes, int]) -> lis
     return [trained.select_columns(column).select(rows)] if rows else []
 
 
-def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str]) -> dict[str, dict]:
-    """The share of sounds in which their captions are heard; nothing without a recogniser."""
-    if data.recogniser is None:
+def _trained_captions(args: argparse.Namespace) -> set[str]:
+    """Those of the training split in the language, where there is one."""
+    column = args.caption_column
+    try:
+        trained = load_training_dataset(dataset_name=args.dataset_name, split="train", columns=[column])
+    except MissingSplitError:
+        return set()
+    spoken = trained["language"] if "language" in trained.column_names else [args.language] * len(trained)
+    return {text for text, language in zip(trained[column], spoken, strict=True) if text and language == args.language}
+
+
+def recognised(data: SpeechData, sounds: Sequence[Any], rate: int, captions: list[str] | None) -> dict[str, dict]:
+    """The share of sounds in which their captions are heard; without captions, that in which any is, and how many
+    different ones. Nothing without a recogniser."""
+    if data.recogniser is None or data.any_caption is None:
         return {}
-    hits = [data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)]
-    return {"recognised": share(hits)}
-
-
-def levels(sounds: Sequence[Any]) -> dict[str, Any]:
-    """Of sounds (T,): their level, the share of samples that are clipped, and the length."""
-    parts = [torch.as_tensor(one, dtype=torch.float64) for one in sounds if len(one)]
-    powers = torch.stack([part.square().mean().clamp_min(1e-12) for part in parts])
+    if captions is not None:
+        hits = [data.recogniser.hears(one, rate, said) for one, said in zip(sounds, captions, strict=True)]
+        return {"recognised": share(hits)}
+    heard = [data.any_caption.heard(one, rate) for one in sounds]
+    different = len(set(heard) - {None})
     return {
-        "level": mean(10 * powers.log10(), "dB"),
-        "clipped samples": {"value": float((torch.cat(parts).abs() > CLIPPED).double().mean())},
-        "empty": {"value": 1 - len(parts) / len(sounds)},
+        "any caption recognised": share([one is not None for one in heard]),
+        "different captions recognised": {"value": different, "unit": ""},
     }
-
-
-@torch.no_grad()
-def measure_audio_tokenizer(
-    codec: Any, feature_extractor: Any, sounds: Iterable[np.ndarray], captions: Sequence[str] | None = None
-) -> dict[str, float]:
-    """How well a codec gives sounds back, and how it uses its codes.
-
-    Args:
-        codec, feature_extractor: as [`~pipelines.audio_codecs.load_audio_codec`] gives them.
-        sounds: waveforms (T,) at the feature extractor's rate, one after the other.
-        captions: English texts that the sounds say, for a recogniser to tell them by, among all of them.
-
-    Returns:
-        ``spectral_distance`` ([`~training.audio_losses.SpectralLoss`]), the mean over the sounds, of a codec that
-        gives sounds at the rate that it takes; ``psnr`` of the log-mel spectrograms of a [`SpectrogramVQModel`];
-        ``usage`` and ``perplexity``, by level too; with `captions` the shares ``recognised_originals`` and
-        ``recognised``; ``count``.
-    """
-    rate, made_rate = feature_extractor.sampling_rate, output_rate(codec, feature_extractor)
-    spectral = SpectralLoss(rate).to(codec.device)
-    found: dict[str, list[float]] = {}
-    every: list[torch.Tensor] = []
-    recogniser = None if captions is None else CaptionRecogniser(sorted(set(captions)))
-    for number, sound in enumerate(sounds):
-        codes = encode_waveform(codec, feature_extractor, sound, codec.device)
-        every.append(codes.cpu())
-        waveform, made = torch.from_numpy(sound).to(codec.device)[None], decode_waveform(codec, codes)
-        if made_rate == rate:
-            size = min(len(sound), len(made))
-            found.setdefault("spectral_distance", []).append(spectral(made[None, :size], waveform[:, :size]).item())
-        if has_own_codes(codec):
-            decoded = codec.vq.decode_codes(codes.T[None]).sample
-            found.setdefault("psnr", []).append(psnr(decoded, codec.spectrogram(waveform)).item())
-        if recogniser is not None and captions is not None and recogniser.knows(said := captions[number]):
-            found.setdefault("recognised_originals", []).append(recogniser.hears(sound, rate, said))
-            found.setdefault("recognised", []).append(recogniser.hears(made.cpu().numpy(), made_rate, said))
-    codes = torch.cat(every)
-    codes = codes.reshape(-1, 1) if has_own_codes(codec) else codes  # of one codebook
-    counts = counts_by_level(codes.reshape(-1, 1, 1, codes.shape[1]), num_audio_codes(codec))
-    figures = {name: sum(values) / len(values) for name, values in found.items()}
-    return figures | level_figures(*usage_of_counts(counts)) | {"count": len(every)}
 
 
 @dataclass
@@ -286,6 +259,8 @@ class SpeechMeasures:
         self.rate = self.segment.sampling_rate
         if rates := {cast(Any, segments[name]).sampling_rate for name in self.sounds} - {self.rate}:
             raise ValueError(f"the pipeline's sounds are of several sampling rates: {sorted({self.rate, *rates})}")
+        # Those that have recordings of their own beside what is heard.
+        self.recorded = [name for name in self.sounds if name != self.audio and name in data.others]
         self.known = set(tasks)
         others = set(self.sounds) - {
             self.audio
@@ -315,15 +290,19 @@ class SpeechMeasures:
 
         def heard(task: str, title: str, sounds: Sequence[Any], rate: int, captions: list[str] | None) -> None:
             """What is recognised in sounds, and how loud they are."""
-            hits = {} if captions is None else recognised(self.data, sounds, rate, captions)
-            found = {f"{kind}, {title}{name}": one for name, one in {**hits, **levels(sounds)}.items()}
+            both = recognised(self.data, sounds, rate, captions) | levels(sounds, rate)
+            found = {f"{kind}, {title}{name}": one for name, one in both.items()}
             self.report.figures.setdefault(task, {}).update(found)
             report.show(f"{task}, {title}".removesuffix(", "), sounds, captions or [""] * len(sounds), rate)
 
-        segment, captions, own = self.segment, some.captions, self.segment.beside.sampling_rate
-        heard("codec", "originals, ", some.sounds, own, captions)
-        trips = [one for sound in some.sounds for one in segment.decode(segment.encode(sound))]
-        heard("codec", "round trips, ", trips, self.rate, captions)
+        captions, own = some.captions, self.segment.beside.sampling_rate
+        for name in (self.audio, *self.recorded):
+            its, segment = self._recordings(name, some), cast(Any, self.pipeline._segments[name])
+            if its.rows:
+                title = "" if name == self.audio else f"{name}, "
+                heard("codec", f"{title}originals, ", its.sounds, segment.beside.sampling_rate, its.captions)
+                trips = [one for sound in its.sounds for one in segment.decode(segment.encode(sound))]
+                heard("codec", f"{title}round trips, ", trips, self.rate, its.captions)
         for task in self.tasks:
             its = some.with_labels({name: self.labels[name] for name in task.segments if name in self.labels})
             if not its.rows:
@@ -331,18 +310,19 @@ class SpeechMeasures:
             (wanted,) = task.generated
             drawn = self._sample(f"{task}, {kind}", its, wanted, {name: its.of(name) for name in task.given})
             if wanted in self.sounds:
-                heard(str(task), "", drawn, self.rate, its.captions if task.given else None)
+                said = set(task.given) - set(self.labels)  # labels alone say no caption
+                heard(str(task), "", drawn, self.rate, its.captions if said else None)
                 if any(self.fields[name] == "texts" for name in task.given):
                     report.said.extend(zip(its.captions[:SHOWN], drawn, strict=False))
                 continue
             report.show(str(task), drawn, its.captions)
-            if (figure := self._figure(wanted, drawn, its)) is not None:
-                self.report.figures.setdefault(str(task), {})[f"{kind}, {figure[0]}"] = figure[1]
+            for name, figure in self._figures(wanted, drawn, its).items():
+                self.report.figures.setdefault(str(task), {})[f"{kind}, {name}"] = figure
         if Task((), (self.audio,)) in self.known:
             blank = [with_silence(sound) for sound in some.sounds]
-            options = {"mask_image": [np.array([0, 1, 0])] * len(blank)}
+            options = {"mask_image": [middle_third(sound) for sound in some.sounds]}
             filled = self._sample(f"inpainting, {kind}", some, self.audio, {self.audio: blank}, **options)
-            heard("inpainting", "middle third silent, ", blank, own, captions)
+            heard("inpainting", "middle third of what is heard silent, ", blank, own, captions)
             heard("inpainting", "filled in, ", filled, self.rate, captions)
             seeds = [self.args.seed + row for row in some.rows]
             noisy = [with_bursts(sound, seed) for sound, seed in zip(some.sounds, seeds, strict=True)]
@@ -362,16 +342,28 @@ class SpeechMeasures:
     def _sample(self, title: str, some: SpokenRows, wanted: str, passed: dict[str, Any], **options: Any) -> Any:
         return sample(self.pipeline, self.args, len(some.rows), title, wanted, passed, **options)
 
-    def _figure(self, wanted: str, drawn: Any, some: SpokenRows) -> tuple[str, dict[str, Any]] | None:
-        """The share of what was drawn of a segment that is right, and what it is called; None without pictures to
-        compare it with."""
+    def _recordings(self, name: str, some: SpokenRows) -> SpokenRows:
+        """Those whose column of a segment of sounds has a recording, with that."""
+        if name == self.audio:
+            return some
+        rate, values = self.pipeline._segments[name].beside.sampling_rate, self.data.others[name]
+        found = {row: value for row in some.rows if (value := values[row]) is not None}
+        return replace(some, rows=list(found), sounds=[read_sound(value, rate) for value in found.values()])
+
+    def _figures(self, wanted: str, drawn: Any, some: SpokenRows) -> dict[str, dict[str, Any]]:
+        """The share of what was drawn of a segment that is right, and of labels what the most frequent one alone would
+        have; none without pictures to compare with."""
         if self.fields[wanted] == "texts":
-            return "exact match", equal(drawn, some.captions)
+            return {"exact match": equal(drawn, some.captions)}
         if wanted in self.labels:
-            return "right", equal(drawn, some.of(wanted))
+            labels = some.of(wanted)
+            return {
+                "right": equal(drawn, labels),
+                "rows of the most frequent label": {"value": max(Counter(labels).values()) / len(labels)},
+            }
         if self.data.pictures is None:
-            return None
-        return "nearest picture", share(_nearest(drawn, self.real, [self.data.picture_of[row] for row in some.rows]))
+            return {}
+        return {"nearest picture": share(_nearest(drawn, self.real, [self.data.picture_of[row] for row in some.rows]))}
 
 
 def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> SpeechReport:
@@ -388,10 +380,8 @@ def measure_speech(pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Nam
 
 
 def with_silence(sound: np.ndarray) -> np.ndarray:
-    """A sound (T,) without its middle third."""
-    sound = sound.copy()
-    sound[len(sound) // 3 : -(-2 * len(sound) // 3)] = 0
-    return sound
+    """A sound (T,) without the middle third of what is heard."""
+    return np.where(middle_third(sound), np.float32(0), sound)
 
 
 def with_bursts(sound: np.ndarray, seed: int) -> np.ndarray:

@@ -75,6 +75,17 @@ def test_griffin_lim_finds_a_waveform_of_the_spectrogram():
     assert 0.7 < made.square().mean() / waveform.square().mean() < 1.3
 
 
+def test_a_spectrogram_comes_back_without_codes_as_griffin_lim_makes_it(codec):
+    """And that of codes as the codes do."""
+    waveform = torch.rand(2, 320) - 0.5
+    made = codec.invert_spectrogram(codec.spectrogram(waveform))
+    assert made.shape == waveform.shape and made.dtype == torch.float32 and not made.requires_grad
+    codes = codec.encode_codes(waveform)
+    decoded = codec.vq.decode_codes(codes.transpose(1, 2)).sample
+    assert codec.invert_spectrogram(decoded).equal(codec.decode_codes(codes).sample)
+    assert not made.equal(codec.decode_codes(codes).sample)
+
+
 def test_a_vocoder_takes_the_place_of_griffin_lim(codec):
     codes, seen = codec.encode_codes(torch.rand(2, 64) - 0.5), []
 

@@ -1,6 +1,7 @@
 """The dataset of spoken captions: what is held out is held out; and the folder of Tux Paint's stamps as a table."""
 
 import io
+import shutil
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -111,6 +112,42 @@ def test_renditions_differ_in_speed_and_pitch_and_hold_out_what_the_first_holds_
     assert len(set(manners)) > 180
 
 
+def test_the_unheard_voice_may_say_all_that_training_says(prepare, script):
+    """In the test split alone, and all other rows stay as they are."""
+    voices = script("prepare_speech").VOICES
+    names = ("text", "voice", "language", "split", "held_out")
+    found = {}
+    for share in (0, 0.04, 0.3, 1):
+        table = prepare(f"--unheard_voice_share {share} --max_captions 60 --sampling_rate 1000")
+        found[share] = [
+            (*row, heard["bytes"], said["bytes"])
+            for *row, heard, said in zip(*(table[name] for name in (*names, "audio", "speech")), strict=True)
+        ]
+    usual = prepare("--max_captions 60 --sampling_rate 1000")
+    assert [row[:5] for row in found[0.04]] == list(zip(*(usual[name] for name in names), strict=True))
+    others = {share: [row for row in rows if row[4] != "voice"] for share, rows in found.items()}
+    unheard = {share: [row for row in rows if row[4] == "voice"] for share, rows in found.items()}
+    assert others[0] == others[0.04] == others[0.3] == others[1]
+    assert not unheard[0] and set(unheard[0.04]) < set(unheard[0.3]) < set(unheard[1])
+    assert all(row[3] == "test" and row[1] == voices[row[2]][-1][0] for row in unheard[1])
+    trained = {(row[0], row[2]) for row in others[1] if row[3] == "train"}
+    assert {(row[0], row[2]) for row in unheard[1]} == trained and len(trained) > 80
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+@pytest.mark.parametrize(("text", "voice"), [("red apple", "en-us"), ("红苹果", "cmn+f3"), ("-v", "en-gb+m3")])
+def test_espeak_says_a_text(script, text, voice):
+    speak = script("prepare_speech").speak
+    said = speak(text, voice, 160, 50)
+    samples, rate = said["array"], said["sampling_rate"]
+    assert rate == 22050 and samples.ndim == 1 and 0.3 < len(samples) / rate < 3
+    assert 0.01 < np.sqrt(np.square(samples).mean()) and np.abs(samples).max() <= 1
+    assert np.abs(samples[:20]).max() < 0.1  # no header that would be heard as a click
+    assert np.array_equal(samples, speak(text, voice, 160, 50)["array"])
+    slow, high = speak(text, voice, 110, 50)["array"], speak(text, voice, 160, 90)["array"]
+    assert len(slow) > 1.15 * len(samples) and not np.array_equal(high[: len(samples)], samples[: len(high)])
+
+
 def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
     folder = tmp_path / "stamps" / "animals"
     folder.mkdir(parents=True)
@@ -132,6 +169,13 @@ def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
     for name, split in zip(table["emoji"], table["split"], strict=True):
         splits[name].add(split)
     assert all(len(found) == 1 for found in splits.values()) and set.union(*splits.values()) == {"train", "test"}
+    named = f"--stamps_dir {tmp_path / 'stamps'} --languages es --sampling_rate 4000"
+    rows, effects = prepare(named), prepare(f"{named} --sound_effects")
+    assert Counter(effects["language"]) == {"es": 29, "effect": 30} and effects[:29]["text"] == rows["text"]
+    assert set(effects[29:]["voice"]) == {"sound effect"} and effects[29]["image"].size == (8, 8)
+    assert set(effects[29:]["text"]) == {f"A dog {index}." for index in range(30)}
+    for name, split in zip(effects["emoji"], effects["split"], strict=True):
+        assert splits[name] == {split}
     with pytest.raises(ValueError, match="has no recordings of captions"):
         prepare(f"--stamps_dir {tmp_path / 'stamps'} --languages tlh")
 
@@ -139,3 +183,18 @@ def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
 def test_other_languages_are_refused(prepare):
     with pytest.raises(SystemExit):
         prepare("--languages fr")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sound_effects", "--sound_effects=True has no effect without --stamps_dir"),
+        ("--stamps_dir x --unheard_voice_share 0.5", "--unheard_voice_share=0.5 has no effect with --stamps_dir"),
+        ("--stamps_dir x --renditions 2", "--renditions=2 has no effect with --stamps_dir"),
+        ("--unheard_voice_share 1.5", "must be a finite number in [0, 1]"),
+    ],
+)
+def test_flags_that_have_no_say_are_refused(script, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script("prepare_speech").parse_args(arguments.split())
+    assert message in capsys.readouterr().err
