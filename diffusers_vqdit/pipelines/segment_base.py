@@ -124,7 +124,8 @@ class ColumnReader(ABC):
     @classmethod
     def takes(cls) -> set[str]:
         """The names of its options: the keyword-only arguments of its ``__init__`` and of those that it extends."""
-        parameters = [one for base in cls.__mro__ for one in inspect.signature(base.__init__).parameters.values()]
+        makers = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+        parameters = [one for maker in makers for one in inspect.signature(maker).parameters.values()]
         return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
 
     @classmethod
