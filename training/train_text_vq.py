@@ -41,7 +41,7 @@ from diffusers_vqdit.training.utilisation import Utilisation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
-from diffusers_vqdit.utils.texts import cut_warning, in_parts, tokenize_to_length
+from diffusers_vqdit.utils.texts import in_parts, length_warning, tokenize_to_length
 
 
 logger = get_logger(__name__)
@@ -170,7 +170,8 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Texts, length: int) -
             start += len(part)
             yield part, counts
 
-    if warning := cut_warning(counted(), length, f"captions have more than max_length={length} tokens and"):
+    problem = f"captions have more than max_length={length} tokens and are cut"
+    if warning := length_warning(counted(), length, problem):
         logger.warning(warning)
     return tokens
 

@@ -14,6 +14,7 @@ import transformers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..utils.cards import warn_of_older_card
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from ..utils.checks import check_module_name, shown
 from ..utils.token_ids import makes_token_ids
@@ -108,6 +109,8 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
                 # at a dot, which is why those of the subfolders have one.
                 kept = json.dumps({"variant": variant, "tokenizers": list(self.config.kinds)}, indent=2)
                 Path(unfinished, f"tokenizers.{variant}.json").write_text(kept + "\n", encoding="utf-8")
+            if push_to_hub:
+                warn_of_older_card(self, unfinished, Path(save_directory))
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)
 

@@ -8,7 +8,7 @@ from diffusers.utils import logging
 from ..models.layers import VQDiTPrefix
 from ..models.text_vq import TextVQModel
 from ..utils.checks import shown
-from ..utils.texts import check_texts
+from ..utils.texts import check_counts, check_texts
 from .frozen_encoders import check_sequence_length, encode_captions
 from .padded_states import PaddedStates, check_states_of
 
@@ -45,11 +45,8 @@ class LatentPromptsMixin:
         states, mask, counts = encode_captions(
             self.text_encoder, self.tokenizer, texts, length, self._execution_device
         )
-        for text, count in zip(texts, counts, strict=True):
-            if not count:
-                raise ValueError(f"prompt {shown(text)} has nothing to read")
-            if count > length:
-                logger.warning(f"prompt {text!r} has {count} tokens; only the first {length} are used")
+        if warning := check_counts("prompt", texts, counts, length):
+            logger.warning(warning)
         return states, mask
 
     def _encode_caption(

@@ -6,12 +6,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, convert_unet_state_dict_to_peft
 
+from ..utils.cards import warn_of_older_card
 from ..utils.checkpoint_mixin import CheckpointMixin, check_saveable
 from ..utils.checks import shown
 from ..utils.remote_code import save_remote_code
@@ -215,5 +217,7 @@ class PluginPipelineMixin(CheckpointMixin):
                 max_shard_size,
                 use_flashpack=kwargs.pop("use_flashpack", False),
             )
+            if push_to_hub:
+                warn_of_older_card(self, unfinished, Path(save_directory))
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)

@@ -4,6 +4,7 @@ A modality is a file with two of them: a [`SegmentProcessor`] for pipelines, and
 segment's codes of a dataset's column; and a line of `MODALITIES`.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ class ColumnReader(ABC):
         column: the column's name.
         tokenizer: the model that makes the codes, or None.
         beside: what stands beside it, or None.
-        options: those of [`SegmentColumn`] and of [`~training.codes.encode_dataset`]; each reader takes its own.
+        options: those of [`SegmentColumn`] and of [`~training.codes.encode_dataset`]; each reader takes its own, by
+            keyword-only arguments.
 
     Attributes:
         vocab_size (`int`): codes are in [0, vocab_size).
@@ -118,6 +120,13 @@ class ColumnReader(ABC):
         self.notes: list[str] = []
         self.has_variants = False
         self.settings: dict[str, Any] = {}
+
+    @classmethod
+    def takes(cls) -> set[str]:
+        """The names of its options: the keyword-only arguments of its ``__init__`` and of those that it extends."""
+        makers = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+        parameters = [one for maker in makers for one in inspect.signature(maker).parameters.values()]
+        return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
 
     @classmethod
     def cast(cls, dataset: Any, column: str) -> Any:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
 from ..utils.fingerprints import tensor_sha256
 from ..utils.images import fit_images, read_images
-from ..utils.texts import check_captions, check_texts, cut_texts, texts_of
+from ..utils.texts import check_captions, check_counts, check_texts, cut_texts, texts_of
 from .frozen_encoders import (
     check_sequence_length,
     encode_images_to_states,
@@ -201,13 +200,8 @@ class TextStatesSegment(StatesSegment):
     def states_of(self, values: list) -> PaddedStates:
         """As they are read; what is too long is cut off, with a warning."""
         states, mask, counts = encode_texts_to_states(self.vq, self.beside, values, self.shape[0], self.device())
-        for text, count in zip(values, counts, strict=True):
-            if not count:
-                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
-            if count > self.shape[0]:
-                _states_logger.warning(
-                    f"{self.argument} {text!r} has {count} tokens; only the first {self.shape[0]} are used"
-                )
+        if warning := check_counts(self.argument, values, counts, self.shape[0]):
+            _states_logger.warning(warning)
         return PaddedStates(states, mask)
 
 

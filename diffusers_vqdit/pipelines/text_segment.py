@@ -10,9 +10,8 @@ from diffusers.utils import logging
 from transformers import PreTrainedTokenizerFast
 
 from ..models.text_vq import TextVQModel
-from ..utils.checks import shown
 from ..utils.components import find_beside, find_component, has_file
-from ..utils.texts import check_captions, check_texts, cut_texts, texts_of, tokenize_to_length
+from ..utils.texts import check_captions, check_counts, check_texts, cut_texts, texts_of, tokenize_to_length
 from ..utils.token_ids import load_tokenizer_of_ids
 from .segment_base import ColumnReader, EncodedValue, SegmentProcessor, forget_positions
 
@@ -105,11 +104,8 @@ class TextSegment(SegmentProcessor):
         """Token ids and attention mask (B, T) of texts; what is too long is cut off, with a warning."""
         texts, length = self.read(texts), self.vq.config.max_length
         ids, mask, counts = tokenize_to_length(self.beside, texts, length)
-        for text, count in zip(texts, counts, strict=True):
-            if not count:
-                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
-            if count > length:
-                logger.warning(f"{self.argument} {text!r} has {count} tokens; only the first {length} are used")
+        if warning := check_counts(self.argument, texts, counts, length):
+            logger.warning(warning)
         return ids.to(self.device()), mask.to(self.device())
 
     def encode(self, values: Any) -> torch.LongTensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..utils.checks import check_integer, shown
-from ..utils.texts import cut_warning, in_parts, texts_of
+from ..utils.texts import check_counts, in_parts, length_warning, texts_of
 from ..utils.token_ids import (
     before_end,
     blank_of,
@@ -91,8 +91,8 @@ class TokenReader(TextReader):
                 blanks.add(text for text in part if blank in text)
                 yield part, counts
 
-        problem = f"texts have more than max_text_length={self.limit} tokens with their end, and"
-        warning = cut_warning(counted(), self.limit or math.inf, problem)
+        problem = f"texts have more than max_text_length={self.limit} tokens with their end, and are cut"
+        warning = length_warning(counted(), self.limit or math.inf, problem)
         if empty.count:
             raise ValueError(
                 f"column {self.column!r}: {empty.count} of {total} texts have no tokens but the end of a text, the "
@@ -176,14 +176,9 @@ class TokenSegment(TextSegment):
         texts = self.read(values)
         check_vocabulary(self.vq, self.vocab_size)
         found = token_ids(self.vq, texts)
-        for text, ids in zip(texts, found, strict=True):
-            if not ids:
-                raise ValueError(f"{self.argument} {shown(text)} has nothing to read")
-            if len(ids) >= self.shape[0]:
-                _token_logger.warning(
-                    f"{self.argument} {shown(text)} has {len(ids)} tokens; the model was trained on at most "
-                    f"{self.shape[0]} with the end"
-                )
+        outcome = "are longer than those that the model was trained on"
+        if warning := check_counts(self.argument, texts, [len(ids) for ids in found], self.shape[0] - 1, outcome):
+            _token_logger.warning(warning)
         return found
 
     def encode(self, values: Any) -> torch.LongTensor:
@@ -211,10 +206,12 @@ class TokenSegment(TextSegment):
         the place of the space before it."""
         blank, end = self.blank, self.end
         check_vocabulary(self.vq, self.vocab_size)
-        rows = []
-        for text in self.read(values):
+        rows, texts = [], self.read(values)
+        beginnings = [text for text in texts if blank not in text]
+        begun = iter(self.ids_of(beginnings) if beginnings else [])
+        for text in texts:
             if blank not in text:
-                rows += self.ids_of([text])
+                rows.append(next(begun))
                 continue
             pieces = re.split(rf"\s*{re.escape(blank)}", text)
             parts = token_ids(self.vq, pieces)

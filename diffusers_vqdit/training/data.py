@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,10 @@ def _by_column(table: dict) -> dict:
     everything = next(iter(table.values()))
     if SPLIT_COLUMN not in everything.column_names or len(table) > 1:  # several tables are splits already
         return dict(table)
-    rows: dict[str | None, list[int]] = {}
+    rows: dict[str | None, array[int]] = {}  # 8 bytes a row
     for row, value in enumerate(everything[SPLIT_COLUMN]):
-        rows.setdefault(split_of(value, row), []).append(row)
-    warn_of_unsaid(len(rows.pop(None, [])), len(everything))
+        rows.setdefault(split_of(value, row), array("q")).append(row)
+    warn_of_unsaid(len(rows.pop(None, ())), len(everything))
     return {value: everything.select(rows[value]) for value in rows}
 
 

@@ -92,7 +92,8 @@ class DatasetEncoder(Dataset):
             for title in (column.column, *(column.prompt_columns or ())):
                 if title not in dataset.column_names:
                     raise ValueError(f"column {title!r} is not in the data: it has {dataset.column_names}")
-                key = json.dumps([column.modality, title, column.tokenizer_name, own], sort_keys=True)
+                taken = {option: value for option, value in own.items() if option in kind.takes()}
+                key = json.dumps([column.modality, title, column.tokenizer_name, taken], sort_keys=True)
                 if key not in self.readers:
                     self.readers[key] = kind(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])

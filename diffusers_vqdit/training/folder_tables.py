@@ -20,9 +20,11 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _READ_ROWS = 100  # at once, of files that stand in the table themselves
+_MAX_FIELDS = 1000  # of a table, and of a column's dictionaries: each has a place in every row
 _NO_TYPE = (pa.ArrowException, OverflowError, TypeError, ValueError)
 
 Sample = tuple[str, dict[str, Any]]  # a file's path, and what is known of it by column
+_Field = tuple[tuple[str | None, ...], pa.DataType]  # its place in a column's values, and its type
 
 
 class ClassFolders(Iterable[Sample]):
@@ -79,7 +81,7 @@ def folder_tables(
     tables = {}
     for name in names:
         own = samples if None in found else _Split(folder, samples, name)
-        types = _column_types(own, columns)
+        types = {LABEL_COLUMN: (pa.int64(), False)} if classes else _column_types(own, columns)
         tables[name] = _table(own, types, column, feature, classes, cache_dir)
     return tables
 
@@ -118,33 +120,76 @@ class _ColumnType:
 
     def __init__(self, row: int) -> None:
         self.kinds = {type(None).__name__: 0} if row else {}
-        # One batch of each type tells that of all as they all would; None is that of batches which have none.
-        self.examples: dict[pa.DataType | None, list[Any]] = {}
+        # Of batches that told more than those before; None is that of batches which have none.
+        self.types: set[pa.DataType | None] = set()
+        self.examples: list[Any] = []  # whose type is that of all, were they all there
+        self.fields: set[_Field] = set()  # of these
+        self.has_too_many = False  # fields for a table
 
     def add(self, values: list[Any], row: int) -> None:
         for index, value in enumerate(values, row):
             self.kinds.setdefault(type(value).__name__, index)
+        if self.has_too_many:
+            return
+        values = _listed(values)
         try:
-            kind = pa.array(_listed(values)).type
+            fields = set(_fields(pa.infer_type(values)))
+            if len({place for place, _ in self.fields | fields}) > _MAX_FIELDS:  # an array has them all in every row
+                self.has_too_many = True
+                return
+            kind = pa.array(values).type
         except _NO_TYPE:
-            kind = None
-        self.examples.setdefault(kind, values)
+            self.examples += [] if None in self.types else values
+            self.types.add(None)
+            return
+        if fields <= self.fields:
+            return
+        self.types.add(kind)
+        for value in values:
+            if not self.fields.issuperset(own := set(_fields(pa.infer_type([value])))):
+                self.fields |= own
+                self.examples.append(value)
+        self.fields |= fields
 
     @property
     def is_one(self) -> bool:
         """Whether all batches have one type, or no values."""
-        return len(self.examples.keys() - {pa.null()}) < 2 and None not in self.examples
+        return len(self.types - {pa.null()}) < 2 and None not in self.types
 
     @property
     def has_lists(self) -> bool:
         """Whether some rows have one text, and others several."""
         return {"list", "str"} <= self.kinds.keys()
 
+    @property
+    def problem(self) -> str:
+        """Why there is no type."""
+        if self.has_too_many:
+            return f"has dictionaries with more than {_MAX_FIELDS} different fields"
+        kinds: dict[str, int] = {}
+        for kind, row in self.kinds.items():
+            kinds.setdefault("list" if self.has_lists and kind == "str" else kind, row)
+        told = ", ".join(f"{kind} (first in row {row})" for kind, row in kinds.items())
+        return f"has values of several types, or of one that a table can't have: {told}"
+
     def find(self) -> pa.DataType:
         """Raises one of `_NO_TYPE` where there is none."""
+        if self.has_too_many:
+            raise ValueError(self.problem)
         if self.is_one:
-            return next((kind for kind in self.examples if kind != pa.null()), pa.null())
-        return pa.array(_listed([value for values in self.examples.values() for value in values])).type
+            return next(iter(self.types - {pa.null()}), pa.null())
+        return pa.array(_listed(self.examples)).type
+
+
+def _fields(kind: pa.DataType, place: tuple[str | None, ...] = ()) -> Iterator[_Field]:
+    """What dictionaries and lists have in them, at any depth, and of which types; None is the place in a list."""
+    if pa.types.is_list(kind):
+        yield from _fields(kind.value_type, (*place, None))
+    elif pa.types.is_struct(kind) and kind.num_fields:
+        for field in kind:
+            yield from _fields(field.type, (*place, field.name))
+    else:
+        yield place, kind
 
 
 def _listed(values: list[Any], always: bool = False) -> list[Any]:
@@ -157,13 +202,20 @@ def _listed(values: list[Any], always: bool = False) -> list[Any]:
 def _column_types(samples: Iterable[Sample], columns: Iterable[str]) -> dict[str, tuple[pa.DataType, bool]]:
     """The type of each column, and whether its texts are lists; tells which are left out as they have none."""
     found: dict[str, _ColumnType] = {}
-    start = 0
+    columns, start, more = list(columns), 0, None
     for batch in in_batches(samples):
         for name in dict.fromkeys(name for _, row in batch for name in row):
-            found.setdefault(name, _ColumnType(start))
+            if name in found or name in columns or len(found) < _MAX_FIELDS:
+                found.setdefault(name, _ColumnType(start))
+            else:
+                more = more or name
         for name, column in found.items():
             column.add([row.get(name) for _, row in batch], start)
         start += len(batch)
+    if more is not None:
+        logger.warning(
+            f"there are more than {_MAX_FIELDS} columns: {more!r} and other new ones from it on are left out"
+        )
     types = {}
     for name, column in found.items():
         try:
@@ -173,12 +225,7 @@ def _column_types(samples: Iterable[Sample], columns: Iterable[str]) -> dict[str
                     pa.array(_listed([row.get(name) for _, row in batch], column.has_lists), types[name][0])
         except _NO_TYPE as error:
             types.pop(name, None)
-            kinds: dict[str, int] = {}
-            for kind, row in column.kinds.items():
-                kinds.setdefault("list" if column.has_lists and kind == "str" else kind, row)
-            message = f"column {name!r} has values of several types, or of one that a table can't have: " + ", ".join(
-                f"{kind} (first in row {row})" for kind, row in kinds.items()
-            )
+            message = f"column {name!r} {column.problem}"
             if name in columns:
                 raise ValueError(message) from error
             logger.warning(f"{message}; it is left out")
@@ -202,7 +249,7 @@ def _table(
     from datasets.fingerprint import generate_random_fingerprint
 
     kinds = {column: pa.struct({"bytes": pa.binary(), "path": pa.string()})}
-    kinds |= {_utf8(name): pa.int64() if classes else kind for name, (kind, _) in types.items()}
+    kinds |= {_utf8(name): kind for name, (kind, _) in types.items()}
     features = Features.from_arrow_schema(pa.schema(kinds))
     features[column] = feature
     if classes:

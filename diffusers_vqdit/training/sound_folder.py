@@ -15,29 +15,31 @@ AUDIO_COLUMN = "audio"  # as datasets' own folders call it
 _TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow")
 
 
-def _shown_files(folder: Path) -> Iterator[str]:
-    return (path for path in files_below(folder, is_hidden) if not is_hidden(path))
-
-
-def _sounds(folder: Path) -> Iterator[str]:
+def _sounds(folder: Path, metadata: list[Path]) -> Iterator[str]:
+    """The paths of sounds; those of metadata files that lie between them are added to `metadata`."""
     from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
-    for path in _shown_files(folder):
-        if ending(path) in AudioFolder.EXTENSIONS and os.path.isfile(path):
+    for path in files_below(folder, is_hidden):
+        if is_hidden(path):
+            continue
+        if os.path.basename(path) in METADATA_FILES:
+            metadata.append(Path(path))
+        elif ending(path) in AudioFolder.EXTENSIONS and os.path.isfile(path):
             yield path
 
 
 def list_sound_files(folder: Path, cache_dir: str | os.PathLike | None = None) -> tuple[FileList[str], list[Path]]:
     """The files of sounds below a folder, and the metadata files, both sorted as paths are, without hidden ones."""
-    metadata = sorted(Path(path) for path in _shown_files(folder) if os.path.basename(path) in METADATA_FILES)
-    return FileList(sorted_paths(_sounds(folder), cache_dir), cache_dir), metadata
+    metadata: list[Path] = []
+    sounds = FileList(sorted_paths(_sounds(folder, metadata), cache_dir), cache_dir)
+    return sounds, sorted(metadata)
 
 
 def holds_sounds(folder: Path) -> bool:
     """Whether a folder is one for [`read_sound_folder`]: it has sounds, no pictures, and no tables but metadata."""
     if any(ending(path) in _TABLES and os.path.basename(path) not in METADATA_FILES for path in files_below(folder)):
         return False
-    return next(_sounds(folder), None) is not None and not holds_pictures(folder)
+    return next(_sounds(folder, []), None) is not None and not holds_pictures(folder)
 
 
 def read_sound_folder(

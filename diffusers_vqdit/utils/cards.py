@@ -9,9 +9,10 @@ from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .fingerprints import file_sha256
+from .hub import is_transient
 from .weight_files import weight_file_of
 
 
@@ -184,6 +185,9 @@ def describe_model(model: Any) -> dict[str, Any]:
 # Of a gallery's files, which alone are taken along with a card.
 _MEDIA = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".flac", ".mp3"}
 
+# What a card says that tells nothing of the weights.
+_PLAIN = "How it was trained isn't known here."
+
 # What diffusers writes on the card of a new repository.
 _BLANK = ("# Model Card for Model ID", "This model card has been automatically generated.")
 
@@ -204,7 +208,7 @@ def plain_card(model: Any, repo_id: str, known: dict[str, Any]) -> ModelCard:
         **{name: kind[name] for name in ("summary", "intended_use", "limits", "risks")},
         usage=kind["usage"].format(name=repo_id),
         evaluation="No figures came with it.",
-        training="How it was trained isn't known here.",
+        training=_PLAIN,
         licences=f"* Weights: {known.get('license') or 'no licence was stated.'}\n* Training data: not stated.",
     )
     return ModelCard(content)
@@ -224,9 +228,15 @@ def fill_blank_card(model: Any, path: Path, repo_id: str, saved: Sequence[str], 
     if not path.is_file() or not _is_blank(card := ModelCard(path.read_text(encoding="utf-8"))):
         return []
     source = str(model.config.get("_name_or_path") or "")
-    loaded = _loaded_card(source, model.config_name, token)
-    if loaded is not None and not _is_as_loaded(model, source, path.parent, saved, token):
-        _card_logger.warning(f"the weights are not those of {source} any more: its card is not published with them")
+    try:
+        loaded = _loaded_card(source, model.config_name, token)
+        if loaded is not None and not _is_as_loaded(model, source, path.parent, saved, token):
+            _card_logger.warning(
+                f"the weights are not those of {source} any more: its card is not published with them"
+            )
+            loaded = None
+    except _HubFails as error:
+        _card_logger.warning(f"{error}: a card that tells nothing of the weights is published in place of that one's")
         loaded = None
     if loaded is None:
         plain_card(model, repo_id, card.data.to_dict()).save(path)
@@ -240,6 +250,30 @@ def fill_blank_card(model: Any, path: Path, repo_id: str, saved: Sequence[str], 
     outputs = [one.get("output") for one in entries if isinstance(one, dict)]
     names = [str(output.get("url")) for output in outputs if isinstance(output, dict)]
     return [name for name in dict.fromkeys(names) if _copy_from(source, name, path.parent, token)]
+
+
+def warn_of_older_card(model: Any, saved: Path, folder: Path) -> None:
+    """Warn where the card in a folder is of other weights, or of another model, than what is going to be saved there:
+    it is published as it stands, for someone may have written it.
+
+    Args:
+        saved: a folder with what is going to replace the files of `folder`.
+    """
+    path = folder / "README.md"
+    if not path.is_file() or not any((folder / name).is_file() for name in (model.config_name, "model_index.json")):
+        return  # nothing that it could be of
+    names = [file.relative_to(saved).as_posix() for file in saved.rglob("*") if weight_file_of(file.name)]
+    if _PLAIN in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    try:
+        same = _is_as_loaded(model, str(folder), saved, names, None)
+    except ValueError:  # what is replaced is no JSON
+        same = False
+    if not same:
+        _card_logger.warning(
+            f"{path} was there with other weights than those that are saved now, and is published with them as it "
+            "stands: see whether it holds for them, or remove it, and a new one is written"
+        )
 
 
 def _is_blank(card: ModelCard) -> bool:
@@ -262,13 +296,20 @@ def _loaded_card(source: str, config_name: str, token: str | None) -> tuple[str,
     return (content, card) if ours and not _is_blank(card) else None
 
 
+class _HubFails(Exception):
+    """What a repository has can't be told now."""
+
+
 def _find_file(source: str, name: str, token: str | None) -> Path | None:
     """A file of a folder or Hub repository, here; None where there is none."""
     if os.path.isdir(source):
         return path if (path := Path(source, name)).is_file() else None
     try:
         return Path(hf_hub_download(source, name, token=token))
-    except (HfHubHTTPError, HFValidationError, OSError):
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        # The second is what huggingface_hub makes of errors that it has tried in vain to get over.
+        if is_transient(error) or isinstance(error, LocalEntryNotFoundError):
+            raise _HubFails(f"{name} of {source} can't be read now ({error})") from error
         return None
 
 
@@ -288,7 +329,9 @@ def _sha256_of(source: str, name: str, token: str | None) -> str | None:
         return None if (found := _find_file(source, name, token)) is None else file_sha256(found)
     try:
         return get_hf_file_metadata(hf_hub_url(source, name), token=token).etag
-    except HfHubHTTPError:
+    except HfHubHTTPError as error:
+        if is_transient(error):
+            raise _HubFails(f"{name} of {source} can't be read now ({error})") from error
         return None
 
 
@@ -299,7 +342,12 @@ def _copy_from(source: str, name: str, folder: Path, token: str | None) -> bool:
         return False
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         return False
-    if (found := _find_file(source, name, token)) is None:
+    try:
+        found = _find_file(source, name, token)
+    except _HubFails as error:
+        _card_logger.warning(f"{error}: the card is published without it")
+        return False
+    if found is None:
         return False
     if os.path.isdir(source) and not found.resolve().is_relative_to(Path(source).resolve()):
         return False

@@ -13,7 +13,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitInfo, create_repo
 
-from .cards import fill_blank_card
+from .cards import fill_blank_card, warn_of_older_card
 from .checks import check_integer, shown
 from .hub import push_folder, saved_files
 from .weight_files import check_finite, check_weights, replacing_weights, weight_file_of
@@ -231,6 +231,8 @@ class ModelCheckpointMixin(ComponentCheckpointMixin):
                 max_shard_size,
                 use_flashpack=kwargs.pop("use_flashpack", False),
             )
+            if push_to_hub:
+                warn_of_older_card(self, unfinished, Path(save_directory))
         if push_to_hub:
             self._push_saved(save_directory, **kwargs)
 

@@ -135,7 +135,7 @@ def push_folder(
                 repository, operations, commit_message=commit_message, create_pr=create_pr, **kind
             )
         except Exception as error:
-            if attempt == max_retries or not _is_transient(error):
+            if attempt == max_retries or not is_transient(error):
                 raise
             if not isinstance(error, HfHubHTTPError):
                 # The answer was lost, and the commit may have been made. New operations look what is there, and what
@@ -162,11 +162,11 @@ def _content(folder: str | os.PathLike, name: str) -> str | bytes:
     return str(path) if cleaned == text else cleaned.encode("utf-8")
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: the server failed, or the connection did."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code == 429
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ..."
-        return _is_transient(error.__cause__)
+        return is_transient(error.__cause__)
     # The HTTP library of huggingface_hub changed its name between its versions.
     return any(base.__name__ == "TransportError" for base in type(error).__mro__)

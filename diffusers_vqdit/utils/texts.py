@@ -122,20 +122,38 @@ def texts_of(value: str | Sequence[str]) -> list[str]:
 def cut_texts(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "max_length"
 ) -> str | None:
-    """[`cut_warning`] of texts that have more than `length` tokens; `argument` is what says it."""
+    """[`length_warning`] of texts that are cut to `length` tokens; `argument` is what says it."""
     counted = ((part, tokenize_to_length(tokenizer, part, length)[2]) for part in in_parts(texts, 1024))
-    return cut_warning(counted, length, f"captions have more than {argument}={length} tokens and")
+    return length_warning(counted, length, f"captions have more than {argument}={length} tokens and are cut")
 
 
-def cut_warning(counted: Iterable[tuple[Sequence[str], Sequence[int]]], length: float, problem: str) -> str | None:
+def check_counts(
+    argument: str, texts: Sequence[str], counts: Sequence[int], length: int, outcome: str = "are cut"
+) -> str | None:
+    """[`length_warning`] of the texts of a pipeline's argument, by their numbers of tokens.
+
+    Args:
+        outcome: what becomes of texts of more than `length` tokens.
+
+    Raises:
+        ValueError: if a text has no tokens.
+    """
+    empty = next((text for text, count in zip(texts, counts, strict=True) if not count), None)
+    if empty is not None:
+        raise ValueError(f"{argument} {shown(empty)} has nothing to read")
+    problem = f"texts of {argument} have more than {length} tokens and {outcome}"
+    return length_warning([(texts, counts)], length, problem)
+
+
+def length_warning(counted: Iterable[tuple[Sequence[str], Sequence[int]]], length: float, problem: str) -> str | None:
     """A warning where texts, of which some at a time come with their numbers of tokens, have more than `length`: how
-    many, and the first, shortened. Else None."""
-    cut, total, first = 0, 0, ""
+    many of how many, the `problem`, and the first, shortened. Else None."""
+    long, total, first = 0, 0, ""
     for texts, counts in counted:
         longer = [text for text, count in zip(texts, counts, strict=True) if count > length]
-        first = longer[0] if longer and not cut else first
-        cut, total = cut + len(longer), total + len(counts)
-    return f"{cut} of {total} {problem} are cut; the first is {shown(first, 60)}" if cut else None
+        first = longer[0] if longer and not long else first
+        long, total = long + len(longer), total + len(counts)
+    return f"{long} of {total} {problem}; the first is {shown(first, 60)}" if long else None
 
 
 def in_parts(texts: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -208,7 +208,7 @@ def test_a_broken_upload_and_a_prompt_too_long_are_told(visitor, tmp_path):
     assert box.get_attribute("maxlength") == "2000"
     box.fill("a red apple, " * 20)
     visitor.click("Draw")
-    visitor.sees("only the first 12 are used")
+    visitor.sees("1 of 1 texts of prompt have more than 12 tokens and are cut")
     visitor.drawn(4)
     box.fill("")
     visitor.click("Draw")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from diffusers.utils import logging
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.likelihood.block_bounds import negative_elbo_of_blocks
@@ -91,6 +92,24 @@ def test_known_codes_stay_and_the_length_is_the_one_asked_for(pipe, words):
         output.texts
         == pipe(inputs={"poem": prompts}, output="poem", max_new_tokens=6, eos_early_stop=False, temperature=0.0).texts
     )
+
+
+@pytest.mark.parametrize("output", ["poem", "title"])
+def test_longer_texts_than_those_trained_on_are_one_warning(pipe, caplog, output):
+    """Where they are given, and where they are begun with."""
+    logging.enable_propagation()
+    longer = ["a king " * 12, "an end " * 13]
+    filled = ["a king", *longer, "a <mask>" if output == "title" else "a"]
+    options = {"output": output, "output_type": "latent", "num_inference_steps": 1}
+    whole = pipe(inputs={"title": filled}, generator=seeds(*range(4)), **options).segments[output]
+    outcome = "are longer than those that the model was trained on"
+    problem = f"texts of inputs['title'] have more than 7 tokens and {outcome}"
+    total = 3 if output == "title" else 4
+    assert caplog.messages == [f"2 of {total} {problem}; the first is {longer[0][:59]!r}...".replace("'...", "...")]
+    logging.disable_propagation()
+    for row, text in enumerate(filled):
+        alone = pipe(inputs={"title": text}, generator=seeds(row), **options).segments[output]
+        assert torch.equal(whole[row, : alone.shape[1]], alone[0])
 
 
 def test_a_threshold_says_the_number_of_steps(pipe):

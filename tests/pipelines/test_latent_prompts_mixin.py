@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils import logging
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
 
@@ -47,6 +48,17 @@ def test_embeds_are_as_good_as_the_prompt_and_a_text_is_as_alone(pipe):
     without = VQDiTLatentPipeline(**parts)
     without.set_progress_bar_config(disable=True)
     assert torch.equal(draw(without, **embeds, count=2), expected)
+
+
+def test_longer_prompts_are_cut_with_one_warning(pipe, caplog):
+    logging.enable_propagation()
+    pipe.encode_prompt([SHORT, LONG * 3, LONG * 4], max_sequence_length=12)
+    (told,) = caplog.messages
+    assert told.startswith(f"2 of 3 texts of prompt have more than 12 tokens and are cut; the first is '{LONG}")
+    caplog.clear()
+    pipe.encode_prompt([SHORT], max_sequence_length=12)
+    assert not caplog.messages
+    logging.disable_propagation()
 
 
 @pytest.mark.parametrize("label", [None, 1])

@@ -179,12 +179,14 @@ def test_the_arguments_are_not_changed(pipeline):
     assert (latents == 32).all() and torch.equal(picture, before)
 
 
-def test_a_longer_prompt_is_cut_with_a_warning(pipeline, caplog):
+def test_longer_prompts_are_cut_with_a_warning(pipeline, caplog):
     logging.enable_propagation()
-    cut = pipeline.encode_prompt(["a red apple " * 9])
-    assert "tokens; only the first 12 are used" in caplog.text
+    longer = [f"{word} apple " * 9 for word in ("red", "blue", "green")]
+    cut = pipeline.encode_prompt(["a red apple", *longer])
+    told = f"3 of 4 texts of prompt have more than 12 tokens and are cut; the first is {longer[0][:59]!r}..."
+    assert caplog.messages == [told.replace("'...", "...")]
     caplog.clear()
-    assert cut.shape == pipeline.encode_prompt(["a red apple"]).shape == (1, 12)
+    assert torch.equal(cut[:1], pipeline.encode_prompt(["a red apple"])) and cut.shape == (4, 12)
     assert not caplog.records
     logging.disable_propagation()
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
@@ -300,6 +301,14 @@ def test_a_longer_text_is_cut_where_it_is_asked_for(pipe):
         codes(pipe, **given, negative_prompt_embeds=states, max_sequence_length=4)
     with pytest.raises(ValueError, match="negative_prompt='green' needs the component text_encoder, which is None"):
         codes(make_like(pipe, text_encoder=None), **given, negative_prompt="green")
+
+
+def test_longer_texts_are_cut_with_one_warning(pipe, caplog):
+    logging.enable_propagation()
+    pipe.encode_prompt([SHORT, LONG * 3, LONG * 4])
+    (told,) = caplog.messages
+    assert told.startswith(f"2 of 3 texts of prompt have more than 14 tokens and are cut; the first is '{LONG}")
+    logging.disable_propagation()
 
 
 def test_nothing_of_the_encoders_is_changed(pipe):

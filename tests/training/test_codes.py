@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import Task
+from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.pipelines.text_segment import encode_texts
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import load_training_dataset
@@ -217,6 +218,28 @@ def test_texts_that_are_cut_are_counted_once(encoded, caplog):
     note = f"10 of 10 captions have more than max_length=12 tokens and are cut; the first is '{'long ' * 11}long..."
     assert [r.message for r in caplog.records if "are cut" in r.message] == [note]
     assert note in CodeDataset(folder).notes  # for those who train on them
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"resolution": 8}, {"max_audio_length": 3.0, "audio_codebooks": None}], ids=str
+)
+def test_a_column_of_several_segments_is_encoded_once(encoded, text_vq, monkeypatch, caplog, options):
+    """Whatever options they have that are others' kinds of columns."""
+    rows, real = [], text_vq.encode_codes
+
+    def encode_codes(input_ids, attention_mask=None):
+        rows.append(len(input_ids))
+        return real(input_ids, attention_mask)
+
+    monkeypatch.setattr(text_vq, "encode_codes", encode_codes)
+    segments = {"document": SegmentColumn("text", "text", options=options)}
+    codes = CodeDataset(
+        encoded(change=lambda d: d.remove_columns("text").add_column("text", ["long " * 30] * 10), segments=segments)[
+            1
+        ]
+    )
+    assert sum(rows) == 10 and torch.equal(codes.codes["document"], codes.codes["text"])
+    assert sum("are cut" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

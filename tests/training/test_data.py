@@ -5,6 +5,7 @@ import decimal
 import io
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,13 @@ from datasets import Dataset
 from PIL import Image
 
 from diffusers_vqdit.training.columns import CaptionColumn
-from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.data import (
+    _by_column,
+    decode_images,
+    load_splits,
+    load_training_dataset,
+    shuffled_batches,
+)
 from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.labels import encode_labels
 
@@ -299,6 +306,25 @@ def test_many_broken_pictures_are_named_up_to_twenty(caplog):
     assert "in row 1: " in messages[0] and "in row 2: " in messages[1] and "0.png: " in messages[2]
     with pytest.raises(ValueError, match="column 'image': none of the 42 pictures could be read"):
         decode_images(dataset.select(range(1, 43)), "image", 4)
+
+
+@pytest.mark.parametrize("count", [3, 30_000])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_of_a_split_column_keep_their_order_and_take_little_memory(monkeypatch, count, mixed):
+    """8 bytes a row until they are selected, where a list of Python's numbers takes 40."""
+    names = ["train", "test", None]
+    rows = sorted(range(count), key=lambda row: 0 if mixed else row % 3)
+    source = Dataset.from_dict({"row": rows, "split": [names[row % 3] for row in rows]})
+    splits = _by_column({"train": source})
+    assert {name: table["row"][:] for name, table in splits.items()} == {
+        name: list(range(index, count, 3)) for index, name in enumerate(names[:2])
+    }
+    monkeypatch.setattr(Dataset, "select", lambda dataset, indices: indices)
+    tracemalloc.start()
+    kept = _by_column({"train": source})
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert sum(map(len, kept.values())) == count * 2 // 3 and (count < 1000 or used < 16 * count)
 
 
 def test_the_split_column_selects_rows(root):

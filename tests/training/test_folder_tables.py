@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_vqdit.training import file_lists
+from diffusers_vqdit.training import folder_tables as module
 from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.file_lists import FileList, sorted_paths
 from diffusers_vqdit.training.folder_tables import folder_tables
@@ -121,3 +122,97 @@ def test_types_found_batch_by_batch_are_those_of_all_values(tmp_path_factory, va
     if expected is not None:
         assert dataset.data.column("value").combine_chunks().cast(expected.type).equals(expected)
         assert dataset.data.schema.field("value").type == expected.type
+
+
+def subset(row):
+    """Some of a few keys, others in each batch."""
+    return {f"key {place}": row for place in range(16) if row // 50 * 40503 >> place & 1}
+
+
+WIDE = {
+    "a new key in each row": lambda row: {"value": {f"key {row}": row}},
+    "a new key in each row of a list": lambda row: {"value": [{"key": row}, {f"key {row}": [row]}]},
+    "a new key in some batches": lambda row: {"value": {f"key {row // 300}": row, "text": "some words " * 9}},
+    "other keys in each batch": lambda row: {"value": subset(row)},
+    "a new column in each row": lambda row: {f"value {row}": row},
+}
+
+
+@pytest.mark.parametrize("make", WIDE.values(), ids=WIDE)
+def test_memory_does_not_grow_with_new_keys(monkeypatch, make):
+    """While the types of columns are found."""
+    monkeypatch.setattr(file_lists, "ROWS_TOGETHER", 50)
+    monkeypatch.setattr(module, "_MAX_FIELDS", 100)
+    peaks = []
+    for count in (500, 1_000, 5_000):  # the first makes what is made once
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        module._column_types((("/f/0.png", make(row)) for row in range(count)), [])
+        peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before)
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 1 << 18
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda key: {key: 1},
+        lambda key: {key: None},
+        lambda key: [{}, {key: "a"}],
+        lambda key: {"a": {"b": [{key: True}]}},
+        lambda key: {"0": 1, key: 2, "1": 3.5},
+    ],
+)
+def test_dictionaries_with_too_many_fields_are_no_column(tmp_path, monkeypatch, caplog, make, count, together):
+    from datasets import Image
+
+    monkeypatch.setattr(file_lists, "ROWS_TOGETHER", together)
+    monkeypatch.setattr(module, "_MAX_FIELDS", 4)
+    rows = [{"value": make(str(key % count)), "text": "a"} for key in range(7)]
+    samples = [(f"/f/{row}.png", value) for row, value in enumerate(rows)]
+
+    def read(**options):
+        (dataset,) = folder_tables(
+            Path("/f"), samples, "image", Image(decode=False), cache_dir=tmp_path, **options
+        ).values()
+        return dataset
+
+    problem = "column 'value' has dictionaries with more than 4 different fields"
+    if count == 4:
+        kind = pa.array([row["value"] for row in rows]).type
+        assert read(columns=["value"]).data.schema.field("value").type == kind and not caplog.text
+    else:
+        assert read(columns=["text"]).column_names == ["image", "text"] and f"{problem}; it is left out" in caplog.text
+        with pytest.raises(ValueError, match=problem):
+            read(columns=["value"])
+
+
+def test_columns_that_are_asked_for_are_read_whatever_others_there_are(tmp_path, monkeypatch, caplog):
+    from datasets import Image
+
+    monkeypatch.setattr(module, "_MAX_FIELDS", 3)
+    samples = [(f"/f/{row}.png", {"a": row, f"b {row}": row, "c": 0}) for row in range(4)]
+    samples += [("/f/4.png", {"text": "at the end", "other": 1})]
+    options = {"columns": ["text"], "cache_dir": tmp_path}
+    (dataset,) = folder_tables(Path("/f"), samples, "image", Image(decode=False), **options).values()
+    assert dataset.column_names == ["image", "a", "b 0", "c", "text"] and dataset["text"][4] == "at the end"
+    assert "there are more than 3 columns: 'b 1' and other new ones from it on are left out" in caplog.text
+
+
+def test_classes_are_no_column_whose_type_is_found(tmp_path):
+    from datasets import Image
+
+    class Samples(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    samples = Samples((f"/f/{name}/{row}.png", {"label": name}) for name in "ba" for row in range(3))
+    options = {"classes": ["a", "b"], "columns": ["label"], "cache_dir": tmp_path}
+    (dataset,) = folder_tables(Path("/f"), samples, "image", Image(decode=False), **options).values()
+    assert samples.passes == 2  # for the splits, and for the table
+    assert dataset["label"] == [1, 1, 1, 0, 0, 0] and dataset.features["label"].names == ["a", "b"]

@@ -1,8 +1,11 @@
 """Folders of recordings as tables."""
 
+import os
+from collections import Counter
+
 from diffusers_vqdit.training.audio_data import SoundDataset
 from diffusers_vqdit.training.data import load_splits
-from diffusers_vqdit.training.sound_folder import holds_sounds
+from diffusers_vqdit.training.sound_folder import holds_sounds, list_sound_files
 
 
 def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
@@ -37,3 +40,23 @@ def test_class_folders_are_labels_as_those_of_pictures_are(audio_codecs, tmp_pat
     assert load_splits(dataset_name=str(tmp_path / "classes"))["train"]["label"] == ["high", "low"]
     audio_codecs.sound_folder(tmp_path / "classes", count=1)  # not of one depth
     assert load_splits(dataset_name=str(tmp_path / "classes"))["train"].column_names == ["audio"]
+
+
+def test_each_folder_is_read_once(tmp_path, monkeypatch):
+    places = [tmp_path / "files", tmp_path / "files" / "b", tmp_path / "files" / "b" / "c"]
+    hidden = tmp_path / "files" / ".hidden"
+    for place in (*places, hidden):
+        place.mkdir(parents=True)
+        for name in ("2.wav", "1.FLAC", "notes.txt", ".3.wav", "metadata.csv"):
+            (place / name).touch()
+    real, read = os.scandir, Counter()
+
+    def scandir(place):
+        read[str(place)] += 1
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    sounds, metadata = list_sound_files(tmp_path / "files", tmp_path / "cache")
+    assert read == dict.fromkeys(map(str, places), 1)
+    assert list(sounds) == sorted(str(place / name) for place in places for name in ("1.FLAC", "2.wav"))
+    assert metadata == sorted(place / "metadata.csv" for place in places)

@@ -1,15 +1,19 @@
 """Cards of what is published without its training."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_hf_file_metadata, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.utils import cards
 
 
 def test_what_is_pushed_has_a_card_of_ours(hub, client, pipeline, text_vq, tmp_path):
@@ -147,6 +151,77 @@ def test_a_card_is_not_kept_with_other_weights(hub, client, pipeline, image_vq, 
             text = hub.repositories[name].resolve("main").files["README.md"].content.decode()
             assert ("Trained for a day" in text) == (number == 0), (place, number)
             assert ("the weights are not those of" in caplog.text) == (number > 0)
+
+
+@pytest.mark.parametrize("card", ["# Mine\n", RUN_CARD, None])
+@pytest.mark.parametrize("change", ["none", "trained", "broken config", "a part"])
+def test_a_card_in_the_folder_is_published_with_other_weights_with_a_warning(
+    hub, client, pipeline, tmp_path, caplog, card, change
+):
+    """As it stands, for someone may have written it; what claims nothing is a card of all weights."""
+    saved, name = pipeline.transformer if change == "a part" else pipeline, "alice/pipe"
+    folder = tmp_path / "run"
+    pipeline.save_pretrained(folder, push_to_hub=card is None, repo_id=name)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    if change == "trained":
+        next(pipeline.transformer.parameters()).data.add_(1)
+    elif change == "broken config":
+        (folder / "model_index.json").write_text("{")
+    before = (folder / "README.md").read_text()
+    saved.save_pretrained(folder, push_to_hub=True, repo_id=name)
+    assert hub.repositories[name].resolve("main").files["README.md"].content.decode() == before
+    told = f"{folder / 'README.md'} was there with other weights than those that are saved now"
+    assert (told in caplog.text) == (change != "none" and card is not None)
+
+
+def test_a_card_that_is_there_before_any_weights_is_theirs(hub, client, pipeline, image_vq, tmp_path, caplog):
+    for name, saved in (("pipe", pipeline), ("image_vq", image_vq)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("# Mine\n")
+        saved.save_pretrained(tmp_path / name, push_to_hub=True, repo_id=f"alice/{name}")
+        assert hub.repositories[f"alice/{name}"].resolve("main").files["README.md"].content == b"# Mine\n"
+    assert "was there with other weights" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "fails"),
+    [
+        *itertools.product(["config.json", "README.md", "samples/0.png"], ["server", "connection", "missing"]),
+        *(("weights", fails) for fails in ("server", "missing")),  # that of the connection is raised as it is
+    ],
+)
+def test_a_card_that_cannot_be_had_now_is_told(hub, client, image_vq, tmp_path, monkeypatch, caplog, place, fails):
+    image_vq.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(RUN_CARD)
+    (tmp_path / "model" / "samples").mkdir()
+    (tmp_path / "model" / "samples" / "0.png").write_bytes(b"a picture")
+    client.create_repo("alice/source")
+    client.upload_folder(repo_id="alice/source", folder_path=tmp_path / "model")
+    model = ImageVQModel.from_pretrained("alice/source")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    answers = {status: SimpleNamespace(status_code=status, headers={}, request=None) for status in (503, 404)}
+    errors = {
+        "server": HfHubHTTPError("busy", response=answers[503]),
+        "connection": LocalEntryNotFoundError("no connection"),
+        "missing": HfHubHTTPError("no file", response=answers[404]),
+    }
+
+    def failing(function):
+        def ask(*args, **kwargs):
+            if place in args or (place == "weights" and function is get_hf_file_metadata):
+                raise errors[fails]
+            return function(*args, **kwargs)
+
+        return ask
+
+    for function in (hf_hub_download, get_hf_file_metadata):
+        monkeypatch.setattr(cards, function.__name__, failing(function))
+    model.push_to_hub("alice/copy")
+    text = hub.repositories["alice/copy"].resolve("main").files["README.md"].content.decode()
+    assert ("Trained for a day" in text) == (place == "samples/0.png")
+    assert ("can't be read now" in caplog.text) == (fails != "missing")
+    assert ("the weights are not those of" in caplog.text) == (place == "weights" and fails == "missing")
 
 
 @pytest.mark.parametrize("widget", ["5", "text", "[1, {text: x}, {output: 3}, {output: {url: 7}}]"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from diffusers_vqdit.utils.texts import check_captions, check_texts, normalized, tokenize_to_length
+from diffusers_vqdit.utils.texts import check_captions, check_counts, check_texts, normalized, tokenize_to_length
 
 
 SPACES = [" ", "\n", "\t", "\r\n", "\u00a0", "\u2003", "\u3000", "\u2028", "  ", " \t "]
@@ -100,6 +100,17 @@ def test_threads_with_other_lengths_and_paddings(shipped):
     for index, (ids, mask, counts) in enumerate(alone):
         assert torch.equal(results[index][0], ids) and torch.equal(results[index][1], mask)
         assert results[index][2] == counts
+
+
+@pytest.mark.parametrize("counts", [[5], [4, 3], [4, 5, 9, 1], [9] * 40], ids=str)
+def test_texts_of_an_argument_that_are_too_long_are_one_warning(counts):
+    texts = [f"text {index} {'w' * 99}" for index in range(len(counts))]
+    longer = [index for index, count in enumerate(counts) if count > 4]
+    told = longer and f"{len(longer)} of {len(counts)} texts of prompt have more than 4 tokens and are cut; the first "
+    warning = check_counts("prompt", texts, counts, 4)
+    assert warning == (f"{told}is {repr(texts[longer[0]])[:60]}..." if longer else None)
+    with pytest.raises(ValueError, match="^prompt 'text 1 w+"):
+        check_counts("prompt", ["a", *texts[:1], "text 1 w"], [1, counts[0], 0], 4)
 
 
 @pytest.mark.parametrize(
