@@ -119,9 +119,12 @@ def run_page(documented, root, script, monkeypatch):
         text = (root / "docs" / page).read_text(encoding="utf-8")
         assert 'python -c "' not in text  # which documented.lines() leaves out
         lines = [*BEFORE.get(page, []), *documented.lines(text)]
-        commands = [line for line in lines if not any(re.search(pattern, line) for pattern in NOT_RUN)]
         seen = []
-        for name, arguments in map(documented.script_command, commands):
+        for line in lines:
+            if any(re.search(pattern, line) for pattern in NOT_RUN):
+                continue
+            name, arguments = documented.script_command(line) or (None, [])
+            assert name in SMALL, f"{page}: say in SMALL how {line!r} becomes small, or in NOT_RUN why it isn't run"
             if name == "training.plot_run" and find_spec("matplotlib") is None:
                 continue
             folder, _, stem = name.partition(".")
