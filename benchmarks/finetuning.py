@@ -1,6 +1,7 @@
 """Finetuning on a folder of captioned pictures: how many of them are drawn and captioned right afterwards.
 
-    python -m benchmarks.finetuning --train_data_dir my_pictures --train_batch_size 16 --max_train_steps 400
+    python -m benchmarks.finetuning --train_data_dir my_pictures --train_batch_size 16 --max_train_steps 400 \
+        --resize_mode auto
 
 Runs ``training/train_vqdit.py`` as the README does, with whatever more of its flags are given, and prints
 

@@ -236,6 +236,12 @@ def encoders():
 
 
 @pytest.fixture(scope="session")
+def documented():
+    """The module ``documented.py`` of this folder."""
+    return of_this_folder("documented")
+
+
+@pytest.fixture(scope="session")
 def data_sources():
     return of_this_folder("data_sources")
 

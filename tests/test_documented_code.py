@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, MultiTokenizerModel, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import MultiTokenizerModel, VQDiTPipeline
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 
 
@@ -31,17 +31,10 @@ WHOSE = {
 NOT_RUN = re.compile(r"load_lora_weights|push_to_hub|inputs=\.\.\.|compile|vocoder|buckets")
 
 
-def small(codes, tasks, **parts):
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
-    transformer = VQDiTTransformer2DModel(**sizes, segments=codes, tasks=tasks)
-    pipe = VQDiTPipeline(transformer.eval(), MaskedDiffusionScheduler(), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
-def trained(root, tmp_path_factory, encoders, audio_codecs):
+def trained(root, tmp_path_factory, documented, encoders, audio_codecs):
     """Where the pages' ``outputs`` and ``model_cards`` are."""
+    small = documented.small_pipeline
     folder = tmp_path_factory.mktemp("docs")
     (folder / "model_cards").symlink_to(root / "model_cards")
     starter = VQDiTPipeline.from_pretrained(root / "model_cards/vqdit-emoji")
