@@ -312,7 +312,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
     picker.task.change(picked, picker.task, [*given, options.guidance, options.steps], api_visibility="private")
     if brush:
         picture.change(refusing(opened), picture, [canvas, original], api_visibility="private")
-    clicks = examples.show_pictures(entered, picker.task, [picture, *given])
+    clicks = examples.show_files(IMAGES, entered, picker.task, [picture, *given])
     inputs = [picture, canvas, original, strength, picker.task, *given, *options.components]
     events = [button.click, *([] if brush else [click.then for click in clicks])]
     run_on(events, run, inputs, [gallery, options.seed], name)
