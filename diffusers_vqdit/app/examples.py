@@ -64,12 +64,18 @@ class Examples:
         Returns:
             the events of clicks that have entered an example.
         """
-        rows = [row for ability in picker.abilities.values() for row in self._rows(ability)]
+        by_row: dict[tuple[tuple[str, str], ...], Ability] = {}  # several tasks may take the same
+        for ability in picker.abilities.values():
+            for values in self._rows(ability):
+                by_row.setdefault(tuple(values.items()), ability)
+        rows = [(ability, dict(row)) for row, ability in by_row.items()]
         components, events = [picker.task, *picker.given.values()], []
         if rows:
 
-            def enter(index: int) -> list[Any]:
+            def enter(index: int, task: str) -> list[Any]:
                 ability, values = rows[index]
+                if [one.name for one in picker.abilities[task].given] == list(values):
+                    ability = picker.abilities[task]
                 return [ability.task, *(values.get(one.name, gr.skip()) for one in picker.fields)]
 
             chips = gr.Dataset(
@@ -79,7 +85,7 @@ class Examples:
                 type="index",
                 samples_per_page=3 * MAX_EXAMPLES,
             )
-            events.append(chips.click(enter, chips, components, **QUIETLY))
+            events.append(chips.click(enter, [chips, picker.task], components, **QUIETLY))
         for kind in self.files:
             takers = [ability for ability in picker.abilities.values() if ability.gives(kind)]
             if takers:
@@ -118,13 +124,13 @@ class Examples:
         files = gr.Dataset(label=label, components=[thumbnail], samples=[[one[column]] for one in shown], type="index")
         return [files.click(clicked, [files, task], components, **QUIETLY)]
 
-    def _rows(self, ability: Ability) -> list[tuple[Ability, dict[str, str]]]:
+    def _rows(self, ability: Ability) -> list[dict[str, str]]:
         """Values of what is given for a task, if that is texts and labels alone."""
         if not all(one.kind in (TEXTS, LABELS) for one in ability.given):
             return []
         names, columns = [one.name for one in ability.given], [self._values(ability, one) for one in ability.given]
         rows = list(zip(*columns, strict=False))[:MAX_EXAMPLES]  # none where nothing is given
-        return [(ability, dict(zip(names, row, strict=True))) for row in rows]
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     def _values(self, ability: Ability, given: Field) -> Sequence[str]:
         if given.kind == LABELS:

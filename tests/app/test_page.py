@@ -23,9 +23,19 @@ from gradio_client.utils import QueueError  # noqa: E402
 from diffusers_vqdit import VQDiTPipeline  # noqa: E402
 from diffusers_vqdit.app import __main__ as command  # noqa: E402
 from diffusers_vqdit.app import page as whole_page  # noqa: E402
-from diffusers_vqdit.app.abilities import AUDIOS, IMAGES, CodesModel, LatentModel, by_tab  # noqa: E402
+from diffusers_vqdit.app.abilities import (  # noqa: E402
+    AUDIOS,
+    IMAGES,
+    TEXTS,
+    Ability,
+    CodesModel,
+    Field,
+    LatentModel,
+    by_tab,
+)
 from diffusers_vqdit.app.examples import Examples  # noqa: E402
 from diffusers_vqdit.app.page import launch, make_page  # noqa: E402
+from diffusers_vqdit.app.tabs import TaskPicker  # noqa: E402
 from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type  # noqa: E402
 
 
@@ -121,7 +131,7 @@ def test_repainting_keeps_the_rest_bit_for_bit(person, picture_file, tmp_path):
     layer.save(tmp_path / "layer.png")
     background = handle_file(path)
     editor = {"background": background, "layers": [handle_file(str(tmp_path / "layer.png"))], "composite": background}
-    painted = {"Paint over what is to be drawn anew": editor}
+    painted = {"Paint over what is to change": editor}
     shown, _ = person.use("repaint", **painted, text="a blue box", How_many=2, **FIXED)
     before = np.array(Image.open(path).convert("RGB"))
     for one in shown:
@@ -251,6 +261,9 @@ def test_the_page_of_a_shipped_pipeline_has_an_example_in_each_tab_and_of_each_t
     needless = {name for name, some in by_tab(model.abilities).items() if not any(one.given for one in some)}
     shown = {tab.label: list(parts_of(tab, gr.Dataset)) for tab in parts_of(page, gr.Tab)}
     assert shown and all(shown[name] for name in shown if name not in needless)
+    assert all(
+        len({str(one) for one in some.samples}) == len(some.samples) for each in shown.values() for some in each
+    )
     examples = Examples.load(str(folder), whole_page.pipeline_text(model))
     names = {one.name for ability in model.abilities for one in (*ability.given, *ability.generated)}
     assert set(examples.texts) <= {*names, *(ability.task for ability in model.abilities)}
@@ -258,6 +271,17 @@ def test_the_page_of_a_shipped_pipeline_has_an_example_in_each_tab_and_of_each_t
     for ability in model.abilities:
         kinds = {one.kind for one in ability.given} & {IMAGES, AUDIOS}
         assert not ability.given or kinds <= set(examples.files) and (kinds or examples._rows(ability)), ability
+
+
+def test_an_example_that_several_tasks_take_is_shown_once_and_keeps_the_chosen_one():
+    words = Field("words", TEXTS)
+    given = {"words->song": (words,), "words->talk": (words,), "->talk": ()}
+    with gr.Blocks() as page:
+        picker = TaskPicker([Ability(task, some, (Field("any", AUDIOS),), 4, None) for task, some in given.items()])
+        Examples("words", {"words": ["hello", "bye"]}).show(picker)
+    (chips,), (enter,) = parts_of(page, gr.Dataset), [event.fn for event in page.fns.values()]
+    assert chips.samples == [["hello"], ["bye"]]
+    assert enter(1, "words->talk") == ["words->talk", "bye"] and enter(0, "->talk") == ["words->song", "hello"]
 
 
 def test_a_pipeline_without_a_task_to_show_is_refused(page_pipeline, monkeypatch):
