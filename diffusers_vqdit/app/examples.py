@@ -110,18 +110,20 @@ class Examples:
         if not shown:
             return []
 
+        sounds = kind == AUDIOS
+
         def clicked(index: int, task: str) -> list[Any]:
             path, caption = shown[index]
             # Sounds are played as they are, from where the page may read.
-            sound = kind == AUDIOS
-            value = save_file_to_cache(path, files.GRADIO_CACHE) if sound else Image.open(path).convert("RGB")
+            value = save_file_to_cache(path, files.GRADIO_CACHE) if sounds else Image.open(path).convert("RGB")
             return enter(task, value, caption)
 
-        label, thumbnail, column = {
-            IMAGES: ("Pictures", gr.Image(visible=False), 0),
-            AUDIOS: ("Sounds", gr.Textbox(visible=False), 1),
-        }[kind]
-        files = gr.Dataset(label=label, components=[thumbnail], samples=[[one[column]] for one in shown], type="index")
+        files = gr.Dataset(
+            label="Sounds" if sounds else "Pictures",
+            components=["textbox"] if sounds else [gr.Image(visible=False)],
+            samples=[[caption if sounds else path] for path, caption in shown],
+            type="index",
+        )
         return [files.click(clicked, [files, task], components, **QUIETLY)]
 
     def _rows(self, ability: Ability) -> list[dict[str, str]]:

@@ -43,8 +43,15 @@ def given_component(field: Field, visible: bool) -> Any:
     if field.kind == LABELS:
         return gr.Dropdown(list(field.choices), value=field.choices[0], label=label, visible=visible)
     if field.kind == AUDIOS:
-        sources, options = ["microphone", "upload"], {"label": label, "visible": visible, "buttons": ["download"]}
-        return reading_files(gr.Audio(sources=sources, type="filepath", **options))
+        return reading_files(
+            gr.Audio(
+                sources=["microphone", "upload"],
+                type="filepath",
+                label=label,
+                buttons=["download"],
+                visible=visible,
+            )
+        )
     return picture_component(label, visible)
 
 

@@ -139,7 +139,7 @@ def test_sounds_are_made_heard_recorded_and_uploaded(visit, served_sounds, tmp_p
     visitor.panel.get_by_role("button", name="Record", exact=True).click()
     visitor.page.wait_for_timeout(1000)
     visitor.panel.get_by_role("button", name="Stop", exact=True).click()
-    expect(visitor.panel.get_by_label("Play").filter(visible=True)).to_have_count(1, timeout=PATIENCE)
+    expect(visitor.panel.get_by_role("button", name="Play", exact=True)).to_be_visible(timeout=PATIENCE)
     visitor.click("Run")
     visitor.drawn(1)
 
