@@ -1,4 +1,4 @@
-"""The examples that nothing else runs, with fewer steps than they need."""
+"""Examples that nothing else runs, with fewer steps than they need."""
 
 import copy
 import csv
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image, ImageSequence
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
@@ -37,16 +38,63 @@ def test_your_own_voice(root, audio_codecs, tmp_path):
     assert (tmp_path / "voice" / "codec" / "preprocessor_config.json").is_file()
 
 
-def example(root, name):
-    spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def example(root):
+    """Load an example as a module."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize(("text", "image"), [("text", "image"), ("words", "drawing")])
+def test_sampling_is_animated_whatever_the_segments_are_called(
+    example, image_vq, text_vq, tokenizer, tmp_path, capsys, text, image
+):
+    segments = {text: {"vocab_size": 64, "shape": [12]}, image: {"vocab_size": 32, "shape": [4, 4]}}
+    tasks = [f"{image}->{text}", f"->{image}", f"{text}->{image}"]
+    model = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "segments": segments, "tasks": tasks}
+    pipe = VQDiTPipeline(
+        VQDiTTransformer2DModel(**model),
+        MaskedDiffusionScheduler(),
+        image_vq,
+        text_vq,
+        tokenizer,
+        segments={text: {"modality": "text"}, image: {"modality": "image"}},
+    )
+    pipe.save_pretrained(tmp_path / "pipe")
+    animate, steps = example("animate_sampling"), 3
+    arguments = ["--pretrained_model_name_or_path", tmp_path / "pipe", "--prompt", "a dot", "green", "--side", 20]
+    arguments += ["--num_inference_steps", steps, "--output_file", tmp_path / "made" / "sampling.gif"]
+    animate.main(animate.parse_args([str(one) for one in arguments]))
+    assert f"{steps + 1} frames" in capsys.readouterr().out
+    with Image.open(tmp_path / "made" / "sampling.gif") as animation:
+        assert animation.size == (40, 20)
+        frames = [frame.convert("RGB").copy() for frame in ImageSequence.Iterator(animation)]
+    assert 1 < len(frames) <= steps + 1  # frames that are equal are one
+
+
+def test_what_draws_nothing_is_not_animated(example, make_pipeline, tmp_path):
+    pipe = make_pipeline(0)
+    pipe.transformer.register_to_config(tasks=["image->text"])
+    pipe.save_pretrained(tmp_path / "pipe")
+    animate = example("animate_sampling")
+    with pytest.raises(SystemExit, match="draws no pictures of texts; it knows"):
+        animate.main(animate.parse_args(["--pretrained_model_name_or_path", str(tmp_path / "pipe")]))
+
+
+@pytest.fixture
+def captured(example):
+    return example("train_with_cuda_graphs")
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
-def test_espeak_reads_captions_in_place_of_you(root, tmp_path):
-    folder = example(root, "your_own_voice").record(tmp_path / "recordings", 4)
+def test_espeak_reads_captions_in_place_of_you(example, tmp_path):
+    folder = example("your_own_voice").record(tmp_path / "recordings", 4)
     with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and len({row["text"] for row in rows}) == 4
@@ -55,11 +103,6 @@ def test_espeak_reads_captions_in_place_of_you(root, tmp_path):
         samples, rate = soundfile.read(folder / row["file_name"])
         assert rate == 22050 and samples.ndim == 1 and 0.3 < len(samples) / rate < 4
         assert 0.01 < np.sqrt(np.square(samples).mean()) and 1 <= len(row["text"].split()) <= 2
-
-
-@pytest.fixture
-def captured(root):
-    return example(root, "train_with_cuda_graphs")
 
 
 def test_a_captured_steps_loss_and_gradients_are_the_training_scripts(captured, transformer):

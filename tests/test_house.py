@@ -49,6 +49,7 @@ NAMED = {
 # Files of tests below tests/<room>/ that are of several modules together, and of what.
 CROSSING = {
     "app.browser": "the whole page, in a browser",
+    "app.screenshots": "the whole page, as the docs show it",
     "app.sound": "the page of a pipeline that speaks and listens",
     "interop.interop": "every converter beside the code that it converts from",
     "models.quantizers.quantizers": "laws of all quantizers",

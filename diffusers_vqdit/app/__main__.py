@@ -16,6 +16,7 @@ import torch
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
 from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
 from ..utils.arguments import argument_parser, hub_token, model_name, repository
+from ..utils.checks import shown
 from ..utils.starter import STARTER, check_starter
 
 
@@ -39,10 +40,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_pipeline(name: str) -> Any:
-    """A pipeline of ours, of the class that its model_index.json says."""
-    config = VQDiTPipeline.load_config(name)
-    kind = VQDiTPipeline if config["_class_name"] == VQDiTPipeline.__name__ else VQDiTLatentPipeline
-    return kind.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    """A pipeline of ours, of the class that its model_index.json says.
+
+    Raises:
+        ValueError: if it is none, or can't be loaded.
+    """
+    kinds = {kind.__name__: kind for kind in (VQDiTPipeline, VQDiTLatentPipeline)}
+    problem = f"pretrained_model_name_or_path={shown(name)} must be a folder or Hub id of a {' or '.join(kinds)}"
+    try:
+        config = VQDiTPipeline.load_config(name)
+        kind = kinds.get(config["_class_name"])
+        pipeline = kind and kind.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    except Exception as error:  # of diffusers, the Hub, the connection, or the files
+        raise ValueError(f"{problem}: {error}") from error
+    if pipeline is None:
+        raise ValueError(f"{problem}, and is a {config['_class_name']}")
+    return pipeline
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,8 +66,11 @@ def main(args: argparse.Namespace) -> None:
     from .page import launch, make_page  # which need gradio
     from .space import push_space
 
-    pipeline = load_pipeline(name)
-    page = make_page(pipeline, name)
+    try:
+        pipeline = load_pipeline(name)
+        page = make_page(pipeline, name)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if args.push_to_space is None:
         launch(page)
     else:

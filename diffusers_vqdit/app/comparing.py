@@ -1,6 +1,6 @@
 """The tabs of the page that compare candidates: label, and find in a gallery."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -19,7 +19,7 @@ KEPT = 3600  # seconds that a gallery's index is kept for its person
 class _LabelPicker(TaskPicker):
     """A choice among the tasks that make labels, and those that choose among texts."""
 
-    def __init__(self, labels: Sequence[Ability], texts: Sequence[Ability]) -> None:
+    def __init__(self, labels: Sequence[Ability], texts: Sequence[Ability], names: Iterable[str]) -> None:
         super().__init__([*labels, *texts])
         self.zero_shot = {ability.task for ability in texts}
         self.task.choices = [
@@ -27,7 +27,7 @@ class _LabelPicker(TaskPicker):
             for title, task in self.task.choices
         ]
         self.names = gr.Textbox(
-            "",
+            "\n".join(names),
             label="Names to choose among, one a line",
             lines=4,
             max_length=MAX_CHARACTERS,
@@ -39,7 +39,8 @@ def label_tab(model: Any, labels: Sequence[Ability], texts: Sequence[Ability], e
     """A tab that labels what is given: with the checkpoint's labels, or among texts."""
     with gr.Row():
         with gr.Column():
-            picker = _LabelPicker(labels, texts)
+            captions = [caption for files in examples.files.values() for caption in files.values()]
+            picker = _LabelPicker(labels, texts, dict.fromkeys(captions))
             button = gr.Button("Label", variant="primary")
         with gr.Column():
             label = gr.Label(label="Probabilities", num_top_classes=10)
@@ -134,12 +135,15 @@ def find_tab(model: Any, pairs: Sequence[tuple[Field, Field]], examples: Example
     boxes = [queries[field.name] for field in fields if field.kind == TEXTS]
     events = [button.click, *(box.submit for box in boxes)]
     if of_pictures:
-        images = [Image.open(path).convert("RGB") for path in examples.pictures]
+        # Pictures are looked for by one's caption where they can be.
+        by_prompt = [name for name, (items, query) in by_name.items() if query.name == examples.prompt]
+        shown = next((name for name in by_prompt if by_name[name][0].kind == IMAGES), first)
+        query = by_name[shown][1]
+        images = [Image.open(path).convert("RGB") for path in examples.files.get(IMAGES, {})]
 
         def entered(_: str, __: Image.Image, caption: str) -> list[Any]:
-            items, query = by_name[first]
-            return [first, images, caption if query.name == examples.prompt else gr.skip()]
+            return [shown, images, caption if query.name == examples.prompt else gr.skip()]
 
-        outputs = [choice, pictures, queries[pairs[0][1].name]]
-        events += [click.then for click in examples.show_pictures(entered, choice, outputs)]
+        outputs = [choice, pictures, queries[query.name]]
+        events += [click.then for click in examples.show_files(IMAGES, entered, choice, outputs)]
     run_on(events, run, inputs, [found, lines, kept], "Find")

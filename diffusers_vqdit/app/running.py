@@ -25,7 +25,10 @@ MAX_SECONDS = 300  # of a sound
 MAX_TILES = 64  # of a picture that is enlarged
 MAX_ITEMS = 256  # of a gallery, or of names to choose among
 MAX_FILE_SIZE = 20 * 2**20  # bytes
+FAILED = "The model failed at this; its reason stands in the page's log. Fewer or smaller things at once may work."
 UNREADABLE = "This file can't be read: it is broken, or of an unknown kind."
+
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,14 +41,18 @@ def _sentence(message: Any) -> str:
 
 
 def refusing(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
-    """An event's generator whose ValueErrors are shown to the person, and so are the package's warnings."""
+    """An event's generator whose errors are sentences: what it refuses, and which library it misses, in its own words;
+    others are logged, and the person is told that there was one."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Iterator:
         try:
             yield from function(*args)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise gr.Error(_sentence(error), print_exception=False) from error
+        except Exception as error:
+            logger.exception("a call of the page failed")
+            raise gr.Error(FAILED, print_exception=False) from error
 
     return wrapped
 

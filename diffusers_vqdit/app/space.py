@@ -74,7 +74,7 @@ def write_space(folder: Path, pipeline: Any, name: str, space: str) -> None:
     files = {
         "app.py": APP.format(title=title, name=json.dumps(shown)),
         "README.md": CARD.format(data=data.to_yaml(), title=title, space=space),
-        "requirements.txt": "\n".join(requirements({"app", "audio"})) + "\n",
+        "requirements.txt": "\n".join(requirements({"app"})) + "\n",
     }
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8")

@@ -43,8 +43,15 @@ def given_component(field: Field, visible: bool) -> Any:
     if field.kind == LABELS:
         return gr.Dropdown(list(field.choices), value=field.choices[0], label=label, visible=visible)
     if field.kind == AUDIOS:
-        sound = gr.Audio(sources=["microphone", "upload"], type="filepath", label=label, visible=visible)
-        return reading_files(sound)
+        return reading_files(
+            gr.Audio(
+                sources=["microphone", "upload"],
+                type="filepath",
+                label=label,
+                buttons=["download"],
+                visible=visible,
+            )
+        )
     return picture_component(label, visible)
 
 
@@ -70,7 +77,7 @@ def generated_component(field: Field, visible: bool) -> Any:
             label=field.name, columns=2, height=490, object_fit="contain", buttons=["download"], visible=visible
         )
     if field.kind == AUDIOS:
-        return gr.Audio(label=field.name, interactive=False, visible=visible)
+        return gr.Audio(label=field.name, interactive=False, buttons=["download"], visible=visible)
     return gr.Textbox(label=field.name, lines=2, interactive=False, buttons=["copy"], visible=visible)
 
 
@@ -259,7 +266,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
             canvas = gr.ImageEditor(
                 type="pil",
                 format="png",
-                label="Paint over what is to be drawn anew",
+                label="Paint over what is to change",
                 brush=gr.Brush(default_size=48, colors=[BRUSH], color_mode="fixed"),
                 layers=False,
                 transforms=(),
@@ -312,7 +319,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
     picker.task.change(picked, picker.task, [*given, options.guidance, options.steps], api_visibility="private")
     if brush:
         picture.change(refusing(opened), picture, [canvas, original], api_visibility="private")
-    clicks = examples.show_pictures(entered, picker.task, [picture, *given])
+    clicks = examples.show_files(IMAGES, entered, picker.task, [picture, *given])
     inputs = [picture, canvas, original, strength, picker.task, *given, *options.components]
     events = [button.click, *([] if brush else [click.then for click in clicks])]
     run_on(events, run, inputs, [gallery, options.seed], name)

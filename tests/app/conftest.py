@@ -1,8 +1,13 @@
-"""Pipelines for the page, and pages that are served on this machine."""
+"""Pipelines for the page, pages that are served on this machine, and people who visit them in a browser."""
 
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
@@ -49,6 +54,21 @@ def latent_page_pipeline(make_pipeline, make_latent_transformer):
     )
 
 
+@pytest.fixture
+def served_sounds(talking_pipeline, tmp_path):
+    """The address of the page of a pipeline that speaks and listens, with a sound and a prompt to try."""
+    from diffusers_vqdit.app.page import launch, make_page
+
+    examples = tmp_path / "talking" / "examples"
+    examples.mkdir(parents=True)
+    (examples / "prompts.json").write_text(json.dumps({"text": ["a blue box"]}))
+    (examples / "captions.json").write_text(json.dumps({"0.wav": "a red apple"}))
+    soundfile.write(examples / "0.wav", np.sin(np.arange(1600) / 5), 1600)
+    page = make_page(talking_pipeline, str(examples.parent))
+    yield launch(page, prevent_thread_lock=True, quiet=True)[1]
+    page.close()
+
+
 @pytest.fixture(scope="session")
 def served(page_pipeline, latent_page_pipeline, tmp_path_factory):
     """Addresses of the pages of both pipelines."""
@@ -83,3 +103,33 @@ def picture_file(tmp_path_factory):
         return str(path)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    arguments = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Visit an address."""
+    spec = importlib.util.spec_from_file_location("visitor", Path(__file__).with_name("visitor.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    visitors = []
+
+    def visit(address, **options):
+        visitors.append(module.Visitor(browser, address, **options))
+        return visitors[-1]
+
+    yield visit
+    for one in visitors:
+        one.page.context.close()

@@ -1,91 +1,23 @@
 """The page in a browser, each tab used as a person would."""
 
-import io
 import re
-import shutil
 
 import pytest
-from PIL import Image, ImageColor
+import soundfile
 
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
 pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+expect = pytest.importorskip("playwright.sync_api").expect
 
-from diffusers_vqdit.app.tabs import BRUSH  # noqa: E402
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium"),
-]
-expect = playwright.expect
+pytestmark = pytest.mark.slow
 PATIENCE = 60_000  # ms
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Visitor:
-    """Someone at the page, and what the page fetched for them."""
-
-    def __init__(self, browser, address):
-        self.page = browser.new_page(viewport={"width": 1200, "height": 1400})
-        self.page.set_default_timeout(PATIENCE)
-        self.files = set()
-        self.page.on("request", lambda one: self.files.add(one.url) if "/file=" in one.url else None)
-        self.page.goto(address)
-
-    def tab(self, name):
-        self.page.get_by_role("tab", name=name, exact=True).click()
-        self.panel = self.page.get_by_role("tabpanel").filter(visible=True)
-        return self.panel
-
-    def idle(self):
-        """Wait until nothing is waited for."""
-        self.page.wait_for_timeout(300)
-        expect(self.panel.locator(".wrap.translucent, .wrap.generating").filter(visible=True)).to_have_count(0)
-
-    def click(self, button):
-        self.panel.get_by_role("button", name=button, exact=True).click()
-
-    def pick(self, example):
-        """Click on the thumbnail of an example."""
-        self.panel.locator("button.gallery-item").filter(has=self.page.locator("img")).nth(example).click()
-
-    def upload(self, *paths):
-        for _ in range(10):  # a component that isn't ready yet takes no file
-            try:
-                with self.page.expect_response(re.compile("/upload"), timeout=6_000):
-                    self.panel.locator("input[type=file]").first.set_input_files(list(paths))
-            except playwright.TimeoutError:
-                continue
-            self.page.wait_for_timeout(500)
-            return
-        raise AssertionError("nothing could be uploaded")
-
-    def sees(self, text):
-        expect(self.page.get_by_text(re.compile(text)).filter(visible=True).first).to_be_visible(timeout=PATIENCE)
-
-    def drawn(self, count):
-        """Wait until so many finished pictures are shown, which are PNG files named by the model."""
-        pictures = self.panel.locator(".grid-container img[src*='/codes0-'], .grid-container img[src*='/latents0-']")
-        expect(pictures).to_have_count(count, timeout=PATIENCE)
-        return [one.get_attribute("src") for one in pictures.all()]
-
-
 @pytest.fixture
-def visitor(browser, served):
-    visitor = Visitor(browser, served["codes"])
-    yield visitor
-    visitor.page.context.close()
+def visitor(visit, served):
+    return visit(served["codes"])
 
 
 def test_drawing_shows_the_codes_step_by_step(visitor):
@@ -118,29 +50,10 @@ def test_a_downloaded_picture_says_that_it_is_generated(visitor, tmp_path):
     assert digital_source_type(tmp_path / "mine.png") == GENERATED
 
 
-def paint(visitor):
-    """Paint across the middle; again while the editor, which is still making its canvas, has taken no stroke."""
-    for _ in range(20):
-        visitor.idle()
-        box = visitor.panel.locator("canvas").first.bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        visitor.page.mouse.move(x - 60, y)
-        visitor.page.mouse.down()
-        for step in range(12):
-            visitor.page.mouse.move(x - 60 + 10 * step, y)
-            visitor.page.wait_for_timeout(30)
-        visitor.page.mouse.up()
-        visitor.page.wait_for_timeout(1000)
-        seen = visitor.page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
-        if Image.open(io.BytesIO(seen)).convert("RGB").getpixel((0, 0)) == ImageColor.getrgb(BRUSH):
-            return
-    raise AssertionError("nothing could be painted")
-
-
 def test_a_picture_is_repainted_where_the_brush_was(visitor, picture_file):
     visitor.tab("Repaint")
     visitor.upload(picture_file(40, 20))
-    paint(visitor)
+    visitor.paint()
     visitor.panel.get_by_label("text", exact=True).fill("green")
     visitor.click("Repaint")
     visitor.drawn(4)
@@ -196,6 +109,46 @@ def test_a_gallery_is_searched(visitor, picture_file):
     visitor.page.get_by_role("option", name="text by image").click()
     visitor.panel.get_by_label("Texts to look in").fill("a dot\ngreen")
     expect(visitor.panel.get_by_label("text", exact=True)).to_be_hidden()
+    visitor.upload(picture_file(16, 16, "green"))
+    visitor.click("Find")
+    ranked = visitor.panel.get_by_label("Found, best first").filter(visible=True)
+    expect(ranked).to_have_value(re.compile("^1\\. (a dot\n2\\. green|green\n2\\. a dot)$"), timeout=PATIENCE)
+    visitor.pick(1)  # looks for its caption among all pictures
+    expect(visitor.panel.get_by_label("text", exact=True)).to_have_value("green")
+    expect(found).to_have_count(2, timeout=PATIENCE)
+
+
+def test_sounds_are_made_heard_recorded_and_uploaded(visit, served_sounds, tmp_path):
+    visitor = visit(served_sounds, permissions=["microphone"])
+    visitor.tab("Sound").get_by_text("a blue box", exact=True).click()
+    expect(visitor.panel.get_by_label("Task")).to_have_value("text → sound")
+    expect(visitor.panel.locator("audio[controls]").filter(visible=True)).to_have_count(1, timeout=PATIENCE)
+    with visitor.page.expect_download() as download:
+        visitor.panel.get_by_label("Download").filter(visible=True).click()
+    download.value.save_as(tmp_path / "said.wav")
+    assert soundfile.info(tmp_path / "said.wav").frames > 0
+    assert digital_source_type(tmp_path / "said.wav") == GENERATED
+
+    visitor.panel.get_by_text("a red apple", exact=True).click()
+    expect(visitor.panel.get_by_label("Task")).to_have_value("sound → text")
+    heard = visitor.panel.locator("textarea[disabled]").filter(visible=True)
+    expect(heard).not_to_have_value("", timeout=PATIENCE)
+
+    visitor.choose("Task", "sound → image")
+    visitor.panel.get_by_label("Clear").filter(visible=True).click()
+    visitor.panel.get_by_role("button", name="Record", exact=True).click()
+    visitor.page.wait_for_timeout(1000)
+    visitor.panel.get_by_role("button", name="Stop", exact=True).click()
+    expect(visitor.panel.get_by_role("button", name="Play", exact=True)).to_be_visible(timeout=PATIENCE)
+    visitor.click("Run")
+    visitor.drawn(1)
+
+    (tmp_path / "broken.wav").write_bytes(b"RIFF nonsense")
+    visitor.panel.get_by_label("Clear").filter(visible=True).click()
+    visitor.panel.get_by_label("Upload file").filter(visible=True).first.click()
+    visitor.upload(tmp_path / "broken.wav")
+    visitor.click("Run")
+    visitor.sees("This file can't be read: it is broken")
 
 
 def test_a_broken_upload_and_a_prompt_too_long_are_told(visitor, tmp_path):
@@ -215,22 +168,19 @@ def test_a_broken_upload_and_a_prompt_too_long_are_told(visitor, tmp_path):
     visitor.sees("Write something into 'text' first")
 
 
-def test_two_people_at_once_see_each_their_own(browser, served):
-    people = [Visitor(browser, served["codes"]) for _ in range(2)]
+def test_two_people_at_once_see_each_their_own(visit, served):
+    people = [visit(served["codes"]) for _ in range(2)]
     for one, text in zip(people, ("green", "a dot"), strict=True):
         one.tab("Draw").get_by_label("text", exact=True).fill(text)
     for one in people:
         one.click("Draw")
     first, second = (set(one.drawn(4)) for one in people)
     assert not first & second
-    for one in people:
-        one.page.context.close()
 
 
-def test_a_pipeline_over_latents_draws(browser, served):
-    visitor = Visitor(browser, served["latents"])
+def test_a_pipeline_over_latents_draws(visit, served):
+    visitor = visit(served["latents"])
     visitor.tab("Draw").get_by_label("text", exact=True).fill("a red apple")
     visitor.click("Draw")
     visitor.drawn(4)
     assert [one.inner_text() for one in visitor.page.get_by_role("tab").all()] == ["Draw", "Repaint", "Repair"]
-    visitor.page.context.close()

@@ -1,27 +1,47 @@
 """The pages of two pipelines, used over HTTP as by gradio's client."""
 
+import configparser
 import re
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 
-pytest.importorskip("gradio")
+gr = pytest.importorskip("gradio")
 
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
+from gradio_client.utils import QueueError  # noqa: E402
 
+from diffusers_vqdit import VQDiTPipeline  # noqa: E402
 from diffusers_vqdit.app import __main__ as command  # noqa: E402
+from diffusers_vqdit.app import page as whole_page  # noqa: E402
+from diffusers_vqdit.app.abilities import (  # noqa: E402
+    AUDIOS,
+    IMAGES,
+    TEXTS,
+    Ability,
+    CodesModel,
+    Field,
+    LatentModel,
+    by_tab,
+)
 from diffusers_vqdit.app.examples import Examples  # noqa: E402
-from diffusers_vqdit.app.page import make_page  # noqa: E402
+from diffusers_vqdit.app.page import launch, make_page  # noqa: E402
+from diffusers_vqdit.app.tabs import TaskPicker  # noqa: E402
 from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type  # noqa: E402
 
 
 FIXED = {"A new seed each time": False, "Inference steps": 4}
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+PIPELINES = sorted(path.parent for path in CARDS.glob("*/model_index.json"))
 
 
 class Person:
@@ -111,7 +131,7 @@ def test_repainting_keeps_the_rest_bit_for_bit(person, picture_file, tmp_path):
     layer.save(tmp_path / "layer.png")
     background = handle_file(path)
     editor = {"background": background, "layers": [handle_file(str(tmp_path / "layer.png"))], "composite": background}
-    painted = {"Paint over what is to be drawn anew": editor}
+    painted = {"Paint over what is to change": editor}
     shown, _ = person.use("repaint", **painted, text="a blue box", How_many=2, **FIXED)
     before = np.array(Image.open(path).convert("RGB"))
     for one in shown:
@@ -215,21 +235,53 @@ def test_examples_are_those_of_the_checkpoint(tmp_path):
     assert Examples.load(str(tmp_path), "poem").texts == {"poem": ["a red apple", "a dot"]}
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "prompts.json").write_text('{"poem": ["床前明月光"]}', encoding="utf-8")
-    (tmp_path / "examples" / "captions.json").write_text('{"0.png": "a cat"}', encoding="utf-8")
+    captions = '{"0.png": "a cat", "0.wav": "a dog", "1.flac": "a bird", "1.jpg": "a fish"}'
+    (tmp_path / "examples" / "captions.json").write_text(captions, encoding="utf-8")
     loaded = Examples.load(str(tmp_path), "poem")
     assert loaded.texts == {"poem": ["床前明月光"]}
-    assert loaded.pictures == {str(tmp_path / "examples" / "0.png"): "a cat"}
+    files = {IMAGES: {"0.png": "a cat", "1.jpg": "a fish"}, AUDIOS: {"0.wav": "a dog", "1.flac": "a bird"}}
+    assert {kind: {Path(path).name: one for path, one in some.items()} for kind, some in loaded.files.items()} == files
+    assert {Path(path).parent for some in loaded.files.values() for path in some} == {tmp_path / "examples"}
     assert Examples.load("nobody/nothing", "poem") == Examples("poem")
 
 
-def test_the_starter_s_examples_are_of_its_segments(root):
-    from diffusers_vqdit import VQDiTTransformer2DModel
+def parts_of(block, kind):
+    """The components of a kind inside of a block."""
+    for child in getattr(block, "children", []):
+        if isinstance(child, kind):
+            yield child
+        yield from parts_of(child, kind)
 
-    folder = root / "model_cards" / "vqdit-emoji"
-    config = VQDiTTransformer2DModel.load_config(folder / "transformer")
-    loaded = Examples.load(str(folder), "text")
-    assert loaded.texts and set(loaded.texts) <= {*config["segments"], *config["tasks"]}
-    assert loaded.pictures and all(Path(path).is_file() for path in loaded.pictures)
+
+@pytest.mark.parametrize("folder", PIPELINES, ids=lambda folder: folder.name)
+def test_the_page_of_a_shipped_pipeline_has_an_example_in_each_tab_and_of_each_task(root, folder):
+    pipeline = command.load_pipeline(str(folder))
+    model = (CodesModel if isinstance(pipeline, VQDiTPipeline) else LatentModel)(pipeline)
+    page = make_page(pipeline, str(folder))
+    needless = {name for name, some in by_tab(model.abilities).items() if not any(one.given for one in some)}
+    shown = {tab.label: list(parts_of(tab, gr.Dataset)) for tab in parts_of(page, gr.Tab)}
+    assert shown and all(shown[name] for name in shown if name not in needless)
+    assert all(
+        len({str(one) for one in some.samples}) == len(some.samples) for each in shown.values() for some in each
+    )
+    examples = Examples.load(str(folder), whole_page.pipeline_text(model))
+    names = {one.name for ability in model.abilities for one in (*ability.given, *ability.generated)}
+    assert set(examples.texts) <= {*names, *(ability.task for ability in model.abilities)}
+    assert all(Path(path).is_file() for some in examples.files.values() for path in some)
+    for ability in model.abilities:
+        kinds = {one.kind for one in ability.given} & {IMAGES, AUDIOS}
+        assert not ability.given or kinds <= set(examples.files) and (kinds or examples._rows(ability)), ability
+
+
+def test_an_example_that_several_tasks_take_is_shown_once_and_keeps_the_chosen_one():
+    words = Field("words", TEXTS)
+    given = {"words->song": (words,), "words->talk": (words,), "->talk": ()}
+    with gr.Blocks() as page:
+        picker = TaskPicker([Ability(task, some, (Field("any", AUDIOS),), 4, None) for task, some in given.items()])
+        Examples("words", {"words": ["hello", "bye"]}).show(picker)
+    (chips,), (enter,) = parts_of(page, gr.Dataset), [event.fn for event in page.fns.values()]
+    assert chips.samples == [["hello"], ["bye"]]
+    assert enter(1, "words->talk") == ["words->talk", "bye"] and enter(0, "->talk") == ["words->song", "hello"]
 
 
 def test_a_pipeline_without_a_task_to_show_is_refused(page_pipeline, monkeypatch):
@@ -242,3 +294,79 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=re.escape('pip install "diffusers_vqdit[app]"')):
         command.main(command.parse_args([]))
+
+
+def tokenizer_folder(folder, parts):
+    parts.image_vq.save_pretrained(folder)
+
+
+def foreign_pipeline(folder, parts):
+    unet = UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+
+
+def damaged_pipeline(folder, parts):
+    parts.save_pretrained(folder)
+    for path in folder.glob("transformer/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (None, "model_index.json"),
+        (tokenizer_folder, "model_index.json"),
+        (foreign_pipeline, "is a DDPMPipeline"),
+        (damaged_pipeline, ""),
+    ],
+)
+def test_what_is_no_pipeline_of_ours_is_refused_in_a_sentence(make_pipeline, tmp_path, make, reason):
+    folder = tmp_path / "there"
+    if make is not None:
+        make(folder, make_pipeline(0))
+    named = re.escape(f"pretrained_model_name_or_path={str(folder)!r} must be a folder or Hub id of a VQDiTPipeline")
+    with pytest.raises(SystemExit, match=f"^{named} or VQDiTLatentPipeline.*{reason}"):
+        command.main(command.parse_args(["--pretrained_model_name_or_path", str(folder)]))
+
+
+def wait_until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_when_too_many_wait_one_more_is_told(page_pipeline, tmp_path, monkeypatch):
+    """Two calls run, and as many as may be wait."""
+    go_on, running = threading.Event(), threading.Semaphore(0)
+
+    def call(model, ability, values, **options):
+        running.release()
+        assert go_on.wait(60)
+        return {"image": [Image.new("RGB", (8, 8))]}
+
+    monkeypatch.setattr(CodesModel, "__call__", call)
+    monkeypatch.setattr(whole_page, "MAX_WAITING", 3)
+    page = make_page(page_pipeline, str(tmp_path))
+    _, address, _ = launch(page, prevent_thread_lock=True, quiet=True)
+    try:
+        client = Person(address, tmp_path / "got").client
+        jobs = []
+        for waiting in (0, 0, 1, 2, 3):
+            jobs.append(client.submit(param_1="a dot", param_3=1, api_name="/draw"))
+            assert waiting or running.acquire(timeout=60)
+            wait_until(lambda waiting=waiting: len(page._queue) == waiting)
+        with pytest.raises(QueueError, match="Queue is full"):
+            client.submit(param_1="a dot", param_3=1, api_name="/draw").result(timeout=60)
+        go_on.set()
+        assert all(job.result(timeout=60) for job in jobs)
+    finally:
+        go_on.set()
+        page.close()
+
+
+def test_who_installs_the_page_has_what_reads_sounds(root):
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    extras = {name: set(lines.split()) for name, lines in setup["options.extras_require"].items()}
+    assert extras["audio"] and extras["audio"] <= extras["app"]

@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+import torch
 from PIL import Image
 
 
@@ -92,6 +93,20 @@ def test_errors_are_sentences_without_html():
     with pytest.raises(gr.Error) as refused:
         next(steps)
     assert refused.value.message == "the task 'a-&gt;b' needs &lt;mask&gt;"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, KeyError, OSError, AssertionError])
+def test_errors_that_nobody_foresaw_are_told_and_logged(kind, caplog):
+    def event():
+        yield 1
+        raise kind("in /home/someone/secret.py")
+
+    steps = running.refusing(event)()
+    assert next(steps) == 1
+    with pytest.raises(gr.Error) as refused:
+        next(steps)
+    assert refused.value.message == running.FAILED
+    assert "secret.py" in caplog.text
 
 
 @pytest.mark.parametrize(
