@@ -274,6 +274,9 @@ class Deaf:
     def hears(self, waveform, sampling_rate, caption):
         return False
 
+    def heard(self, waveform, sampling_rate):
+        return None
+
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_command(page, place, run_page, monkeypatch):
