@@ -50,10 +50,10 @@ def root():
 
 @pytest.fixture(scope="session")
 def script(root):
-    """Load a script of ``training/`` as a module."""
+    """Load a script of ``training/``, or of another folder, as a module."""
 
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, root / "training" / f"{name}.py")
+    def load(name, folder="training"):
+        spec = importlib.util.spec_from_file_location(name, root / folder / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

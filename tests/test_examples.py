@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -38,17 +37,10 @@ def test_your_own_voice(root, audio_codecs, tmp_path):
     assert (tmp_path / "voice" / "codec" / "preprocessor_config.json").is_file()
 
 
-@pytest.fixture(scope="module")
-def example(root):
+@pytest.fixture
+def example(script):
     """Load an example as a module."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, root / "examples" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return lambda name: script(name, "examples")
 
 
 @pytest.mark.parametrize(("text", "image"), [("text", "image"), ("words", "drawing")])
