@@ -26,7 +26,10 @@ from .segment_layers import check_patch
 MAX_WIDTH = 2**17  # channels of a layer
 MAX_LAYERS = 4096
 MAX_CODES = 2**24  # codes of a codebook, tokens of a vocabulary, positions of a segment
-SEGMENT_KEYS = ("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels", "block_length")
+SEGMENT_KEYS = (
+    *("vocab_size", "shape", "shared_with", "patch", "separate_codebooks", "channels", "block_length"),
+    "centered_positions",
+)
 LATENT_DIT_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 MASKGIT_BLOCKS = ("MaskGITDownBlock2D", "MaskGITUpBlock2D")
 
@@ -320,6 +323,9 @@ def check_segments(segments: Any) -> None:
         sides = [check_integer(f"segments[{name!r}]: shape={shown(shape)}: a side", side, 1) for side in shape]
         if math.prod(sides) > MAX_CODES:
             raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must have at most {MAX_CODES} positions")
+        centered = check_flag(f"segments[{name!r}]: centered_positions", segment.get("centered_positions", False))
+        if centered and len(shape) == 1:
+            raise ValueError(f"segments[{name!r}]: centered_positions=True needs a grid, not shape={shown(shape)}")
         if "shared_with" in segment:
             shared_with = segment["shared_with"]
             other = segments.get(shared_with) if isinstance(shared_with, str) and shared_with != name else None

@@ -151,7 +151,8 @@ class SegmentLayers:
             if self.config.use_rotary_positional_embeddings:
                 tables = rotary_positions(grid, self.config.attention_head_dim, embedded.device)
                 rotations.append(tables if own is None else tuple(table[own] for table in tables))
-            positions = sincos_positions(grid, trained, self.inner_dim, embedded)
+            centered = segments[name].get("centered_positions", False)
+            positions = sincos_positions(grid, trained, self.inner_dim, embedded, centered)
             parts.append(embedded + (positions if own is None else positions[own]))
         rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary

@@ -64,6 +64,7 @@ class ImageReader(ColumnReader):
             raise ValueError(
                 f"column {column!r}: its tokenizer takes pictures of {self.channels} channels; files have 1 or 3"
             )
+        self.geometry = {"centered_positions": True}
         self.factor = factor if lowres_of is not None else None
         if lowres_of is not None:
             self.entry = {"lowres_of": lowres_of, "factor": factor}

@@ -91,8 +91,8 @@ class ColumnReader(ABC):
         vocab_size (`int`): codes are in [0, vocab_size).
         shape (`list[int]`, *optional*): of a value's grid of codes, where it is known before the first are made.
         entry (`dict`): options of the segment's entry that the column tells, such as a label's names.
-        geometry (`dict`): what the transformer's config has of the segment beside these, such as a ``"block_length"``;
-            codes then have a length of their own, up to `shape`.
+        geometry (`dict`): what the transformer's config has of the segment beside these, such as a ``"block_length"``,
+            with which codes have a length of their own, up to `shape`.
         notes (`list[str]`): warnings of what was found, to be shown before the work begins.
         has_variants (`bool`): whether some value has several codes, of which one is drawn each time.
         settings (`dict`): how values are read, where that is to be known.

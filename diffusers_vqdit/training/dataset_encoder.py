@@ -97,7 +97,7 @@ class DatasetEncoder(Dataset):
                 if key not in self.readers:
                     self.readers[key] = kind(dataset, title, column.tokenizer, column.beside, **own)
                 self.of[name].append(self.readers[key])
-            if self.of[name][0].geometry and column.prompt_columns:
+            if "block_length" in self.of[name][0].geometry and column.prompt_columns:
                 raise ValueError(
                     f"prompt_columns={list(column.prompt_columns)}: token ids have no other wordings; make each a "
                     "segment of its own, and tasks that have it given"
@@ -310,7 +310,7 @@ class DatasetEncoder(Dataset):
             self.shapes.setdefault(name, bucket_shape(shard[name][0].shape, reader.entry, 0))
             if reader.has_variants:
                 shard[f"{name}_variants"] = own
-            if (column.prompt_columns is not None and not reader.geometry) or moved:
+            if (column.prompt_columns is not None and "block_length" not in reader.geometry) or moved:
                 given = [torch.cat(one) for one in zip(own, *map(encoded, more), *moved, strict=True)]
                 (shard if column.prompt_columns is None else wordings)[f"{name}_prompts"] = given
         return {**shard, **wordings}

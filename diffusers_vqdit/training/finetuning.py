@@ -1,6 +1,6 @@
 """A pretrained transformer over codes, made to fit the segments, labels and tasks of other data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 
@@ -12,13 +12,16 @@ def extend_transformer(
     tasks: Sequence[str],
     *,
     lora: bool = False,
+    first_buckets: Collection[str] = (),
 ) -> VQDiTTransformer2DModel:
-    """The transformer with what the data has beside its own: more labels, segments, tasks.
+    """The transformer with what the data has beside its own: more labels, segments, tasks, grids.
 
     Args:
         segments: the data's, by name, as the transformer's config has them.
         labels: the names of the data's labels by segment, the transformer's own first.
         lora: whether only a LoRA is trained, which can't add labels or segments.
+        first_buckets: segments that the data have on several grids, and the transformer at most on one. Their
+            positions become centered ones, where the data's are; these are the same on the one grid.
 
     Raises:
         ValueError: if a segment differs from the transformer's own, or a LoRA would have to add one.
@@ -39,8 +42,12 @@ def extend_transformer(
         if lora:
             raise ValueError(f"the segments {sorted(new)} are new to the pipeline; a LoRA can't add them: drop --rank")
         transformer = transformer.with_segments(new)
-    known_tasks = list(transformer.config.tasks or [])
-    transformer.register_to_config(tasks=known_tasks + [task for task in tasks if task not in known_tasks])
+    own, known_tasks = dict(transformer.config.segments), list(transformer.config.tasks or [])
+    for name in () if lora else first_buckets:  # a LoRA's base stays as it is
+        if "centered_positions" in segments[name]:
+            own[name] = {**own[name], "centered_positions": True}
+    known_tasks += [task for task in tasks if task not in known_tasks]
+    transformer.register_to_config(segments=own, tasks=known_tasks)
     return transformer
 
 
@@ -65,11 +72,13 @@ def check_new_patches(
 def check_same_segments(transformer: VQDiTTransformer2DModel, segments: Mapping[str, dict]) -> None:
     """Raise a ValueError unless the data's `segments` are as the transformer's own of these names, where it has them.
 
-    A patch is the transformer's own matter: the data says nothing of it.
+    A patch is the transformer's own matter: the data says nothing of it. So are its positions, on the data's grids.
     """
     known = transformer.config.segments
     for name, segment in segments.items():
-        own = {key: known[name][key] for key in ("patch", "separate_codebooks") if key in known.get(name, ())}
+        segment = {key: value for key, value in segment.items() if key != "centered_positions"}
+        kept = ("patch", "separate_codebooks", "centered_positions")
+        own = {key: known[name][key] for key in kept if key in known.get(name, ())}
         # One of blocks has codes of any length.
         any_length = {"shape": known[name]["shape"]} if "block_length" in known.get(name, ()) else {}
         if name in known and {**own, **segment, **any_length} != known[name]:

@@ -88,6 +88,7 @@ def test_three_aspect_ratios(run, places, hub, client):
     for pipe in (saved, loaded):
         pipe.set_progress_bar_config(disable=True)
         assert pipe.config.segments["image"]["buckets"] == [[4, 4], [6, 3], [3, 6]]
+        assert pipe.transformer.config.segments["image"]["centered_positions"]
         drawn.append([])
         for height, width in ((16, 16), (24, 12), (12, 24), (20, 12), (16, 20)):  # the last two are in between
             generator = torch.Generator().manual_seed(height)

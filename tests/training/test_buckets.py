@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusers_vqdit import Task
+from diffusers_vqdit import Task, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.encoding import encode_dataset
+from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.training.setup import run_batches
 from diffusers_vqdit.utils.fitting import resize_image
@@ -249,3 +250,31 @@ def test_runs_have_batches_of_one_bucket_only_where_there_are_buckets():
     expected = shuffled_batches(12, 2, seed=5, start=6), bucket_batches(buckets, 2, seed=5, start=6)
     for _ in range(8):
         assert torch.equal(next(plain), next(expected[0])) and torch.equal(next(sorted_), next(expected[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def test_pictures_codes_ask_for_centered_positions(encode):
+    segments = CodeDataset(encode()).segments
+    assert segments["image"]["centered_positions"] and "centered_positions" not in segments["text"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("had", [False, True])
+def test_a_transformer_of_one_grid_gets_them_with_its_first_buckets(lora, asked, first, had):
+    segment = {"vocab_size": 9, "shape": [4, 4]}
+    own = {"image": {**segment, **({"centered_positions": True} if had else {})}, "sketch": segment}
+    model = VQDiTTransformer2DModel(2, 8, num_layers=1, segments=own, tasks=["->image"])
+    codes = {"image": torch.randint(10, (1, 4, 4))}
+    before = model(codes).sample["image"]
+    data = {"image": {**segment, **({"centered_positions": True} if asked else {})}}
+    buckets = {"image"} if first else set()
+    tuned = extend_transformer(model, data, {}, ["->image"], lora=lora, first_buckets=buckets)
+    expected = had or (asked and first and not lora)
+    assert tuned.config.segments["image"].get("centered_positions", False) == expected
+    assert tuned.config.segments["sketch"] == segment
+    assert torch.equal(tuned(codes).sample["image"], before)

@@ -124,7 +124,7 @@ def test_a_flag_of_a_new_model_is_refused_if_finetuning_never_reads_it(name, mod
     elif name in ("train_vqdit", "train_latent_dit"):
         parts = module.load_components(args)
         if name == "train_vqdit":
-            module.build_transformer(args, parts["transformer"], {}, {}, [])
+            module.build_transformer(args, parts["transformer"], {}, {}, [], set())
         else:
             module.build_transformer(args, parts, parts["id2label"], None)
             module.training_scheduler(args, parts["scheduler"])
