@@ -7,8 +7,8 @@ cuts 256 px JPEG pictures out of photographs (out of coloured noise without any)
 simulates codes, sounds and captions; then runs encode_dataset.py over all pictures, copied and streamed,
 train_image_vq.py and train_latent_dit.py for a few steps, and train_vqdit.py, which encodes them at its start; then
 encode_dataset.py and train_image_vq.py over folders of such pictures with metadata, train_vqdit.py over the codes,
-train_audio_vq.py over the sounds, and train_latent_dit.py over small pictures with five captions each, with models as
-small as they can be.
+train_audio_vq.py over the sounds, train_latent_dit.py over small pictures with five captions each, and
+train_text_vq.py over captions alone, with models as small as they can be.
 
 Prints the peak of each process: ``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped
 files, which the system keeps while it has no other use for them. 20,000 pictures take about half an hour of two CPU
@@ -50,6 +50,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--code_counts", type=positive_integer, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--sound_counts", type=positive_integer, nargs="*", default=[1000, 20_000])
     parser.add_argument("--caption_counts", type=positive_integer, nargs="*", default=[1000, 20_000], help="Pictures.")
+    parser.add_argument("--text_counts", type=positive_integer, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--max_train_steps", type=positive_integer, default=10)
     parser.add_argument(
         "--encoding_resolution",
@@ -129,6 +130,18 @@ def write_captioned(path: Path, count: int) -> None:
                 texts = [f"the {index}th picture, in the {number}th wording " * 5 for number in range(5)]
                 rows.append({"image": {"bytes": data.getvalue(), "path": None}, "text": texts})
             writer.write_table(pa.Table.from_pylist(rows, kind))
+
+
+def write_texts(path: Path, count: int) -> None:
+    """A parquet file of captions of some 60 characters, no two alike, of a few words, which a tokenizer counts."""
+    kind = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(path, kind) as writer:
+        for start in range(0, count, 10_000):
+            rows = range(start, min(start + 10_000, count))
+            texts = [
+                f"picture {' '.join(str(row))} of a photograph, in the {row % 1013}th of its wordings" for row in rows
+            ]
+            writer.write_table(pa.table({"text": texts}, kind))
 
 
 def write_codes(folder: Path, count: int) -> None:
@@ -225,6 +238,14 @@ def main(args: argparse.Namespace) -> None:
         data = f"--dataset_name {path} --cache_dir {out / 'cache'} --caption_columns text --resolution 64"
         data += f" --image_vq {out / 'image_vq'} --text_vq {out / 'text_vq'} --patch_size 1"
         measure("train_latent_dit", count, f"{data} {tiny} {steps}", " (captions)")
+    for count in args.text_counts:
+        path = out / f"texts-{count}.parquet"
+        if not path.is_file():
+            write_texts(path, count)
+        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --validation_split none --report_to none"
+        small = "--max_length 32 --num_codes 64 --hidden_size 8 --code_dim 4 --tokenizer_vocab_size 512"
+        for flag in ("", "--pack_captions"):
+            measure("train_text_vq", count, f"{data} {small} {steps}", flag=flag)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -26,6 +27,7 @@ from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, p
 from diffusers_vqdit.training.columns import READ_ROWS, CaptionColumn, Texts
 from diffusers_vqdit.training.data import choose_validation_split, load_splits, take_split
 from diffusers_vqdit.training.draws import row_generators
+from diffusers_vqdit.training.file_lists import in_file
 from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.metrics import level_figures
 from diffusers_vqdit.training.model_card import Measure
@@ -47,6 +49,7 @@ from diffusers_vqdit.utils.texts import in_parts, length_warning, tokenize_to_le
 logger = get_logger(__name__)
 
 PROJECT = "text_vq"  # of the trackers
+VALIDATION_ROWS = 10_000  # whose captions are measured, at most
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -123,7 +126,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
-    """The captions of the training split, and those that validation measures."""
+    """The captions of the training split, and those that validation measures, of a few rows alone."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -134,12 +137,13 @@ def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
 
-    def read(split: str) -> Texts:
-        dataset = take_split(splits, split, columns=args.caption_columns, max_samples=args.max_train_samples)
+    def read(split: str, max_samples: int | None) -> Texts:
+        dataset = take_split(splits, split, columns=args.caption_columns, max_samples=max_samples)
         return Texts([CaptionColumn(dataset, column) for column in args.caption_columns])
 
-    captions = read("train")
-    return captions, captions if args.validation_split == "none" else read(args.validation_split)
+    measured = "train" if args.validation_split == "none" else args.validation_split
+    rows = min(args.max_train_samples or VALIDATION_ROWS, VALIDATION_ROWS)
+    return read("train", args.max_train_samples), read(measured, rows)
 
 
 def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: int) -> torch.Tensor:
@@ -148,20 +152,24 @@ def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: in
     Each begins at a position of its own, and one position of padding or more comes after it, but at a row's end.
     """
     length = tokens.shape[1]
-    sizes = (tokens != pad_token_id).sum(1).add(downsample_factor - 1).div(downsample_factor, rounding_mode="floor")
-    rows, end = [], length
-    for caption, size in zip(tokens, (sizes * downsample_factor).tolist(), strict=True):
+    sizes = torch.cat([(part != pad_token_id).sum(1) for part in tokens.split(READ_ROWS)])
+    sizes = (sizes + downsample_factor - 1) // downsample_factor * downsample_factor  # (N,)
+    starts, rows, end = torch.empty_like(sizes), 0, length
+    for index, size in enumerate(sizes.tolist()):
         if end + size > length:
-            rows.append(torch.full_like(caption, pad_token_id))
-            end = 0
-        rows[-1][end : end + size] = caption[:size]
+            rows, end = rows + 1, 0
+        starts[index] = (rows - 1) * length + end
         end += size + downsample_factor
-    return torch.stack(rows)
+    packed, places = in_file((rows, length), np.int64).fill_(pad_token_id), torch.arange(length)
+    for part, start, size in zip(*(x.split(READ_ROWS) for x in (tokens, starts, sizes)), strict=True):
+        used = places < size[:, None]
+        packed.view(-1)[(start[:, None] + places)[used]] = part[used]
+    return packed
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Texts, length: int) -> torch.LongTensor:
-    """Tokens (N, length) of all captions, some at a time, and one warning of those that are cut."""
-    tokens, start = torch.empty(len(captions), length, dtype=torch.long), 0
+    """Tokens (N, length) of all captions, some at a time, in a file, and one warning of those that are cut."""
+    tokens, start = in_file((len(captions), length), np.int64), 0
 
     def counted() -> Iterator[tuple[list[str], list[int]]]:
         nonlocal start

@@ -1,7 +1,6 @@
 """The pictures that figures are of, as they are, as the tokenizer decodes them, and as a judge sees them."""
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,24 +15,13 @@ from tqdm.auto import tqdm
 from ..models.image_vq import ImageVQModel
 from ..utils.decoding import to_pixels
 from .data import MissingSplitError, decoded_batches, load_training_dataset
+from .file_lists import in_file
 from .image_losses import BackboneFeatures
 
 
 def batched(size: int, batch_size: int, description: str) -> Iterator[slice]:
     for start in tqdm(range(0, size, batch_size), desc=description):
         yield slice(start, min(start + batch_size, size))
-
-
-def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
-    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory.
-
-    Raises:
-        OSError: if there is no room for it.
-    """
-    with tempfile.TemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
 
 
 def check_room(

@@ -1,6 +1,7 @@
-"""Lists and tables of any length in temporary files: mapped into memory, and gone when nobody reads them any more."""
+"""Lists, tables and tensors of any length in temporary files: mapped into memory, gone when nobody reads them."""
 
 import heapq
+import math
 import mmap
 import operator
 import os
@@ -12,7 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 
 T = TypeVar("T")
@@ -109,6 +112,18 @@ def mapped_table(
         with _saying_where(cache_dir):
             writer.close()
         return pa.ipc.open_stream(pa.py_buffer(_mapped(file, cache_dir))).read_all()
+
+
+def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
+    """A tensor in a temporary file that goes with it, so that its pages need not stay in memory.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    with tempfile.TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
 
 
 def _cache(cache_dir: str | os.PathLike | None) -> Path:
