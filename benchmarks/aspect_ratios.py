@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Sizes not trained on: held-out likelihood with added positions alone, and with rotary ones beside them.
+"""Sizes not trained on: held-out likelihood with added positions, scaled or centered, and rotary ones beside them.
 
     python -m benchmarks.aspect_ratios --max_train_steps 3000
 
@@ -30,7 +30,8 @@ from .masked_training import MaskedTraining, add_arguments, bits_per_code
 
 
 TASKS = [Task(("text",), ("image",)), Task((), ("image",))]  # the second one batch in five
-POSITIONS = ("added", "rotary")
+# Added ones, each axis scaled by itself; by one scale for both, as pictures' codes ask for; and rotary beside these.
+POSITIONS = ("scaled", "centered", "rotary")
 SIZE = {"num_layers": 3, "num_attention_heads": 3, "attention_head_dim": 32}
 
 
@@ -84,7 +85,12 @@ def train(positions: str, codes: CodeDataset, tests: dict[str, CodeDataset], arg
     """Train one kind of positions, and keep its figures and its pipeline at each evaluation."""
     training = MaskedTraining(
         args,
-        segments=codes.segments,
+        segments={
+            name: {
+                key: value for key, value in segment.items() if key != "centered_positions" or positions != "scaled"
+            }
+            for name, segment in codes.segments.items()
+        },
         tasks=[str(task) for task in TASKS],
         use_rotary_positional_embeddings=positions == "rotary",
     )

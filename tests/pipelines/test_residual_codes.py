@@ -91,7 +91,8 @@ def test_a_dataset_of_them_is_what_a_transformer_is_built_of(tokenizers, picture
         shard_size=4,
     )
     codes = CodeDataset(folder)
-    assert codes.segments == GEOMETRY
+    pictures = {name: {**GEOMETRY[name], "centered_positions": True} for name in ("image", "image_lowres")}
+    assert codes.segments == {**GEOMETRY, **pictures}
     assert {name: entry["modality"] for name, entry in codes.entries.items()} == {
         **dict.fromkeys(["image", "image_lowres"], "image"),
         **dict.fromkeys(["text", "kind"], "text"),

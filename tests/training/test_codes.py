@@ -77,7 +77,12 @@ def test_more_texts_moved_pictures_and_low_resolution_are_segments_and_variants(
         **{"modality": "image", "tokenizer": "image_vq"},
         **{"lowres_of": "image", "factor": 2},
     }
-    assert codes.segments["image_lowres"] == {"vocab_size": 32, "shape": [4, 4], "shared_with": "image"}
+    assert codes.segments["image_lowres"] == {
+        "vocab_size": 32,
+        "shape": [4, 4],
+        "centered_positions": True,
+        "shared_with": "image",
+    }
     rows = torch.arange(10)
     given, generated = codes.batch(rows, Task.parse("image+image_lowres->kind"))
     assert torch.equal(generated["kind"], encode_texts(dataset["label"], text_vq, tokenizer))
