@@ -45,7 +45,7 @@ def test_codes_on_disk_are_those_of_the_tokenizers(encoded, image_vq, text_vq, t
     codes = CodeDataset(folder)
     assert len(codes) == 10 and codes.labels == ["round", "square"]
     assert codes.segments == {
-        "image": {"vocab_size": 32, "shape": [4, 4]},
+        "image": {"vocab_size": 32, "shape": [4, 4], "centered_positions": True},
         "text": {"vocab_size": 64, "shape": [12]},
         "label": {"vocab_size": 2, "shape": [1]},
     }
