@@ -212,7 +212,8 @@ def stand_ins(root, documented, encoders, audio_codecs, tmp_path_factory):
     shown = {"image": pictures(count), "text": captions, "kind": ["round", "square"] * 6}
     pairs = {"image": pictures(count, 64), "source": pictures(count, 64, 1), "edges": pictures(count, 64, 2)}
     pairs |= {"text": captions, "phrase": captions, "keywords": captions, "split": splits, "held_out": [""] * count}
-    write_table(folder / "outputs/pairs.parquet", pairs)
+    for name in ("pairs", "pairs_32"):
+        write_table(folder / f"outputs/{name}.parquet", pairs)
     texts = {"body": [f"{one}, and no other" for one in captions], "abstract": captions}
     more = {"photo": pictures(count), "drawing": pictures(count, seed=1), "style": ["ink", "chalk"] * 6}
     write_table(folder / "data.parquet", shown | more | texts)
