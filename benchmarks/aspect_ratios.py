@@ -81,16 +81,18 @@ def load_codes(
     return CodeDataset(folder)
 
 
+def with_positions(segments: dict[str, dict], positions: str) -> dict[str, dict]:
+    """The segments with scaled or centered positions of grids, whatever the folder of codes says: one that an older
+    version wrote says nothing."""
+    own = {"centered_positions": positions != "scaled"}
+    return {name: {**segment, **(own if len(segment["shape"]) > 1 else {})} for name, segment in segments.items()}
+
+
 def train(positions: str, codes: CodeDataset, tests: dict[str, CodeDataset], args: argparse.Namespace) -> None:
     """Train one kind of positions, and keep its figures and its pipeline at each evaluation."""
     training = MaskedTraining(
         args,
-        segments={
-            name: {
-                key: value for key, value in segment.items() if key != "centered_positions" or positions != "scaled"
-            }
-            for name, segment in codes.segments.items()
-        },
+        segments=with_positions(codes.segments, positions),
         tasks=[str(task) for task in TASKS],
         use_rotary_positional_embeddings=positions == "rotary",
     )

@@ -3,9 +3,9 @@
 
     python -m benchmarks.equal_patches --image_vq model_cards/image-vq-emoji-64 model_cards/vqdit-emoji --resolution 64
 
-Of each code's position the patch is taken with those around it, three times three of what a code covers, within the
-picture. Of all patches that are there more than once, to the pixel, it prints the share that has the commonest code
-among its equals; and how many codes those of plain white have, which are most of them, and stand apart.
+A patch is what a code covers and what the codes around it cover, three times three; codes at the border of a picture
+are left out. Of the patches that occur more than once, equal to the pixel, it prints the share that has the commonest
+code among its equals. Plain white ones are counted apart: how many there are, and how many codes they have.
 """
 
 import argparse

@@ -126,7 +126,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
-    """The captions of the training split, and those that validation measures, of a few rows alone."""
+    """The captions of the training split, and those that validation measures, of `VALIDATION_ROWS` rows at most."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,

@@ -194,7 +194,7 @@ def build_transformer(
     segments: dict[str, dict],
     labels: dict[str, list[str]],
     tasks: list[tuple[Task, float]],
-    first_buckets: set[str],
+    newly_bucketed: set[str],
 ) -> VQDiTTransformer2DModel:
     """The transformer that is trained: a new one, or the pretrained one with what the data has beside its own."""
     names = [str(task) for task, _ in tasks]
@@ -210,7 +210,7 @@ def build_transformer(
         )
     else:
         transformer = extend_transformer(
-            pretrained, segments, labels, names, lora=args.rank is not None, first_buckets=first_buckets
+            pretrained, segments, labels, names, lora=args.rank is not None, newly_bucketed=newly_bucketed
         )
         transformer.float()
         if args.dropout is not None:
@@ -322,13 +322,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Transformer, optimizer, learning rate
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
     read = {name: one for name, one in codes.entries.items() if name in needed}
-    before = {name for name, one in parts["segments"].items() if "buckets" in one}
-    first_buckets = {name for name, one in read.items() if "buckets" in one} - before
+    newly_bucketed = {n for n, e in read.items() if "buckets" in e and "buckets" not in parts["segments"].get(n, {})}
     parts["segments"] = parts["segments"] | read
     segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     base = None if args.rank is None else model_fingerprint(parts["transformer"])
     grown = names_of_labels(parts["segments"], labels)
-    transformer = build_transformer(args, parts["transformer"], segments, grown, tasks, first_buckets)
+    transformer = build_transformer(args, parts["transformer"], segments, grown, tasks, newly_bucketed)
     if parts["transformer"] is None:
         start_embeddings(transformer, tokenizers_of(parts, codes.entries))
     scheduler = parts["scheduler"]

@@ -139,11 +139,11 @@ def sincos_positions(
 ) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
-    Coordinates are scaled to the trained shape, so that another grid covers the same range (Peebles & Xie 2023;
-    Vaswani et al. 2017, section 3.5): each axis by itself or, `centered`, all by one scale, that of the longest sides,
-    around the trained grid's middle. Then a coordinate means the same part of a picture at each aspect ratio (Li et
-    al. 2024, Hunyuan-DiT: centralized interpolative positions). Of the device and dtype of `like`, by default float32
-    on the CPU.
+    Coordinates are scaled to the trained shape (Peebles & Xie 2023; Vaswani et al. 2017, section 3.5). By default each
+    axis is by itself, so that another grid covers the same range. If `centered`, all axes are by one scale, that of
+    the longest sides, around the trained grid's middle: a coordinate means the same part of a picture at each aspect
+    ratio (Li et al. 2024, Hunyuan-DiT: centralized interpolative positions). The result has the device and dtype of
+    `like`, by default float32 on the CPU.
     """
     device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
     # torch.export's tensors have no values: one that is kept spoils all later calls.

@@ -49,9 +49,10 @@ class VQDiTTransformer2DModel(
             codes. The codes of a patch share one codebook's embeddings and head, unless ``"separate_codebooks":
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
-            With ``"centered_positions": True``, another grid than `shape` is a part around its middle, in proportion,
-            whose longest side covers its longest; without, it is all of it, each side scaled by itself. With it, a
-            picture's middle is the middle at each aspect ratio, and a face as wide as it is high.
+            With ``"centered_positions": True``, for two axes or three, codes on another grid than `shape` have
+            positions by one scale for all axes, at which the longest sides of both are equally long, and both have
+            one middle: things keep their proportions at each aspect ratio. Without, the default, each axis is scaled
+            to `shape` by itself.
             With ``"block_length": L``, dividing n of its shape [n], it is of any length, n usually at most, and is
             generated block by block, each given all before it ([`extend_prefix`]).
             ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or
@@ -62,8 +63,9 @@ class VQDiTTransformer2DModel(
             stock DiT and 0 in the original one, whose ``norm_eps`` is 1e-6 besides.
         caption_channels: for ``segments=None``: channels of the text encoder's states; None for no captions.
         use_rotary_positional_embeddings: with segments: whether queries and keys are rotated by their position in
-            their segment, too (Su et al. 2021). The added sine-cosine positions say where on its grid a position is,
-            scaled to it; these say how far two are apart. For grids and lengths of other sizes than were trained on.
+            their segment, too (Su et al. 2021). The added sine-cosine positions say where a position is, scaled to the
+            segment's `shape`; these say how far two are apart. For grids and lengths of other sizes than were trained
+            on.
 
     Raises:
         ValueError: if an argument has a wrong type, is out of range or doesn't fit the others; a segment lacks its

@@ -4,7 +4,8 @@ A folder of codes holds ``codes-00000.arrow``, ``codes-00001.arrow``, ... (those
 ``segments.json``. Each column is one segment's codes in row-major order, in the smallest type that holds them.
 ``{segment}_prompts`` holds several variants (wordings of a text, slightly moved pictures) for use where the segment is
 given, ``{segment}_variants`` those of a text with several captions for use where it is generated, too.
-``segments.json`` tells each segment's ``vocab_size`` and ``shape``, and what it is (``modality``, ``tokenizer`` and
+``segments.json`` tells each segment's ``vocab_size`` and ``shape``, whether it asks for ``centered_positions``, as
+pictures do, and what it is (``modality``, ``tokenizer`` and
 options, as the pipeline takes them), the names of the labels, how many times smaller ``image_lowres`` is, how the data
 was read (``settings``), what of it was lost (``notes``), SHA-256 of the data and the tokenizers (``fingerprints``) and
 the shards with theirs. [`~training.encoding.encode_dataset`] writes it.
@@ -46,7 +47,8 @@ class CodeDataset:
         codes, prompts, variants (`Mapping[str, torch.Tensor]`): name -> all codes (N, *shape), int16 or int32, and the
             variants (N, V, *shape) that there are beside them, those of rows with fewer filled up with zeros. A whole
             column is read into memory when it is asked for.
-        segments (`dict`): name -> ``{"vocab_size", "shape"}``, or ``{"channels", "shape"}`` of an encoder's states.
+        segments (`dict`): name -> ``{"vocab_size", "shape"}``, or ``{"channels", "shape"}`` of an encoder's states,
+            and what else [`VQDiTTransformer2DModel`] is to know of it: ``"centered_positions": True`` of pictures.
         states (`dict[str, StatesColumn]`): of the latter.
         entries (`dict`): name -> what the segment is, as [`VQDiTPipeline`] takes it: ``{"modality", "tokenizer"}`` and
             options. Empty in folders of older versions.

@@ -12,7 +12,7 @@ def extend_transformer(
     tasks: Sequence[str],
     *,
     lora: bool = False,
-    first_buckets: Collection[str] = (),
+    newly_bucketed: Collection[str] = (),
 ) -> VQDiTTransformer2DModel:
     """The transformer with what the data has beside its own: more labels, segments, tasks, grids.
 
@@ -20,8 +20,8 @@ def extend_transformer(
         segments: the data's, by name, as the transformer's config has them.
         labels: the names of the data's labels by segment, the transformer's own first.
         lora: whether only a LoRA is trained, which can't add labels or segments.
-        first_buckets: segments that the data have on several grids, and the transformer at most on one. Their
-            positions become centered ones, where the data's are; these are the same on the one grid.
+        newly_bucketed: segments that the data have on several grids, and the transformer on one or not at all. They
+            get centered positions where the data's are; on the transformer's one grid this changes nothing.
 
     Raises:
         ValueError: if a segment differs from the transformer's own, or a LoRA would have to add one.
@@ -43,8 +43,8 @@ def extend_transformer(
             raise ValueError(f"the segments {sorted(new)} are new to the pipeline; a LoRA can't add them: drop --rank")
         transformer = transformer.with_segments(new)
     own, known_tasks = dict(transformer.config.segments), list(transformer.config.tasks or [])
-    for name in () if lora else first_buckets:  # a LoRA's base stays as it is
-        if "centered_positions" in segments[name]:
+    for name in () if lora else newly_bucketed:  # a LoRA's base stays as it is
+        if segments[name].get("centered_positions", False):
             own[name] = {**own[name], "centered_positions": True}
     known_tasks += [task for task in tasks if task not in known_tasks]
     transformer.register_to_config(segments=own, tasks=known_tasks)
@@ -72,7 +72,7 @@ def check_new_patches(
 def check_same_segments(transformer: VQDiTTransformer2DModel, segments: Mapping[str, dict]) -> None:
     """Raise a ValueError unless the data's `segments` are as the transformer's own of these names, where it has them.
 
-    A patch is the transformer's own matter: the data says nothing of it. So are its positions, on the data's grids.
+    The transformer keeps its own patch, of which the data says nothing, and its own kind of positions.
     """
     known = transformer.config.segments
     for name, segment in segments.items():

@@ -269,12 +269,15 @@ def test_a_transformer_of_one_grid_gets_them_with_its_first_buckets(lora, asked,
     segment = {"vocab_size": 9, "shape": [4, 4]}
     own = {"image": {**segment, **({"centered_positions": True} if had else {})}, "sketch": segment}
     model = VQDiTTransformer2DModel(2, 8, num_layers=1, segments=own, tasks=["->image"])
-    codes = {"image": torch.randint(10, (1, 4, 4))}
-    before = model(codes).sample["image"]
+    for parameter in model.eval().parameters():  # those of a new one give zeros whatever the positions
+        torch.nn.init.normal_(parameter, std=0.1)
+    grids = [{"image": torch.randint(10, (1, *shape))} for shape in ((4, 4), (6, 2))]
+    before = [model(codes).sample["image"] for codes in grids]
     data = {"image": {**segment, **({"centered_positions": True} if asked else {})}}
     buckets = {"image"} if first else set()
-    tuned = extend_transformer(model, data, {}, ["->image"], lora=lora, first_buckets=buckets)
+    tuned = extend_transformer(model, data, {}, ["->image"], lora=lora, newly_bucketed=buckets)
     expected = had or (asked and first and not lora)
     assert tuned.config.segments["image"].get("centered_positions", False) == expected
     assert tuned.config.segments["sketch"] == segment
-    assert torch.equal(tuned(codes).sample["image"], before)
+    own, other = (torch.equal(tuned(codes).sample["image"], one) for codes, one in zip(grids, before, strict=True))
+    assert own and other == (expected == had)

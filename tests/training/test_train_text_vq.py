@@ -13,11 +13,14 @@ from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.utils.texts import tokenize_to_length
 
 
+@pytest.mark.parametrize("together", [7, 1000])
 @pytest.mark.parametrize("factor", [1, 2, 3])
-def test_packed_captions_are_all_there_each_at_a_position_of_its_own(script, factor):
+def test_packed_captions_are_all_there_each_at_a_position_of_its_own(script, factor, together, monkeypatch):
     lengths = torch.randint(1, 13, (200,)).clamp_max(torch.randint(1, 13, (200,)))
     tokens = torch.randint(1, 50, (200, 12)).masked_fill(torch.arange(12) >= lengths[:, None], 0)
-    rows = script("train_text_vq").pack_captions(tokens, 0, factor)
+    module = script("train_text_vq")
+    monkeypatch.setattr(module, "READ_ROWS", together)
+    rows = module.pack_captions(tokens, 0, factor)
     assert len(rows) < 0.8 * len(tokens) and rows.shape[1] == 12
     row = position = 0
     for caption, length in zip(tokens, lengths.tolist(), strict=True):
@@ -56,6 +59,23 @@ def test_captions_stay_on_disk_and_are_tokenized_as_all_at_once(script, tokenize
         + (repr(longer[0]))
         in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "measured"),
+    [("", 40, 10), ("--max_train_samples 30", 30, 10), ("--max_train_samples 4", 4, 4)],
+)
+@pytest.mark.parametrize("split", ["none", "test"])
+def test_validation_measures_a_few_rows(script, tmp_path, monkeypatch, asked, trained, measured, split):
+    texts = [f"caption {row}" for row in range(80)]
+    table = {"text": texts, "split": ["train", "test"] * 40}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    module = script("train_text_vq")
+    monkeypatch.setattr(module, "VALIDATION_ROWS", 10)
+    args = f"--dataset_name {tmp_path}/x.parquet --cache_dir {tmp_path}/cache --output_dir {tmp_path}/run"
+    captions, held_out = module.load_captions(module.parse_args(f"{args} --validation_split {split} {asked}".split()))
+    assert list(captions) == texts[::2][:trained]
+    assert list(held_out) == texts[split == "test" :: 2][:measured]
 
 
 @pytest.mark.parametrize("options", [{}, {"downsample_factor": 2, "quantizer_type": "rvq", "num_quantizers": 2}])
