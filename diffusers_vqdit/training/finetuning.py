@@ -21,7 +21,8 @@ def extend_transformer(
         labels: the names of the data's labels by segment, the transformer's own first.
         lora: whether only a LoRA is trained, which can't add labels or segments.
         first_buckets: segments that the data have on several grids, and the transformer at most on one. Their
-            positions become centered ones, where the data's are; these are the same on the one grid.
+            positions become centered ones, where the data's are; these are the same on the one grid. New segments
+            have the data's, or those of the transformer's own segment that they share with and begin as.
 
     Raises:
         ValueError: if a segment differs from the transformer's own, or a LoRA would have to add one.
@@ -44,8 +45,13 @@ def extend_transformer(
         transformer = transformer.with_segments(new)
     own, known_tasks = dict(transformer.config.segments), list(transformer.config.tasks or [])
     for name in () if lora else first_buckets:  # a LoRA's base stays as it is
-        if "centered_positions" in segments[name]:
+        if segments[name].get("centered_positions", False):
             own[name] = {**own[name], "centered_positions": True}
+    for name in new:
+        table = own.get(own[name].get("shared_with"))
+        if table is not None and own[name]["shared_with"] in known and len(table["shape"]) == len(own[name]["shape"]):
+            rest = {key: value for key, value in own[name].items() if key != "centered_positions"}
+            own[name] = rest | {key: value for key, value in table.items() if key == "centered_positions"}
     known_tasks += [task for task in tasks if task not in known_tasks]
     transformer.register_to_config(segments=own, tasks=known_tasks)
     return transformer

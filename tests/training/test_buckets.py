@@ -256,6 +256,9 @@ def test_runs_have_batches_of_one_bucket_only_where_there_are_buckets():
 # Positions
 
 
+CENTERED = {"centered_positions": True}
+
+
 def test_pictures_codes_ask_for_centered_positions(encode):
     segments = CodeDataset(encode()).segments
     assert segments["image"]["centered_positions"] and "centered_positions" not in segments["text"]
@@ -278,3 +281,26 @@ def test_a_transformer_of_one_grid_gets_them_with_its_first_buckets(lora, asked,
     assert tuned.config.segments["image"].get("centered_positions", False) == expected
     assert tuned.config.segments["sketch"] == segment
     assert torch.equal(tuned(codes).sample["image"], before)
+
+
+@pytest.mark.parametrize("said", [{"centered_positions": False}, {}])
+def test_codes_that_ask_for_none_are_taken_at_their_word(said):
+    segment = {"vocab_size": 9, "shape": [4, 4]}
+    model = VQDiTTransformer2DModel(2, 8, num_layers=1, segments={"image": segment}, tasks=["->image"])
+    tuned = extend_transformer(model, {"image": segment | said}, {}, ["->image"], first_buckets={"image"})
+    assert tuned.config.segments["image"] == segment
+
+
+@pytest.mark.parametrize("first", [set(), {"sketch"}, {"image", "sketch"}])
+@pytest.mark.parametrize("asked", [{}, CENTERED])
+@pytest.mark.parametrize("had", [{}, CENTERED])
+def test_a_new_segment_has_the_positions_of_the_one_that_it_begins_as(had, asked, first):
+    segment = {"vocab_size": 9, "shape": [4, 4]}
+    model = VQDiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, segments={"image": segment | had}, tasks=["->image"]
+    )
+    data = {"image": segment | asked, "sketch": {**segment, **asked, "shared_with": "image"}, "other": segment | asked}
+    own = extend_transformer(model, data, {}, ["->sketch"], first_buckets=first).config.segments
+    centered = {name: one.get("centered_positions", False) for name, one in own.items()}
+    of_both = bool(had) or bool(asked) and "image" in first
+    assert centered == {"image": of_both, "sketch": of_both, "other": bool(asked)}
