@@ -50,8 +50,8 @@ class VQDiTTransformer2DModel(
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
             With ``"centered_positions": True``, another grid than `shape` is a part around its middle, in proportion,
-            whose longest side in codes covers its longest; without, it is all of it, each side scaled by itself. With it, a
-            picture's middle is the middle at each aspect ratio, and a face as wide as it is high.
+            whose longest side in codes covers its longest; without, it is all of it, each side scaled by itself. With
+            it, a picture's middle is the middle at each aspect ratio, and a face as wide as it is high.
             With ``"block_length": L``, dividing n of its shape [n], it is of any length, n usually at most, and is
             generated block by block, each given all before it ([`extend_prefix`]).
             ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or

@@ -1,6 +1,7 @@
 """A pretrained transformer over codes, made to fit the segments, labels and tasks of other data."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 
@@ -55,6 +56,24 @@ def extend_transformer(
     known_tasks += [task for task in tasks if task not in known_tasks]
     transformer.register_to_config(segments=own, tasks=known_tasks)
     return transformer
+
+
+def extend_entries(
+    known: Mapping[str, dict[str, Any]], read: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The entries of a pipeline's segments with those of the data, and the segments that get their first several grids.
+
+    A segment that is known on several grids goes on to be, where the data have one of them alone.
+    """
+    several = {name: one["buckets"] for name, one in known.items() if len(one.get("buckets", ())) > 1}
+    first, entries = set(), dict(known)
+    for name, entry in read.items():
+        entries[name] = entry
+        if len(entry.get("buckets", ())) > 1:
+            first |= {name} - set(several)
+        elif name in several and entry["modality"] == known[name]["modality"]:
+            entries[name] = {**entry, "buckets": several[name]}
+    return entries, first
 
 
 def check_new_patches(

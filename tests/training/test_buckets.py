@@ -19,7 +19,7 @@ from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.encoding import encode_dataset
-from diffusers_vqdit.training.finetuning import extend_transformer
+from diffusers_vqdit.training.finetuning import extend_entries, extend_transformer
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.training.setup import run_batches
 from diffusers_vqdit.utils.fitting import resize_image
@@ -304,3 +304,24 @@ def test_a_new_segment_has_the_positions_of_the_one_that_it_begins_as(had, asked
     centered = {name: one.get("centered_positions", False) for name, one in own.items()}
     of_both = bool(had) or bool(asked) and "image" in first
     assert centered == {"image": of_both, "sketch": of_both, "other": bool(asked)}
+
+
+GRIDS_READ = [None, [[4, 4]], [[4, 4], [6, 3]], [[4, 4], [3, 6], [6, 3]]]
+
+
+@pytest.mark.parametrize("modality", ["image", "codes"])
+@pytest.mark.parametrize("found", GRIDS_READ)
+@pytest.mark.parametrize("known", GRIDS_READ)
+def test_a_pipeline_of_several_grids_keeps_them_where_the_data_have_one(known, found, modality):
+    def entry(modality, grids):
+        return {"modality": modality, **({} if grids is None else {"buckets": grids})}
+
+    if modality == "codes" and found is not None:
+        return  # which have none
+    before = {"image": entry("image", known), "text": {"modality": "text"}}
+    read = {"image": entry(modality, found), "sketch": entry("image", found)}
+    entries, first = extend_entries(before, read)
+    several = [grids is not None and len(grids) > 1 for grids in (known, found)]
+    kept = several[0] and not several[1] and modality == "image"
+    assert entries == {**before, **read, **({"image": before["image"]} if kept else {})}
+    assert first == ({"sketch"} | ({"image"} if not several[0] else set()) if several[1] else set())
