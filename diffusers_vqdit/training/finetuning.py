@@ -61,7 +61,7 @@ def extend_transformer(
 def extend_entries(
     known: Mapping[str, dict[str, Any]], read: Mapping[str, dict[str, Any]]
 ) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """The entries of a pipeline's segments with those of the data, and the segments that get their first several grids.
+    """The entries of a pipeline's segments with those of the data, and the segments that get their first buckets.
 
     A segment that is known on several grids goes on to be, where the data have one of them alone.
     """
