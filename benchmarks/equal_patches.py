@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> None:
     for name in args.image_vq:
         model = load_image_vq(name).eval()
         size = args.resolution or model.config.sample_size
+        if size < 3 * model.downsample_factor:
+            raise ValueError(f"resolution={size} must be at least three of the {model.downsample_factor} of a code")
         batches = (pixels for pixels, _ in decoded_batches(data, "image", size))
         found = figures(codes_of_patches(model, batches))
         cells = [name, f"{found['patches']:,}", f"{found['alike']:.1%}", f"{found['white']:,}"]

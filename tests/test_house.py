@@ -52,7 +52,7 @@ CROSSING = {
     "app.screenshots": "the whole page, as the docs show it",
     "app.sound": "the page of a pipeline that speaks and listens",
     "interop.interop": "every converter beside the code that it converts from",
-    "models.centered_positions": "positions in layers, config_checks and the transformer",
+    "models.centered_positions": "centered positions in layers, segment_layers, config_checks and the transformer",
     "models.quantizers.quantizers": "laws of all quantizers",
     "models.states": "states of encoders in segment_layers, config_checks and the transformer",
     "pipelines.buckets": "aspect ratios, from the pipeline's call to the transformer's positions",

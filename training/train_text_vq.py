@@ -154,7 +154,7 @@ def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: in
     length = tokens.shape[1]
     sizes = torch.cat([(part != pad_token_id).sum(1) for part in tokens.split(READ_ROWS)])
     sizes = (sizes + downsample_factor - 1) // downsample_factor * downsample_factor  # (N,)
-    starts, rows, end = torch.empty_like(sizes), 0, length
+    starts, rows, end = torch.empty_like(sizes), 0, length + 1  # even one without tokens begins a row
     for index, size in enumerate(sizes.tolist()):
         if end + size > length:
             rows, end = rows + 1, 0

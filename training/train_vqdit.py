@@ -46,7 +46,7 @@ from diffusers_vqdit.training.checkpoints import (
 )
 from diffusers_vqdit.training.code_embeddings import start_embeddings, tokenizers_of
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.finetuning import check_new_patches, extend_transformer
+from diffusers_vqdit.training.finetuning import check_new_patches, extend_entries, extend_transformer
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
@@ -322,8 +322,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 2. Transformer, optimizer, learning rate
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}
     read = {name: one for name, one in codes.entries.items() if name in needed}
-    newly_bucketed = {n for n, e in read.items() if "buckets" in e and "buckets" not in parts["segments"].get(n, {})}
-    parts["segments"] = parts["segments"] | read
+    parts["segments"], newly_bucketed = extend_entries(parts["segments"], read)
     segments = with_patches({name: segment for name, segment in codes.segments.items() if name in needed}, args.patch)
     base = None if args.rank is None else model_fingerprint(parts["transformer"])
     grown = names_of_labels(parts["segments"], labels)

@@ -20,7 +20,7 @@ from ..utils.checks import (
     check_number,
     shown,
 )
-from .segment_layers import check_patch
+from .segment_layers import check_centered, check_patch
 
 
 MAX_WIDTH = 2**17  # channels of a layer
@@ -323,9 +323,6 @@ def check_segments(segments: Any) -> None:
         sides = [check_integer(f"segments[{name!r}]: shape={shown(shape)}: a side", side, 1) for side in shape]
         if math.prod(sides) > MAX_CODES:
             raise ValueError(f"segments[{name!r}]: shape={shown(shape)} must have at most {MAX_CODES} positions")
-        centered = check_flag(f"segments[{name!r}]: centered_positions", segment.get("centered_positions", False))
-        if centered and len(shape) == 1:
-            raise ValueError(f"segments[{name!r}]: centered_positions=True needs a grid, not shape={shown(shape)}")
         if "shared_with" in segment:
             shared_with = segment["shared_with"]
             other = segments.get(shared_with) if isinstance(shared_with, str) and shared_with != name else None
@@ -341,6 +338,7 @@ def check_segments(segments: Any) -> None:
                 )
     for name in segments:
         check_patch(segments, name)
+        check_centered(segments, name)
 
 
 def check_states_segment(name: str, segment: Mapping[str, Any]) -> None:

@@ -135,20 +135,20 @@ def sincos_positions(
     trained_shape: tuple[int, ...],
     dim: int,
     like: torch.Tensor | None = None,
-    centered: bool = False,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Sine-cosine positions (prod(shape), dim) of a line or a grid, each axis with an equal part of the channels.
 
     Coordinates are scaled to the trained shape (Peebles & Xie 2023; Vaswani et al. 2017, section 3.5). By default each
-    axis is by itself, so that another grid covers the same range. If `centered`, all axes are by one scale, that of
-    the longest sides, around the trained grid's middle: a coordinate means the same part of a picture at each aspect
-    ratio (Li et al. 2024, Hunyuan-DiT: centralized interpolative positions). The result has the device and dtype of
-    `like`, by default float32 on the CPU.
+    axis is by itself, so that another grid covers the same range. With a `scale`, all axes are by this one, around the
+    trained grid's middle: a coordinate means the same part of a picture at each aspect ratio (Li et al. 2024,
+    Hunyuan-DiT: centralized interpolative positions). The result has the device and dtype of `like`, by default
+    float32 on the CPU.
     """
     device, dtype = ("cpu", torch.float32) if like is None else (like.device, like.dtype)
     # torch.export's tensors have no values: one that is kept spoils all later calls.
     make = _sincos_positions if torch.compiler.is_compiling() else _kept_positions
-    return make(shape, trained_shape, dim, device, dtype, centered)
+    return make(shape, trained_shape, dim, device, dtype, scale)
 
 
 def _sincos_positions(
@@ -157,17 +157,17 @@ def _sincos_positions(
     dim: int,
     device: torch.device | str,
     dtype: torch.dtype,
-    centered: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     part = dim // (2 * len(shape)) * 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(0, part, 2, dtype=torch.float64) / part)
     axes = []
     for n, base in zip(shape, trained_shape, strict=True):
         steps = torch.arange(n, dtype=torch.float64)
-        if centered:
-            axes.append((steps - (n - 1) / 2) * (max(trained_shape) / max(shape)) + (base - 1) / 2)
-        else:
+        if scale is None:
             axes.append(steps * (base / n))
+        else:
+            axes.append((steps - (n - 1) / 2) * scale + (base - 1) / 2)
     waves = []
     for coordinate in torch.meshgrid(*axes, indexing="ij"):
         angle = coordinate.flatten()[:, None] * frequencies

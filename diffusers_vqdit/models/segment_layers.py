@@ -5,7 +5,7 @@ Each code of a patch keeps its own mask and its own logits.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,8 @@ class SegmentLayers:
                 tables = rotary_positions(grid, self.config.attention_head_dim, embedded.device)
                 rotations.append(tables if own is None else tuple(table[own] for table in tables))
             centered = segments[name].get("centered_positions", False)
-            positions = sincos_positions(grid, trained, self.inner_dim, embedded, centered)
+            scale = scale_of_sides(segments, name, value.shape[1:]) if centered else None
+            positions = sincos_positions(grid, trained, self.inner_dim, embedded, scale)
             parts.append(embedded + (positions if own is None else positions[own]))
         rotary = tuple(torch.cat(tables) for tables in zip(*rotations, strict=True)) if rotations else None
         return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts), rotary
@@ -216,6 +217,16 @@ def segment_patch(segments: dict[str, dict[str, Any]], name: str) -> tuple[int, 
 def has_codebooks(segments: Mapping[str, Any], name: str) -> bool:
     """Whether the places in a segment's patch have codebooks of their own, as the last axis of residual codes has."""
     return segments[segments[name].get("shared_with", name)].get("separate_codebooks", False)
+
+
+def scale_of_sides(segments: Mapping[str, Any], name: str, shape: Sequence[int]) -> float:
+    """The codes of a segment's own grid that one of another grid `shape` is as long as, where the longest sides are.
+
+    Sides are in codes, not in positions: a patch needn't be square. The codebooks of residual codes are no side.
+    """
+    trained = segments[name]["shape"]
+    sides = slice(-1 if len(trained) == 3 and has_codebooks(segments, name) else None)
+    return max(trained[sides]) / max(shape[sides])
 
 
 def num_tables(segments: dict[str, dict[str, Any]], name: str) -> int:
@@ -328,6 +339,13 @@ def check_masked(masked: Any, codes: dict[str, torch.Tensor]) -> None:
             raise ValueError(
                 f"masked[{name!r}] must be bool of shape {expected}, got {value.dtype} of {tuple(value.shape)}"
             )
+
+
+def check_centered(segments: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError unless a segment's positions are centered or not, and are of a grid where they are."""
+    argument, shape = f"segments[{name!r}]: centered_positions", segments[name]["shape"]
+    if check_flag(argument, segments[name].get("centered_positions", False)) and len(shape) == 1:
+        raise ValueError(f"{argument}=True needs a grid, not shape={shown(shape)}")
 
 
 def check_patch(segments: dict[str, dict[str, Any]], name: str) -> None:

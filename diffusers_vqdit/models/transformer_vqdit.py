@@ -50,9 +50,9 @@ class VQDiTTransformer2DModel(
             True``: then each place in the patch has its own, as for 8 codebooks a frame in ``"shape": [frames, 8],
             "patch": [1, 8]``.
             With ``"centered_positions": True``, for two axes or three, codes on another grid than `shape` have
-            positions by one scale for all axes, at which the longest sides of both are equally long, and both have
-            one middle: things keep their proportions at each aspect ratio. Without, the default, each axis is scaled
-            to `shape` by itself.
+            positions by one scale for all axes, at which the longest sides of both, in codes, are equally long, and
+            both have one middle: things keep their proportions at each aspect ratio. Without, the default, each axis
+            is scaled to `shape` by itself.
             With ``"block_length": L``, dividing n of its shape [n], it is of any length, n usually at most, and is
             generated block by block, each given all before it ([`extend_prefix`]).
             ``{"channels": C, "shape": [n]}`` is a segment that is only given: states of a frozen encoder of texts or

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..models.config_checks import SEGMENT_KEYS
-from ..models.segment_layers import check_patch
+from ..models.segment_layers import check_centered, check_patch
 from ..pipelines.segment_base import LABEL, bucket_shape
 from ..pipelines.segment_processors import check_segment_entries
 from ..tasks import SEGMENT_NAME
@@ -160,6 +160,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         for name in segments:
             check_patch(segments, name)
+            check_centered(segments, name)
         entries = check_segment_entries({n: entry for n, entry in entries.items() if entry}, segments)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error

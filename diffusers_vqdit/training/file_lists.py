@@ -120,10 +120,17 @@ def in_file(shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
     Raises:
         OSError: if there is no room for it.
     """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+        try:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when a page is written
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_numpy(np.memmap(file, dtype, "w+", shape=tuple(shape)))
+        except OSError as error:
+            raise OSError(
+                f"a temporary file of {size / 1e6:,.0f} MB could not be written to {tempfile.gettempdir()!r} "
+                f"({error}); TMPDIR says where"
+            ) from error
 
 
 def _cache(cache_dir: str | os.PathLike | None) -> Path:

@@ -1,6 +1,7 @@
 """A pretrained transformer over codes, made to fit the segments, labels and tasks of other data."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 
@@ -21,7 +22,8 @@ def extend_transformer(
         labels: the names of the data's labels by segment, the transformer's own first.
         lora: whether only a LoRA is trained, which can't add labels or segments.
         newly_bucketed: segments that the data have on several grids, and the transformer on one or not at all. They
-            get centered positions where the data's are; on the transformer's one grid this changes nothing.
+            get centered positions where the data's are; on the transformer's one grid this changes nothing. New
+            segments have the data's, or those of the transformer's own segment that they share with and begin as.
 
     Raises:
         ValueError: if a segment differs from the transformer's own, or a LoRA would have to add one.
@@ -46,9 +48,32 @@ def extend_transformer(
     for name in () if lora else newly_bucketed:  # a LoRA's base stays as it is
         if segments[name].get("centered_positions", False):
             own[name] = {**own[name], "centered_positions": True}
+    for name in new:
+        table = own.get(own[name].get("shared_with"))
+        if table is not None and own[name]["shared_with"] in known and len(table["shape"]) == len(own[name]["shape"]):
+            rest = {key: value for key, value in own[name].items() if key != "centered_positions"}
+            own[name] = rest | {key: value for key, value in table.items() if key == "centered_positions"}
     known_tasks += [task for task in tasks if task not in known_tasks]
     transformer.register_to_config(segments=own, tasks=known_tasks)
     return transformer
+
+
+def extend_entries(
+    known: Mapping[str, dict[str, Any]], read: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The entries of a pipeline's segments with those of the data, and the segments that get their first buckets.
+
+    A segment that is known on several grids goes on to be, where the data have one of them alone.
+    """
+    several = {name: one["buckets"] for name, one in known.items() if len(one.get("buckets", ())) > 1}
+    first, entries = set(), dict(known)
+    for name, entry in read.items():
+        entries[name] = entry
+        if len(entry.get("buckets", ())) > 1:
+            first |= {name} - set(several)
+        elif name in several and entry["modality"] == known[name]["modality"]:
+            entries[name] = {**entry, "buckets": several[name]}
+    return entries, first
 
 
 def check_new_patches(

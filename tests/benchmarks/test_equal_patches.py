@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 
-from benchmarks.equal_patches import codes_of_patches, figures
+from benchmarks.equal_patches import codes_of_patches, figures, main, parse_args
 
 
 class Tokenizer:
@@ -48,3 +50,12 @@ def test_white_stands_apart_and_single_patches_are_not_counted(white):
 def test_nothing_that_is_equal():
     found = figures({b"ab": Counter({1: 1})})
     assert found["patches"] == 0 and math.isnan(found["alike"])
+
+
+@pytest.mark.parametrize("resolution", [1, 8, 11])
+def test_pictures_without_a_patch_inside_are_refused(resolution, image_vq, tmp_path):
+    image_vq.save_pretrained(tmp_path / "image_vq")
+    Dataset.from_dict({"image": [Image.new("RGB", (32, 32))]}).to_parquet(tmp_path / "pictures.parquet")
+    args = f"--image_vq {tmp_path}/image_vq --dataset_name {tmp_path}/pictures.parquet --split train"
+    with pytest.raises(ValueError, match=f"resolution={resolution} must be at least three of the 4 "):
+        main(parse_args(f"{args} --resolution {resolution}".split()))

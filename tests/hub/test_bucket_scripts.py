@@ -116,6 +116,13 @@ def test_three_aspect_ratios(run, places, hub, client):
     tuned += f"--tasks text->image --train_batch_size 2 --max_train_steps 1 --output_dir {places / 'tuned'}"
     run("train_vqdit", tuned)
     assert CodeDataset(places / "tuned" / "codes").settings["aspect_ratio_buckets"] == [[16, 16], [24, 12], [12, 24]]
+    # On codes of one grid, it goes on to know the others.
+    run("encode_dataset", f"{data} --resolution 16 --output_dir {places / 'square'}")
+    of_codes = f"--codes_dir {places / 'square'} --report_to none --tasks text->image --train_batch_size 2"
+    of_codes += f" --max_train_steps 1 --output_dir {places / 'one'}"
+    run("train_vqdit", f"--pretrained_model_name_or_path {places / 'out'} {of_codes}")
+    entry = VQDiTPipeline.from_pretrained(places / "one").config.segments["image"]
+    assert entry["buckets"] == [[4, 4], [6, 3], [3, 6]]
     for arguments, message in (
         (f"{tuned} --aspect_ratio_buckets 24,12;16,16", r"\[\[24, 12\], \[16, 16\]\] must begin with \[16, 16\]"),
         (f"{tuned} --aspect_ratio_buckets 16,16;22,12", r"\[22, 12\] must be a multiple of \[4, 4\].*, such as"),

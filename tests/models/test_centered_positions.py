@@ -33,22 +33,24 @@ def reference(shape, trained, dim):
 
 @given(GRIDS, GRIDS, st.sampled_from([8, 30, 64]))
 def test_they_are_those_of_the_middles_of_cells(shape, trained, dim):
-    found = sincos_positions(shape, trained, dim, centered=True)
+    found = sincos_positions(shape, trained, dim, scale=max(trained) / max(shape))
     torch.testing.assert_close(found, reference(shape, trained, dim), atol=1e-5, rtol=0)
 
 
 @given(st.lists(SIDES, min_size=1, max_size=3), st.sampled_from([30, 64]))
 def test_on_the_trained_grid_they_are_the_scaled_ones_to_the_bit(shape, dim):
     shape = tuple(shape)
-    assert torch.equal(sincos_positions(shape, shape, dim, centered=True), sincos_positions(shape, shape, dim))
+    assert torch.equal(sincos_positions(shape, shape, dim, scale=1.0), sincos_positions(shape, shape, dim))
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 4))
 def test_a_cut_has_the_positions_of_its_part(cut, height, more):
     """A picture that is cut above and below keeps the positions of what is left, if its width is the longest side."""
     width = height + 2 * cut + more
-    whole = sincos_positions((height + 2 * cut, width), (16, 16), 32, centered=True).view(height + 2 * cut, width, 32)
-    part = sincos_positions((height, width), (16, 16), 32, centered=True).view(height, width, 32)
+    whole, part = (
+        sincos_positions((rows, width), (16, 16), 32, scale=16 / width).view(rows, width, 32)
+        for rows in (height + 2 * cut, height)
+    )
     torch.testing.assert_close(part, whole[cut:-cut], atol=1e-5, rtol=0)
 
 
@@ -76,6 +78,28 @@ def test_a_model_has_them_by_its_config(patch, tmp_path):
     again = VQDiTTransformer2DModel.from_config(dict(scaled.config))  # an older checkpoint's has no word of them
     again.load_state_dict(scaled.state_dict())
     torch.testing.assert_close(again.eval()(codes).sample["image"], one)
+
+
+CODEBOOKS = {"shape": [4, 4, 12], "patch": [1, 1, 12], "separate_codebooks": True}
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8), (8, 8), (2, 4)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *({"patch": [h, w]} for h in (1, 2) for w in (1, 2, 4)), CODEBOOKS, {**CODEBOOKS, "patch": [1, 2, 3]}],
+)
+def test_the_longest_sides_are_those_of_codes_whatever_the_patch(options, shape):
+    model = make(**options, centered_positions=True)
+    patch, codebooks = options.get("patch", [1, 1]), options.get("shape", [4, 4])[2:]
+    grid, trained = (
+        tuple(side // size for side, size in zip([*sides, *codebooks], patch, strict=True))
+        for sides in (shape, (4, 4))
+    )
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)  # what is embedded is the positions alone
+    found = model._embed({"image": torch.zeros(1, *shape, *codebooks, dtype=torch.long)})[0][0]
+    expected = sincos_positions(grid, trained, model.inner_dim, scale=4 / max(shape))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

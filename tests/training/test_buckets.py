@@ -19,7 +19,7 @@ from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.data import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.encoding import encode_dataset
-from diffusers_vqdit.training.finetuning import extend_transformer
+from diffusers_vqdit.training.finetuning import extend_entries, extend_transformer
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.training.setup import run_batches
 from diffusers_vqdit.utils.fitting import resize_image
@@ -256,6 +256,9 @@ def test_runs_have_batches_of_one_bucket_only_where_there_are_buckets():
 # Positions
 
 
+CENTERED = {"centered_positions": True}
+
+
 def test_pictures_codes_ask_for_centered_positions(encode):
     segments = CodeDataset(encode()).segments
     assert segments["image"]["centered_positions"] and "centered_positions" not in segments["text"]
@@ -265,7 +268,7 @@ def test_pictures_codes_ask_for_centered_positions(encode):
 @pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("had", [False, True])
-def test_a_transformer_of_one_grid_gets_them_with_its_first_buckets(lora, asked, first, had):
+def test_a_transformer_of_one_grid_gets_them_with_its_newly_bucketed(lora, asked, first, had):
     segment = {"vocab_size": 9, "shape": [4, 4]}
     own = {"image": {**segment, **({"centered_positions": True} if had else {})}, "sketch": segment}
     model = VQDiTTransformer2DModel(2, 8, num_layers=1, segments=own, tasks=["->image"])
@@ -281,3 +284,47 @@ def test_a_transformer_of_one_grid_gets_them_with_its_first_buckets(lora, asked,
     assert tuned.config.segments["sketch"] == segment
     own, other = (torch.equal(tuned(codes).sample["image"], one) for codes, one in zip(grids, before, strict=True))
     assert own and other == (expected == had)
+
+
+@pytest.mark.parametrize("said", [{"centered_positions": False}, {}])
+def test_codes_that_ask_for_none_are_taken_at_their_word(said):
+    segment = {"vocab_size": 9, "shape": [4, 4]}
+    model = VQDiTTransformer2DModel(2, 8, num_layers=1, segments={"image": segment}, tasks=["->image"])
+    tuned = extend_transformer(model, {"image": segment | said}, {}, ["->image"], newly_bucketed={"image"})
+    assert tuned.config.segments["image"] == segment
+
+
+@pytest.mark.parametrize("first", [set(), {"sketch"}, {"image", "sketch"}])
+@pytest.mark.parametrize("asked", [{}, CENTERED])
+@pytest.mark.parametrize("had", [{}, CENTERED])
+def test_a_new_segment_has_the_positions_of_the_one_that_it_begins_as(had, asked, first):
+    segment = {"vocab_size": 9, "shape": [4, 4]}
+    model = VQDiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, segments={"image": segment | had}, tasks=["->image"]
+    )
+    data = {"image": segment | asked, "sketch": {**segment, **asked, "shared_with": "image"}, "other": segment | asked}
+    own = extend_transformer(model, data, {}, ["->sketch"], newly_bucketed=first).config.segments
+    centered = {name: one.get("centered_positions", False) for name, one in own.items()}
+    of_both = bool(had) or bool(asked) and "image" in first
+    assert centered == {"image": of_both, "sketch": of_both, "other": bool(asked)}
+
+
+GRIDS_READ = [None, [[4, 4]], [[4, 4], [6, 3]], [[4, 4], [3, 6], [6, 3]]]
+
+
+@pytest.mark.parametrize("modality", ["image", "codes"])
+@pytest.mark.parametrize("found", GRIDS_READ)
+@pytest.mark.parametrize("known", GRIDS_READ)
+def test_a_pipeline_of_several_grids_keeps_them_where_the_data_have_one(known, found, modality):
+    def entry(modality, grids):
+        return {"modality": modality, **({} if grids is None else {"buckets": grids})}
+
+    if modality == "codes" and found is not None:
+        return  # which have none
+    before = {"image": entry("image", known), "text": {"modality": "text"}}
+    read = {"image": entry(modality, found), "sketch": entry("image", found)}
+    entries, first = extend_entries(before, read)
+    several = [grids is not None and len(grids) > 1 for grids in (known, found)]
+    kept = several[0] and not several[1] and modality == "image"
+    assert entries == {**before, **read, **({"image": before["image"]} if kept else {})}
+    assert first == ({"sketch"} | ({"image"} if not several[0] else set()) if several[1] else set())

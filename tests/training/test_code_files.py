@@ -163,6 +163,8 @@ CASES = {
     "shared list": index(
         lambda c: c["segments"]["text"].update(shared_with=["image"]), r"shared_with=\['image'\] must be"
     ),
+    "centered text": text(r"centered_positions=True needs a grid, not shape=\[3\]", centered_positions=True),
+    "centered number": text(r"centered_positions=1 must be", centered_positions=1),
     "labels none": index(lambda c: c.update(labels=None), "labels=None must be a list of strings"),
     "labels number": index(lambda c: c.update(labels=["a", 2]), r"labels=\['a', 2\] must be a list of strings"),
     "labels few": index(lambda c: c.update(labels=["a"]), r"labels=\['a'\] must be the names of the 2 codes"),

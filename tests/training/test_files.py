@@ -7,8 +7,10 @@ import itertools
 import os
 import re
 import subprocess
+import tempfile
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,6 +20,7 @@ from diffusers_vqdit import ImageVQModel, TextVQModel
 from diffusers_vqdit.training import files
 from diffusers_vqdit.training.checkpoints import save_checkpoint
 from diffusers_vqdit.training.code_files import write_shard
+from diffusers_vqdit.training.file_lists import in_file
 from diffusers_vqdit.training.files import (
     DiskFullError,
     check_kind,
@@ -266,6 +269,15 @@ def test_a_limit_of_the_size_of_files_is_named(image_vq, tmp_path, size):
         assert "still whole" in told or "there is no checkpoint yet" in told, (name, told)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
     print(f"saves beyond a limit of {size} bytes: {len(saves)}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs limits of POSIX")
+def test_a_tensor_that_has_no_room_in_a_file_says_where_it_would_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    told = rf"a temporary file of 8 MB could not be written to '{re.escape(str(tmp_path))}' .*; TMPDIR says where"
+    with pytest.raises(OSError, match=told), limit_of_file_sizes(1 << 12):
+        in_file((1000, 1000), np.int64)
+    assert in_file((10, 10), np.int64).sum() == 0 and not names(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")

@@ -35,6 +35,13 @@ def test_packed_captions_are_all_there_each_at_a_position_of_its_own(script, fac
     assert row == len(rows) - 1
 
 
+@pytest.mark.parametrize("lengths", [[0], [0, 0], [0, 3], [4, 0], [2, 0, 4, 0]])
+def test_a_caption_without_tokens_takes_no_more_than_a_row(script, lengths):
+    tokens = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
+    rows = script("train_text_vq").pack_captions(tokens, 0, 1)
+    assert 1 <= len(rows) <= len(tokens) and rows.sum() == sum(lengths)
+
+
 def test_captions_stay_on_disk_and_are_tokenized_as_all_at_once(script, tokenizer, tmp_path, caplog):
     count = 4000
     first = [f"the {row}th picture of a red apple in the {row % 7}th style" for row in range(count)]
