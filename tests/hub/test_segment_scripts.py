@@ -87,8 +87,8 @@ def test_sketch(run, places, hub, client):
     run("encode_dataset", f"{data} {sketch} --output_dir {places / 'codes'}")
     codes = CodeDataset(places / "codes")
     assert codes.segments == {
-        "image": {"vocab_size": 32, "shape": [4, 4]},
-        "sketch": {"vocab_size": 16, "shape": [6, 6]},
+        "image": {"vocab_size": 32, "shape": [4, 4], "centered_positions": True},
+        "sketch": {"vocab_size": 16, "shape": [6, 6], "centered_positions": True},
     }
     assert codes.entries["sketch"] == {"modality": "image", "tokenizer": "sketch"}
     own = f"--codes_dir {places / 'codes'} --image_vq {places / 'image_vq'}"
