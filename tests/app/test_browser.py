@@ -138,7 +138,9 @@ def test_sounds_are_made_heard_recorded_and_uploaded(visit, served_sounds, tmp_p
     visitor.panel.get_by_label("Clear").filter(visible=True).click()
     visitor.panel.get_by_role("button", name="Record", exact=True).click()
     visitor.page.wait_for_timeout(1000)
-    visitor.panel.get_by_role("button", name="Stop", exact=True).click()
+    # It can be played before it is uploaded, and a run until then has no sound.
+    with visitor.page.expect_response(lambda response: "/upload" in response.url, timeout=PATIENCE):
+        visitor.panel.get_by_role("button", name="Stop", exact=True).click()
     expect(visitor.panel.get_by_role("button", name="Play", exact=True)).to_be_visible(timeout=PATIENCE)
     visitor.click("Run")
     visitor.drawn(1)
