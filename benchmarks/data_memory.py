@@ -20,7 +20,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +200,12 @@ def main(args: argparse.Namespace) -> None:
         found = peak(script, f"{arguments} {flag} --output_dir {out / name}", out / f"{name}.log")
         print(f"| {script}.py{of} {flag} | {count:,} | {found[0]:.0f} | {found[1]:.0f} |", flush=True)
 
+    def written(kind: str, count: int, write: Callable[[Path, int], None]) -> str:
+        path = out / f"{kind}-{count}.parquet"
+        if not path.is_file():
+            write(path, count)
+        return f"--dataset_name {path} --cache_dir {out / 'cache'}"
+
     for count in args.counts:
         path = out / f"pictures-{count}.parquet"
         if not path.is_file():
@@ -225,24 +231,15 @@ def main(args: argparse.Namespace) -> None:
         codes = f"--codes_dir {out / f'codes-{count}'} --image_vq {out / 'image_vq'} --tasks ->image"
         measure("train_vqdit", count, f"{codes} {tiny} {steps}".replace("--tasks ", "--tasks="))
     for count in args.sound_counts:
-        path = out / f"sounds-{count}.parquet"
-        if not path.is_file():
-            write_sounds(path, count)
-        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --validation_split none --report_to none"
+        data = written("sounds", count, write_sounds) + " --validation_split none --report_to none"
         shape = "--n_fft 256 --num_mel_bins 16 --block_out_channels 4 4 --norm_num_groups 2 --latent_channels 4"
         measure("train_audio_vq", count, f"{data} {shape} --num_vq_embeddings 64 {steps}")
     for count in args.caption_counts:
-        path = out / f"captions-{count}.parquet"
-        if not path.is_file():
-            write_captioned(path, count)
-        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --caption_columns text --resolution 64"
+        data = written("captions", count, write_captioned) + " --caption_columns text --resolution 64"
         data += f" --image_vq {out / 'image_vq'} --text_vq {out / 'text_vq'} --patch_size 1"
         measure("train_latent_dit", count, f"{data} {tiny} {steps}", " (captions)")
     for count in args.text_counts:
-        path = out / f"texts-{count}.parquet"
-        if not path.is_file():
-            write_texts(path, count)
-        data = f"--dataset_name {path} --cache_dir {out / 'cache'} --validation_split none --report_to none"
+        data = written("texts", count, write_texts) + " --validation_split none --report_to none"
         small = "--max_length 32 --num_codes 64 --hidden_size 8 --code_dim 4 --tokenizer_vocab_size 512"
         for flag in ("", "--pack_captions"):
             measure("train_text_vq", count, f"{data} {small} {steps}", flag=flag)
