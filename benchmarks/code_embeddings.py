@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How soon a new transformer tells labels from codes, with embeddings that begin at the codes' vectors and without.
 
-    python training/encode_dataset.py --dataset_name digits.parquet --image_vq model_cards/vqdit-emoji \
+    python training/encode_dataset.py --dataset_name digits.parquet --image_vq model_cards/vqdit-emoji-32 \
         --label_column label --output_dir outputs/codes
-    python -m benchmarks.code_embeddings --codes_dir outputs/codes --image_vq model_cards/vqdit-emoji
+    python -m benchmarks.code_embeddings --codes_dir outputs/codes --image_vq model_cards/vqdit-emoji-32
 
 trains ``image->label`` from scratch on eleven in twelve of the rows, twice for each seed, with the same weights
 otherwise, the same batches and the same masks, and prints the loss of the last steps and the share of the held-out

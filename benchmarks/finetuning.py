@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         "training/train_vqdit.py, such as --train_batch_size and --max_train_steps."
     )
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )
     parser.add_argument("--train_data_dir", required=True, help="Image folder with metadata.jsonl.")
     parser.add_argument("--caption_column", default="text")

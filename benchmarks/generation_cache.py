@@ -25,7 +25,7 @@ CACHES = [None, (2, 0.0), (4, 0.0), (4, 0.5), (4, 0.9), (8, 0.9), (16, 0.9)]
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Compare caches of the generated side.")
-    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji-32")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.set_defaults(image_column="image", caption_columns={"text": "English"}, label_column="label")
     parser.add_argument("--num_samples", type=positive_integer, default=64, help="Captions of each kind.")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def add_arguments(parser: argparse.ArgumentParser, **defaults: int | float) -> None:
     """The arguments that such benchmarks share."""
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
     parser.add_argument("--num_test_samples", type=positive_integer, default=64)

@@ -21,7 +21,7 @@ from diffusers_vqdit.utils.arguments import argument_parser, model_name, positiv
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Profile drawing and training.")
-    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji-32")
     parser.add_argument("--train_batch_size", type=positive_integer, default=32)
     parser.add_argument("--rounds", type=positive_integer, default=3)
     parser.add_argument("--rows", type=positive_integer, default=12, help="Of each table.")

@@ -28,7 +28,7 @@ from diffusers_vqdit.utils.decoding import to_pixels
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Measure retrieval.")
-    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji-32")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.add_argument("--items", type=positive_integer, default=10_000)
     parser.add_argument("--shortlists", type=positive_integer, nargs="+", default=[5, 20])

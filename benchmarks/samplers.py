@@ -2,7 +2,7 @@
 """Compare the samplers of `MaskedDiffusionScheduler`: quality against the number of model calls.
 
     pip install matplotlib
-    python benchmarks/samplers.py --pretrained_model_name_or_path model_cards/vqdit-emoji
+    python benchmarks/samplers.py --pretrained_model_name_or_path model_cards/vqdit-emoji-32
 
 Writes ``samplers.json`` into the output folder, and ``samplers.png`` where matplotlib is installed, and prints a
 table. Takes about an hour on two idle CPU cores, extrapolated from a small run; ``--samplers`` and
@@ -56,7 +56,7 @@ SAMPLERS = ["ancestral", "confidence", "halton", "entropy_bound", "threshold"]
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser("Compare the samplers of a VQDiT pipeline on the emoji dataset.")
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
     # The columns of the dataset, as EmojiData.load reads them

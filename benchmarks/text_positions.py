@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tokens a position of a text: a transformer's cost and its held-out likelihood over several text tokenizers' codes.
 
-    python -m benchmarks.text_positions --text_vq model_cards/vqdit-emoji outputs/text_rvq_2 outputs/text_rvq_4 \
+    python -m benchmarks.text_positions --text_vq model_cards/vqdit-emoji-32 outputs/text_rvq_2 outputs/text_rvq_4 \
         --max_train_steps 1500
 
 A tokenizer of residual codes (``train_text_vq.py --quantizer_type rvq --downsample_factor 2 --num_quantizers 2``) puts

@@ -79,7 +79,7 @@ def sample_amused(transformer: UVit2DModel, states: torch.Tensor, pooled: torch.
 
 
 def measure(rounds: int, device: str) -> Iterator[dict[str, Any]]:
-    pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji").to(device)
+    pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji-32").to(device)
     pipe.set_progress_bar_config(disable=True)
     forward = pipe.transformer.forward
 

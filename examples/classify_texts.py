@@ -29,7 +29,7 @@ from diffusers_vqdit.utils.arguments import (
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Classify captions by their codes.")
-    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji")
+    parser.add_argument("--pretrained_model_name_or_path", type=model_name, default="model_cards/vqdit-emoji-32")
     parser.add_argument("--dataset_name", default="training/data/emoji.parquet")
     parser.add_argument("--caption_column", default="text")
     parser.add_argument("--label_column", default="label")

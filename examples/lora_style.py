@@ -42,7 +42,7 @@ PICTURES = "emoji-datasource-twitter@16.0.0"
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Teach the starter another style with a LoRA.")
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )
     parser.add_argument("--dataset_name", default=str(ROOT / "training/data/emoji.parquet"))
     parser.add_argument("--num_train_pictures", type=positive_integer, default=80)

@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_recordings", type=positive_integer, default=60, help="Of espeak-ng, in place of yours.")
     parser.add_argument("--say", nargs="+", help="Texts to say; by default those of the first recordings.")
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji")
+        "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )
     parser.add_argument(
         "--codec",

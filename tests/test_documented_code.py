@@ -37,7 +37,7 @@ def trained(root, tmp_path_factory, documented, encoders, audio_codecs):
     small = documented.small_pipeline
     folder = tmp_path_factory.mktemp("docs")
     (folder / "model_cards").symlink_to(root / "model_cards")
-    starter = VQDiTPipeline.from_pretrained(root / "model_cards/vqdit-emoji")
+    starter = VQDiTPipeline.from_pretrained(root / "model_cards/vqdit-emoji-32")
     own = {name: getattr(starter, name) for name in ("image_vq", "text_vq", "tokenizer")}
     picture, text = {"vocab_size": 2048, "shape": [8, 8]}, {"vocab_size": 2048, "shape": [24]}
 
@@ -108,7 +108,7 @@ def pages(root):
 
 def test_each_block(root, trained, monkeypatch):
     monkeypatch.chdir(trained)
-    starter = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
+    starter = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji-32")
     pushed, count = [], 0
     monkeypatch.setattr(VQDiTPipeline, "push_to_hub", lambda self, name: pushed.append(name))
     for page in pages(root):
@@ -124,7 +124,7 @@ def test_each_block(root, trained, monkeypatch):
 
 def test_code_within_lines(root, trained, monkeypatch):
     monkeypatch.chdir(trained)
-    starter = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
+    starter = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji-32")
     pipes = {whose: VQDiTPipeline.from_pretrained(f"outputs/{whose}") for whose in WHOSE}
     names, found = passed(starter), {}
     for page in pages(root):

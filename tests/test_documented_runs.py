@@ -82,8 +82,8 @@ EMOJI = "training/data/emoji.parquet"
 TOKENIZER = f"python training/train_image_vq.py --dataset_name {EMOJI} --output_dir outputs/image_vq"
 BEFORE = {
     "performance.md": [
-        f"python training/encode_dataset.py --dataset_name {EMOJI} --image_vq model_cards/vqdit-emoji "
-        "--text_vq model_cards/vqdit-emoji --output_dir outputs/codes"
+        f"python training/encode_dataset.py --dataset_name {EMOJI} --image_vq model_cards/vqdit-emoji-32 "
+        "--text_vq model_cards/vqdit-emoji-32 --output_dir outputs/codes"
     ],
     "distributed.md": [TOKENIZER],
     "latent_diffusion.md": [TOKENIZER],
@@ -166,19 +166,19 @@ def write_photographs(folder):
 def stand_ins(root, documented, encoders, audio_codecs, tmp_path_factory):
     """Small models and little data by the names that the pages have for them."""
     folder = tmp_path_factory.mktemp("stand-ins")
-    starter = VQDiTPipeline.from_pretrained(root / "model_cards/vqdit-emoji")
+    starter = VQDiTPipeline.from_pretrained(root / "model_cards/vqdit-emoji-32")
     own = {name: getattr(starter, name) for name in ("image_vq", "text_vq", "tokenizer")}
     picture, text = {"vocab_size": 2048, "shape": [8, 8]}, {"vocab_size": 2048, "shape": [24]}
     drawn, tasks = folder / "model_cards", ["text->image", "image->text", "->image"]
-    documented.small_pipeline({"text": text, "image": picture}, tasks, **own).save_pretrained(drawn / "vqdit-emoji")
+    documented.small_pipeline({"text": text, "image": picture}, tasks, **own).save_pretrained(drawn / "vqdit-emoji-32")
     large = {"vocab_size": 2048, "shape": [16, 16], "patch": [2, 2]}
     segments = {"text": text, "image": large, "source": {**large, "shared_with": "image"}}
     entries = {"source": {"modality": "image"}}
     tasks = ["source->image", "source+text->image", "text->image", "->image"]
-    documented.small_pipeline(segments, tasks, **own, segments=entries).save_pretrained(drawn / "vqdit-emoji-64")
+    documented.small_pipeline(segments, tasks, **own, segments=entries).save_pretrained(drawn / "vqdit-emoji")
     for name in ("image_vq", "sketch_vq"):
-        (folder / name).symlink_to(drawn / "vqdit-emoji" / "image_vq")
-    (folder / "text_vq").symlink_to(drawn / "vqdit-emoji")
+        (folder / name).symlink_to(drawn / "vqdit-emoji-32" / "image_vq")
+    (folder / "text_vq").symlink_to(drawn / "vqdit-emoji-32")
     codec, extractor = audio_codecs.audio_codec("encodec")
     said = {"vocab_size": 17, "shape": [20, 3], "patch": [1, 3], "separate_codebooks": True}
     documented.small_pipeline(

@@ -48,7 +48,7 @@ def test_each_leads_to_a_file_and_a_heading_that_are_there(root):
         ("docs/app.md", False),
         ("#tasks", False),
         ("docs/data.md#captions", False),
-        ("model_cards/vqdit-emoji", False),
+        ("model_cards/vqdit-emoji-32", False),
         ("model_cards/vqdit-emoji-latent#evaluation", False),
         ("https://example.org/#none", False),
         ("docs/ap.md", True),

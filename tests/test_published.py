@@ -5,7 +5,7 @@ written by the version of the package that the folder was published with, from t
 
     PYTHONPATH=<a checkout of that version> python tests/test_published.py <the folders' names>
 
-so that of vqdit-emoji and vqdit-emoji-latent is by commit 3a4c96a, the others by that of their publication or later.
+so that of vqdit-emoji-32 and vqdit-emoji-latent is by commit 3a4c96a, the others by that of their publication or later.
 Written anew only for a checkpoint that is itself another one, never because the test fails.
 
 Other CPUs add in other orders. Numbers may therefore differ by 1e-4 of the largest, and pixels by one of 255. Codes
@@ -35,7 +35,7 @@ def seeds(count=2):
 
 def emoji(size, count=2):
     """Pictures (B, 3, size, size) in [0, 1] of the starter's folder, by leaving out pixels: no library rounds."""
-    files = [CARDS / "vqdit-emoji" / "examples" / f"{number}.png" for number in range(count)]
+    files = [CARDS / "vqdit-emoji-32" / "examples" / f"{number}.png" for number in range(count)]
     pictures = torch.stack(
         [torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8) for file in files]
     )
@@ -117,9 +117,9 @@ def of_sound_tokenizer(name):
 
 
 PUBLISHED = {
-    "vqdit-emoji": of_emoji,
+    "vqdit-emoji-32": of_emoji,
     "vqdit-emoji-latent": of_latents,
-    "vqdit-emoji-64": lambda name: of_emoji(name, 64, num_inference_steps=6),
+    "vqdit-emoji": lambda name: of_emoji(name, 64, num_inference_steps=6),
     "vqdit-poems": of_poems,
     "vqdit-talking-emoji": of_talking,
     "image-vq-emoji-64": of_image_tokenizer,

@@ -13,7 +13,7 @@ from diffusers_vqdit.training.data import load_training_dataset
 
 @pytest.fixture(scope="module")
 def folder(root):
-    return root / "model_cards" / "vqdit-emoji"
+    return root / "model_cards" / "vqdit-emoji-32"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from diffusers_vqdit.training.data import load_training_dataset
 
 @pytest.fixture(scope="module")
 def folder(root):
-    return root / "model_cards" / "vqdit-emoji-64"
+    return root / "model_cards" / "vqdit-emoji"
 
 
 def test_it_captions_and_labels_pictures_of_training(folder, root):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Distil a VQDiT pipeline to few steps: self-distillation through time (Deschenaux & Gulcehre 2024).
 
-    accelerate launch training/distill_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji \
+    accelerate launch training/distill_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji-32 \
         --codes_dir outputs/codes --tasks text->image --num_teacher_steps 16 --num_student_steps 2 \
         --use_ema --output_dir outputs/few
 

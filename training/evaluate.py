@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Measure every task of a pipeline on the emoji dataset: ``evaluation.json``, ``.md`` (a table), ``.png`` (a picture).
 
-    python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji
+    python training/evaluate.py --pretrained_model_name_or_path model_cards/vqdit-emoji-32
 
 ``evaluation_prompts.png`` has the first 48 held-out captions, one sample each, where ``text->image`` is measured.
 
 Any data with a training and a test split will do (``--dataset_name``): without columns ``emoji`` and ``held_out``,
 what needs them is left out, and all of the test split is measured in place of held-out compositions.
 
-``--tokenizer model_cards/vqdit-emoji --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
+``--tokenizer model_cards/vqdit-emoji-32 --subfolder image_vq`` measures an image tokenizer alone, on any pictures; its
 options are those of ``training/evaluate_tokenizer.py``. ``--audio_column audio`` measures a pipeline that speaks or
 listens, on spoken captions, with the options of ``training/evaluate_speech.py``.
 

@@ -21,7 +21,7 @@ NOTHING = ["", "\ufeff", "\u200b", "\u2060", "\u00ad", "\x00", "\x1b", "\x7f"]
 
 @pytest.fixture(scope="module")
 def shipped(root):
-    return PreTrainedTokenizerFast.from_pretrained(root / "model_cards/vqdit-emoji", subfolder="tokenizer")
+    return PreTrainedTokenizerFast.from_pretrained(root / "model_cards/vqdit-emoji-32", subfolder="tokenizer")
 
 
 @pytest.fixture(scope="module")
