@@ -5,7 +5,8 @@ written by the version of the package that the folder was published with, from t
 
     PYTHONPATH=<a checkout of that version> python tests/test_published.py <the folders' names>
 
-so that of vqdit-emoji-32 and vqdit-emoji-latent is by commit 3a4c96a, the others by that of their publication or later.
+so that of vqdit-emoji-32 (published as vqdit-emoji) and vqdit-emoji-latent is by commit 3a4c96a, the others by that of
+their publication or later.
 Written anew only for a checkpoint that is itself another one, never because the test fails.
 
 Other CPUs add in other orders. Numbers may therefore differ by 1e-4 of the largest, and pixels by one of 255. Codes
