@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Whether patches that look the same get the same code, which new combinations of known things need.
 
-    python -m benchmarks.equal_patches --image_vq model_cards/image-vq-emoji-64 model_cards/vqdit-emoji-32 --resolution 64
+    python -m benchmarks.equal_patches --image_vq model_cards/image-vq-emoji-64 model_cards/vqdit-emoji-32 \
+        --resolution 64
 
 A patch is what a code covers and what the codes around it cover, three times three; codes at the border of a picture
 are left out. Of the patches that occur more than once, equal to the pixel, it prints the share that has the commonest

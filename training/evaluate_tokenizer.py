@@ -4,7 +4,8 @@ a text tokenizer: the share of captions that come back exactly, code usage and p
 the spectrograms of what comes back are, code usage and perplexity, and what a recogniser hears.
 
     accelerate launch training/evaluate.py --tokenizer model_cards/vqdit-emoji-32 --subfolder image_vq
-    python training/evaluate.py --tokenizer model_cards/vqdit-emoji-32 --subfolder text_vq --caption_columns text text_zh
+    python training/evaluate.py --tokenizer model_cards/vqdit-emoji-32 --subfolder text_vq \
+        --caption_columns text text_zh
     python training/evaluate.py --tokenizer model_cards/audio-vq-speech --dataset_name outputs/speech.parquet \
         --language en --recognise
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
-STARTER = CARDS / "vqdit-emoji-32"
+STARTER = CARDS / "vqdit-emoji"
 TALKING_STARTER = CARDS / "vqdit-talking-emoji"  # of speech, which the other doesn't know
 
 
