@@ -55,7 +55,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon = torch.optim.Muon(
             [{"params": matrices}], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        super().__init__([*self._muon.param_groups, *adamw.param_groups], {})
+        super().__init__(
+            [*self._muon.param_groups, *adamw.param_groups], {"lr": lr}
+        )  # a polynomial schedule asks for it
         self._share()
 
     def _share(self) -> None:
@@ -70,9 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
             ValueError: if it is another optimizer's.
         """
         if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ValueError(
-                "optimizer='muon' can't go on from the state of another optimizer: give --optimizer adamw"
-            )
+            raise ValueError("optimizer='muon' can't go on from another optimizer's state: give --optimizer adamw")
         super().load_state_dict(state_dict)
         self._share()
 
