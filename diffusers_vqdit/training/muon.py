@@ -55,9 +55,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon = torch.optim.Muon(
             [{"params": matrices}], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        super().__init__(
-            [*self._muon.param_groups, *adamw.param_groups], {"lr": lr}
-        )  # a polynomial schedule asks for it
+        # A polynomial schedule asks for the default rate.
+        super().__init__([*self._muon.param_groups, *adamw.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
