@@ -50,6 +50,7 @@ from diffusers_vqdit.training.finetuning import check_new_patches, extend_entrie
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
+from diffusers_vqdit.training.muon import check_muon
 from diffusers_vqdit.training.optimization import set_dropout, transformer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
@@ -131,6 +132,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         ema_decay=None,
     )
     add_transformer_arguments(training)
+    training.add_argument(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon trains the matrices of attention and feed-forward with torch.optim.Muon, all else with AdamW.",
+    )
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
 
     keeping = add_keeping_arguments(parser)
@@ -154,6 +161,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
+    if args.rank is not None and args.optimizer == "muon":
+        parser.error("--optimizer muon trains whole matrices of blocks: drop --rank, or give --optimizer adamw")
     if args.tasks is None and not (
         args.resume_from_checkpoint or args.pretrained_model_name_or_path or args.codes_dir
     ):
@@ -235,6 +244,8 @@ def loss_measures(args: argparse.Namespace, task_losses: dict[str, float]) -> li
 def main(args: argparse.Namespace) -> None:
     # A step trains the embeddings and heads of its task's segments only.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
+    if args.optimizer == "muon":
+        check_muon(accelerator)
     with setup.open_run(
         args,
         accelerator,
@@ -285,7 +296,8 @@ def run_identity(
     several = {name: tokenizer_fingerprint(one) if makes_token_ids(one) else one for name, one in several.items()}
     return {
         "script": "train_vqdit",
-        **{name: getattr(args, name) for name in ("loss_weighting", "use_ema", "rank", "lora_alpha", "lora_layers")},
+        **{name: getattr(args, name) for name in ("optimizer", "loss_weighting", "use_ema")},
+        **{name: getattr(args, name) for name in ("rank", "lora_alpha", "lora_layers")},
         "tasks": {str(task): weight for task, weight in tasks},
         "transformer": plain_config(transformer),
         "scheduler": plain_config(parts["scheduler"]),

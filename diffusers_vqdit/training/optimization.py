@@ -8,13 +8,20 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only; embeddings, norms and biases have none."""
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, *, without: Iterable[torch.nn.Parameter] = ()
+) -> list[dict]:
+    """Weight decay for matrices only; embeddings, norms and biases have none.
+
+    Args:
+        without: parameters that are another optimizer's.
+    """
+    others = {id(parameter) for parameter in without}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in others:
             (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 

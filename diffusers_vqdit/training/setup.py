@@ -23,6 +23,7 @@ from .data import bucket_batches, shuffled_batches
 from .image_dataset import ImageDataset, load_batches
 from .image_stream import ImageStream
 from .launch import check_launch
+from .muon import MuonAdamW, block_matrices
 from .optimization import parameter_groups
 from .run import TrainingRun, training_run
 from .sharding import prepare_sharding
@@ -98,15 +99,19 @@ def set_default(args: argparse.Namespace, name: str, checkpoint: Path | None, de
         logger.info(f"{name}={getattr(args, name):.3g}")
 
 
-def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over a model's trained parameters, with weight decay where it belongs (see [`parameter_groups`])."""
-    return torch.optim.AdamW(
-        parameter_groups(model, args.adam_weight_decay),
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over a model's trained parameters, with weight decay where it belongs (see [`parameter_groups`]); with
+    ``--optimizer muon`` of the scripts that have it, Muon over the matrices of its blocks."""
+    muon = getattr(args, "optimizer", "adamw") == "muon"
+    matrices = block_matrices(model) if muon else []
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, args.adam_weight_decay, without=matrices),
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         fused=True,
     )
+    return MuonAdamW(matrices, adamw, lr=learning_rate, weight_decay=args.adam_weight_decay) if muon else adamw
 
 
 def prepare(

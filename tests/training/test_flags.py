@@ -80,6 +80,7 @@ SINGLE = {
         *(("segment", "a=smell:x", "must be one of"), ("segment", "a=label:x:y", "a label doesn't need")),
         *(("aspect_ratio_buckets", value, "must be pairs of height,width") for value in ("32", "32x32", "8,8;a,8")),
         ("aspect_ratio_buckets", "8,8;16,16", "which have one aspect ratio"),
+        ("optimizer", "lion", "choose from"),
     ],
     "training/train_latent_dit": [
         *((name, "1.1", "in [0, 1]") for name in ("label_dropout", "caption_dropout", "dropout")),

@@ -190,6 +190,18 @@ def test_what_must_not_change_is_refused(run, tmp_path, caplog, name):
     ]
 
 
+@pytest.mark.slow
+def test_muon_goes_on_bit_identical_and_only_as_muon(run, tmp_path):
+    more = "--optimizer muon --lr_scheduler linear --checkpoints_total_limit 0"
+    run("train_vqdit", "whole", more)
+    (tmp_path / "broken").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
+    with pytest.raises(ValueError, match="optimizer='muon', which is now 'adamw'"):
+        run("train_vqdit", "broken", "--resume_from_checkpoint latest")
+    run("train_vqdit", "broken", f"{more} --resume_from_checkpoint latest")
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

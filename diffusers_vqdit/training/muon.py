@@ -1,0 +1,87 @@
+"""Muon (Jordan et al. 2024) for the matrices of a transformer's blocks beside AdamW for all else, as one optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..models.transformer_vqdit import VQDiTTransformer2DModel
+
+
+def check_muon(accelerator: Accelerator) -> None:
+    """Refuse, before the work, what Muon can't be trained with.
+
+    Raises:
+        ValueError: if this version of PyTorch has no Muon, or Accelerate is set up with an engine that shards.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}: update it, or give "
+            "--optimizer adamw"
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"optimizer='muon' needs whole matrices, but distributed_type={kind.value!r} shards what is trained: give "
+            "--optimizer adamw, or start with training/accelerate_configs/multi_gpu.yaml, for one"
+        )
+
+
+def block_matrices(transformer: VQDiTTransformer2DModel) -> list[torch.nn.Parameter]:
+    """The trained matrices of all blocks' attention and feed-forward; not adaLN's, which see no hidden states."""
+    parts = [part for block in transformer.transformer_blocks for part in (block.attn1, block.ff)]
+    return [weight for part in parts for weight in part.parameters() if weight.ndim == 2 and weight.requires_grad]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """PyTorch's Muon over some matrices and an AdamW over other parameters, with one state dict.
+
+    The first of the `param_groups` is Muon's, the others are AdamW's: a schedule, a scaler or Accelerate has them all.
+    Muon's steps are scaled to the RMS of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training"), and so take
+    its learning rate and weight decay. Parameters without gradients stay as they are.
+
+    Args:
+        matrices: the parameters (rows, columns) of Muon.
+        adamw: over all others, none of `matrices`.
+        lr, weight_decay: Muon's.
+    """
+
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], adamw: torch.optim.AdamW, *, lr: float, weight_decay: float
+    ) -> None:
+        self._adamw = adamw
+        self._muon = torch.optim.Muon(
+            [{"params": matrices}], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        # A polynomial schedule asks for the default rate.
+        super().__init__([*self._muon.param_groups, *adamw.param_groups], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        # Both step over groups and states that are this optimizer's own.
+        self._muon.__setstate__({"state": self.state, "param_groups": self.param_groups[:1]})
+        self._adamw.__setstate__({"state": self.state, "param_groups": self.param_groups[1:]})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is another optimizer's.
+        """
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError("optimizer='muon' can't go on from another optimizer's state: give --optimizer adamw")
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with both, and return the loss of `closure`, where it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._muon.step()
+        self._adamw.step()
+        return loss
