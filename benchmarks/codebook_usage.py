@@ -165,7 +165,7 @@ def train(
         model.quantize = quantizer
     model.train().to(args.device, memory_format=torch.channels_last)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate = factor * tokenizer_learning_rate(widths)
+    rate = factor * tokenizer_learning_rate(widths, model.num_codes)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.max_train_steps // 2, num_training_steps=args.max_train_steps

@@ -256,7 +256,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
     # 2. Optimizers and learning rates
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    default = tokenizer_learning_rate(model.config.block_out_channels)
+    default = tokenizer_learning_rate(model.config.block_out_channels, model.num_codes)
     setup.set_default(args, "learning_rate", checkpoint, default)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, 0 if args.streaming else len(pictures)

@@ -41,16 +41,19 @@ def averaged_weights(ema: EMAModel | None, parameters: Iterable[torch.nn.Paramet
         ema.restore(parameters)
 
 
-def tokenizer_learning_rate(block_out_channels: Sequence[int]) -> float:
+def tokenizer_learning_rate(block_out_channels: Sequence[int], num_codes: int) -> float:
     """Adam's learning rate for an image tokenizer from scratch: 2e-3 up to f4, 5e-4 at f8, 2.5e-4 at f16; in inverse
-    proportion to the width beyond 96 channels (Yang et al. 2022, muP). Found with batches of 4 to 32 crops, see
-    docs/image_tokenizer.md; at f16 and 512 channels it is half of what the public ones have with batches of hundreds.
+    proportion to the width beyond 96 channels (Yang et al. 2022, muP); half beyond 2,048 codes, of which each is found
+    in fewer vectors. Found with batches of 4 to 32 crops, see docs/image_tokenizer.md; at f16, 512 channels and 16,384
+    codes it is a quarter of what the public ones have with batches of hundreds.
 
     Args:
         block_out_channels: of `ImageVQModel`, from the first level to the last.
+        num_codes: of its codebook.
     """
     factor = 2 ** (len(block_out_channels) - 1)
-    return (2e-3 if factor <= 4 else 4e-3 / factor) * min(1.0, 96 / max(block_out_channels))
+    rate = (2e-3 if factor <= 4 else 4e-3 / factor) * min(1.0, 96 / max(block_out_channels))
+    return rate if num_codes <= 2048 else rate / 2
 
 
 def set_dropout(model: ModelMixin, dropout: float) -> None:

@@ -47,8 +47,9 @@ def test_epochs_become_steps_and_the_rate_follows_the_batch(changes, scale_lr, s
 
 def test_a_learning_rate_follows_the_model_but_a_run_that_goes_on_keeps_its_own(tmp_path):
     """Also one of before there was such a default."""
-    assert tokenizer_learning_rate([24, 48, 96]) == 2e-3 == tokenizer_learning_rate([16, 16])
-    rates = [tokenizer_learning_rate(widths) for widths in ([64, 128], [64, 128, 256], [64, 128, 256, 512, 512])]
+    assert tokenizer_learning_rate([24, 48, 96], 2048) == 2e-3 == tokenizer_learning_rate([16, 16], 8)
+    assert tokenizer_learning_rate([24, 48, 96], 4096) == 1e-3
+    rates = [tokenizer_learning_rate(widths, 1024) for widths in ([64, 128], [64, 128, 256], [64, 128, 256, 512, 512])]
     assert rates == pytest.approx([1.5e-3, 7.5e-4, 2.5e-4 * 96 / 512])
     checkpoint = save_checkpoint(Accelerator(), tmp_path, 3, settings={"learning_rate": 2e-3})
     for given, source, expected in ((None, None, 5e-4), (None, checkpoint, 2e-3), (1e-3, checkpoint, 1e-3)):
