@@ -1,4 +1,4 @@
-"""The unfinished checkpoint that listens and speaks, with the figures that were measured."""
+"""The checkpoint that listens and speaks, with the figures that were measured."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_the_figures_of_the_tasks_table_are_the_cards(root, folder, page):
 
 
 def test_it_hears_what_it_says_and_draws_it(folder):
-    """Of what it says itself it understands half."""
+    """Of what it says itself it understands nearly all."""
     pipe = VQDiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     captions = ["watermelon", "banana", "pizza", "coconut", "popcorn", "bread", "chocolate bar", "doughnut"]
@@ -40,5 +40,5 @@ def test_it_hears_what_it_says_and_draws_it(folder):
     assert all(0.3 < len(sound) / said.sampling_rate < 4 for sound in said.audios)
     sounds = [{"array": sound, "sampling_rate": said.sampling_rate} for sound in said.audios]
     texts = pipe(inputs={"audio": sounds}, output="text", generator=seeds).texts
-    assert sum(text == caption for text, caption in zip(texts, captions, strict=True)) >= 4
+    assert sum(text == caption for text, caption in zip(texts, captions, strict=True)) >= 7
     assert pipe(inputs={"audio": sounds[0]}, output="image").images[0].size == (32, 32)
