@@ -87,7 +87,7 @@ def written(visitor):
 
 @pytest.mark.parametrize("use", [draw, repaint, enlarge, caption, label, find, sound], ids=lambda use: use.__name__)
 def test_a_tab_of_a_shipped_checkpoint_is_used_and_shown(visit, address, tmp_path, use):
-    visitor = visit(address("vqdit-talking-emoji" if use is sound else "vqdit-emoji-32"))
+    visitor = visit(address("vqdit-talking-emoji" if use is sound else "vqdit-emoji"))
     visitor.tab(use.__name__.capitalize())
     use(visitor)
     visitor.idle()
