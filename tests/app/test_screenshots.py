@@ -49,7 +49,7 @@ def draw(visitor):
 
 def repaint(visitor):
     visitor.pick(4)
-    visitor.paint(rows=(-20, 15, 50))
+    visitor.paint(rows=(-55, -20, 15, 50), left=-120)
     visitor.panel.get_by_label("text", exact=True).fill("woman farmer, light skin tone")
     visitor.click("Repaint")
     visitor.drawn(4)

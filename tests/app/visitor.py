@@ -65,18 +65,18 @@ class Visitor:
         expect(pictures).to_have_count(count, timeout=PATIENCE)
         return [one.get_attribute("src") for one in pictures.all()]
 
-    def paint(self, rows=(0,)):
-        """Paint across the middle, and pixels below it; again while the editor, which is still making its canvas, has
-        taken no stroke."""
+    def paint(self, rows=(0,), left=-60):
+        """Paint across the middle, and pixels below it, from pixels beside it on; again while the editor, which is
+        still making its canvas, has taken no stroke."""
         for _ in range(20):
             self.idle()
             box = self.panel.locator("canvas").first.bounding_box()
             x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
             for below in rows:
-                self.page.mouse.move(x - 60, y + below)
+                self.page.mouse.move(x + left, y + below)
                 self.page.mouse.down()
-                for step in range(12):
-                    self.page.mouse.move(x - 60 + 10 * step, y + below)
+                for right in range(left, 60, 10):
+                    self.page.mouse.move(x + right, y + below)
                     self.page.wait_for_timeout(30)
                 self.page.mouse.up()
             self.page.wait_for_timeout(1000)
