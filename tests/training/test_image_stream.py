@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training import image_dataset, image_stream
+from diffusers_vqdit.training import image_dataset, sample_stream
 from diffusers_vqdit.training.data import load_splits
-from diffusers_vqdit.training.image_stream import ImageStream, open_pictures, picture_stream
+from diffusers_vqdit.training.image_stream import ImageStream, picture_stream
+from diffusers_vqdit.training.sample_stream import open_column
 
 
 COUNT, SHARDS = 30, 4
@@ -26,7 +27,7 @@ COUNT, SHARDS = 30, 4
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Parquet files of pictures, each of a grey of its own, of uneven numbers of rows."""
-    monkeypatch.setattr(image_stream, "WINDOW", 4)
+    monkeypatch.setattr(sample_stream, "WINDOW", 4)
     (tmp_path / "data").mkdir()
     for shard, rows in enumerate(np.array_split(np.arange(COUNT), SHARDS)):
         values = []
@@ -41,7 +42,7 @@ def shards(tmp_path, monkeypatch):
 
 def stream(shards, **options):
     splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
-    return ImageStream(open_pictures(splits, "train", "image"), "image", 8, seed=1, **options)
+    return ImageStream(open_column(splits, "train", "image", picture_stream), "image", 8, seed=1, **options)
 
 
 def greys(batches, count):
@@ -78,7 +79,7 @@ def test_a_run_goes_on_with_the_next_sample(shards, taken, workers):
 def test_processes_share_the_samples(shards, monkeypatch):
     found = []
     for rank in range(2):
-        monkeypatch.setattr(image_stream, "process_rank", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(sample_stream, "process_rank", lambda rank=rank: (rank, 2))
         found.append(greys(stream(shards).batches(7), 2))  # less than the smallest half of the shards has
     assert len(set(found[0] + found[1])) == 28
     monkeypatch.undo()
