@@ -16,7 +16,7 @@ from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, t
 from .data_identity import rows_fingerprint
 from .draws import row_generators, step_generator
 from .image_dataset import CACHED_BYTES, MAX_TRIED
-from .sample_stream import SampleStream, in_memory, open_column
+from .sample_stream import SampleStream, in_memory
 from .table_files import stream_identity
 
 
@@ -135,7 +135,7 @@ class SoundStream(SampleStream):
     from the seed and its position; shorter sounds are followed by silence.
 
     Args:
-        dataset: a `datasets.IterableDataset` with that column, from [`sound_stream`].
+        dataset: a `datasets.IterableDataset` with that column, undecoded.
         audio_column: the column's name.
         sampling_rate: that sounds are resampled to.
         length: of a part, in samples.
@@ -143,7 +143,7 @@ class SoundStream(SampleStream):
         source: what tells the data from others ([`~training.table_files.stream_identity`]).
     """
 
-    noun = "sound"
+    noun, feature = "sound", "Audio"
 
     def __init__(
         self, dataset: Any, audio_column: str, sampling_rate: int, length: int, *, seed: int, source: str
@@ -160,23 +160,6 @@ class SoundStream(SampleStream):
         share = torch.rand(1, generator=step_generator(self.seed, position, _DRAWS)).item()
         part = as_waveform(_kept(read_part(value, self.sampling_rate, share, self.length)))
         return torch.nn.functional.pad(part, (0, self.length - len(part)))
-
-
-def sound_stream(dataset: Any, column: str) -> Any:
-    """A `datasets.IterableDataset` whose column of sounds is undecoded.
-
-    Raises:
-        ValueError: if the column isn't there, or can't be one.
-    """
-    from datasets import Audio, Value
-
-    if column not in dataset.features:
-        raise ValueError(f"column {column!r} is not in the data: it has {sorted(dataset.features)}")
-    kind = dataset.features[column]
-    plain = isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
-    if not (isinstance(kind, Audio) or plain or (isinstance(kind, dict) and "bytes" in kind)):
-        raise ValueError(f"column {column!r} has the type {kind}; streamed sounds must be bytes of a sound file")
-    return dataset.cast_column(column, Audio(decode=False)) if isinstance(kind, Audio) else dataset
 
 
 def load_sounds(
@@ -199,9 +182,9 @@ def load_sounds(
     if args.streaming:
         read = args.audio_column, sampling_rate
         source = stream_identity(splits, "train", args.audio_column)
-        sounds = open_column(splits, "train", args.audio_column, sound_stream)
-        first = open_column(splits, held_out, args.audio_column, sound_stream).take(limit)
-        return SoundStream(sounds, *read, length, seed=args.seed, source=source), SoundDataset(in_memory(first), *read)
+        sounds, first = (SoundStream.open_column(splits, name, args.audio_column) for name in ("train", held_out))
+        measured = SoundDataset(in_memory(first.take(limit)), *read)
+        return SoundStream(sounds, *read, length, seed=args.seed, source=source), measured
     train, measured = (
         take_split(splits, name, columns=[args.audio_column], max_samples=count)
         for name, count in (("train", args.max_train_samples), (held_out, limit))

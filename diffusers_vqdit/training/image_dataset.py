@@ -20,8 +20,8 @@ from .checkpoints import fingerprint
 from .data import MAX_NAMED, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader, crop_warning
-from .image_stream import ImageStream, picture_stream
-from .sample_stream import in_memory, open_column
+from .image_stream import ImageStream
+from .sample_stream import in_memory
 from .table_files import stream_identity
 
 
@@ -195,8 +195,8 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, I
     own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}
     read, column = (args.image_column, args.resolution), args.image_column
     if args.streaming:
-        train = open_column(splits, "train", column, picture_stream)
-        measured = in_memory(open_column(splits, held_out, column, picture_stream).take(limit))
+        train, first = (ImageStream.open_column(splits, name, column) for name in ("train", held_out))
+        measured = in_memory(first.take(limit))
         pictures = ImageStream(train, *read, source=stream_identity(splits, "train", column), **own)
         return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
     train, measured = (

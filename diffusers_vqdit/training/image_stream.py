@@ -16,7 +16,7 @@ class ImageStream(SampleStream, ImageReader):
         reading, options: those of [`~training.image_reader.ImageReader`].
     """
 
-    noun = "picture"
+    noun, feature = "picture", "Image"
     pictures = None  # in memory
 
     def __init__(self, *reading: Any, source: str | None = None, **options: Any) -> None:
@@ -36,21 +36,3 @@ class ImageStream(SampleStream, ImageReader):
         centering, mirrored = self._draw(position)
         picture = self._decode(value, centering)
         return picture.flip(-1) if mirrored else picture
-
-
-def picture_stream(dataset: Any, column: str) -> Any:
-    """A `datasets.IterableDataset` whose column of pictures is undecoded.
-
-    Raises:
-        ValueError: if the column isn't there, or can't be one.
-    """
-    from datasets import Image, Value
-
-    features = dataset.features or dataset._resolve_features().features
-    if column not in features:
-        raise ValueError(f"column {column!r} is not in the data: it has {sorted(features)}")
-    kind = features[column]
-    plain = isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
-    if not (isinstance(kind, Image) or plain or (isinstance(kind, dict) and "bytes" in kind)):
-        raise ValueError(f"column {column!r} has the type {kind}; streamed pictures must be bytes of a picture file")
-    return dataset.cast_column(column, Image(decode=False)) if isinstance(kind, Image) else dataset

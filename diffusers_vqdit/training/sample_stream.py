@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,9 +43,11 @@ class SampleStream(Dataset, ABC):
 
     Attributes:
         noun (`str`): what a sample is, for messages.
+        feature (`str`): that of `datasets` which has files of such samples.
     """
 
     noun: str
+    feature: str
 
     def begin(self, dataset: Any, stream_column: str, seed: int) -> None:
         """Take the dataset, from its start."""
@@ -60,6 +62,49 @@ class SampleStream(Dataset, ABC):
         self.begun: deque[tuple[int, int, int, dict | None]] = deque()
         self.start: tuple[int, int, dict | None, int] = (0, 0, None, 0)
         self.taken = self.first = 0
+
+    @classmethod
+    def undecoded(cls, dataset: Any, column: str) -> Any:
+        """A `datasets.IterableDataset` whose column of files is undecoded.
+
+        Raises:
+            ValueError: if the column isn't there, or can't be one.
+        """
+        import datasets
+
+        features = dataset.features or dataset._resolve_features().features
+        if column not in features:
+            raise ValueError(f"column {column!r} is not in the data: it has {sorted(features)}")
+        kind, files = features[column], getattr(datasets, cls.feature)
+        plain = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
+        if not (isinstance(kind, files) or plain or (isinstance(kind, dict) and "bytes" in kind)):
+            raise ValueError(
+                f"column {column!r} has the type {kind}; streamed {cls.noun}s must be bytes of a {cls.noun} file"
+            )
+        return dataset.cast_column(column, files(decode=False)) if isinstance(kind, files) else dataset
+
+    @classmethod
+    def open_column(cls, splits: Splits, split: str, column: str) -> Any:
+        """The undecoded column of a split of [`~training.data.load_splits`] as a `datasets.IterableDataset`, which
+        reads no other columns of parquet files. Of one table with a ``split`` column, the rows that have it there.
+
+        All processes must call it.
+
+        Raises:
+            ValueError: also if there is no such split, if the column is missing, or of a type that can't be read, in
+                a file that lies here, or if processes find different files.
+        """
+        if split not in split_names(splits):
+            raise MissingSplitError(f"split={split!r} is not in the data: it has {split_names(splits)}")
+        by_column = is_by_column(splits)
+        source, columns = (str(next(iter(splits))), [column, SPLIT_COLUMN]) if by_column else (split, [column])
+        cls.undecoded(splits[source], column)
+        compare_files(splits, source)
+        check_files(splits, source, splits[source].features, columns)
+        dataset = cls.undecoded(stream_of(splits.builder, source, columns), column)
+        if by_column:
+            dataset = dataset.filter(lambda said: said == split, input_columns=SPLIT_COLUMN)
+        return dataset.select_columns(column)
 
     @abstractmethod
     def read(self, value: Any, position: int) -> torch.Tensor:
@@ -168,30 +213,4 @@ def in_memory(dataset: Any) -> Any:
     """The samples of a `datasets.IterableDataset` that ends as a `datasets.Dataset`."""
     from datasets import Dataset
 
-    return Dataset.from_list(list(dataset), features=dataset.features)
-
-
-def open_column(splits: Splits, split: str, column: str, undecoded: Callable[[Any, str], Any]) -> Any:
-    """A column of a split of [`~training.data.load_splits`] as a `datasets.IterableDataset`, which reads no other
-    columns of parquet files. Of one table with a ``split`` column, the rows that have it there.
-
-    All processes must call it.
-
-    Args:
-        undecoded: gives a dataset with the column undecoded, and raises if it can't be one.
-
-    Raises:
-        ValueError: also if there is no such split, if the column is missing, or of a type that can't be read, in a
-            file that lies here, or if processes find different files.
-    """
-    if split not in split_names(splits):
-        raise MissingSplitError(f"split={split!r} is not in the data: it has {split_names(splits)}")
-    by_column = is_by_column(splits)
-    source, columns = (str(next(iter(splits))), [column, SPLIT_COLUMN]) if by_column else (split, [column])
-    undecoded(splits[source], column)
-    compare_files(splits, source)
-    check_files(splits, source, splits[source].features, columns)
-    dataset = undecoded(stream_of(splits.builder, source, columns), column)
-    if by_column:
-        dataset = dataset.filter(lambda said: said == split, input_columns=SPLIT_COLUMN)
-    return dataset.select_columns(column)
+    return Dataset.from_list(list(dataset))  # without its features, which would encode sounds anew

@@ -11,11 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
+from diffusers_vqdit.pipelines.image_segment import ImageReader
 from diffusers_vqdit.training import row_stream, sample_stream
-from diffusers_vqdit.training.audio_data import SoundDataset, SoundStream, as_waveform, sound_stream
-from diffusers_vqdit.training.data import load_splits, take_split
-from diffusers_vqdit.training.sample_stream import open_column
+from diffusers_vqdit.training.audio_data import SoundDataset, SoundStream, as_waveform
+from diffusers_vqdit.training.data import load_splits, load_training_dataset, take_split
+from diffusers_vqdit.training.image_dataset import ImageDataset
+from diffusers_vqdit.training.picture_tensors import _Readable
+from diffusers_vqdit.training.streamed_images import StreamedImages
 from diffusers_vqdit.training.table_files import split_names
 
 
@@ -112,6 +116,25 @@ def test_a_file_of_latents_is_known_by_its_stream(run, latents, data_sources, tm
         run("train_latent_dit", f"{arguments} {tmp_path / 'c'}")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_parts_of_the_pictures_are_found_where_they_lie(data_sources, tmp_path, kind, workers):
+    """As each of several processes reads them."""
+    source = data_sources.source_of(data_sources.write_pictures(tmp_path / "pictures"), tmp_path / kind, kind)
+    column = source["image_column"]
+    copied = ImageDataset(load_training_dataset(**source, cache_dir=str(tmp_path / "cache")), column, 8)
+    stream = load_training_dataset(**source, streaming=True)
+    images = StreamedImages(stream, stream.rows(tmp_path / "rows", [], {column: ImageReader}), column, 8)
+    batches = [list(range(start, start + 3)) for start in (3, 6, 21, 33, 36)]  # two are broken
+    loader = DataLoader(
+        _Readable(images), batch_size=None, sampler=images.with_files(batches), num_workers=workers, collate_fn=tuple
+    )
+    for rows, (pictures, kept, problems) in zip(batches, loader, strict=True):
+        assert kept == [row for row in rows if row not in (7, 30)] and len(kept) + len(problems) == 3
+        expected = [copied.pictures[copied.rows.index(row)] for row in kept]
+        assert torch.equal(pictures, torch.stack(expected))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
@@ -146,7 +169,7 @@ def test_texts_of_a_stream_are_those_of_a_copy(run, script, tmp_path, more):
 
 def sounds_of(data, split="train", **options):
     splits = load_splits(dataset_name=data, streaming=True)
-    dataset = open_column(splits, split, "audio", sound_stream)
+    dataset = SoundStream.open_column(splits, split, "audio")
     return SoundStream(dataset, "audio", 1600, 160, seed=1, source="x", **options)
 
 
@@ -196,6 +219,16 @@ def test_sounds_go_on_with_the_next_one(audio_codecs, tmp_path, monkeypatch, tak
         assert batch.shape == (4, 160) and torch.equal(batch, whole[taken + index])
 
 
+def test_processes_share_the_rows_of_a_split(audio_codecs, tmp_path, monkeypatch):
+    data = with_splits(audio_codecs.sound_table(tmp_path / "s.parquet", count=13), 3, held_out=(2, 3, 9, 12))
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(sample_stream, "process_rank", lambda rank=rank: (rank, 2))
+        stream = sounds_of(data)
+        found.append([len(value["bytes"]) for value, _ in itertools.islice(stream.samples(), 4)])
+    assert len({*found[0], *found[1]}) == 8  # the sounds are of different lengths
+
+
 def test_the_audio_tokenizer_resumes_on_a_stream(run, audio_codecs, tmp_path, caplog, capsys):
     for part in audio_codecs.audio_codec("dac"):
         part.save_pretrained(tmp_path / "dac")
@@ -220,7 +253,7 @@ def test_columns_that_are_no_sounds_are_refused(audio_codecs, tmp_path):
     data = str(audio_codecs.sound_table(tmp_path / "s.parquet"))
     for column, told in (("text", "streamed sounds must be bytes"), ("sound", "column 'sound' is not in the data")):
         with pytest.raises(ValueError, match=told):
-            open_column(load_splits(dataset_name=data, streaming=True), "train", column, sound_stream)
+            SoundStream.open_column(load_splits(dataset_name=data, streaming=True), "train", column)
     with pytest.raises(ValueError, match=r"split='val' is not in the data: it has \['train'\]"):
         sounds_of(data, "val")
     data = with_splits(tmp_path / "s.parquet", 2, held_out=range(8))
