@@ -22,7 +22,7 @@ class StreamedImages(ImageDataset):
     """
 
     def __init__(self, stream: RowStream, dataset: Any, *reading: Any, **options: Any) -> None:
-        self.stream: RowStream | None = stream
+        self.stream = stream
         super().__init__(dataset, *reading, **options)
 
     def _open(self, dataset: Any) -> None:
