@@ -5,10 +5,11 @@
 
 cuts 256 px JPEG pictures out of photographs (out of coloured noise without any), writes them into parquet files, and
 simulates codes, sounds and captions; then runs encode_dataset.py over all pictures, copied and streamed,
-train_image_vq.py and train_latent_dit.py for a few steps, and train_vqdit.py, which encodes them at its start; then
-encode_dataset.py and train_image_vq.py over folders of such pictures with metadata, train_vqdit.py over the codes,
-train_audio_vq.py over the sounds, train_latent_dit.py over small pictures with five captions each, and
-train_text_vq.py over captions alone, with models as small as they can be.
+train_image_vq.py and train_latent_dit.py (copied and streamed) for a few steps, and train_vqdit.py, which encodes them
+at its start; then encode_dataset.py and train_image_vq.py over folders of such pictures with metadata, train_vqdit.py
+over the codes, train_audio_vq.py over the sounds, train_latent_dit.py over small pictures with five captions each, and
+train_text_vq.py over captions alone, the sounds and the captions copied and streamed, too, with models as small as
+they can be.
 
 Prints the peak of each process: ``anonymous`` memory is the program's own; ``resident`` also counts pages of mapped
 files, which the system keeps while it has no other use for them. 20,000 pictures take about half an hour of two CPU
@@ -214,7 +215,8 @@ def main(args: argparse.Namespace) -> None:
         measure("train_image_vq", count, f"{data} {model} {more} {steps}")
         for flag in ("", "--streaming"):
             measure("encode_dataset", count, f"{data} {vq} --batch_size 16", flag=flag)
-        measure("train_latent_dit", count, f"{data} {vq} {tiny} {steps}")
+        for flag in ("", "--streaming"):
+            measure("train_latent_dit", count, f"{data} {vq} {tiny} {steps}", flag=flag)
         encoded = f"--image_vq {out / 'image_vq'} --tasks=->image"
         measure("train_vqdit", count, f"{data} {encoded} {tiny} {steps}", " (pictures)")
     for count in args.folder_counts:
@@ -233,7 +235,8 @@ def main(args: argparse.Namespace) -> None:
     for count in args.sound_counts:
         data = written("sounds", count, write_sounds) + " --validation_split none --report_to none"
         shape = "--n_fft 256 --num_mel_bins 16 --block_out_channels 4 4 --norm_num_groups 2 --latent_channels 4"
-        measure("train_audio_vq", count, f"{data} {shape} --num_vq_embeddings 64 {steps}")
+        for flag in ("", "--streaming"):
+            measure("train_audio_vq", count, f"{data} {shape} --num_vq_embeddings 64 {steps}", flag=flag)
     for count in args.caption_counts:
         data = written("captions", count, write_captioned) + " --caption_columns text --resolution 64"
         data += f" --image_vq {out / 'image_vq'} --text_vq {out / 'text_vq'} --patch_size 1"
@@ -241,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
     for count in args.text_counts:
         data = written("texts", count, write_texts) + " --validation_split none --report_to none"
         small = "--max_length 32 --num_codes 64 --hidden_size 8 --code_dim 4 --tokenizer_vocab_size 512"
-        for flag in ("", "--pack_captions"):
+        for flag in ("", "--streaming", "--pack_captions"):
             measure("train_text_vq", count, f"{data} {small} {steps}", flag=flag)
 
 

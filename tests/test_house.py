@@ -77,6 +77,7 @@ CROSSING = {
     "training.processes": "runs on several processes",
     "training.run_scripts": "runs that are stopped, damaged and resumed, by the scripts",
     "training.scripts": "the scripts as a user runs them",
+    "training.streaming_scripts": "--streaming of all training scripts",
     "training.texts": "texts of any length, from columns to a pipeline",
 }
 

@@ -29,7 +29,6 @@ from diffusers_vqdit.training.segment_columns import (
     add_bucket_argument,
     add_encoder_arguments,
     add_segment_argument,
-    add_streaming_argument,
     add_text_arguments,
     add_text_tokenizer_argument,
     audio_options,
@@ -39,6 +38,7 @@ from diffusers_vqdit.training.segment_columns import (
     load_encoders,
     load_tokenizers,
 )
+from diffusers_vqdit.training.streaming_arguments import add_streaming_argument, check_streaming
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_tokenizer, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import (
@@ -105,8 +105,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --image_vq, --text_vq or both: there is nothing to encode with")
     if args.text_vq is not None and args.text_tokenizer is not None:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
-    if args.streaming and args.dataset_name is None:
-        parser.error("--streaming needs --dataset_name")
+    check_streaming(parser, args)
     if args.resolution is not None and args.aspect_ratio_buckets is not None:
         parser.error("give one of --resolution and --aspect_ratio_buckets: both say the size of pictures")
     refuse_unused_arguments(parser, args)

@@ -30,7 +30,7 @@ from diffusers_vqdit.pipelines.audio_codecs import decode_waveform
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.adversarial import ADVERSARIAL_IDENTITY, Adversary, add_adversarial_arguments
 from diffusers_vqdit.training.arguments import add_keeping_arguments, add_training_arguments
-from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, load_crops, load_sounds
+from diffusers_vqdit.training.audio_data import SoundDataset, as_waveform, load_sounds
 from diffusers_vqdit.training.audio_objectives import AudioObjective, audio_objective
 from diffusers_vqdit.training.checkpoints import find_checkpoint, plain_config, save_checkpoint
 from diffusers_vqdit.training.files import save_pretrained_atomically
@@ -39,6 +39,7 @@ from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.streaming_arguments import add_streaming_argument, check_streaming
 from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_codec
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
@@ -113,6 +114,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Seconds of the part of a sound that a step sees.",
     )
     data.add_argument("--max_train_samples", type=positive_integer)
+    add_streaming_argument(data, encoded=False)
     data.add_argument(
         "--dataloader_num_workers",
         type=non_negative_integer,
@@ -141,6 +143,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
+    check_streaming(parser, args, encoded=False)
     refuse_unused_arguments(parser, args)
     return args
 
@@ -210,16 +213,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. The codec, the sounds
     model, extractor = build_model(args)
     objective = audio_objective(model.to(accelerator.device), extractor, args)
-    sounds, held_out = load_sounds(args, objective.sampling_rate)
     length = max(1, round(args.crop_length * objective.sampling_rate / objective.hop)) * objective.hop
+    sounds, held_out = load_sounds(args, objective.sampling_rate, length)
 
     # 2. Optimizers and learning rate
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
-    model, optimizer, lr_scheduler, max_steps = setup.prepare(args, accelerator, model, len(sounds))
+    model, optimizer, lr_scheduler, max_steps = setup.prepare(
+        args, accelerator, model, 0 if args.streaming else len(sounds)
+    )
     adversary = Adversary.wanted(args, accelerator, (1, *objective.picture_size(length)))
 
     # 3. Resume
-    named = ("reconstruction_loss", "crop_length", "use_ema", *ADVERSARIAL_IDENTITY)
+    named = ("reconstruction_loss", "crop_length", "use_ema", "streaming", *ADVERSARIAL_IDENTITY)
     identity = {
         "script": "train_audio_vq",
         **{name: getattr(args, name) for name in named},
@@ -227,21 +232,13 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         **sounds.identity(),
     }
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    states = {"ema": ema, "lecam": adversary and adversary.lecam}
+    states = {"ema": ema, "lecam": adversary and adversary.lecam, "stream": sounds if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)
 
     # 4. Train
     step = run.step
-    waveforms = load_crops(
-        sounds,
-        setup.run_batches(args, accelerator, len(sounds), step),
-        length,
-        seed=args.seed,
-        step=step * args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        num_workers=args.dataloader_num_workers,
-    )
+    waveforms = setup.sound_batches(args, accelerator, sounds, length, step)
     progress = setup.progress_bar(accelerator, max_steps, step)
     trained = list(model.parameters())
     utilisation = Utilisation(args, accelerator)

@@ -43,6 +43,7 @@ from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.streaming_arguments import add_streaming_argument, check_streaming
 from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
@@ -94,9 +95,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--resolution", type=positive_integer, default=32)
     add_image_arguments(data, resize_mode="auto", default="The default.", augmented=True)
     data.add_argument("--max_train_samples", type=positive_integer)
-    data.add_argument(
-        "--streaming", action="store_true", help="Read --dataset_name as it is needed; needs --max_train_steps."
-    )
+    add_streaming_argument(data, encoded=False)
     data.add_argument("--cache_dir")
 
     add_training_arguments(
@@ -134,8 +133,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser)
     args = parser.parse_args(input_args)
-    if args.streaming and (args.dataset_name is None or args.max_train_steps is None or args.max_train_samples):
-        parser.error("--streaming needs --dataset_name and --max_train_steps, and can't take --max_train_samples")
+    check_streaming(parser, args, encoded=False)
     if args.perceptual_weight > 0 and args.perceptual_backbone is None and args.lpips_weights is None:
         parser.error("--perceptual_weight needs --perceptual_backbone or --lpips_weights")
     refuse_unused_arguments(parser, args)

@@ -60,8 +60,10 @@ from diffusers_vqdit.training.latent_loss import alignment_loss, latent_diffusio
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
+from diffusers_vqdit.training.row_stream import LISTED_FOLDER
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.sharding import evaluated
+from diffusers_vqdit.training.streaming_arguments import add_streaming_argument, check_streaming
 from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizers import load_image_vq, load_text_vq
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
@@ -138,6 +140,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Arrow file of the captions' states: read if it is there, else written. By default in the output folder.",
     )
     data.add_argument("--max_train_samples", type=positive_integer)
+    add_streaming_argument(data)
     data.add_argument("--cache_dir")
 
     training = add_training_arguments(
@@ -161,6 +164,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("give one of --dataset_name and --train_data_dir")
+    check_streaming(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.image_vq is None):
         parser.error("give --pretrained_model_name_or_path to finetune, or --image_vq to start anew")
     if args.text_vq is not None and args.text_encoder is not None:
@@ -288,16 +292,9 @@ def loss_measures(args: argparse.Namespace, loss: float | None) -> list[Measure]
 def main(args: argparse.Namespace) -> None:
     # Without captions in a batch, their projection gets no gradient.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
-    folders = ["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
-    files = [
-        "README.md",
-        "model_index.json",
-        "pipeline.py",
-        STATES_FILE,
-        f"{STATES_FILE}.json",
-        LATENTS_FILE,
-        FEATURES_FILE,
-    ]
+    folders = ["samples", "transformer", "scheduler", "vae", "text_encoder", "tokenizer", LISTED_FOLDER]
+    files = ["README.md", "model_index.json", "pipeline.py"]
+    files += [STATES_FILE, f"{STATES_FILE}.json", LATENTS_FILE, FEATURES_FILE]
     with setup.open_run(args, accelerator, project=PROJECT, folders=folders, files=files) as run:
         if args.latents_file is not None and accelerator.is_main_process:
             check_latents_file(args.latents_file)
@@ -311,7 +308,7 @@ def run_identity(
 ) -> dict:
     """What must be as it was where a run is resumed."""
     named = ("objective", "learn_sigma", "snr_gamma", "logit_normal", "label_dropout", "caption_dropout")
-    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema")
+    named += ("alignment_encoder", "alignment_weight", "alignment_layer", "random_flip", "use_ema", "streaming")
     return {
         "script": "train_latent_dit",
         **{name: getattr(args, name) for name in named},

@@ -33,8 +33,10 @@ from diffusers_vqdit.training.metrics import level_figures
 from diffusers_vqdit.training.model_card import Measure
 from diffusers_vqdit.training.optimization import averaged_weights, unwrap
 from diffusers_vqdit.training.publish import publish_run, publishes_checkpoints
+from diffusers_vqdit.training.row_stream import LISTED_FOLDER
 from diffusers_vqdit.training.run import TrainingRun, due
 from diffusers_vqdit.training.sharding import check_unsharded, evaluated
+from diffusers_vqdit.training.streaming_arguments import add_streaming_argument, check_streaming
 from diffusers_vqdit.training.throughput import Throughput, shown_rate
 from diffusers_vqdit.training.tokenizer_metrics import measure_text_tokenizer
 from diffusers_vqdit.training.tokenizers import load_text_vq
@@ -92,6 +94,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--validation_split", help="Split for round trips, by default test if there is one; 'none': training captions."
     )
     data.add_argument("--max_train_samples", type=positive_integer)
+    add_streaming_argument(data)
     data.add_argument("--cache_dir")
     data.add_argument(
         "--random_token_probability",
@@ -121,12 +124,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     add_keeping_arguments(parser, validation_steps=250)
     args = parser.parse_args(input_args)
+    check_streaming(parser, args)
     refuse_unused_arguments(parser, args)
     return args
 
 
 def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
-    """The captions of the training split, and those that validation measures, of `VALIDATION_ROWS` rows at most."""
+    """The captions of the training split, and those that validation measures, of `VALIDATION_ROWS` rows at most.
+
+    Of a stream they are listed in the run's folder, without the other columns. All processes must call it.
+    """
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -134,16 +141,19 @@ def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
         columns=args.caption_columns,
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
+        streaming=args.streaming,
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
 
-    def read(split: str, max_samples: int | None) -> Texts:
+    def read(split: str, max_samples: int | None, folder: str) -> Texts:
         dataset = take_split(splits, split, columns=args.caption_columns, max_samples=max_samples)
+        if args.streaming:
+            dataset = dataset.rows(args.output_dir / LISTED_FOLDER / folder, args.caption_columns, {})
         return Texts([CaptionColumn(dataset, column) for column in args.caption_columns])
 
     measured = "train" if args.validation_split == "none" else args.validation_split
     rows = min(args.max_train_samples or VALIDATION_ROWS, VALIDATION_ROWS)
-    return read("train", args.max_train_samples), read(measured, rows)
+    return read("train", args.max_train_samples, "train"), read(measured, rows, "validation")
 
 
 def pack_captions(tokens: torch.Tensor, pad_token_id: int, downsample_factor: int) -> torch.Tensor:
@@ -250,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = setup.make_accelerator(args)
     check_unsharded(accelerator)
     with setup.open_run(
-        args, accelerator, project=PROJECT, folders=["tokenizer"], files=["README.md", "config.json"]
+        args, accelerator, project=PROJECT, folders=["tokenizer", LISTED_FOLDER], files=["README.md", "config.json"]
     ) as run:
         train(args, accelerator, run)
 

@@ -1,4 +1,4 @@
-"""Sounds of a dataset, decoded when they are asked for, and random parts of them."""
+"""Sounds of a dataset or a stream, decoded when they are asked for, and random parts of them."""
 
 import argparse
 import logging
@@ -14,13 +14,16 @@ from ..utils.sounds import part_start, read_part, read_sound, sound_seconds
 from .checkpoints import fingerprint
 from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, try_rows
 from .data_identity import rows_fingerprint
-from .draws import row_generators
+from .draws import row_generators, step_generator
 from .image_dataset import CACHED_BYTES, MAX_TRIED
+from .sample_stream import SampleStream, in_memory
+from .table_files import stream_identity
 
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_SOUNDS = 256  # at most
+_DRAWS = 5  # tells the draws of a stream's parts from others of their step
 
 
 class SoundDataset:
@@ -127,9 +130,43 @@ class SoundDataset:
                 logger.warning(f"more sounds that can't be read than {MAX_NAMED} are not named")
 
 
-def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[SoundDataset, SoundDataset]:
-    """The sounds of the training split, and the first of those that validation measures; by the flags of the data, of
-    which it settles ``validation_split``."""
+class SoundStream(SampleStream):
+    """Parts of the sounds of a stream, see [`~training.sample_stream.SampleStream`]: each a float32 (length,), drawn
+    from the seed and its position; shorter sounds are followed by silence.
+
+    Args:
+        dataset: a `datasets.IterableDataset` with that column, undecoded.
+        audio_column: the column's name.
+        sampling_rate: that sounds are resampled to.
+        length: of a part, in samples.
+        seed: of the orders and the parts.
+        source: what tells the data from others ([`~training.table_files.stream_identity`]).
+    """
+
+    noun, feature = "sound", "Audio"
+
+    def __init__(
+        self, dataset: Any, audio_column: str, sampling_rate: int, length: int, *, seed: int, source: str
+    ) -> None:
+        self.sampling_rate, self.length, self.source = sampling_rate, length, source
+        self.begin(dataset, audio_column, seed)
+
+    def identity(self) -> dict[str, str]:
+        """What tells these sounds from others, for the identity of a run."""
+        return {"sounds": self.source}
+
+    def read(self, value: Any, position: int) -> torch.Tensor:
+        """A part of a sound, (length,) float32."""
+        share = torch.rand(1, generator=step_generator(self.seed, position, _DRAWS)).item()
+        part = as_waveform(_kept(read_part(value, self.sampling_rate, share, self.length)))
+        return torch.nn.functional.pad(part, (0, self.length - len(part)))
+
+
+def load_sounds(
+    args: argparse.Namespace, sampling_rate: int, length: int
+) -> tuple[SoundDataset | SoundStream, SoundDataset]:
+    """The sounds of the training split, as a stream parts of `length` samples, and the first of those that validation
+    measures; by the flags of the data, of which it settles ``validation_split``."""
     splits = load_splits(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -137,10 +174,17 @@ def load_sounds(args: argparse.Namespace, sampling_rate: int) -> tuple[SoundData
         columns=[args.audio_column],
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
+        streaming=args.streaming,
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
     held_out = "train" if args.validation_split == "none" else args.validation_split
     limit = min(VALIDATION_SOUNDS, args.max_train_samples or VALIDATION_SOUNDS)
+    if args.streaming:
+        read = args.audio_column, sampling_rate
+        source = stream_identity(splits, "train", args.audio_column)
+        sounds, first = (SoundStream.open_column(splits, name, args.audio_column) for name in ("train", held_out))
+        measured = SoundDataset(in_memory(first.take(limit)), *read)
+        return SoundStream(sounds, *read, length, seed=args.seed, source=source), measured
     train, measured = (
         take_split(splits, name, columns=[args.audio_column], max_samples=count)
         for name, count in (("train", args.max_train_samples), (held_out, limit))

@@ -29,6 +29,7 @@ from .table_files import (
     kinds_of_tables,
     loading,
     picture_folder,
+    split_names,
     split_of,
     warn_of_unsaid,
     with_paths,
@@ -211,20 +212,21 @@ def _check_columns(columns: Iterable[str], there: list[str]) -> None:
             raise ValueError(f"column {column!r} is not in the data: it has {there}")
 
 
-def choose_validation_split(splits: dict, validation_split: str | None) -> str:
+def choose_validation_split(splits: Splits, validation_split: str | None) -> str:
     """The split to measure on, ``"none"`` for the training data: ``test`` by default, where there is one.
 
     Raises:
         MissingSplitError: if the one asked for is not there.
     """
+    names = split_names(splits)
     if validation_split is None:
-        if "test" in splits:
+        if "test" in names:
             return "test"
-        logger.warning(f"the data has no test split, only {sorted(map(str, splits))}: measuring on training data")
+        logger.warning(f"the data has no test split, only {names}: measuring on training data")
         return "none"
-    if validation_split != "none" and validation_split not in splits:
+    if validation_split != "none" and validation_split not in names:
         raise MissingSplitError(
-            f"validation_split={validation_split!r} is not in the data: it has {sorted(map(str, splits))}; 'none' "
+            f"validation_split={validation_split!r} is not in the data: it has {names}; 'none' "
             "measures on training data"
         )
     return validation_split

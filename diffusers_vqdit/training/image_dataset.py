@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,10 +17,11 @@ from ..utils.decoding import as_picture_column, image_size, place
 from ..utils.distributed import process_rank
 from ..utils.fitting import cuts_much
 from .checkpoints import fingerprint
-from .data import MAX_NAMED, MissingSplitError, choose_validation_split, decode_images, load_splits, take_split
+from .data import MAX_NAMED, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader, crop_warning
-from .image_stream import ImageStream, open_pictures
+from .image_stream import ImageStream
+from .sample_stream import in_memory
 from .table_files import stream_identity
 
 
@@ -112,6 +112,13 @@ class ImageDataset(ImageReader):
             "interpolation": self.interpolation,
         }
 
+    def with_files(self, batches: Iterable[list[int]]) -> Iterator[tuple[list[int], Any]]:
+        """Lists of rows, each with what [`take_files`] needs to decode them in another process: here nothing."""
+        return ((rows, None) for rows in batches)
+
+    def take_files(self, files: Any) -> None:
+        """Decode rows of these files from now on."""
+
     def placed(self, row: int) -> str:
         """Where a row's picture is, for a warning."""
         try:
@@ -188,11 +195,9 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, I
     own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}
     read, column = (args.image_column, args.resolution), args.image_column
     if args.streaming:
-        if "train" not in splits:
-            raise MissingSplitError(f"split='train' is not in the data: it has {sorted(map(str, splits))}")
-        measured = datasets.Dataset.from_list(list(open_pictures(splits, held_out, column).take(limit)))
-        source = stream_identity(splits, "train", column)
-        pictures = ImageStream(open_pictures(splits, "train", column), *read, source=source, **own)
+        train, first = (ImageStream.open_column(splits, name, column) for name in ("train", held_out))
+        measured = in_memory(first.take(limit))
+        pictures = ImageStream(train, *read, source=stream_identity(splits, "train", column), **own)
         return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
     train, measured = (
         take_split(splits, name, image_column=column, max_samples=count)

@@ -7,6 +7,7 @@ import torch
 
 from ..models.text_vq import TextVQModel
 from ..models.vae_latents import downsample_factor, latent_statistics, measure_latents
+from ..pipelines.image_segment import ImageReader
 from ..utils.buckets import check_resolution
 from ..utils.distributed import from_main_process, process_rank
 from ..utils.labels import encode_labels
@@ -17,6 +18,8 @@ from .data import load_training_dataset
 from .image_dataset import ImageDataset
 from .latent_loss import drawn_to_drop
 from .picture_tensors import PictureTensors
+from .row_stream import LISTED_FOLDER
+from .streamed_images import StreamedImages
 
 
 STATES_FILE = "caption_states.arrow"  # in a run's folder
@@ -28,16 +31,22 @@ def load_data(
     """What is trained on: pictures; by row of the data their captions by column, and labels; the labels' names."""
     if args.caption_columns and parts["text_encoder"] is None:
         raise ValueError("caption_columns need --text_vq or --text_encoder, or a pretrained pipeline that has one")
+    columns = [*args.caption_columns, *([args.label_column] if args.label_column else [])]
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
-        columns=[*args.caption_columns, *([args.label_column] if args.label_column else [])],
+        columns=columns,
         image_column=args.image_column,
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,
+        streaming=args.streaming,
     )
+    stream = None
+    if args.streaming:
+        stream = dataset
+        dataset = stream.rows(args.output_dir / LISTED_FOLDER, columns, {args.image_column: ImageReader})
     vae, transformer = parts["vae"], parts["transformer"]
     resolution = args.resolution
     if resolution is None:
@@ -60,7 +69,9 @@ def load_data(
         feature, values = dataset.features[args.label_column], dataset[args.label_column]
         labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
     options = {"resize_mode": parts["resize_mode"], "interpolation": args.image_interpolation_mode}
-    return ImageDataset(dataset, args.image_column, resolution, **options), captions, labels, id2label
+    reading = (dataset, args.image_column, resolution)
+    images = ImageDataset(*reading, **options) if stream is None else StreamedImages(stream, *reading, **options)
+    return images, captions, labels, id2label
 
 
 def take_rows(

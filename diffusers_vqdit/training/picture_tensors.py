@@ -59,7 +59,9 @@ class _Readable(Dataset):
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
-    def __getitem__(self, rows: list[int]) -> tuple[torch.Tensor | None, list[int], list[str]]:
+    def __getitem__(self, read: tuple[list[int], Any]) -> tuple[torch.Tensor | None, list[int], list[str]]:
+        rows, files = read
+        self.images.take_files(files)
         pictures, kept, problems = try_rows(self.images.decode, self.images.placed, rows)
         return torch.stack(pictures) if pictures else None, kept, problems
 
@@ -133,7 +135,7 @@ def _make_parts(
         DataLoader(
             _Readable(images),
             batch_size=None,
-            sampler=[rows.tolist() for own in batches.values() for rows in own],
+            sampler=images.with_files([rows.tolist() for own in batches.values() for rows in own]),
             num_workers=num_workers,
             collate_fn=_as_they_are,
             generator=torch.Generator(),  # else it draws from that of the models' weights

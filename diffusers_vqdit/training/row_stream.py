@@ -26,6 +26,7 @@ from .table_files import (
     check_files,
     check_schema,
     compare_files,
+    is_by_column,
     loading,
     split_of,
     stream_of,
@@ -35,6 +36,7 @@ from .table_files import (
 
 # The column that says where a row's files are: in which of the source's shards, in the upper bits, and in which row.
 POSITION = "position in the stream"
+LISTED_FOLDER = "rows"  # in a run's folder, of what is listed
 _ROW_BITS = 40
 _FILE_ROWS, _PLAIN_ROWS = 100, 1000  # that are read at once, with files and without
 
@@ -60,7 +62,7 @@ class RowStream:
                 "leave streaming out"
             )
         first = str(next(iter(splits)))
-        self.by_column = len(splits) == 1 and SPLIT_COLUMN in splits[first].features
+        self.by_column = is_by_column(splits)
         if not self.by_column and split not in splits:
             raise MissingSplitError(f"split={split!r} is not in the data: it has {sorted(map(str, splits))}")
         self.split, self.max_samples = split, max_samples

@@ -206,15 +206,6 @@ def add_bucket_argument(group: argparse._ActionsContainer, default: str) -> None
     )
 
 
-def add_streaming_argument(group: argparse._ActionsContainer) -> None:
-    """Add ``--streaming``, of data that is encoded."""
-    group.add_argument(
-        "--streaming",
-        action="store_true",
-        help="Read the parquet, Arrow or webdataset files of --dataset_name as they are encoded, without a copy.",
-    )
-
-
 def add_text_tokenizer_argument(group: argparse._ActionsContainer) -> None:
     """Add ``--text_tokenizer``, for texts whose codes are token ids."""
     group.add_argument(

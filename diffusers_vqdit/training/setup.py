@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .arguments import tracker_config
+from .audio_data import SoundDataset, SoundStream, load_crops
 from .checkpoints import OLDER, read_manifest
 from .data import bucket_batches, shuffled_batches
 from .image_dataset import ImageDataset, load_batches
@@ -204,6 +205,24 @@ def image_batches(
     first = step * args.gradient_accumulation_steps * stride + accelerator.process_index * args.train_batch_size
     batches = run_batches(args, accelerator, len(images), step)
     return load_batches(images, batches, first=first, stride=stride, num_workers=args.dataloader_num_workers)
+
+
+def sound_batches(
+    args: argparse.Namespace, accelerator: Accelerator, sounds: SoundDataset | SoundStream, length: int, step: int
+) -> Iterator[torch.Tensor]:
+    """This process's batches of parts of sounds (B, length), from those of optimizer step `step` on; a stream's from
+    its own state on."""
+    if isinstance(sounds, SoundStream):
+        return sounds.batches(args.train_batch_size, args.dataloader_num_workers)
+    return load_crops(
+        sounds,
+        run_batches(args, accelerator, len(sounds), step),
+        length,
+        seed=args.seed,
+        step=step * args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        num_workers=args.dataloader_num_workers,
+    )
 
 
 def progress_bar(accelerator: Accelerator, max_steps: int, step: int) -> tqdm:

@@ -40,6 +40,7 @@ class Splits(dict):
     folder: Path | None = None
     dataset_name = ""
     builder: Any = None
+    names: list[str] | None = None  # once they are known, see [`split_names`]
 
 
 def find_table_files(dataset_name: str) -> list[str]:
@@ -116,6 +117,25 @@ def split_of(value: Any, row: int) -> str | None:
     if isinstance(value, list | dict):
         raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
     return None if value == "" else value
+
+
+def is_by_column(splits: Splits) -> bool:
+    """Whether splits are streamed, and one table whose column ``split`` says which row is of which."""
+    if splits.builder is None or len(splits) != 1:
+        return False
+    return SPLIT_COLUMN in (next(iter(splits.values())).column_names or ())
+
+
+def split_names(splits: Splits) -> list[str]:
+    """The splits' names; of a streamed table with a column ``split`` those in it, which is read once for that."""
+    if splits.names is None:
+        splits.names = sorted(map(str, splits))
+        if is_by_column(splits):
+            with loading(f"dataset_name={shown(splits.dataset_name)} can't be read: column {SPLIT_COLUMN!r}"):
+                rows = enumerate(stream_of(splits.builder, splits.names[0], [SPLIT_COLUMN]))
+                found = {split_of(one[SPLIT_COLUMN], row) for row, one in rows}
+                splits.names = sorted(name for name in found if name is not None)
+    return splits.names
 
 
 def warn_of_unsaid(unsaid: int, count: int) -> None:
@@ -199,7 +219,10 @@ def compare_files(splits: Splits, split: str) -> None:
 def stream_identity(splits: Splits, split: str, column: str) -> str:
     """What tells a column of a split of streams from others, on all processes, which must call it: names, sizes and
     times of the first one's files, or the revision of a repository."""
-    content = [splits.builder.name, column, _files_identity(splits.builder.config.data_files[split], times=True)]
+    by_column = is_by_column(splits)
+    source = str(next(iter(splits))) if by_column else split
+    content = [splits.builder.name, column, _files_identity(splits.builder.config.data_files[source], times=True)]
+    content += [split] if by_column else []
     return from_main_process(hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 

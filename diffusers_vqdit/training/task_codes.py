@@ -29,12 +29,12 @@ from .segment_columns import (
     RESERVED,
     add_bucket_argument,
     add_segment_argument,
-    add_streaming_argument,
     add_text_arguments,
     audio_options,
     files_of,
     load_tokenizers,
 )
+from .streaming_arguments import add_streaming_argument, check_streaming
 
 
 NAMED = ("image_vq", "text_vq", "tokenizer", *ENCODERS)  # the pipeline's components that make codes, or states
@@ -85,8 +85,7 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     sources = [args.codes_dir, args.dataset_name, args.train_data_dir]
     if sum(source is not None for source in sources) != 1:
         parser.error("give one of --codes_dir, --dataset_name and --train_data_dir")
-    if args.streaming and args.dataset_name is None:
-        parser.error("--streaming needs --dataset_name")
+    check_streaming(parser, args)
 
 
 def settle_reading(args: argparse.Namespace, parts: dict[str, Any], codes: CodeDataset | None) -> None:

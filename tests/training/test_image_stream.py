@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training import image_dataset, image_stream
-from diffusers_vqdit.training.data import load_splits
-from diffusers_vqdit.training.image_stream import ImageStream, open_pictures, picture_stream
+from diffusers_vqdit.training import image_dataset, sample_stream
+from diffusers_vqdit.training.data import load_splits, take_split
+from diffusers_vqdit.training.image_dataset import ImageDataset
+from diffusers_vqdit.training.image_stream import ImageStream
+from diffusers_vqdit.training.table_files import split_names, stream_identity
 
 
 COUNT, SHARDS = 30, 4
@@ -26,7 +28,7 @@ COUNT, SHARDS = 30, 4
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Parquet files of pictures, each of a grey of its own, of uneven numbers of rows."""
-    monkeypatch.setattr(image_stream, "WINDOW", 4)
+    monkeypatch.setattr(sample_stream, "WINDOW", 4)
     (tmp_path / "data").mkdir()
     for shard, rows in enumerate(np.array_split(np.arange(COUNT), SHARDS)):
         values = []
@@ -41,7 +43,7 @@ def shards(tmp_path, monkeypatch):
 
 def stream(shards, **options):
     splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
-    return ImageStream(open_pictures(splits, "train", "image"), "image", 8, seed=1, **options)
+    return ImageStream(ImageStream.open_column(splits, "train", "image"), "image", 8, seed=1, **options)
 
 
 def greys(batches, count):
@@ -78,7 +80,7 @@ def test_a_run_goes_on_with_the_next_sample(shards, taken, workers):
 def test_processes_share_the_samples(shards, monkeypatch):
     found = []
     for rank in range(2):
-        monkeypatch.setattr(image_stream, "process_rank", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(sample_stream, "process_rank", lambda rank=rank: (rank, 2))
         found.append(greys(stream(shards).batches(7), 2))  # less than the smallest half of the shards has
     assert len(set(found[0] + found[1])) == 28
     monkeypatch.undo()
@@ -86,22 +88,41 @@ def test_processes_share_the_samples(shards, monkeypatch):
         stream(shards).load_state_dict({"processes": {"0": [0, 0, None, 0, 0], "1": [0, 0, None, 0, 0]}})
 
 
+@pytest.mark.parametrize(("split", "rows"), [("train", 19), ("test", 10)])
+def test_a_column_says_which_rows_are_of_the_split(shards, tmp_path, split, rows):
+    for number in range(SHARDS):
+        path = shards / f"train-{number}.parquet"
+        table = pq.read_table(path)
+        said = [("train", "test", "train")[row % 3] for row in range(len(table))]
+        said[0] = said[0] if number else None  # of no split
+        pq.write_table(table.append_column("split", pa.array(said)), path)
+    splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
+    assert split_names(splits) == ["test", "train"]
+    images = ImageStream(ImageStream.open_column(splits, split, "image"), "image", 8, seed=1)
+    found = greys(images.batches(rows), 2)
+    copied = load_splits(dataset_name=f"{shards}/*.parquet", cache_dir=str(tmp_path / "cache"))
+    expected = ImageDataset(take_split(copied, split, image_column="image"), "image", 8).pictures[:, 0, 0, 0] // 4
+    assert sorted(found[:rows]) == sorted(found[rows:]) == sorted(expected.tolist())
+    identities = [stream_identity(splits, name, "image") for name in ("train", "test")]
+    assert identities[0] != identities[1]
+
+
 def test_broken_pictures_are_named_and_replaced(caplog):
     data = io.BytesIO()
     Image.new("RGB", (8, 8), (40, 40, 40)).save(data, "PNG")
     rows = [{"image": data.getvalue() if index % 3 else b"broken"} for index in range(9)]
     dataset = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    made = ImageStream(picture_stream(dataset, "image"), "image", 8)
+    made = ImageStream(ImageStream.undecoded(dataset, "image"), "image", 8)
     assert (next(made.batches(9)) == 40).all()
     assert sum("skipped picture at position" in record.message for record in caplog.records) == 3
     dataset = datasets.Dataset.from_list([{"image": b"broken"}] * 4).to_iterable_dataset()
     with pytest.raises(ValueError, match="no picture of a batch could be read"):
-        next(ImageStream(picture_stream(dataset, "image"), "image", 8).batches(4))
+        next(ImageStream(ImageStream.undecoded(dataset, "image"), "image", 8).batches(4))
     with pytest.raises(ValueError, match=r"column 'photo' is not in the data: it has \['image'\]"):
-        picture_stream(dataset, "photo")
+        ImageStream.undecoded(dataset, "photo")
     words = datasets.Dataset.from_list([{"image": "a.png"}]).to_iterable_dataset()
     with pytest.raises(ValueError, match="streamed pictures must be bytes"):
-        picture_stream(words, "image")
+        ImageStream.undecoded(words, "image")
 
 
 def test_a_later_file_of_another_column_is_named_before_the_training(shards):
@@ -113,7 +134,7 @@ def test_a_later_file_of_another_column_is_named_before_the_training(shards):
     with pytest.raises(ValueError, match=r"can't be read: column 'image' is not in '\S+train-2.parquet', which has"):
         stream(shards)
     splits = load_splits(dataset_name=f"{shards}/*.parquet", streaming=True)
-    unchecked = ImageStream(picture_stream(splits["train"], "image"), "image", 8)  # as of the Hub's
+    unchecked = ImageStream(ImageStream.undecoded(splits["train"], "image"), "image", 8)  # as of the Hub's
     pq.write_table(pa.table({"image": pa.array([1, 2])}), path)
     with pytest.raises(ValueError, match="column 'image' of the stream can't be read: Couldn't cast array"):
         list(itertools.islice(unchecked.batches(5), 8))

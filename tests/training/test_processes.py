@@ -88,6 +88,12 @@ CASES = {
         "--use_ema --num_layers 2 --num_attention_heads 2 --attention_head_dim 16 --caption_dropout 0.5 "
         "--label_dropout 0.5",
     ),
+    "latent_dit, streamed": (
+        "train_latent_dit",
+        8,
+        "--streaming --image_vq {image_vq} --text_vq {text_vq} --caption_columns text phrase --label_column label "
+        "--num_layers 1 --num_attention_heads 2 --attention_head_dim 16",
+    ),
     "latent_dit, epsilon": (
         "train_latent_dit",
         8,

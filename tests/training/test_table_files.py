@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusers_vqdit.training import table_files
 from diffusers_vqdit.training.data import decode_images, load_splits, load_training_dataset, take_split
-from diffusers_vqdit.training.image_stream import open_pictures
+from diffusers_vqdit.training.image_stream import ImageStream
 from diffusers_vqdit.training.table_files import Splits, compare_files, find_table_files, stream_identity
 
 
@@ -30,7 +30,7 @@ def _open(rank, folders, store, queue):
     splits = load_splits(dataset_name=f"{folders[rank]}/*.parquet", streaming=True)
     said = []
     for read in (
-        lambda: open_pictures(splits, "train", "image"),
+        lambda: ImageStream.open_column(splits, "train", "image"),
         lambda: take_split(splits, "train").rows(folders[0] / "rows", ["text"], {}),
     ):
         try:
