@@ -32,10 +32,13 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
-from diffusers_vqdit.tasks import Task, parse_tasks
+from diffusers_vqdit.tasks import Task, check_task, parse_tasks
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.draws import step_generator
+from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.finetuning import check_same_segments
 from diffusers_vqdit.training.masked_loss import draw_task, stratified_timesteps
+from diffusers_vqdit.training.muon import block_matrices
 from diffusers_vqdit.training.optimization import parameter_groups, set_dropout
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -208,14 +211,8 @@ def make_update(
     """What clips the gradients of `transformer` and steps, without waiting for the device, and the averages that it
     keeps. The step is that of `weights`, in single precision, which are rounded to the transformer's type."""
     working, parameters = list(transformer.parameters()), list(weights.parameters())
-    matrices = [
-        parameter
-        for name, parameter in weights.named_parameters()
-        if name.startswith("transformer_blocks") and parameter.ndim == 2 and ".adaln." not in name
-    ]
-    others = parameter_groups(weights, 0.01)
-    for group in others:
-        group["params"] = [one for one in group["params"] if not any(one is matrix for matrix in matrices)]
+    matrices = block_matrices(weights)
+    others = parameter_groups(weights, 0.01, without=matrices)
     options = {"fused": True, "capturable": True} if rate.is_cuda else {}
     adamw, muon = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), **options), Muon(matrices, rate)
     for group in others:
@@ -246,9 +243,15 @@ def drawn_rows(repeats: Path | None, count: int, batch_size: int) -> torch.Tenso
     """The rows of an epoch, each as often as the file says, or once.
 
     Raises:
-        ValueError: for a file of another shape or kind, or fewer rows than a batch has.
+        ValueError: for a file that can't be read, is of another shape or kind, or of fewer rows than a batch has.
     """
-    times = np.ones(count, np.int64) if repeats is None else np.load(repeats)
+    times = np.ones(count, np.int64)
+    if repeats is not None:
+        try:
+            with open(repeats, "rb") as file:
+                times = np.lib.format.read_array(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--row_repeats {repeats} is no array that numpy.save wrote: {error}") from error
     if times.shape != (count,) or times.dtype.kind not in "iu" or times.min() < 0:
         raise ValueError(
             f"--row_repeats {repeats} has {times.dtype} of shape {times.shape}; it must have a whole number from 0 up "
@@ -256,22 +259,46 @@ def drawn_rows(repeats: Path | None, count: int, batch_size: int) -> torch.Tenso
         )
     if batch_size > times.sum():
         raise ValueError(f"--train_batch_size {batch_size} is more than the {times.sum()} rows of an epoch")
-    return torch.from_numpy(np.repeat(np.arange(count), times))
+    return torch.from_numpy(np.repeat(np.arange(count), times.astype(np.int64)))
+
+
+def check_tasks(tasks: list[Task], transformer: VQDiTTransformer2DModel, codes: CodeDataset) -> None:
+    """Refuse what can't be captured, or isn't of these codes and this transformer.
+
+    Raises:
+        ValueError: for a task that the transformer doesn't know, and segments that aren't in the codes, are others
+            there, or have several shapes or states.
+    """
+    for task in tasks:
+        check_task(task, transformer.config.tasks)
+    names = {name for task in tasks for name in task.segments}
+    if missing := sorted(names - set(codes.segments)):
+        raise ValueError(f"--codes_dir {codes.folder} has no segments {missing}, but {sorted(codes.segments)}")
+    segments = {name: codes.segments[name] for name in sorted(names)}
+    check_same_segments(transformer, segments)
+    uncaptured = [name for name, one in segments.items() if "channels" in one or "block_length" in one]
+    if uncaptured or codes.buckets is not None:
+        raise ValueError(
+            f"--codes_dir {codes.folder}: {uncaptured or 'pictures'} are states or of several shapes, which have no "
+            "captured steps; use training/train_vqdit.py"
+        )
 
 
 def main(args: argparse.Namespace) -> None:
     # 1. Transformer, codes, tasks
+    check_output_file("output_dir", args.output_dir / "config.json")  # before the training, not after it
     started, device = time.time(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    folder = Path(args.pretrained_model_name_or_path)
-    weights = VQDiTTransformer2DModel.from_pretrained(folder / "transformer").to(device, torch.float32).train()
+    name = args.pretrained_model_name_or_path
+    weights = VQDiTTransformer2DModel.from_pretrained(name, subfolder="transformer").to(device, torch.float32).train()
     set_dropout(weights, args.dropout)
     transformer = copy.deepcopy(weights)
     if device.type == "cuda":
         transformer.to(torch.bfloat16)
         transformer.compile_repeated_blocks(dynamic=True)
-    scheduler = MaskedDiffusionScheduler.from_pretrained(folder / "scheduler")
+    scheduler = MaskedDiffusionScheduler.from_pretrained(name, subfolder="scheduler")
     codes, tasks, size = CodeDataset(args.codes_dir), parse_tasks(args.tasks), args.train_batch_size
+    check_tasks([task for task, _ in tasks], weights, codes)
     rows_of_epoch = drawn_rows(args.row_repeats, len(codes), size)
 
     # 2. Steps
@@ -286,8 +313,11 @@ def main(args: argparse.Namespace) -> None:
             with torch.compiler.set_stance("default" if weight >= COMPILED * shares else "force_eager"):
                 steps[str(task)].capture(pool)
         torch.cuda.synchronize()
-    captured, limit = time.time(), 60 * args.minutes
+    captured = time.time()
+    left = 60 * args.minutes - (captured - started)
     print(f"{len(steps)} tasks after {captured - started:.1f} s", flush=True)
+    if left <= 0:
+        raise ValueError(f"--minutes {args.minutes:g} were over before the first step: give more")
 
     # 3. Train
     order, losses, done, number = torch.empty(0, dtype=torch.long), {}, 0.0, 0
@@ -307,7 +337,7 @@ def main(args: argparse.Namespace) -> None:
             seen = {name: value.item() for name, value in losses.items()}
             if not all(map(math.isfinite, seen.values())):
                 raise RuntimeError(f"step {number}: the loss is not finite: {seen}. Lower --learning_rate")
-            done = (time.time() - captured) / (limit - (captured - started))
+            done = (time.time() - captured) / left
             if number % (20 * LOOKS) == 0 or done >= 1:
                 told = ", ".join(f"{name} {value:.3f}" for name, value in seen.items())
                 print(f"step {number}, {1000 * (time.time() - captured) / number:.1f} ms each: {told}", flush=True)

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from PIL import Image, ImageSequence
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
+from diffusers_vqdit.training.codes import CodeDataset
+from diffusers_vqdit.training.data import load_training_dataset
+from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.masked_loss import masked_diffusion_loss
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
@@ -183,6 +187,71 @@ def test_repeats_of_other_rows_are_refused(captured, tmp_path, wrong):
     np.save(tmp_path / "repeats.npy", wrong)
     with pytest.raises(ValueError, match="must have a whole number from 0 up for each of the 3 rows"):
         captured.drawn_rows(tmp_path / "repeats.npy", 3, 1)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint64, np.int16])
+def test_repeats_may_be_of_any_whole_numbers(captured, tmp_path, kind):
+    np.save(tmp_path / "repeats.npy", np.array([2, 0, 200], kind))
+    assert captured.drawn_rows(tmp_path / "repeats.npy", 3, 3).bincount().tolist() == [2, 0, 200]
+
+
+@pytest.mark.parametrize("kind", ["gone", "a folder", "empty", "a text", "cut off", "several arrays", "objects"])
+def test_repeats_that_cant_be_read_are_refused(captured, tmp_path, kind):
+    path = tmp_path / "repeats.npy"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind in ("empty", "a text"):
+        path.write_text("" if kind == "empty" else "1\n1\n1\n")
+    elif kind in ("cut off", "objects"):
+        np.save(path, np.ones(3, np.int64 if kind == "cut off" else object))
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "several arrays":
+        with open(path, "wb") as file:
+            np.savez(file, np.ones(3, np.int64))
+    with pytest.raises(ValueError, match=f"--row_repeats {re.escape(str(path))} is no array that numpy.save wrote"):
+        captured.drawn_rows(path, 3, 1)
+
+
+@pytest.fixture
+def start(pipeline, picture_folder, image_vq, text_vq, tokenizer, tmp_path):
+    """The arguments that train a pipeline by captured steps, without those of the training."""
+    pipeline.transformer.register_to_config(tasks=["text->image", "label->text"])
+    pipeline.save_pretrained(tmp_path / "start")
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    parts = {"image_vq": image_vq, "text_vq": text_vq, "tokenizer": tokenizer, "caption_column": "text"}
+    encode_dataset(dataset, tmp_path / "codes", resolution=16, batch_size=3, image_column="image", **parts)
+    arguments = ["--pretrained_model_name_or_path", tmp_path / "start", "--codes_dir", tmp_path / "codes"]
+    return [*map(str, arguments), "--output_dir", str(tmp_path / "transformer"), "--train_batch_size", "2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--tasks", "image->text"], "not trained for the task 'image->text'; it knows text->image"),
+        (["--tasks", "text->image,label->text"], r"has no segments \['label'\], but \['image', 'text'\]"),
+        (["--tasks", "text->image", "--minutes", "1e-6"], "--minutes 1e-06 were over before the first step"),
+        (["--tasks", "text->image", "--output_dir", __file__], "output_dir=.* can't be written"),
+    ],
+)
+def test_what_cant_be_trained_by_captured_steps_is_told_before_the_first(captured, start, monkeypatch, given, told):
+    monkeypatch.setattr(captured.TrainingStep, "__call__", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=told):
+        captured.main(captured.parse_args([*start, "--minutes", "1", *given]))
+
+
+@pytest.mark.parametrize("change", ["another grid", "states", "blocks", "buckets"])
+def test_codes_that_have_no_captured_steps_are_refused(captured, start, transformer, tmp_path, change):
+    codes, told = CodeDataset(tmp_path / "codes"), "states or of several shapes"
+    if change == "another grid":
+        codes.segments["image"]["shape"], told = [2, 8], "segment 'image' is .* in the data but"
+    elif change == "buckets":
+        codes.buckets = torch.zeros(len(codes))
+    else:
+        name, value = {"states": ("channels", 12), "blocks": ("block_length", 4)}[change]
+        for segments in (codes.segments, transformer.config.segments):
+            segments["text"] = {**segments["text"], name: value}
+    with pytest.raises(ValueError, match=told):
+        captured.check_tasks([Task.parse("text->image")], transformer, codes)
 
 
 @pytest.mark.slow
