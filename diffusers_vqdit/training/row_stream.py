@@ -137,7 +137,8 @@ class RowStream:
             found = sorted({name for part in parts for name in part["splits"]})
             if self.split not in found:
                 raise MissingSplitError(f"split={self.split!r} is not in the data: it has {found}")
-            warn_of_unsaid(sum(part["unsaid"] for part in parts), sum(part["rows"] for part in parts))
+            if self.splits.names is None:  # else they were told with the names
+                warn_of_unsaid(sum(part["unsaid"] for part in parts), sum(part["rows"] for part in parts))
         names = [name for part in parts for name in part["files"]]
         if not names:
             raise ValueError(f"split={self.split!r} has no rows")

@@ -22,6 +22,7 @@ from .table_files import (
     is_by_column,
     loading,
     split_names,
+    split_of,
     stream_of,
 )
 
@@ -103,7 +104,7 @@ class SampleStream(Dataset, ABC):
         check_files(splits, source, splits[source].features, columns)
         dataset = cls.undecoded(stream_of(splits.builder, source, columns), column)
         if by_column:
-            dataset = dataset.filter(lambda said: said == split, input_columns=SPLIT_COLUMN)
+            dataset = dataset.filter(lambda said: split_of(said, 0) == split, input_columns=SPLIT_COLUMN)
         return dataset.select_columns(column)
 
     @abstractmethod

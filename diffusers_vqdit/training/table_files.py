@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ TEXT_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 SPLIT_COLUMN = "split"  # of one table that has several splits
+_SPLIT_ROWS = 10_000  # of that column, that are read at once
 
 
 class MissingSplitError(ValueError):
@@ -113,10 +115,10 @@ def with_paths(dataset: Any, column: str, folder: Path) -> Any:
 
 
 def split_of(value: Any, row: int) -> str | None:
-    """The name of a split in a column of them; None where nothing is said."""
+    """The name of a split in a column of them, which may be of numbers; None where nothing is said."""
     if isinstance(value, list | dict):
         raise ValueError(f"column 'split' has {shown(value, 40)} in row {row}; it must be the name of a split")
-    return None if value == "" else value
+    return None if value is None or value == "" else str(value)
 
 
 def is_by_column(splits: Splits) -> bool:
@@ -127,14 +129,19 @@ def is_by_column(splits: Splits) -> bool:
 
 
 def split_names(splits: Splits) -> list[str]:
-    """The splits' names; of a streamed table with a column ``split`` those in it, which is read once for that."""
+    """The splits' names; of a streamed table with a column ``split`` those in it, which is read once for that, with a
+    warning where rows are of none."""
     if splits.names is None:
         splits.names = sorted(map(str, splits))
         if is_by_column(splits):
+            found: Counter[str | None] = Counter()
             with loading(f"dataset_name={shown(splits.dataset_name)} can't be read: column {SPLIT_COLUMN!r}"):
-                rows = enumerate(stream_of(splits.builder, splits.names[0], [SPLIT_COLUMN]))
-                found = {split_of(one[SPLIT_COLUMN], row) for row, one in rows}
-                splits.names = sorted(name for name in found if name is not None)
+                stream = stream_of(splits.builder, splits.names[0], [SPLIT_COLUMN]).with_format("arrow")
+                for table in stream.iter(_SPLIT_ROWS):
+                    first = found.total()
+                    found.update(split_of(one, first + n) for n, one in enumerate(table[SPLIT_COLUMN].to_pylist()))
+            warn_of_unsaid(found[None], found.total())
+            splits.names = sorted(name for name in found if name is not None)
     return splits.names
 
 

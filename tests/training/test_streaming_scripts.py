@@ -140,7 +140,7 @@ def test_parts_of_the_pictures_are_found_where_they_lie(data_sources, tmp_path, 
 
 
 @pytest.mark.parametrize("more", ["", "--max_train_samples 9 --pack_captions"])
-def test_texts_of_a_stream_are_those_of_a_copy(run, script, tmp_path, more):
+def test_texts_of_a_stream_are_those_of_a_copy(run, tmp_path, caplog, more):
     texts = [[f"caption {row}", f"another of {row % 3}"][: 1 + row % 2] for row in range(20)]
     names = [f"name {row}" for row in range(20)]
     pq.write_table(pa.table({"text": texts, "name": names, "image": [b"x" * 100] * 20}), tmp_path / "t.parquet")
@@ -151,6 +151,7 @@ def test_texts_of_a_stream_are_those_of_a_copy(run, script, tmp_path, more):
     )
     run("train_text_vq", f"{arguments} --output_dir {tmp_path / 'copied'}")
     folders = go_on(run, "train_text_vq", f"{arguments} --streaming", tmp_path)
+    assert caplog.text.count("1 of 20 rows have nothing in the column 'split'") == 3  # once a run
     assert_same_weights([tmp_path / "copied", *folders], "diffusion_pytorch_model.safetensors")
     tokenizers = [(folder / "tokenizer" / "tokenizer.json").read_bytes() for folder in (tmp_path / "copied", *folders)]
     assert tokenizers[0] == tokenizers[1] == tokenizers[2]
