@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..schedulers.samplers import uniform
 from ..utils.sounds import part_start, read_part, read_sound, sound_seconds
 from .checkpoints import fingerprint
-from .data import MAX_NAMED, choose_validation_split, load_splits, take_split, try_rows
+from .data import MAX_NAMED, MAX_TRIED, choose_validation_split, load_splits, take_split, try_rows
 from .data_identity import rows_fingerprint
 from .draws import row_generators, step_generator
-from .image_dataset import CACHED_BYTES, MAX_TRIED
+from .image_dataset import CACHED_BYTES
 from .sample_stream import SampleStream, in_memory
 from .table_files import stream_identity
 

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 # Else each file is read whole before its first rows are there, and one without rows can't be read.
 _PARQUET = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False), "batch_size": 1000}
 MAX_NAMED = 20  # skipped pictures that are named one by one
+MAX_TRIED = 1000  # pictures or sounds in a row that can't be read
 
 
 def load_splits(

@@ -17,7 +17,7 @@ from ..utils.decoding import as_picture_column, image_size, place
 from ..utils.distributed import process_rank
 from ..utils.fitting import cuts_much
 from .checkpoints import fingerprint
-from .data import MAX_NAMED, choose_validation_split, decode_images, load_splits, take_split
+from .data import MAX_NAMED, MAX_TRIED, choose_validation_split, decode_images, load_splits, take_split
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader, crop_warning
 from .image_stream import ImageStream
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 CACHED_BYTES = 1 << 26  # all decoded pictures are kept in memory where they take no more
 VALIDATION_PICTURES = (1024, 256)  # at most: of a split of their own, of the training split
-MAX_TRIED = 1000  # pictures in a row that can't be read
 LOOKED_AT = 1000  # pictures at most whose sizes tell what a crop cuts off
 
 Problem = tuple[int, str]  # a row, and why it can't be read

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils.distributed import process_rank
-from .data import MAX_NAMED
+from .data import MAX_NAMED, MAX_TRIED
 from .draws import step_generator
 from .table_files import (
     SPLIT_COLUMN,
@@ -38,7 +38,8 @@ class SampleStream(Dataset, ABC):
 
     In each epoch the shards come in another order, of the seed and the epoch, and each window of a thousand samples in
     one of the seed, the epoch and the window. Each process has shards of its own, or every so many samples of all.
-    In place of a sample that can't be read stands the next one of its batch that can.
+    In place of a sample that can't be read stands the next one of its batch that can; in place of a batch of such
+    samples the next one.
 
     Its state is where the batches that were taken end: the epoch, the window, and the place of `datasets` before it.
 
@@ -151,7 +152,11 @@ class SampleStream(Dataset, ABC):
         return {**self.__dict__, "dataset": None, "begun": None}
 
     def batches(self, batch_size: int, num_workers: int = 0) -> Iterator[torch.Tensor]:
-        """Tensors (B, *shape), read by `num_workers` processes, or by this one."""
+        """Tensors (B, *shape), read by `num_workers` processes, or by this one.
+
+        Raises:
+            ValueError: if none of so many samples in a row can be read.
+        """
 
         def places() -> Iterator[list[tuple[Any, int]]]:
             samples = self.samples()
@@ -166,16 +171,21 @@ class SampleStream(Dataset, ABC):
             pin_memory=False,
             generator=torch.Generator(),  # else it draws from that of the models' weights
         )
-        told = 0
+        told = tried = 0
         for items in loader:
             for problem in [one for one in items if isinstance(one, str)][: max(0, MAX_NAMED - told)]:
-                logger.warning(f"skipped {self.noun} {problem}; the next one of its batch stands in for it")
+                logger.warning(f"skipped {self.noun} {problem}; another one stands in for it")
                 told += 1
             readable = [index for index, one in enumerate(items) if not isinstance(one, str)]
-            if not readable:
-                raise ValueError(f"column {self.stream_column!r}: no {self.noun} of a batch could be read: {items[0]}")
-            chosen = [next((n for n in readable if n >= index), readable[0]) for index in range(len(items))]
             self.taken += batch_size
+            tried = 0 if readable else tried + batch_size
+            if tried >= MAX_TRIED:
+                raise ValueError(
+                    f"column {self.stream_column!r}: none of {tried} {self.noun}s in a row could be read: {items[0]}"
+                )
+            if not readable:
+                continue
+            chosen = [next((n for n in readable if n >= index), readable[0]) for index in range(len(items))]
             yield torch.stack([items[index] for index in chosen])
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -119,13 +119,36 @@ def test_broken_pictures_are_named_and_replaced(caplog):
     assert (next(made.batches(9)) == 40).all()
     assert sum("skipped picture at position" in record.message for record in caplog.records) == 3
     dataset = datasets.Dataset.from_list([{"image": b"broken"}] * 4).to_iterable_dataset()
-    with pytest.raises(ValueError, match="no picture of a batch could be read"):
+    with pytest.raises(
+        ValueError, match="none of 1000 pictures in a row could be read: at position"
+    ):
         next(ImageStream(ImageStream.undecoded(dataset, "image"), "image", 8).batches(4))
     with pytest.raises(ValueError, match=r"column 'photo' is not in the data: it has \['image'\]"):
         ImageStream.undecoded(dataset, "photo")
     words = datasets.Dataset.from_list([{"image": "a.png"}]).to_iterable_dataset()
     with pytest.raises(ValueError, match="streamed pictures must be bytes"):
         ImageStream.undecoded(words, "image")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_of_broken_pictures_is_passed_over(size, workers):
+    rows = []
+    for grey in range(8):
+        data = io.BytesIO()
+        Image.new("RGB", (8, 8), (4 * grey,) * 3).save(data, "PNG")
+        rows += [{"image": data.getvalue()}, {"image": b"broken"}, {"image": b"broken"}]
+    dataset = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    made = [ImageStream(ImageStream.undecoded(dataset, "image"), "image", 8, seed=3) for _ in range(3)]
+    whole = greys(made[0].batches(size), 20)
+    assert len(whole) == 20 * size
+    if size == 1:
+        assert sorted(whole[:8]) == sorted(whole[8:16]) == list(range(8))  # an epoch has each once
+    batches = made[1].batches(size, workers)
+    for _ in range(5):
+        next(batches)
+    made[2].load_state_dict(made[1].state_dict())
+    assert greys(made[2].batches(size), 15) == whole[5 * size :]
 
 
 def test_a_later_file_of_another_column_is_named_before_the_training(shards):
