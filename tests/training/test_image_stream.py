@@ -119,9 +119,7 @@ def test_broken_pictures_are_named_and_replaced(caplog):
     assert (next(made.batches(9)) == 40).all()
     assert sum("skipped picture at position" in record.message for record in caplog.records) == 3
     dataset = datasets.Dataset.from_list([{"image": b"broken"}] * 4).to_iterable_dataset()
-    with pytest.raises(
-        ValueError, match="none of 1000 pictures in a row could be read: at position"
-    ):
+    with pytest.raises(ValueError, match="none of 1000 pictures in a row could be read: at position"):
         next(ImageStream(ImageStream.undecoded(dataset, "image"), "image", 8).batches(4))
     with pytest.raises(ValueError, match=r"column 'photo' is not in the data: it has \['image'\]"):
         ImageStream.undecoded(dataset, "photo")
