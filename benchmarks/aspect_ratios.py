@@ -3,7 +3,7 @@
 
     python -m benchmarks.aspect_ratios --max_train_steps 3000
 
-Text to pictures of three aspect ratios, in the codes of the starter's tokenizer: each emoji of 64 px is cut to a
+Text to pictures of three aspect ratios, in the codes of the 32 px starter's tokenizer: each emoji of 64 px is cut to a
 square, a tall and a wide picture. At each evaluation the averaged weights' negative ELBO of the test split's pictures
 is measured at each of ``--test_sizes``, in bits a code, with the same masks for all of a size. All settings train on
 the same batches. Writes a JSON file for each kind of positions, and its pipeline.

@@ -47,7 +47,7 @@ FIRST = 20  # steps of which the use of codes isn't counted
 # Name -> widths, side of the crops, batch, flags of the quantizer.
 SETTINGS: dict[str, tuple[list[int], int, int, str]] = {
     "f4, 16-16-16": ([16, 16, 16], 32, 8, ""),
-    "f4, the starter's": ([24, 48, 96], 32, 8, ""),
+    "f4, the 32 px starter's": ([24, 48, 96], 32, 8, ""),
     "f4, 32-64-64": ([32, 64, 64], 32, 4, ""),
     "f4, 64 px": ([16, 32, 64], 64, 4, ""),
     "f4, batch 32": ([16, 16, 32], 32, 32, ""),

@@ -3,9 +3,9 @@
 
     python -m benchmarks.patches --seconds 3600
 
-Text to pictures of 64 px, which are 16 x 16 codes of the starter's tokenizer and so 256, 64 or 16 positions. Every
-setting trains the same blocks with the same batches for the same time, by default short: what it shows then is that
-the benchmark runs. Time is the process's own on the CPU, evaluation apart, so that a shared machine doesn't count;
+Text to pictures of 64 px, which are 16 x 16 codes of the 32 px starter's tokenizer and so 256, 64 or 16 positions.
+Every setting trains the same blocks with the same batches for the same time, by default short: what it shows then is
+that the benchmark runs. Time is the process's own on the CPU, evaluation apart, so that a shared machine doesn't count;
 compare runs of one number of threads (``OMP_NUM_THREADS``).
 
 At equal intervals the averaged weights' negative ELBO of the test split's pictures is measured, in bits a code, with
@@ -49,7 +49,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_codes(args: argparse.Namespace, split: str) -> CodeDataset:
-    """A split's pictures and captions as the starter's codes, encoded once."""
+    """A split's pictures and captions as the pipeline's codes, encoded once."""
     folder = args.output_dir / f"codes-{args.resolution}-{split}"
     if not (folder / INDEX_FILE).is_file():
         pipe = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the time goes on the two hot paths: drawing with the starter, and a step of training it.
+"""Where the time goes on the two hot paths: drawing with the 32 px starter, and a step of training it.
 
     python -m benchmarks.profiles
 

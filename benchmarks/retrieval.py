@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Retrieval by the starter checkpoint: indexing rate, query latency, and recall against the size of the shortlist.
+"""Retrieval by the 32 px starter: indexing rate, query latency, and recall against the size of the shortlist.
 
     python benchmarks/retrieval.py
 
-Takes about five minutes on two CPU cores. With the starter: text queries of the test split's 307 pictures have
+Takes about five minutes on two CPU cores. With the 32 px starter: text queries of the test split's 307 pictures have
 recall@1 80.1 % and recall@5 84.7 % (84.0 % with a shortlist of 5); pictures of 10,000 are indexed at 3,200 a second
 from their codes; a query of them takes 266 ms, all likelihoods 83 s, 310 times as long. Picture queries of 307 texts
 have 78.8 % and 84.4 %; among 10,000 a query takes 248 ms, all likelihoods 97 times as long. 71 of the 307 are emoji

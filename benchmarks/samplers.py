@@ -20,7 +20,7 @@ table. Takes about an hour on two idle CPU cores, extrapolated from a small run;
 
 To expect: ``"ancestral"`` with 1,000 steps takes about 61 calls, for there are 64 codes and few share a step. The bars
 are standard errors: differences of less than two of them mean nothing. The ``samplers.json`` and ``.png`` beside this
-file are the starter's, with ``--num_samples 64 --num_inference_steps 4 8 16 32`` (half an hour of one core): on
+file are the 32 px starter's, with ``--num_samples 64 --num_inference_steps 4 8 16 32`` (half an hour of one core): on
 captions of training all samplers draw the picture named in 86 to 97 %, within their errors of one another, in four
 calls as well as in 61; ``"entropy_bound"`` does so in one to three.
 """

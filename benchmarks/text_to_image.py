@@ -1,4 +1,4 @@
-"""Text to image: the small starter beside itself with guidance in two passes and with adaLN at each call, and models
+"""Text to image: the 32 px starter beside itself with guidance in two passes and with adaLN at each call, and models
 of 256 codes, one or four a position, beside aMUSEd.
 
 All large models have random weights and about as many of them, twelve guided steps and a batch of 1; neither text

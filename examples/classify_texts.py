@@ -4,7 +4,7 @@
     python examples/classify_texts.py
 
 Trains on the training split's captions and measures the share of the test split's whose category, one of ten, is
-found; the pipeline's ``text->label`` stands next to them where the checkpoint knows the task. With the starter's
+found; the pipeline's ``text->label`` stands next to them where the checkpoint knows the task. With the 32 px starter's
 tokenizer, in seconds: 89.9 % by the bag of codes and 87.3 % by the embeddings (± 1.9); always saying the most
 frequent category is right 78.2 % of the time.
 """

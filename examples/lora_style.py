@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Teach the starter another style with a LoRA: Twemoji's flat pictures in place of Noto's.
+"""Teach the 32 px starter another style with a LoRA: Twemoji's flat pictures in place of Noto's.
 
     pip install -c constraints.txt -e ".[training,lora]"
     python examples/lora_style.py --output_dir outputs/twemoji
@@ -40,7 +40,7 @@ PICTURES = "emoji-datasource-twitter@16.0.0"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argument_parser("Teach the starter another style with a LoRA.")
+    parser = argument_parser("Teach the 32 px starter another style with a LoRA.")
     parser.add_argument(
         "--pretrained_model_name_or_path", type=model_name, default=str(ROOT / "model_cards/vqdit-emoji-32")
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Teach the starter your own voice: from a folder of recordings with texts to a pipeline that speaks and listens.
+"""Teach the 32 px starter your own voice: from a folder of recordings to a pipeline that speaks and listens.
 
     pip install -c constraints.txt -e ".[training,audio]"
     python examples/your_own_voice.py --recordings my_recordings --output_dir outputs/my_voice
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(
-        "Teach the starter your own voice, in some eleven minutes of one CPU core. All other flags go to "
+        "Teach the 32 px starter your own voice, in some eleven minutes of one CPU core. All other flags go to "
         "training/train_vqdit.py, such as --train_batch_size."
     )
     parser.add_argument("--recordings", type=Path, help="Folder of recordings with a metadata.csv of file_name,text.")

@@ -12,7 +12,7 @@ without guidance. The output folder is a complete pipeline of the distilled task
 
     pipe("a red apple", num_inference_steps=2)
 
-The starter's figures stand in docs/performance.md.
+The 32 px starter's figures stand in docs/performance.md.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     accelerate launch training/train_text_vq.py --dataset_name training/data/emoji.parquet \
         --caption_columns text text_zh phrase keywords --use_ema --output_dir outputs/text_vq
 
-trains the starter's text tokenizer: every caption of the test split comes back exactly, after some minutes on two CPU
+trains the starters' text tokenizer: every caption of the test split comes back exactly, after some minutes on two CPU
 cores. The output folder holds the model, and the tokenizer in ``tokenizer/``.
 """
 

@@ -13,8 +13,8 @@ Finetuning a pipeline on your own captioned pictures, which are encoded at the s
         --train_data_dir my_pictures --caption_column text --tasks "text->image:4,->image:1" --output_dir outputs/mine
 
 The output folder is a complete pipeline, for ``VQDiTPipeline.from_pretrained``; with ``--rank 8`` it is a LoRA of the
-pretrained one instead, for ``load_lora_weights``. The starter checkpoint's command,
-running time and figures stand in its model card.
+pretrained one instead, for ``load_lora_weights``. The starters' commands, running
+times and figures stand in their model cards.
 """
 
 import argparse
