@@ -5,8 +5,8 @@
 
 Text to pictures of 64 px, which are 16 x 16 codes of the 32 px starter's tokenizer and so 256, 64 or 16 positions.
 Every setting trains the same blocks with the same batches for the same time, by default short: what it shows then is
-that the benchmark runs. Time is the process's own on the CPU, evaluation apart, so that a shared machine doesn't count;
-compare runs of one number of threads (``OMP_NUM_THREADS``).
+that the benchmark runs. Time is the process's own on the CPU, evaluation apart, so that a shared machine doesn't
+count; compare runs of one number of threads (``OMP_NUM_THREADS``).
 
 At equal intervals the averaged weights' negative ELBO of the test split's pictures is measured, in bits a code, with
 the same masks for all. Writes ``patches.json``, and the training's state, from which a killed run goes on, also with

@@ -7,8 +7,8 @@
 trains a tokenizer for 32 px pictures and 8 x 8 codes. With ``--num_vq_embeddings 2048 --train_batch_size 16`` and
 3,300 steps, about 20 minutes of a 2-core AVX2 CPU that was busy with other work too, the 32 px starter's tokenizer
 reached a PSNR of 27.6 dB on the 307 pictures of the test split, the mean of each picture's own (26.5 dB for the error
-pooled over all pictures), and used 99 % of its codes there. Its first 2,500 steps followed the learning rate schedule of
-a 5,000-step run, the others that of a 3,300-step one.
+pooled over all pictures), and used 99 % of its codes there. Its first 2,500 steps followed the learning rate schedule
+of a 5,000-step run, the others that of a 3,300-step one.
 
 By default the loss is the squared error of the pixels, which is what PSNR measures, and the quantizer's own loss. For
 sharp pictures rather than the highest PSNR, add a perceptual and an adversarial loss (VQGAN, Esser et al. 2021):
