@@ -42,8 +42,8 @@ def test_segments_are_those_of_a_task_that_speaks_or_listens(talking_pipeline, a
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ([], "vqdit-emoji-32"),
-        (["--prompt", "a sailboat"], "vqdit-emoji-32"),
+        ([], "vqdit-emoji"),
+        (["--prompt", "a sailboat"], "vqdit-emoji"),
         (["--say", "a red apple"], "vqdit-talking-emoji"),
         (["--listen", "a.wav"], "vqdit-talking-emoji"),
         (["--say", "a red apple", "--pretrained_model_name_or_path", "you/model"], "you/model"),

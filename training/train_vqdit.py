@@ -9,7 +9,7 @@ From scratch, on codes that ``encode_dataset.py`` wrote:
 
 Finetuning a pipeline on your own captioned pictures, which are encoded at the start:
 
-    accelerate launch training/train_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji-32 \
+    accelerate launch training/train_vqdit.py --pretrained_model_name_or_path model_cards/vqdit-emoji \
         --train_data_dir my_pictures --caption_column text --tasks "text->image:4,->image:1" --output_dir outputs/mine
 
 The output folder is a complete pipeline, for ``VQDiTPipeline.from_pretrained``; with ``--rank 8`` it is a LoRA of the

@@ -45,7 +45,7 @@ EXAMPLE_DOC_STRING = """
             ```py
             >>> from diffusers_vqdit import VQDiTPipeline
 
-            >>> pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji-32")
+            >>> pipe = VQDiTPipeline.from_pretrained("model_cards/vqdit-emoji")
             >>> image = pipe("a red apple").images[0]
             >>> text = pipe(image=image).texts[0]
             >>> repainted = pipe("a green apple", image, mask_image=mask).images[0]
