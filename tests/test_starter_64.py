@@ -54,7 +54,7 @@ def test_it_captions_and_labels_pictures_of_training(starter, root):
 
 
 @pytest.mark.slow
-def test_nine_of_the_demos_twelve_pictures_are_what_their_prompts_say(starter, root):
+def test_eleven_of_the_demos_twelve_pictures_are_of_what_their_prompts_say(starter, root):
     wanted = [(meaning or prompt).removeprefix("a ").removeprefix("an ") for prompt, meaning in __main__.PROMPTS]
     wanted = [one.replace(" with medium", ", medium") for one in wanted]
     prompts = [prompt for prompt, _ in __main__.PROMPTS]
