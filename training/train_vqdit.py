@@ -18,6 +18,7 @@ times and figures stand in their model cards.
 """
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -161,6 +162,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --text_vq and --text_tokenizer: either makes the codes of texts")
     if args.rank is not None and args.pretrained_model_name_or_path is None:
         parser.error("--rank needs --pretrained_model_name_or_path: a LoRA changes a trained pipeline")
+    if args.rank is not None and find_spec("peft") is None:
+        parser.error('--rank needs the library peft: pip install "diffusers_vqdit[lora]", or -e ".[lora]" in a clone')
     if args.rank is not None and args.optimizer == "muon":
         parser.error("--optimizer muon trains whole matrices of blocks: drop --rank, or give --optimizer adamw")
     if args.tasks is None and not (

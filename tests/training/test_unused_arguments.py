@@ -289,3 +289,11 @@ def test_flags_of_another_kind_of_tokenizer_are_refused(modules, text_vq, image_
         args = module.parse_args(["--tokenizer", str(tmp_path / kind), *words.split()])
         says = told(module.main, args, capsys)
         assert f"{words.split()[0]}=" in says and "with --tokenizer of a" in says
+
+
+def test_a_lora_without_its_library_is_told_how_to_get_it(script, monkeypatch, capsys):
+    train = script("train_vqdit")
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--pretrained_model_name_or_path", "x", "--codes_dir", "x", "--rank", "4"])
+    assert '--rank needs the library peft: pip install "diffusers_vqdit[lora]"' in capsys.readouterr().err
