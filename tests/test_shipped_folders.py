@@ -9,7 +9,7 @@ from safetensors import safe_open
 FOLDERS = sorted(path for path in (Path(__file__).parents[1] / "model_cards").iterdir() if path.is_dir())
 EVIDENCE = {
     "vqdit-emoji-32": {"samples.png", "evaluation.json", "evaluation.md"},
-    "vqdit-emoji": {"samples.png"},
+    "vqdit-emoji": {"samples.png", "evaluation.json", "evaluation.md"},
     "vqdit-emoji-latent": {"samples.png", "evaluation.json", "comparison.json"},
     "vqdit-talking-emoji": {"evaluation_speech.png", "evaluation_speech.json"},
 }
