@@ -104,4 +104,4 @@ def test_forty_pictures_are_trained_on_published_and_loaded_elsewhere(
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["auto"]  # as the README's command reads pictures that are not square
     with Image.open(elsewhere / "flag.png") as picture:
-        assert picture.size == (32, 32)
+        assert picture.size == (64, 64)

@@ -403,4 +403,7 @@ def set_aside(output_dir: Path, run: str, step: int) -> None:
             count += 1
             target = folder / f"{path.name}.{count}"
         path.rename(target)
-        logger.warning(f"{path} is not one that this run goes on from; it is now {target}")
+        logger.warning(
+            f"{path} is not one that this run goes on from; it is now {target}. What else the folder has is replaced "
+            "at the end. To go on with it give --resume_from_checkpoint latest"
+        )
