@@ -16,7 +16,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 SOURCES = {page: source for source, page in PAGES.items()}
 CARDS, NOTEBOOKS = "model_cards/*/README.md", "examples/*.ipynb"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|!?\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
-PICTURES = (".png", ".gif", ".jpg")
+MEDIA = (".png", ".gif", ".jpg", ".wav")  # shown as they are
 
 log = logging.getLogger("mkdocs.repository")  # below mkdocs' own, whose warnings end a strict build
 
@@ -32,7 +32,7 @@ def in_site(place: str) -> str:
         place = f"{place}/README.md"
     if place in PAGES or place.startswith("docs/"):
         return PAGES.get(place, place.removeprefix("docs/"))
-    return place if place.endswith((".md", *PICTURES)) else f"{place}.md"
+    return place if place.endswith((".md", *MEDIA)) else f"{place}.md"
 
 
 def in_repository(page: str) -> str:
@@ -68,7 +68,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             continue
         seen.add(page)
         path = ROOT / in_repository(page)
-        if page.endswith(PICTURES):
+        if page.endswith(MEDIA):
             if files.get_file_from_path(page) is None:
                 files.append(File.generated(config, page, abs_src_path=str(path)))
             continue
