@@ -51,7 +51,7 @@ from diffusers_vqdit.training.finetuning import check_new_patches, extend_entrie
 from diffusers_vqdit.training.lora import add_lora, add_lora_arguments, check_lora_layers
 from diffusers_vqdit.training.masked_loss import draw_batch, masked_diffusion_loss, track_loss
 from diffusers_vqdit.training.model_card import Measure
-from diffusers_vqdit.training.muon import check_muon
+from diffusers_vqdit.training.muon import check_muon, default_optimizer
 from diffusers_vqdit.training.optimization import set_dropout, transformer_learning_rate, unwrap
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
@@ -136,8 +136,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--optimizer",
         choices=["adamw", "muon"],
-        default="adamw",
-        help="muon trains the matrices of attention and feed-forward with torch.optim.Muon, all else with AdamW.",
+        help="muon trains the matrices of attention and feed-forward with torch.optim.Muon, all else with AdamW. By "
+        "default muon for a new transformer, where torch has it and no engine shards its matrices; adamw else.",
     )
     training.add_argument("--loss_weighting", choices=["flat", "nelbo"], default="flat")
 
@@ -316,6 +316,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Tasks, tokenizers, codes
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     parts = load_components(args)
+    if args.optimizer is None:
+        args.optimizer = default_optimizer(accelerator, checkpoint, pretrained=parts["transformer"] is not None)
     if args.tasks is None:
         args.tasks = default_tasks(args, checkpoint, parts["transformer"])
     tasks = parse_tasks(args.tasks)

@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024) for the matrices of a transformer's blocks beside AdamW for all else, as one optimizer."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from .checkpoints import read_manifest
+
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_muon(accelerator: Accelerator) -> None:
@@ -22,11 +27,27 @@ def check_muon(accelerator: Accelerator) -> None:
             "--optimizer adamw"
         )
     kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if kind in SHARDING:
         raise ValueError(
             f"optimizer='muon' needs whole matrices, but distributed_type={kind.value!r} shards what is trained: give "
             "--optimizer adamw, or start with training/accelerate_configs/multi_gpu.yaml, for one"
         )
+
+
+def default_optimizer(accelerator: Accelerator, checkpoint: Path | None, *, pretrained: bool) -> str:
+    """The optimizer where ``--optimizer`` gives none: that of the run that goes on; Muon for a new transformer, where
+    this PyTorch has it and no engine shards its matrices; AdamW else.
+
+    Raises:
+        ValueError: if the run that goes on had Muon, and it can't be trained with here ([`check_muon`]).
+    """
+    if checkpoint is None:
+        trainable = hasattr(torch.optim, "Muon") and accelerator.distributed_type not in SHARDING
+        return "muon" if trainable and not pretrained else "adamw"
+    kept = read_manifest(checkpoint).identity.get("optimizer", "adamw")
+    if kept == "muon":
+        check_muon(accelerator)
+    return kept
 
 
 def block_matrices(transformer: VQDiTTransformer2DModel) -> list[torch.nn.Parameter]:

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from diffusers_vqdit import VQDiTTransformer2DModel
 from diffusers_vqdit.training.arguments import LR_SCHEDULERS
 from diffusers_vqdit.training.checkpoints import save_checkpoint
-from diffusers_vqdit.training.muon import MuonAdamW, block_matrices, check_muon
+from diffusers_vqdit.training.muon import SHARDING, MuonAdamW, block_matrices, check_muon, default_optimizer
 from diffusers_vqdit.training.run import training_run
 from diffusers_vqdit.training.setup import make_optimizer, prepare
 
@@ -229,6 +229,37 @@ def test_a_resumed_run_takes_another_rate_and_decay(tmp_path):
     assert len({rate for rate, _ in same}) == 1 and same[0][0] < first[0][0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "pretrained", "wanted"),
+    [
+        (DistributedType.NO, False, "muon"),
+        (DistributedType.MULTI_GPU, False, "muon"),
+        (DistributedType.NO, True, "adamw"),
+        *((kind, False, "adamw") for kind in SHARDING),
+    ],
+)
+def test_a_new_transformer_has_muon_where_its_matrices_are_whole(kind, pretrained, wanted, monkeypatch):
+    accelerator = argparse.Namespace(distributed_type=kind)
+    assert default_optimizer(accelerator, None, pretrained=pretrained) == wanted
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert default_optimizer(accelerator, None, pretrained=pretrained) == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("identity", "wanted"), [({}, "adamw"), ({"optimizer": "adamw"}, "adamw"), ({"optimizer": "muon"}, "muon")]
+)
+def test_a_run_goes_on_with_its_own_optimizer(tmp_path, identity, wanted):
+    accelerator, args = Accelerator(step_scheduler_with_optimizer=False), arguments(lr_warmup_steps=0)
+    with training_run(accelerator, tmp_path) as run:
+        run.begin(None, identity=identity, args=args, states={})
+        checkpoint = save_checkpoint(accelerator, tmp_path, 1, **run.kept())
+    for pretrained in (True, False):
+        assert default_optimizer(accelerator, checkpoint, pretrained=pretrained) == wanted
+    if wanted == "muon":
+        with pytest.raises(ValueError, match="multi_gpu.yaml"):
+            default_optimizer(argparse.Namespace(distributed_type=SHARDING[0]), checkpoint, pretrained=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -251,7 +282,7 @@ def test_a_parameter_of_both_is_refused():
 @pytest.mark.parametrize("kind", list(DistributedType))
 def test_engines_that_shard_are_refused_by_name(kind):
     accelerator = argparse.Namespace(distributed_type=kind)
-    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if kind not in SHARDING:
         return check_muon(accelerator)
     told = f"optimizer='muon' .*distributed_type='{kind.value}'.*--optimizer adamw, or .*multi_gpu.yaml"
     with pytest.raises(ValueError, match=told):
@@ -270,7 +301,6 @@ def test_a_torch_without_muon_is_told_before_the_work(script, tmp_path, monkeypa
 
 def test_muon_of_a_lora_is_refused(script, capsys):
     flags = "--codes_dir x --pretrained_model_name_or_path x --rank 4"
-    assert script("train_vqdit").parse_args(flags.split()).optimizer == "adamw"
     with pytest.raises(SystemExit):
         script("train_vqdit").parse_args(f"{flags} --optimizer muon".split())
     assert "--optimizer muon trains whole matrices of blocks: drop --rank" in capsys.readouterr().err
