@@ -1,7 +1,7 @@
 """What a call of a pipeline over codes asks for: its arguments checked and read, and the task they mean."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -303,16 +303,21 @@ class InputsMixin(PromptMixin, SizesMixin):
     @property
     def tasks(self) -> TaskTable:
         """What the checkpoint can do: its tasks, their default steps and guidance, and what to pass."""
-        rows, segments = TaskTable(), self._segments
+        rows = TaskTable()
         for task in map(Task.parse, self.transformer.config.tasks or []):
             guidance_scale, num_inference_steps, _ = self.default_settings(task)
-            given = [segments[name] for name in task.given]
-            arguments = [f"{one.argument}=..." for one in given if one.argument in ARGUMENTS]
-            others = ", ".join(f'"{one.name}": ...' for one in given if one.argument not in ARGUMENTS)
-            arguments += [f"inputs={{{others}}}"] if others else []
-            call = ", ".join([*arguments, f'output="{"+".join(task.generated)}"'])
-            rows.append(TaskRow(str(task), int(num_inference_steps), guidance_scale, f"pipe({call})"))
+            rows.append(TaskRow(str(task), int(num_inference_steps), guidance_scale, self._call_of(task)))
         return rows
+
+    def _call_of(self, task: Task, values: Mapping[str, str] | None = None) -> str:
+        """The call that asks for a task, with what stands for the values of its given segments in Python."""
+        shown = dict.fromkeys(task.given, "...") | dict(values or {})
+        given = [self._segments[name] for name in task.given]
+        arguments = [f"{one.argument}={shown[one.name]}" for one in given if one.argument in ARGUMENTS]
+        others = ", ".join(f'"{one.name}": {shown[one.name]}' for one in given if one.argument not in ARGUMENTS)
+        arguments += [f"inputs={{{others}}}"] if others else []
+        output = f'output="{"+".join(task.generated)}"'
+        return f"pipe({', '.join([*arguments, output])})"
 
     @property
     def hub_task(self) -> str:

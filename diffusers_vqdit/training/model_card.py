@@ -141,7 +141,9 @@ def _shown(value: Any, secrets: Sequence[str]) -> Any:
 
 def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What the card says of a kind of model, of a LoRA of it, or of one that was distilled."""
-    kind, base = describe_model(model), getattr(args, "pretrained_model_name_or_path", None)
+    weights = parse_tasks(args.tasks) if getattr(args, "tasks", None) else []
+    most = [str(task) for task, _ in sorted(weights, key=lambda one: -one[1])]
+    kind, base = describe_model(model, most), getattr(args, "pretrained_model_name_or_path", None)
     if (steps := getattr(args, "num_student_steps", None)) is not None:
         return {
             **kind,

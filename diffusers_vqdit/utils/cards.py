@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..tasks import Task
 from .fingerprints import file_sha256
 from .hub import is_transient
 from .weight_files import weight_file_of
@@ -73,8 +74,30 @@ _TOKENIZER_RISKS = """\
 * **Bias.** What is rare in its training data is reconstructed worst."""
 
 
-def describe_model(model: Any) -> dict[str, Any]:
-    """What a card says of a kind of model or pipeline; ``{name}`` stands for the repository."""
+# What stands for a given value of each kind, in examples; {} is the segment's name.
+_EXAMPLES = {"texts": '"a {}"', "images": 'load_image("{}.png")', "audios": '"{}.wav"'}
+_MOST_CALLS = 3
+
+
+def _example_calls(pipeline: Any, tasks: Sequence[str]) -> list[str]:
+    """Calls for the first of these tasks that make one value of known ones, in Python."""
+    segments, labels, calls = pipeline._segments, pipeline.config.labels, []
+    kinds = {name: one.given_field or one.output_field for name, one in segments.items()}
+    values = {name: _EXAMPLES[kind].format(name) for name, kind in kinds.items() if kind in _EXAMPLES}
+    values |= {"label": json.dumps(labels[0], ensure_ascii=False)} if labels else {}
+    for task in map(Task.parse, tasks):
+        made = segments[task.generated[0]].output_field
+        if made and len(task.generated) == 1 and set(task.given) <= set(values):
+            calls.append(f"{pipeline._call_of(task, values)}.{made}[0]")
+    return calls[:_MOST_CALLS]
+
+
+def describe_model(model: Any, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """What a card says of a kind of model or pipeline; ``{name}`` stands for the repository.
+
+    Args:
+        tasks: those of a pipeline that are shown first; by default in the order of its own.
+    """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "ImageVQModel" in kinds:
         return {
@@ -163,15 +186,18 @@ def describe_model(model: Any) -> dict[str, Any]:
             "with no sign of doubt.",
             "risks": _GENERATOR_RISKS,
         }
-    tasks = list(model.transformer.config.tasks or [])
+    known = list(model.transformer.config.tasks or [])
+    calls = _example_calls(model, tasks or known)
+    examples = "".join(f"{call}\n" for call in calls).replace("{", "{{").replace("}", "}}")
     return {
         "pipeline_tag": model.hub_task,
-        "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in tasks)],
+        "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in known)],
         "summary": "A diffusion transformer over codes, by diffusers_vqdit."
-        + (f" Tasks: {', '.join(f'`{task}`' for task in tasks)}." if tasks else ""),
-        "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-        'pipe = DiffusionPipeline.from_pretrained("{name}")\n'
-        "print(pipe.tasks)  # what it can do, and what to pass\n\n"
+        + (f" Tasks: {', '.join(f'`{task}`' for task in known)}." if known else ""),
+        "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n"
+        + "from diffusers.utils import load_image\n" * ("load_image" in examples)
+        + '\npipe = DiffusionPipeline.from_pretrained("{name}")\n'
+        f"print(pipe.tasks)  # what it can do, and what to pass\n{examples}\n"
         "# Without the package, after reading pipeline.py:\n"
         'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
         "intended_use": "These tasks on data like those it was trained on, and further training. Not for decisions "

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_vqdit.training.arguments import tracker_config
-from diffusers_vqdit.training.model_card import Measure, shown_command, training_card
+from diffusers_vqdit.training.model_card import Measure, published_name, shown_command, training_card
 from diffusers_vqdit.training.publish import draw_gallery
 
 
@@ -28,7 +28,6 @@ EVERYWHERE = {
     "image_vq": "/home/bob/{}/vq",
     "text_vq": "../{}",
     "cache_dir": "/home/someone/{}",
-    "tasks": "{}",
     "logging_dir": "{}",
     "license": "{}",
     "data_license": "See https://{}@example.org and ~/{}.",
@@ -225,3 +224,23 @@ def test_a_card_says_which_tasks_the_run_trained(script, pipeline, tasks, rank):
     if not rank:
         anew = script("train_vqdit").parse_args(f"{source} --image_vq x".split())
         assert "This run" not in training_card(anew, pipeline, command=["x.py"]).content
+
+
+def test_a_card_shows_calls_that_work(script, pipeline, tmp_path, monkeypatch):
+    """Of the tasks that the run trained most, each as a user would paste it."""
+    tasks = {"->text": 1, "text->image": 2, "image->text": 4, "label->image": 3, "->image+text": 5}
+    flags = f"--train_data_dir x --pretrained_model_name_or_path {tmp_path} --tasks"
+    args = script("train_vqdit").parse_args([*flags.split(), ",".join(f"{one}:{tasks[one]}" for one in tasks)])
+    usage = training_card(args, pipeline, command=["x.py"]).content.split("```python\n")[1].split("```")[0]
+    shown = [line for line in usage.splitlines() if line.startswith("pipe(")]
+    label = pipeline.config.labels[0]
+    assert shown == [
+        'pipe(image=load_image("image.png"), output="text").texts[0]',
+        f'pipe(class_labels="{label}", output="image").images[0]',
+        'pipe(prompt="a text", output="image").images[0]',
+    ]
+    pipeline.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("image.png")
+    code = usage.split("# Without the package")[0].replace(f'"{published_name(args)}"', f'"{tmp_path}"')
+    exec(compile(code, "card", "exec"), {})  # noqa: S102
