@@ -28,6 +28,7 @@ from .utils.arguments import (
 )
 from .utils.provenance import save_generated
 from .utils.starter import STARTER, TALKING_STARTER, check_starter, model_id
+from .utils.told_errors import told_errors
 
 
 # Prompt, and its meaning where it isn't English, for a label that any font can show.
@@ -176,4 +177,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

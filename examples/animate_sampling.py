@@ -20,6 +20,7 @@ from diffusers_vqdit.app.unmasking import unmasking_image
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, random_seed
 from diffusers_vqdit.utils.starter import STARTER
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -66,4 +67,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

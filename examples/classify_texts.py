@@ -25,6 +25,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     positive_number,
 )
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,4 +91,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -33,6 +33,7 @@ from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, positive_number
 from diffusers_vqdit.utils.decoding import to_pixels
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +172,8 @@ def compare(args: argparse.Namespace, drawn: dict[str, list[dict]]) -> None:
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    folder, drawn = prepare(args)
-    train(args, folder)
-    compare(args, drawn)
+    with told_errors():
+        args = parse_args()
+        folder, drawn = prepare(args)
+        train(args, folder)
+        compare(args, drawn)

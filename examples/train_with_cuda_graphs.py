@@ -49,6 +49,7 @@ from diffusers_vqdit.utils.arguments import (
     random_seed,
     share,
 )
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 WARMUP_STEPS = 300
@@ -351,4 +352,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

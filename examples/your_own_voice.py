@@ -35,6 +35,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
 )
 from diffusers_vqdit.utils.provenance import save_generated
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,4 +157,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

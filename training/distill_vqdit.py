@@ -51,6 +51,7 @@ from diffusers_vqdit.training.validation import draw_validation
 from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = get_logger(__name__)
@@ -319,4 +320,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

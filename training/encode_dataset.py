@@ -50,6 +50,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     torch_device,
 )
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -209,4 +210,5 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

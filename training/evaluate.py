@@ -69,6 +69,7 @@ from diffusers_vqdit.utils.arguments import (
     output_path,
     positive_integer,
 )
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 MEASURES: dict[str, Callable[[VQDiTPipeline, EmojiData, argparse.Namespace], dict]] = {
@@ -198,14 +199,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    given = {argument.partition("=")[0] for argument in sys.argv}
-    if "--tokenizer" in given:
-        import evaluate_tokenizer
+    with told_errors():
+        given = {argument.partition("=")[0] for argument in sys.argv}
+        if "--tokenizer" in given:
+            import evaluate_tokenizer
 
-        evaluate_tokenizer.main(evaluate_tokenizer.parse_args())
-    elif "--audio_column" in given:
-        import evaluate_speech
+            evaluate_tokenizer.main(evaluate_tokenizer.parse_args())
+        elif "--audio_column" in given:
+            import evaluate_speech
 
-        evaluate_speech.main(evaluate_speech.parse_args())
-    else:
-        main(parse_args())
+            evaluate_speech.main(evaluate_speech.parse_args())
+        else:
+            main(parse_args())

@@ -27,6 +27,7 @@ from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speec
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, font_file, model_name, output_path
 from diffusers_vqdit.utils.provenance import save_generated
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -75,4 +76,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

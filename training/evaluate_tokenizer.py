@@ -41,6 +41,7 @@ from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, refuse_unused
 from diffusers_vqdit.utils.checks import shown
 from diffusers_vqdit.utils.sounds import read_sound
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -185,4 +186,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 # Title of a panel -> how the names of its figures begin, or end after a *.
@@ -147,4 +148,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

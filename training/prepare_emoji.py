@@ -40,6 +40,7 @@ from PIL import Image as PILImage
 
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
+from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
 
 
@@ -182,4 +183,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -50,6 +50,7 @@ from diffusers_vqdit.utils.arguments import (
     share,
 )
 from diffusers_vqdit.utils.sounds import read_sound
+from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
 
 
@@ -237,4 +238,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

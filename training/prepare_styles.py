@@ -36,6 +36,7 @@ from prepare_pairs import PICTURES, on_white, png, read_fluent
 
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
+from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
 
 
@@ -153,4 +154,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

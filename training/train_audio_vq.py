@@ -54,6 +54,7 @@ from diffusers_vqdit.utils.arguments import (
     positive_integer,
     positive_number,
 )
+from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.wav_files import write_wav
 
 
@@ -297,4 +298,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

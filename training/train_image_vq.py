@@ -58,6 +58,7 @@ from diffusers_vqdit.utils.arguments import (
 )
 from diffusers_vqdit.utils.buckets import check_resolution
 from diffusers_vqdit.utils.decoding import to_pixels
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = get_logger(__name__)
@@ -346,4 +347,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -79,6 +79,7 @@ from diffusers_vqdit.utils.arguments import (
     share,
 )
 from diffusers_vqdit.utils.fingerprints import model_fingerprint
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = get_logger(__name__)
@@ -443,4 +444,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

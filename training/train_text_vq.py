@@ -46,6 +46,7 @@ from diffusers_vqdit.training.watch import TrainingWatch
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_number, positive_integer, share
 from diffusers_vqdit.utils.fingerprints import tokenizer_fingerprint
 from diffusers_vqdit.utils.texts import in_parts, length_warning, tokenize_to_length
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = get_logger(__name__)
@@ -369,4 +370,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

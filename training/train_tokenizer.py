@@ -22,6 +22,7 @@ from diffusers_vqdit.training.files import save_pretrained_atomically
 from diffusers_vqdit.training.run import output_folder
 from diffusers_vqdit.utils.arguments import argument_parser, integer, output_path, positive_integer
 from diffusers_vqdit.utils.texts import in_parts
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = logging.getLogger(__name__)
@@ -82,4 +83,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

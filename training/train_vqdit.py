@@ -77,6 +77,7 @@ from diffusers_vqdit.utils.arguments import (
 )
 from diffusers_vqdit.utils.fingerprints import model_fingerprint, tokenizer_fingerprint
 from diffusers_vqdit.utils.token_ids import makes_token_ids
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 logger = get_logger(__name__)
@@ -436,4 +437,5 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

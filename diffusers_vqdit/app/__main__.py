@@ -18,6 +18,7 @@ from ..pipelines.pipeline_vqdit_latent import VQDiTLatentPipeline
 from ..utils.arguments import argument_parser, hub_token, model_name, repository
 from ..utils.checks import shown
 from ..utils.starter import STARTER, check_starter
+from ..utils.told_errors import told_errors
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -78,4 +79,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -9,6 +9,8 @@ from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.interop import FORMATS
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
 
+from ..utils.told_errors import told_errors
+
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(
@@ -39,4 +41,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -84,7 +84,8 @@ def _example_calls(pipeline: Any, tasks: Sequence[str]) -> list[str]:
     segments, labels, calls = pipeline._segments, pipeline.config.labels, []
     kinds = {name: one.given_field or one.output_field for name, one in segments.items()}
     values = {name: _EXAMPLES[kind].format(name) for name, kind in kinds.items() if kind in _EXAMPLES}
-    values |= {"label": json.dumps(labels[0], ensure_ascii=False)} if labels else {}
+    named = {name for name, one in segments.items() if labels and one.argument == "class_labels"}
+    values |= dict.fromkeys(named, json.dumps((labels or [""])[0], ensure_ascii=False))
     for task in map(Task.parse, tasks):
         made = segments[task.generated[0]].output_field
         if made and len(task.generated) == 1 and set(task.given) <= set(values):
