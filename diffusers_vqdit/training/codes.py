@@ -19,6 +19,7 @@ has whole blocks, as many as its text needs: rows of equal numbers are a bucket,
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ..pipelines.label_segment import names_by_code
+from ..pipelines.segment_base import LABEL
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
 from ..utils.fingerprints import file_sha256
@@ -162,6 +165,17 @@ class CodeDataset:
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
+
+    def rename_labels(self, name: str, names: Sequence[str]) -> None:
+        """Read the labels of a segment as codes of others' `names`, which have all of its own among them."""
+        own = names_by_code(self.entries[name]["names"]) if "names" in self.entries.get(name, {}) else self.labels
+        self._columns[name].renamed = np.array([names.index(label) for label in own])
+        for segments in (self.segments, *self._segments):
+            segments[name] = {**segments[name], "vocab_size": len(names)}
+        if name in self.entries:
+            self.entries[name] = {**self.entries[name], "names": {str(code): one for code, one in enumerate(names)}}
+        if name == LABEL:
+            self.labels = list(names)
 
     def identity(self) -> dict[str, str]:
         """What tells the data from others, for the identity of a run."""

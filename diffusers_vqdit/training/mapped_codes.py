@@ -19,7 +19,12 @@ class CodeColumn:
 
     Args:
         chunks: in the order of the rows.
+
+    Attributes:
+        renamed (`np.ndarray`, *optional*): what each code is read as, int64.
     """
+
+    renamed: np.ndarray | None = None
 
     def __init__(self, chunks: Sequence[CodeChunk]) -> None:
         self.chunks = list(chunks)
@@ -52,7 +57,7 @@ class CodeColumn:
         for places, chunk, local in self._found(rows):
             first = chunk.offsets[local] + starts[places]
             found[places] = chunk.values[first[:, None] + np.arange(length)]
-        return found
+        return found if self.renamed is None else self.renamed[found]
 
 
 class LoadedCodes(Mapping[str, torch.Tensor]):

@@ -20,7 +20,6 @@ from ..pipelines.token_segment import TokenSegment
 from ..tasks import parse_tasks
 from ..utils.arguments import integer, non_negative_integer, positive_integer
 from ..utils.buckets import check_bucket_steps
-from ..utils.checks import shown
 from .codes import CodeDataset
 from .data import load_training_dataset
 from .encoding import encode_dataset, tokenizer_fingerprints
@@ -132,7 +131,7 @@ def load_codes(
         segments: those that are trained on.
 
     Raises:
-        ValueError: if the codes are other tokenizers' or labels' than those there are, or a segment of ``--segment``
+        ValueError: if the codes are other tokenizers' than those there are, or a segment of ``--segment``
             would be made that no task names.
     """
     flags = [flag for flag in args.segment if flag.name in segments]
@@ -165,7 +164,7 @@ def load_codes(
                 f"the codes or states in {args.codes_dir!r} were made by {missing}, without which the saved pipeline "
                 f"takes and gives these alone: give {needed}"
             )
-        _check_labels(args, parts, codes, segments)
+        _match_labels(parts, codes, segments)
         settle_reading(args, parts, codes)
         found = codes.settings.get("aspect_ratio_buckets")
         if args.aspect_ratio_buckets not in (None, found):
@@ -399,13 +398,9 @@ def names_of_labels(entries: Mapping[str, Mapping[str, Any]], labels: list[str])
     return found if not labels else {LABEL: labels, **found}
 
 
-def _check_labels(args: argparse.Namespace, parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
+def _match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
+    """Read the codes' labels as those of the pretrained pipeline, by name; new ones come after them."""
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
-    for name in sorted(segments & set(known) & set(found)):
-        if found[name][: len(known[name])] != known[name]:
-            which = "" if name == LABEL else f" of {name!r}"
-            raise ValueError(
-                f"the codes in {args.codes_dir!r} have the labels{which} {shown(found[name], 400)}, but the "
-                f"pretrained pipeline has {shown(known[name], 400)}: theirs must come first, in their order; or give "
-                "the data itself, not its codes"
-            )
+    for name in segments & set(known) & set(found):
+        new = [label for label in found[name] if label not in known[name]]
+        codes.rename_labels(name, [*known[name], *new])

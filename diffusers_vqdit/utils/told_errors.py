@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def told_errors() -> Iterator[None]:
-    """Tell a ValueError that this package or a script beside the one that runs raises by its sentence alone, as argparse tells those of
-    flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its own. Others, and with
-    ``DIFFUSERS_VERBOSITY=debug`` these too, keep their traceback."""
+    """Tell a ValueError that this package, or a script beside the one that runs, raises by its sentence alone, as
+    argparse tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its
+    own. Others, and with ``DIFFUSERS_VERBOSITY=debug`` these too, keep their traceback."""
     try:
         yield
     except ValueError as error:

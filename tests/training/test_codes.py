@@ -216,6 +216,21 @@ def test_labels_keep_the_order_of_a_class_label_and_numbers_sort_as_numbers(enco
     assert numbers.labels == ["9", "10"] and numbers.codes["label"][:2, 0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "names", [["square", "oval", "round"], ["a", "round", "b", "square"], ["round", "square", "c"]]
+)
+def test_labels_are_read_by_name_as_others_codes(encoded, names):
+    folder, rows, task = encoded()[1], torch.tensor([7, 2, 7]), Task.parse("label->image")
+    codes, before = CodeDataset(folder), CodeDataset(folder)
+    codes.rename_labels("label", names)
+    (read, pictures), (own, others) = (one.batch(rows, task) for one in (codes, before))
+    assert [names[code] for code in read["label"][:, 0]] == [before.labels[code] for code in own["label"][:, 0]]
+    assert codes.codes["label"].tolist() == [[names.index(before.labels[code])] for [code] in before.codes["label"]]
+    assert torch.equal(pictures["image"], others["image"]) and codes.identity() == before.identity()
+    assert codes.labels == names and codes.segments["label"] == {"vocab_size": len(names), "shape": [1]}
+    assert codes.entries["label"]["names"] == {str(code): name for code, name in enumerate(names)}
+
+
 def test_texts_that_are_cut_are_counted_once(encoded, caplog):
     folder = encoded(change=lambda d: d.remove_columns("text").add_column("text", ["long " * 30] * 10), shard_size=3)[
         1
