@@ -13,8 +13,10 @@ Each emoji has a row for each of its pictures. Columns: ``image``; ``source`` (t
 there is none, or training must not see it, the picture itself); ``style`` ("flat" or "3d"); ``text``, ``text_zh``,
 ``phrase`` and ``keywords`` as in the emoji dataset, those of 3D pictures followed by ", 3d" or "，立体"; ``wording_1``
 to ``wording_4`` (other wordings: shortcodes as words, without accents, commas or articles, in the plural, the skin
-tone before or after); ``unseen`` (a wording of JoyPixels that is none of these, of this emoji alone, or ""; to judge
-with, never trained on); ``label``, ``skin_tone``, ``emoji``, ``split`` and ``held_out``.
+tone before or after); ``words_1`` to ``words_16`` (words of its names, tags and wordings in any order, as few as mean
+this emoji alone, some with another ending or written together); ``unseen`` (a wording of JoyPixels whose words are
+those of none of these, of this emoji alone, or ""; to judge with, never trained on); ``label``, ``skin_tone``,
+``emoji``, ``split`` and ``held_out``.
 
 The split is that of the emoji dataset, and of the 3D pictures that are left 1 in 16 is held out too (``held_out =
 "style"``): training saw the emoji flat and the style on others.
@@ -22,6 +24,7 @@ The split is that of the emoji dataset, and of the 3D pictures that are left 1 i
 
 import argparse
 import io
+import random
 import re
 import tarfile
 import tempfile
@@ -42,7 +45,9 @@ from diffusers_vqdit.utils.weight_files import replacing_file
 
 TRAINED_WORDINGS = ("github", "iamcal", "cldr", "emojibase")
 JUDGED_WORDINGS = "joypixels"
-NUM_WORDINGS = 4
+NUM_WORDINGS, NUM_SELECTIONS, MOST_WORDS = 4, 16, 6
+ENDINGS = ("", "s", "ing", "ed", "er")
+SPOKEN = ("text", "text_zh", "phrase", "keywords")
 SUFFIXES = {"text_zh": "，立体"}  # of the captions of 3D pictures; the others have ", 3d"
 TONE = re.compile("-1F3F[B-F]")
 
@@ -100,16 +105,58 @@ def other_wordings(row: dict, words: list[str], code: str) -> list[str]:
     ]
 
 
+def words_of_emoji(bases: list[str], emoji: list[dict], names: tarfile.TarFile) -> dict[str, set[str]]:
+    """All words that are said of each emoji without a skin tone, but those of the judged wordings alone."""
+    words = {code: set(" ".join(known).split()) for code, known in shortcodes(names, TRAINED_WORDINGS).items()}
+    tags = {key(entry["hexcode"]): entry.get("tags", []) for entry in read_json(names, "en/data.json")}
+    for base, row in zip(bases, emoji, strict=True):
+        told = [row["text"].split(",")[0]] if row["skin_tone"] else [row["text"], row["phrase"], row["keywords"]]
+        words.setdefault(base, set()).update(plain(" ".join([*told, *tags.get(base, [])])).split())
+    return words
+
+
+def reworded(word: str, generator: random.Random) -> str:
+    """One word in ten with another ending."""
+    stem = next((word.removesuffix(end) for end in ENDINGS[1:] if word.endswith(end)), word)
+    return stem + generator.choice(ENDINGS) if len(stem) > 2 and generator.random() < 0.1 else word
+
+
+def selections(words: set[str], means: dict[str, set[str]], refused: set[frozenset], seed: str) -> list[str]:
+    """`NUM_SELECTIONS` times some of an emoji's words, as few as mean it alone, or `MOST_WORDS`; of one in ten the
+    first two are written together.
+
+    Args:
+        means: the emoji that each word is said of.
+        refused: the judged wordings, whose words are never all of a selection's.
+    """
+    generator, found = random.Random(seed), []
+    for _ in range(NUM_SELECTIONS):
+        order, least = generator.sample(sorted(words), len(words)), generator.randint(1, 3)
+        for count in range(min(least, len(order)), min(MOST_WORDS, len(order)) + 1):
+            chosen = order[:count]
+            alone = len(set.intersection(*(means[word] for word in chosen))) == 1
+            if alone and frozenset(chosen) not in refused:
+                break
+        joined = " ".join(reworded(word, generator) for word in chosen)
+        found.append(joined.replace(" ", "", 1) if generator.random() < 0.1 else joined)
+    return found
+
+
 def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFile, size: int) -> list[dict]:
     """The flat picture and the 3D picture of each emoji, in the order of the emoji dataset."""
     trained, judged = shortcodes(names, TRAINED_WORDINGS), shortcodes(names, (JUDGED_WORDINGS,))
     taken = Counter(word for known in judged.values() for word in known)
     taken.update(word for known in trained.values() for word in known)
+    table = list(emoji.cast_column("image", Image(decode=False)))
+    bases = [key(TONE.sub("", Path(row["image"]["path"]).stem.upper())) for row in table]
+    words, means = words_of_emoji(bases, table, names), {}
+    for base in bases:
+        for word in words[base]:
+            means.setdefault(word, set()).add(base)
     out = []
-    for row in emoji.cast_column("image", Image(decode=False)):
+    for base, row in zip(bases, table, strict=True):
         picture = row.pop("image")
         name = Path(picture["path"]).stem
-        base = key(TONE.sub("", name.upper()))
         flat, solid = PILImage.open(io.BytesIO(picture["bytes"])), fluent.get(key(name))
         row |= {
             f"wording_{index + 1}": words
@@ -118,6 +165,9 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
         told = [plain(text) for column, text in row.items() if column not in ("text_zh", "label", "emoji")]
         known = {frozenset(text.split()) for text in told}  # the same words in another order are not new
         new = [one for one in judged.get(base, []) if taken[one] == 1 and frozenset(one.split()) not in known]
+        refused = {frozenset(one.split()) for one in judged.get(base, [])}
+        for index, chosen in enumerate(selections(words[base], means, refused, f"words {name}")):
+            row[f"words_{index + 1}"] = toned(chosen, row["skin_tone"], index % 4) if row["skin_tone"] else chosen
         row["unseen"] = new[0] if new and not row["skin_tone"] else ""
         pictures = {"flat": png(on_white(flat, size), f"{name}-flat")}
         if solid is not None:
@@ -128,7 +178,7 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
             others = [other for which, other in pictures.items() if which != style and not (held and style == "flat")]
             made = dict(row)
             if style == "3d":
-                spoken = ("text", "text_zh", "phrase", "keywords", *(f"wording_{i + 1}" for i in range(NUM_WORDINGS)))
+                spoken = [one for one in row if one in SPOKEN or one.startswith(("wording_", "words_"))]
                 made |= {column: row[column] + SUFFIXES.get(column, ", 3d") for column in spoken}
                 made["unseen"] = ""
                 if held:

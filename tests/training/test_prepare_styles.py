@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 
 import datasets
@@ -60,7 +61,7 @@ def test_rows_of_both_styles(prepare):
     columns |= {name: [value] * 2 for name, value in common.items()}
     features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
     emoji = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    with names_of_codes(codes) as names:
+    with names_of_codes(codes, {"1F34E": ["Crisp", "fall fruit"], "1F697": ["wheel"]}) as names:
         made = prepare.rows(emoji, {"1F34E": Image.new("RGB", (16, 16), "pink")}, names, 16)
 
     assert [(row["style"], row["text"]) for row in made] == [
@@ -76,19 +77,26 @@ def test_rows_of_both_styles(prepare):
     assert wordings <= {
         f"{the}{word}{s}" for the in ("", "the ") for word in ("apple", "red apple") for s in ("", "s")
     }
+    words = {word for index in range(1, 17) for word in flat[f"words_{index}"].split()}
+    assert words >= {"crisp", "fall", "fruit"} and "wheel" not in words
+    assert all("space" not in rocket[f"words_{index}"] for index in range(1, 17))  # a word of the judged alone
+    assert solid["words_3"] == flat["words_3"] + ", 3d"
     # JoyPixels' "fruit" is two emoji's, "red apple" and "rocket ship" are known.
     assert [row["unseen"] for row in made] == ["", "", "space craft"]
     with Image.open(io.BytesIO(solid["image"]["bytes"])) as picture:
         assert picture.size == (16, 16)
 
 
-def names_of_codes(sets):
-    """An archive of shortcodes, none but for what `sets` has."""
+def names_of_codes(sets, tags=None):
+    """An archive of shortcodes and tags, none but for what `sets` and `tags` have."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for name in ("github", "iamcal", "cldr", "emojibase", "joypixels"):
-            data = json.dumps(sets.get(name, {})).encode()
-            info = tarfile.TarInfo(f"package/en/shortcodes/{name}.json")
+        sources = ("github", "iamcal", "cldr", "emojibase", "joypixels")
+        files = {f"shortcodes/{name}": sets.get(name, {}) for name in sources}
+        files["data"] = [{"hexcode": code, "tags": told} for code, told in (tags or {}).items()]
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(f"package/en/{name}.json")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     file.seek(0)
@@ -120,3 +128,25 @@ def test_no_training_row_has_a_held_out_picture(prepare):
         assert row["split"] == "test" or (row["image"]["bytes"] not in held and row["source"]["bytes"] not in held)
         if row["held_out"]:  # what is judged still has the other style as its source
             assert row["source"]["bytes"] != row["image"]["bytes"]
+
+
+def test_selections_are_words_that_mean_the_emoji_alone(prepare):
+    said = {"A": {"red", "apple", "fruit"}, "B": {"red", "car"}, "C": {"apple", "pie", "fruit", "red"}}
+    means = {word: {name for name, words in said.items() if word in words} for word in set().union(*said.values())}
+    refused = {frozenset({"car"}), frozenset({"pie", "red"})}
+    for name in "BC":
+        made = prepare.selections(said[name], means, refused, name)
+        assert made == prepare.selections(said[name], means, refused, name) and len(made) == prepare.NUM_SELECTIONS
+        assert not {frozenset(one.split()) for one in made} & refused
+        for one in made:
+            assert any(word[:3] in one for word in ("car", "pie"))  # all others are said of several
+    # All words of A are C's, too.
+    assert all(set(one.split()) for one in prepare.selections(said["A"], means, set(), "A"))
+
+
+def test_some_words_get_other_endings(prepare):
+    generator = random.Random(0)
+    made = [prepare.reworded("racing", generator) for _ in range(2000)]
+    changed = [one for one in made if one != "racing"]
+    assert 0.05 < len(changed) / len(made) < 0.11 and set(changed) == {"rac", "racs", "raced", "racer"}
+    assert {prepare.reworded("as", generator) for _ in range(200)} == {"as"}
