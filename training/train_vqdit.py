@@ -317,8 +317,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Tasks, tokenizers, codes
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     parts = load_components(args)
-    if args.optimizer is None:
-        args.optimizer = default_optimizer(accelerator, checkpoint, pretrained=parts["transformer"] is not None)
+    args.optimizer = args.optimizer or default_optimizer(accelerator, checkpoint, parts["transformer"])
     if args.tasks is None:
         args.tasks = default_tasks(args, checkpoint, parts["transformer"])
     tasks = parse_tasks(args.tasks)

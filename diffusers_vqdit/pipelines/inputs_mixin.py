@@ -1,7 +1,7 @@
 """What a call of a pipeline over codes asks for: its arguments checked and read, and the task they mean."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .ready_codes import are_codes, check_codes_dtype, has_unknown
 from .segment_base import ARGUMENTS, PROCESSORS, PROMPT, TEXT, SegmentProcessor
 from .segment_processors import check_segment_tokenizers, entry_by_name, make_segment, output_by_name
 from .sizes_mixin import Codes, SizesMixin
-from .task_table import TaskRow, TaskTable, hub_task_of
+from .task_table import TaskRow, TaskTable, call_of, example_calls, hub_task_of
 
 
 class InputsMixin(PromptMixin, SizesMixin):
@@ -306,18 +306,13 @@ class InputsMixin(PromptMixin, SizesMixin):
         rows = TaskTable()
         for task in map(Task.parse, self.transformer.config.tasks or []):
             guidance_scale, num_inference_steps, _ = self.default_settings(task)
-            rows.append(TaskRow(str(task), int(num_inference_steps), guidance_scale, self._call_of(task)))
+            rows.append(
+                TaskRow(str(task), int(num_inference_steps), guidance_scale, call_of(task, self._segments, {}))
+            )
         return rows
 
-    def _call_of(self, task: Task, values: Mapping[str, str] | None = None) -> str:
-        """The call that asks for a task, with what stands for the values of its given segments in Python."""
-        shown = dict.fromkeys(task.given, "...") | dict(values or {})
-        given = [self._segments[name] for name in task.given]
-        arguments = [f"{one.argument}={shown[one.name]}" for one in given if one.argument in ARGUMENTS]
-        others = ", ".join(f'"{one.name}": {shown[one.name]}' for one in given if one.argument not in ARGUMENTS)
-        arguments += [f"inputs={{{others}}}"] if others else []
-        output = f'output="{"+".join(task.generated)}"'
-        return f"pipe({', '.join([*arguments, output])})"
+    def _example_calls(self, tasks: Iterable[str]) -> list[str]:
+        return example_calls(tasks, self._segments, self.config.labels)
 
     @property
     def hub_task(self) -> str:

@@ -34,16 +34,18 @@ def check_muon(accelerator: Accelerator) -> None:
         )
 
 
-def default_optimizer(accelerator: Accelerator, checkpoint: Path | None, *, pretrained: bool) -> str:
-    """The optimizer where ``--optimizer`` gives none: that of the run that goes on; Muon for a new transformer, where
-    this PyTorch has it and no engine shards its matrices; AdamW else.
+def default_optimizer(
+    accelerator: Accelerator, checkpoint: Path | None, pretrained: VQDiTTransformer2DModel | None
+) -> str:
+    """The optimizer where ``--optimizer`` gives none: that of the run that goes on; Muon where no transformer was
+    pretrained, this PyTorch has it and no engine shards its matrices; AdamW else.
 
     Raises:
         ValueError: if the run that goes on had Muon, and it can't be trained with here ([`check_muon`]).
     """
     if checkpoint is None:
         trainable = hasattr(torch.optim, "Muon") and accelerator.distributed_type not in SHARDING
-        return "muon" if trainable and not pretrained else "adamw"
+        return "muon" if trainable and pretrained is None else "adamw"
     kept = read_manifest(checkpoint).identity.get("optimizer", "adamw")
     if kept == "muon":
         check_muon(accelerator)

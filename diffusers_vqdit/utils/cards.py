@@ -11,7 +11,6 @@ from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..tasks import Task
 from .fingerprints import file_sha256
 from .hub import is_transient
 from .weight_files import weight_file_of
@@ -72,25 +71,6 @@ _TOKENIZER_RISKS = """\
   reconstruction is no evidence of what the original shows.
 * **Privacy.** Codes are no encryption: whoever has the model can decode them.
 * **Bias.** What is rare in its training data is reconstructed worst."""
-
-
-# What stands for a given value of each kind, in examples; {} is the segment's name.
-_EXAMPLES = {"texts": '"a {}"', "images": 'load_image("{}.png")', "audios": '"{}.wav"'}
-_MOST_CALLS = 3
-
-
-def _example_calls(pipeline: Any, tasks: Sequence[str]) -> list[str]:
-    """Calls for the first of these tasks that make one value of known ones, in Python."""
-    segments, labels, calls = pipeline._segments, pipeline.config.labels, []
-    kinds = {name: one.given_field or one.output_field for name, one in segments.items()}
-    values = {name: _EXAMPLES[kind].format(name) for name, kind in kinds.items() if kind in _EXAMPLES}
-    named = {name for name, one in segments.items() if labels and one.argument == "class_labels"}
-    values |= dict.fromkeys(named, json.dumps((labels or [""])[0], ensure_ascii=False))
-    for task in map(Task.parse, tasks):
-        made = segments[task.generated[0]].output_field
-        if made and len(task.generated) == 1 and set(task.given) <= set(values):
-            calls.append(f"{pipeline._call_of(task, values)}.{made}[0]")
-    return calls[:_MOST_CALLS]
 
 
 def describe_model(model: Any, tasks: Sequence[str] = ()) -> dict[str, Any]:
@@ -188,7 +168,7 @@ def describe_model(model: Any, tasks: Sequence[str] = ()) -> dict[str, Any]:
             "risks": _GENERATOR_RISKS,
         }
     known = list(model.transformer.config.tasks or [])
-    calls = _example_calls(model, tasks or known)
+    calls = model._example_calls(tasks or known)
     examples = "".join(f"{call}\n" for call in calls).replace("{", "{{").replace("}", "}}")
     return {
         "pipeline_tag": model.hub_task,

@@ -240,9 +240,9 @@ def test_a_resumed_run_takes_another_rate_and_decay(tmp_path):
 )
 def test_a_new_transformer_has_muon_where_its_matrices_are_whole(kind, pretrained, wanted, monkeypatch):
     accelerator = argparse.Namespace(distributed_type=kind)
-    assert default_optimizer(accelerator, None, pretrained=pretrained) == wanted
+    assert default_optimizer(accelerator, None, transformer() if pretrained else None) == wanted
     monkeypatch.delattr(torch.optim, "Muon")
-    assert default_optimizer(accelerator, None, pretrained=pretrained) == "adamw"
+    assert default_optimizer(accelerator, None, transformer() if pretrained else None) == "adamw"
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ def test_a_run_goes_on_with_its_own_optimizer(tmp_path, identity, wanted):
         run.begin(None, identity=identity, args=args, states={})
         checkpoint = save_checkpoint(accelerator, tmp_path, 1, **run.kept())
     for pretrained in (True, False):
-        assert default_optimizer(accelerator, checkpoint, pretrained=pretrained) == wanted
+        assert default_optimizer(accelerator, checkpoint, transformer() if pretrained else None) == wanted
     if wanted == "muon":
         with pytest.raises(ValueError, match="multi_gpu.yaml"):
-            default_optimizer(argparse.Namespace(distributed_type=SHARDING[0]), checkpoint, pretrained=False)
+            default_optimizer(argparse.Namespace(distributed_type=SHARDING[0]), checkpoint, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
