@@ -132,10 +132,7 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
-    try:
-        check_output_file("output_file", args.output_file, ".png")
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    check_output_file("output_file", args.output_file, ".png")
     path = args.pretrained_model_name_or_path
     check_starter(path)
     pipeline = VQDiTPipeline.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")

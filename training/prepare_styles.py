@@ -127,7 +127,7 @@ def selections(words: set[str], means: dict[str, set[str]], refused: set[frozens
 
     Args:
         means: the emoji that each word is said of.
-        refused: the judged wordings, whose words are never all of a selection's.
+        refused: the judged wordings, whose words are not all of a selection's where others can be.
     """
     generator, found = random.Random(seed), []
     for _ in range(NUM_SELECTIONS):
@@ -162,12 +162,12 @@ def rows(emoji: Dataset, fluent: dict[str, PILImage.Image], names: tarfile.TarFi
             f"wording_{index + 1}": words
             for index, words in enumerate(other_wordings(row, trained.get(base, []), key(name)))
         }
-        told = [plain(text) for column, text in row.items() if column not in ("text_zh", "label", "emoji")]
-        known = {frozenset(text.split()) for text in told}  # the same words in another order are not new
-        new = [one for one in judged.get(base, []) if taken[one] == 1 and frozenset(one.split()) not in known]
         refused = {frozenset(one.split()) for one in judged.get(base, [])}
         for index, chosen in enumerate(selections(words[base], means, refused, f"words {name}")):
             row[f"words_{index + 1}"] = toned(chosen, row["skin_tone"], index % 4) if row["skin_tone"] else chosen
+        told = [plain(text) for column, text in row.items() if column not in ("text_zh", "label", "emoji")]
+        known = {frozenset(text.split()) for text in told}  # the same words in another order are not new
+        new = [one for one in judged.get(base, []) if taken[one] == 1 and frozenset(one.split()) not in known]
         row["unseen"] = new[0] if new and not row["skin_tone"] else ""
         pictures = {"flat": png(on_white(flat, size), f"{name}-flat")}
         if solid is not None:

@@ -67,11 +67,8 @@ def main(args: argparse.Namespace) -> None:
     from .page import launch, make_page  # which need gradio
     from .space import push_space
 
-    try:
-        pipeline = load_pipeline(name)
-        page = make_page(pipeline, name)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    pipeline = load_pipeline(name)
+    page = make_page(pipeline, name)
     if args.push_to_space is None:
         launch(page)
     else:

@@ -8,8 +8,7 @@ import argparse
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.interop import FORMATS
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
-
-from ..utils.told_errors import told_errors
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

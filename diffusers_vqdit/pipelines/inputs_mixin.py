@@ -312,7 +312,10 @@ class InputsMixin(PromptMixin, SizesMixin):
         return rows
 
     def _example_calls(self, tasks: Iterable[str]) -> list[str]:
-        return example_calls(tasks, self._segments, self.config.labels)
+        components, segments = self._tokenizing_components, self._segments
+        there = {name for name, one in segments.items() if all(components.get(need) is not None for need in one.needs)}
+        known = [task for task in tasks if set(Task.parse(task).segments) <= there]
+        return example_calls(known, segments, self.config.labels)
 
     @property
     def hub_task(self) -> str:

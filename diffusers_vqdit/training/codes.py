@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..pipelines.label_segment import names_by_code
 from ..pipelines.segment_base import LABEL
 from ..schedulers.samplers import Generators, uniform
 from ..tasks import Task
@@ -166,9 +165,9 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
 
-    def rename_labels(self, name: str, names: Sequence[str]) -> None:
-        """Read the labels of a segment as codes of others' `names`, which have all of its own among them."""
-        own = names_by_code(self.entries[name]["names"]) if "names" in self.entries.get(name, {}) else self.labels
+    def rename_labels(self, name: str, own: Sequence[str], names: Sequence[str]) -> None:
+        """Read the labels of a segment, whose codes stand for its `own` names, as codes of `names`, which have all of
+        these among them."""
         self._columns[name].renamed = np.array([names.index(label) for label in own])
         for segments in (self.segments, *self._segments):
             segments[name] = {**segments[name], "vocab_size": len(names)}

@@ -159,8 +159,8 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         **kind,
         "tags": ["lora", *kind["tags"]],
         "summary": f"A LoRA of rank {rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.{trained}",
-        "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{{name}}")',
+        "usage": f'{kind["imports"]}\npipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        f'pipe.load_lora_weights("{{name}}")\n{kind["calls"].rstrip()}',
     }
 
 

@@ -15,22 +15,25 @@ from .checkpoints import read_manifest
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_muon(accelerator: Accelerator) -> None:
+def check_muon(accelerator: Accelerator, *, resumed: bool = False) -> None:
     """Refuse, before the work, what Muon can't be trained with.
+
+    Args:
+        resumed: whether the run that goes on had Muon, in place of which it takes no other.
 
     Raises:
         ValueError: if this version of PyTorch has no Muon, or Accelerate is set up with an engine that shards.
     """
+    begun, other = ("the run began with ", "") if resumed else ("", ", or give --optimizer adamw")
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(
-            f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}: update it, or give "
-            "--optimizer adamw"
+            f"{begun}optimizer='muon', which needs torch 2.9 or later, this is {torch.__version__}: update it{other}"
         )
     kind = accelerator.distributed_type
     if kind in SHARDING:
         raise ValueError(
-            f"optimizer='muon' needs whole matrices, but distributed_type={kind.value!r} shards what is trained: give "
-            "--optimizer adamw, or start with training/accelerate_configs/multi_gpu.yaml, for one"
+            f"{begun}optimizer='muon', which needs whole matrices, but distributed_type={kind.value!r} shards what is "
+            f"trained: start with training/accelerate_configs/multi_gpu.yaml, for one{other}"
         )
 
 
@@ -48,7 +51,7 @@ def default_optimizer(
         return "muon" if trainable and pretrained is None else "adamw"
     kept = read_manifest(checkpoint).identity.get("optimizer", "adamw")
     if kept == "muon":
-        check_muon(accelerator)
+        check_muon(accelerator, resumed=True)
     return kept
 
 

@@ -402,5 +402,9 @@ def _match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[st
     """Read the codes' labels as those of the pretrained pipeline, by name; new ones come after them."""
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
     for name in segments & set(known) & set(found):
-        new = [label for label in found[name] if label not in known[name]]
-        codes.rename_labels(name, [*known[name], *new])
+        older = name in parts["segments"] and name not in codes.entries
+        if older:
+            codes.entries[name] = dict(parts["segments"][name])
+        if older or found[name][: len(known[name])] != known[name]:
+            new = [label for label in found[name] if label not in known[name]]
+            codes.rename_labels(name, found[name], [*known[name], *new])

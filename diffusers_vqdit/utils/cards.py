@@ -168,17 +168,18 @@ def describe_model(model: Any, tasks: Sequence[str] = ()) -> dict[str, Any]:
             "risks": _GENERATOR_RISKS,
         }
     known = list(model.transformer.config.tasks or [])
-    calls = model._example_calls(tasks or known)
-    examples = "".join(f"{call}\n" for call in calls).replace("{", "{{").replace("}", "}}")
+    calls = "".join(f"{call}\n" for call in model._example_calls(tasks or known))
+    calls = "print(pipe.tasks)  # what it can do, and what to pass\n" + calls.replace("{", "{{").replace("}", "}}")
+    imports = "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n"
+    imports += "from diffusers.utils import load_image\n" * ("load_image" in calls)
     return {
         "pipeline_tag": model.hub_task,
         "tags": ["masked-diffusion", *(task.replace("->", "-to-").strip("-") for task in known)],
         "summary": "A diffusion transformer over codes, by diffusers_vqdit."
         + (f" Tasks: {', '.join(f'`{task}`' for task in known)}." if known else ""),
-        "usage": "import diffusers_vqdit\nfrom diffusers import DiffusionPipeline\n"
-        + "from diffusers.utils import load_image\n" * ("load_image" in examples)
-        + '\npipe = DiffusionPipeline.from_pretrained("{name}")\n'
-        f"print(pipe.tasks)  # what it can do, and what to pass\n{examples}\n"
+        "imports": imports,
+        "calls": calls,
+        "usage": f'{imports}\npipe = DiffusionPipeline.from_pretrained("{{name}}")\n{calls}\n'
         "# Without the package, after reading pipeline.py:\n"
         'pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="pipeline", trust_remote_code=True)',
         "intended_use": "These tasks on data like those it was trained on, and further training. Not for decisions "

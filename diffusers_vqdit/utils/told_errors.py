@@ -1,5 +1,6 @@
 """How a script tells what went wrong."""
 
+import dis
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +14,26 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def told_errors() -> Iterator[None]:
-    """Tell a ValueError that this package, or a script beside the one that runs, raises by its sentence alone, as
-    argparse tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its
-    own. Others, and with ``DIFFUSERS_VERBOSITY=debug`` these too, keep their traceback."""
+    """Tell what this package, or a script beside the one that runs, refuses by the error's sentence alone, as argparse
+    tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its own.
+    Other errors, and with ``DIFFUSERS_VERBOSITY=debug`` these too, keep their traceback."""
     try:
         yield
-    except ValueError as error:
-        if logging.get_verbosity() <= logging.DEBUG or not _is_own(error):
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if logging.get_verbosity() <= logging.DEBUG or not _is_told(error):
             raise
-        print(
-            f"{Path(sys.argv[0]).name}: error: {error}\n(DIFFUSERS_VERBOSITY=debug shows where it was raised.)",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.stem == "__main__" else script.name
+        print(f"{name}: error: {error}\n(DIFFUSERS_VERBOSITY=debug shows where it was raised.)", file=sys.stderr)
+        sys.exit(1)  # which trackers take notice of
 
 
-def _is_own(error: ValueError) -> bool:
+def _is_told(error: Exception) -> bool:
+    """Whether a ``raise`` of ours made it: Python's own functions raise in the frame that calls them."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
+    if trace is None or trace.tb_frame.f_code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return False
     raised = Path(trace.tb_frame.f_code.co_filename).resolve()
-    return raised.is_relative_to(PACKAGE) or raised.is_relative_to(Path(sys.argv[0]).resolve().parent)
+    return raised.is_file() and (raised.is_relative_to(PACKAGE) or raised.parent == Path(sys.argv[0]).resolve().parent)

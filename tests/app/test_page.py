@@ -325,7 +325,7 @@ def test_what_is_no_pipeline_of_ours_is_refused_in_a_sentence(make_pipeline, tmp
     if make is not None:
         make(folder, make_pipeline(0))
     named = re.escape(f"pretrained_model_name_or_path={str(folder)!r} must be a folder or Hub id of a VQDiTPipeline")
-    with pytest.raises(SystemExit, match=f"^{named} or VQDiTLatentPipeline.*{reason}"):
+    with pytest.raises(ValueError, match=f"^{named} or VQDiTLatentPipeline.*{reason}"):
         command.main(command.parse_args(["--pretrained_model_name_or_path", str(folder)]))
 
 

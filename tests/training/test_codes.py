@@ -222,7 +222,7 @@ def test_labels_keep_the_order_of_a_class_label_and_numbers_sort_as_numbers(enco
 def test_labels_are_read_by_name_as_others_codes(encoded, names):
     folder, rows, task = encoded()[1], torch.tensor([7, 2, 7]), Task.parse("label->image")
     codes, before = CodeDataset(folder), CodeDataset(folder)
-    codes.rename_labels("label", names)
+    codes.rename_labels("label", codes.labels, names)
     (read, pictures), (own, others) = (one.batch(rows, task) for one in (codes, before))
     assert [names[code] for code in read["label"][:, 0]] == [before.labels[code] for code in own["label"][:, 0]]
     assert codes.codes["label"].tolist() == [[names.index(before.labels[code])] for [code] in before.codes["label"]]

@@ -171,6 +171,26 @@ def test_labels_of_codes_and_of_the_data_itself_train_alike(run, tokenizers, pic
     one, other = (VQDiTPipeline.from_pretrained(tmp_path / name) for name in "ab")
     assert one.config.labels == other.config.labels == ["round", "square", "oval"]
     assert model_fingerprint(one.transformer) == model_fingerprint(other.transformer)
+    used = [(tmp_path / name / "README.md").read_text() for name in ("base", "a")]
+    assert "| `optimizer` | `muon` |" in used[0] and "| `optimizer` | `adamw` |" in used[1]
+
+
+@pytest.mark.parametrize("labels", [["square", "round"], ["round", "square", "oval"]])
+def test_codes_of_older_versions_take_the_pipelines_labels(run, tokenizers, picture_folder, tmp_path, labels):
+    """Their index doesn't say what a segment is."""
+    data = f"--train_data_dir {picture_folder} --label_column label"
+    run("train_vqdit", f"{data} {tokenizers} {TINY} --tasks label->image --output_dir {tmp_path / 'base'}")
+    change_rows(picture_folder, lambda index, row: {"label": labels[index % len(labels)]})
+    run("encode_dataset", f"{data} {tokenizers} --output_dir {tmp_path / 'codes'}")
+    file = tmp_path / "codes" / "segments.json"
+    index = json.loads(file.read_text())
+    index["segments"] = {n: {k: one[k] for k in ("vocab_size", "shape")} for n, one in index["segments"].items()}
+    file.write_text(json.dumps({**index, "labels": labels}))
+    assert CodeDataset(tmp_path / "codes").entries.get("label", {}) == {}
+    codes = f"--codes_dir {tmp_path / 'codes'} --tasks label->image,image->label --output_dir {tmp_path / 'mine'}"
+    run("train_vqdit", f"{codes} --pretrained_model_name_or_path {tmp_path / 'base'} {FINETUNE}")
+    mine = VQDiTPipeline.from_pretrained(tmp_path / "mine")
+    assert mine.config.labels == ["round", "square", *labels[2:]]
 
 
 def test_tokenizers_are_found_where_people_have_them(pipeline, tokenizers, tmp_path):

@@ -226,6 +226,15 @@ def test_a_card_says_which_tasks_the_run_trained(script, pipeline, tasks, rank):
         assert "This run" not in training_card(anew, pipeline, command=["x.py"]).content
 
 
+def test_a_card_shows_no_call_that_needs_what_is_not_there(pipeline):
+    tasks = ["text->image", "->text", "label->image", "image->text"]
+    assert len(pipeline._example_calls(tasks)) == 3
+    pipeline.image_vq = None
+    assert pipeline._example_calls(tasks) == ['pipe(output="text").texts[0]']
+    pipeline.text_vq = None
+    assert pipeline._example_calls(tasks) == []
+
+
 def test_a_card_shows_calls_that_work(script, pipeline, tmp_path, monkeypatch):
     """Of the tasks that the run trained most, each as a user would paste it."""
     tasks = {"->text": 1, "text->image": 2, "image->text": 4, "label->image": 3, "->image+text": 5}

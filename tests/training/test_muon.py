@@ -284,15 +284,18 @@ def test_engines_that_shard_are_refused_by_name(kind):
     accelerator = argparse.Namespace(distributed_type=kind)
     if kind not in SHARDING:
         return check_muon(accelerator)
-    told = f"optimizer='muon' .*distributed_type='{kind.value}'.*--optimizer adamw, or .*multi_gpu.yaml"
-    with pytest.raises(ValueError, match=told):
+    told = f"optimizer='muon', which .*distributed_type='{kind.value}'.*multi_gpu.yaml, for one"
+    with pytest.raises(ValueError, match=f"^{told}, or give --optimizer adamw$"):
         check_muon(accelerator)
+    with pytest.raises(ValueError, match=f"^the run began with {told}$"):  # and takes no other
+        check_muon(accelerator, resumed=True)
 
 
 def test_a_torch_without_muon_is_told_before_the_work(script, tmp_path, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     flags = f"--codes_dir x --image_vq x --report_to none --output_dir {tmp_path / 'out'} --optimizer muon"
-    told = rf"optimizer='muon' needs torch 2\.9 or later, this is {re.escape(torch.__version__)}.*--optimizer adamw"
+    version = re.escape(torch.__version__)
+    told = rf"optimizer='muon', which needs torch 2\.9 or later, this is {version}.*--optimizer adamw"
     with pytest.raises(ValueError, match=told):
         script("train_vqdit").main(script("train_vqdit").parse_args(flags.split()))
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """The dataset of two styles and many people's words."""
 
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -130,7 +131,7 @@ def test_no_training_row_has_a_held_out_picture(prepare):
             assert row["source"]["bytes"] != row["image"]["bytes"]
 
 
-def test_selections_are_words_that_mean_the_emoji_alone(prepare):
+def test_selections_are_words_that_mean_the_emoji_alone(prepare, monkeypatch):
     said = {"A": {"red", "apple", "fruit"}, "B": {"red", "car"}, "C": {"apple", "pie", "fruit", "red"}}
     means = {word: {name for name, words in said.items() if word in words} for word in set().union(*said.values())}
     refused = {frozenset({"car"}), frozenset({"pie", "red"})}
@@ -140,8 +141,12 @@ def test_selections_are_words_that_mean_the_emoji_alone(prepare):
         assert not {frozenset(one.split()) for one in made} & refused
         for one in made:
             assert any(word[:3] in one for word in ("car", "pie"))  # all others are said of several
-    # All words of A are C's, too.
-    assert all(set(one.split()) for one in prepare.selections(said["A"], means, set(), "A"))
+    monkeypatch.setattr(prepare, "reworded", lambda word, generator: word)
+    for one in prepare.selections(said["A"], means, set(), "A"):  # all of its words are C's, too
+        assert one.replace(" ", "") in {"".join(order) for order in itertools.permutations(said["A"])}
+    many = {f"w{index}" for index in range(20)}
+    made = prepare.selections(many, dict.fromkeys(many, {"A", "B"}), set(), "A")
+    assert all(one.count("w") == prepare.MOST_WORDS for one in made)
 
 
 def test_some_words_get_other_endings(prepare):

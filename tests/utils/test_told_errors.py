@@ -31,11 +31,43 @@ def test_an_error_of_the_script_is_told_so_too(capsys, monkeypatch):
     assert "test_told_errors.py: error: give another\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("work", [lambda: json.loads("{"), lambda: {}["key"], lambda: exec("raise ValueError")])
-def test_other_errors_keep_their_traceback(work, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["elsewhere/train.py"])
-    with pytest.raises((ValueError, KeyError)), told_errors():
-        work()
+FAULTS = {
+    "a library's": lambda: json.loads("{"),
+    "another kind": lambda: {}["key"],
+    "generated code": lambda: exec("raise ValueError"),
+    "no sentence of ours": lambda: (lambda *values: values.index(1))(),
+    "nor this": lambda: list(zip([1], [], strict=True)),
+    "a number that isn't": lambda: int("x"),
+    "a file that isn't there": lambda: open("/nothing/there"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_other_errors_keep_their_traceback(fault, monkeypatch):
+    """Though they are raised in a script beside the one that runs."""
+    monkeypatch.setattr(sys, "argv", [__file__])
+    with pytest.raises((ValueError, KeyError, OSError)), told_errors():
+        FAULTS[fault]()
+
+
+def test_a_library_below_a_scripts_folder_is_not_its_own(tmp_path, monkeypatch):
+    library = tmp_path / ".venv" / "library.py"
+    library.parent.mkdir()
+    library.write_text("def fail():\n    raise ValueError('a bug')\n")
+    monkeypatch.syspath_prepend(str(library.parent))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
+    import library
+
+    with pytest.raises(ValueError, match="a bug"), told_errors():
+        library.fail()
+
+
+@pytest.mark.parametrize("kind", [ImportError, OSError, RuntimeError, FileNotFoundError])
+def test_sentences_of_other_kinds_are_told_so_too(kind, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [__file__])
+    with pytest.raises(SystemExit), told_errors():
+        raise kind("install it")
+    assert capsys.readouterr().err.startswith("test_told_errors.py: error: install it\n")
 
 
 def test_all_have_one_while_debugging():
@@ -49,6 +81,10 @@ def test_all_have_one_while_debugging():
 
 
 def test_a_script_says_what_it_needs_and_no_more(root, tmp_path):
-    words = ["training/plot_run.py", "--output_dir", str(tmp_path / "nothing")]
-    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("plot_run.py: error: ") and "Traceback" not in done.stderr
+    for name, words in {
+        "plot_run.py": ["training/plot_run.py", "--output_dir", str(tmp_path / "nothing")],
+        "diffusers_vqdit": ["-m", "diffusers_vqdit", "--output_file", str(tmp_path / "a.jpg")],
+    }.items():
+        done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-2].startswith(f"{name}: error: ")
