@@ -79,7 +79,7 @@ def test_prepare_emoji(script, odd, tmp_path, monkeypatch):
 def test_the_demo(odd, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "VQDiTPipeline", None)
     for file in [*(f"{path}.png" for path in odd), tmp_path / "x.jpg", tmp_path]:
-        with pytest.raises(SystemExit, match="output_file='.*(can't be written|must end in .png)"):
+        with pytest.raises(ValueError, match="output_file='.*(can't be written|must end in .png)"):
             demo.main(demo.parse_args(["--output_file", str(file)]))
 
 
