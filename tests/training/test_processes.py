@@ -36,7 +36,7 @@ from diffusers_vqdit.training.encoding import encode_dataset
 
 
 STEPS = 20
-CASES = {
+CASES = {  # with AdamW, for Muon's bfloat16 rounds sums of other orders apart
     "image_vq": (
         "train_image_vq",
         8,
@@ -55,20 +55,22 @@ CASES = {
         "train_vqdit",
         4,
         "--codes_dir {codes} --image_vq {image_vq} --text_vq {text_vq} --num_layers 2 --num_attention_heads 2 "
-        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema "
+        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema --optimizer adamw "
         "--tasks=text->image:2,image->text:2,->image:1",
     ),
     "vqdit, buckets": (
         "train_vqdit",
         4,
         "--codes_dir {buckets} --image_vq {image_vq} --num_layers 1 --num_attention_heads 2 --attention_head_dim 16 "
-        "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --tasks=->image",
+        "--aspect_ratio_buckets 16,16;24,12;12,24 --use_rotary_positional_embeddings --optimizer adamw "
+        "--tasks=->image",
     ),
     "vqdit, states": (
         "train_vqdit",
         4,
         "--codes_dir {states} --image_vq {image_vq} --text_encoder {t5} --num_layers 1 --num_attention_heads 2 "
-        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema --tasks=text->image:2,->image:1",
+        "--attention_head_dim 16 --gradient_accumulation_steps 2 --use_ema --optimizer adamw "
+        "--tasks=text->image:2,->image:1",
     ),
     "distilled": (
         "distill_vqdit",
