@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
+from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task, check_task, parse_tasks
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.draws import step_generator
@@ -40,6 +40,7 @@ from diffusers_vqdit.training.finetuning import check_same_segments
 from diffusers_vqdit.training.masked_loss import draw_task, stratified_timesteps
 from diffusers_vqdit.training.muon import block_matrices
 from diffusers_vqdit.training.optimization import parameter_groups, set_dropout
+from diffusers_vqdit.training.task_codes import match_labels
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
     model_name,
@@ -291,14 +292,17 @@ def main(args: argparse.Namespace) -> None:
     started, device = time.time(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     name = args.pretrained_model_name_or_path
-    weights = VQDiTTransformer2DModel.from_pretrained(name, subfolder="transformer").to(device, torch.float32).train()
+    pipeline = VQDiTPipeline.from_pretrained(name)
+    scheduler = pipeline.scheduler
+    weights = pipeline.transformer.to(device, torch.float32).train()
     set_dropout(weights, args.dropout)
     transformer = copy.deepcopy(weights)
     if device.type == "cuda":
         transformer.to(torch.bfloat16)
         transformer.compile_repeated_blocks(dynamic=True)
-    scheduler = MaskedDiffusionScheduler.from_pretrained(name, subfolder="scheduler")
     codes, tasks, size = CodeDataset(args.codes_dir), parse_tasks(args.tasks), args.train_batch_size
+    known = {"segments": pipeline.config.segments, "labels": list(pipeline.config.labels)}
+    match_labels(known, codes, {segment for task, _ in tasks for segment in task.segments})
     check_tasks([task for task, _ in tasks], weights, codes)
     rows_of_epoch = drawn_rows(args.row_repeats, len(codes), size)
 

@@ -239,6 +239,33 @@ def test_what_cant_be_trained_by_captured_steps_is_told_before_the_first(capture
         captured.main(captured.parse_args([*start, "--minutes", "1", *given]))
 
 
+def test_captured_steps_read_labels_by_name(
+    captured, start, pipeline, picture_folder, image_vq, tmp_path, monkeypatch
+):
+    """The folder has two of the pipeline's three labels, in another order, which are its own codes 0 and 1."""
+    names = ["square", "oval", "round"]
+    pipeline.register_to_config(id2label=dict(enumerate(names)))
+    pipeline.transformer.register_to_config(tasks=["label->image"])
+    pipeline.save_pretrained(tmp_path / "start")
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image")
+    columns = {"image_column": "image", "label_column": "label"}
+    encode_dataset(dataset, tmp_path / "labelled", resolution=16, batch_size=3, image_vq=image_vq, **columns)
+    own, seen = CodeDataset(tmp_path / "labelled"), []
+
+    def look(self, given, generated, timesteps):
+        seen.append((given["label"], generated["image"]))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(captured.TrainingStep, "__call__", look)
+    arguments = [str(tmp_path / "labelled") if one == str(tmp_path / "codes") else one for one in start]
+    with pytest.raises(RuntimeError, match="seen"):
+        captured.main(captured.parse_args([*arguments, "--minutes", "1", "--tasks", "label->image"]))
+    [(labels, pictures)] = seen
+    for label, picture in zip(labels, pictures, strict=True):
+        row = next(row for row in range(len(own)) if torch.equal(own.codes["image"][row].view_as(picture), picture))
+        assert names[label.item()] == own.labels[own.codes["label"][row].item()]
+
+
 @pytest.mark.parametrize("change", ["another grid", "states", "blocks", "buckets"])
 def test_codes_that_have_no_captured_steps_are_refused(captured, start, transformer, tmp_path, change):
     codes, told = CodeDataset(tmp_path / "codes"), "states or of several shapes"

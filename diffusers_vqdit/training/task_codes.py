@@ -164,7 +164,7 @@ def load_codes(
                 f"the codes or states in {args.codes_dir!r} were made by {missing}, without which the saved pipeline "
                 f"takes and gives these alone: give {needed}"
             )
-        _match_labels(parts, codes, segments)
+        match_labels(parts, codes, segments)
         settle_reading(args, parts, codes)
         found = codes.settings.get("aspect_ratio_buckets")
         if args.aspect_ratio_buckets not in (None, found):
@@ -398,7 +398,7 @@ def names_of_labels(entries: Mapping[str, Mapping[str, Any]], labels: list[str])
     return found if not labels else {LABEL: labels, **found}
 
 
-def _match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
+def match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
     """Read the codes' labels as those of the pretrained pipeline, by name; new ones come after them."""
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
     for name in segments & set(known) & set(found):

@@ -10,13 +10,15 @@ from diffusers.utils import logging
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
+LOADERS = ("diffusers", "transformers", "huggingface_hub")  # whose OSErrors say which file or repository isn't there
 
 
 @contextmanager
 def told_errors() -> Iterator[None]:
     """Tell what this package, or a script beside the one that runs, refuses by the error's sentence alone, as argparse
-    tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its own.
-    Other errors, and with ``DIFFUSERS_VERBOSITY=debug`` these too, keep their traceback."""
+    tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its own. So
+    are libraries' errors of models that aren't there. Others, and with ``DIFFUSERS_VERBOSITY=debug`` all, keep their
+    traceback."""
     try:
         yield
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -29,11 +31,14 @@ def told_errors() -> Iterator[None]:
 
 
 def _is_told(error: Exception) -> bool:
-    """Whether a ``raise`` of ours made it: Python's own functions raise in the frame that calls them."""
+    """Whether a ``raise`` of ours made it, or a library's that looked for a model: Python's own functions raise in the
+    frame that calls them."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None or trace.tb_frame.f_code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return False
+    if isinstance(error, OSError) and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in LOADERS:
+        return True
     raised = Path(trace.tb_frame.f_code.co_filename).resolve()
     return raised.is_file() and (raised.is_relative_to(PACKAGE) or raised.parent == Path(sys.argv[0]).resolve().parent)

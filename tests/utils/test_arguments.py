@@ -1,5 +1,6 @@
 """Types of flags: what is in range passes, what isn't is refused by flag, value and range."""
 
+import argparse
 import math
 
 import pytest
@@ -97,6 +98,20 @@ def test_checkpoints_and_loras_are_no_models(tmp_path, folder, file):
     (tmp_path / folder / "model_index.json").touch()  # an output_dir is a model, whatever else is in it
     assert model_name(str(tmp_path / folder)) == str(tmp_path / folder)
     assert model_name("someone/checkpoint-10") == "someone/checkpoint-10"
+
+
+@pytest.mark.parametrize("text", ["/nothing/there", "./there", "../there", "~/there", "outputs/nothing/there"])
+def test_a_folder_that_is_not_there_is_no_model(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no folder that there is"):
+        model_name(text)
+
+
+def test_what_may_be_a_hub_id_or_is_a_file_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    for text in ("someone/vqdit", "vqdit", "./model.safetensors", str(tmp_path / "model.safetensors"), "."):
+        assert model_name(text) == text
 
 
 def test_the_help_tells_defaults_once(capsys):

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 from diffusers.utils import logging
+from transformers import CLIPTextModel
 
+from diffusers_vqdit import ImageVQModel, VQDiTPipeline
 from diffusers_vqdit.utils.checks import check_integer
 from diffusers_vqdit.utils.told_errors import told_errors
 
@@ -68,6 +70,16 @@ def test_sentences_of_other_kinds_are_told_so_too(kind, capsys, monkeypatch):
     with pytest.raises(SystemExit), told_errors():
         raise kind("install it")
     assert capsys.readouterr().err.startswith("test_told_errors.py: error: install it\n")
+
+
+@pytest.mark.parametrize("kind", [VQDiTPipeline, ImageVQModel, CLIPTextModel])
+def test_a_model_that_is_not_there_is_told_so_too(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mistyped").mkdir()
+    with pytest.raises(SystemExit), told_errors():
+        kind.from_pretrained("mistyped")
+    told = capsys.readouterr().err.splitlines()
+    assert "mistyped" in told[-2] and "DIFFUSERS_VERBOSITY=debug" in told[-1]
 
 
 def test_all_have_one_while_debugging():
