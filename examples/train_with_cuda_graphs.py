@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
         transformer.to(torch.bfloat16)
         transformer.compile_repeated_blocks(dynamic=True)
     codes, tasks, size = CodeDataset(args.codes_dir), parse_tasks(args.tasks), args.train_batch_size
-    known = {"segments": pipeline.config.segments, "labels": list(pipeline.config.labels)}
+    known = {"transformer": weights, "segments": pipeline.config.segments, "labels": list(pipeline.config.labels)}
     match_labels(known, codes, {segment for task, _ in tasks for segment in task.segments})
     check_tasks([task for task, _ in tasks], weights, codes)
     rows_of_epoch = drawn_rows(args.row_repeats, len(codes), size)

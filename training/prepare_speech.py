@@ -72,6 +72,7 @@ VOICES = {
 }  # fmt: skip
 CAPTIONS = {"en": "text", "zh": "text_zh"}
 HELD_OUT_PAIRS, HELD_OUT_STAMPS = 1 / 25, 1 / 10
+FLAC_RATES = 655_350  # the highest that a FLAC file has
 EFFECT = "effect"  # as a language, of sounds that say nothing
 COLUMNS = ("text", "language", "voice", "emoji", "label", "split", "held_out")
 
@@ -100,7 +101,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sound_effects", action="store_true", help="Of stamps, too, with the English captions.")
     parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
-    parser.add_argument("--sampling_rate", type=positive_integer, default=11025)
+    parser.add_argument("--sampling_rate", type=integer(1, FLAC_RATES), default=11025)
     parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
     parser.add_argument("--output_file", type=output_path, default=Path("outputs/speech.parquet"))
     args = parser.parse_args(input_args)
@@ -180,7 +181,7 @@ def spoken_captions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def stamp_captions(path: Path) -> dict[str, str]:
     """The captions of a stamp by language; the first line of its text is the English one."""
-    first, *others = path.read_text(encoding="utf-8").splitlines()
+    first, *others = path.read_text(encoding="utf-8").splitlines() or [""]
     found = dict(line.split(".utf8=", 1) for line in others if ".utf8=" in line)
     return {language: text.strip() for language, text in {"en": first, **found}.items() if text.strip()}
 
@@ -197,11 +198,12 @@ def stamps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         effects = {sound: path for path in files if (sound := path.with_suffix(".ogg")).is_file()}
         spoken += [(path, sound) for sound, path in effects.items()]
         of, languages = of | dict.fromkeys(effects, EFFECT), [*languages, EFFECT]
-    for path, sound in spoken[: args.max_captions]:
-        language = of[sound]
-        text, picture = stamp_captions(path).get("en" if language == EFFECT else language), path.with_suffix(".png")
-        if language not in languages or text is None:
-            continue
+    said = [
+        (path, sound, stamp_captions(path).get("en" if of[sound] == EFFECT else of[sound])) for path, sound in spoken
+    ]
+    known = [one for one in said if of[one[1]] in languages and one[2] is not None]
+    for path, sound, text in known[: args.max_captions]:
+        language, picture = of[sound], path.with_suffix(".png")
         held = "picture" if fraction(path.stem) < HELD_OUT_STAMPS else ""
         yield {
             "audio": str(sound),

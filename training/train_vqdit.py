@@ -334,7 +334,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             f"what the others are made from: {flag}"
         )
     known_labels = parts.pop("labels")
-    labels = codes.labels if LABEL in names or not known_labels else known_labels
+    labels = codes.labels if LABEL in names else known_labels
 
     # 2. Transformer, optimizer, learning rate
     needed = names | {codes.segments[name].get("shared_with", name) for name in names}

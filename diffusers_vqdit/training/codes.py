@@ -165,12 +165,12 @@ class CodeDataset:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())))
 
-    def rename_labels(self, name: str, own: Sequence[str], names: Sequence[str]) -> None:
+    def rename_labels(self, name: str, own: Sequence[str], names: Sequence[str], least: int = 0) -> None:
         """Read the labels of a segment, whose codes stand for its `own` names, as codes of `names`, which have all of
-        these among them."""
+        these among them; of `least` codes, where there are fewer names."""
         self._columns[name].renamed = np.array([names.index(label) for label in own])
         for segments in (self.segments, *self._segments):
-            segments[name] = {**segments[name], "vocab_size": len(names)}
+            segments[name] = {**segments[name], "vocab_size": max(len(names), least)}
         if name in self.entries:
             self.entries[name] = {**self.entries[name], "names": {str(code): one for code, one in enumerate(names)}}
         if name == LABEL:

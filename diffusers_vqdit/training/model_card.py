@@ -1,6 +1,7 @@
 """Model cards of training runs: what was trained, on what, how, how well, and what to mind."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -155,11 +156,12 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     trained = _trained_tasks(args, model, base)
     if (rank := getattr(args, "rank", None)) is None:
         return {**kind, "summary": kind["summary"] + trained}
+    quoted = json.dumps(base, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
     return {
         **kind,
         "tags": ["lora", *kind["tags"]],
         "summary": f"A LoRA of rank {rank} for the diffusion transformer of `{base}`, by diffusers_vqdit.{trained}",
-        "usage": f'{kind["imports"]}\npipe = DiffusionPipeline.from_pretrained("{base}")\n'
+        "usage": f"{kind['imports']}\npipe = DiffusionPipeline.from_pretrained({quoted})\n"
         f'pipe.load_lora_weights("{{name}}")\n{kind["calls"].rstrip()}',
     }
 

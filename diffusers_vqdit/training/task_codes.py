@@ -186,6 +186,7 @@ def load_codes(
     encode_dataset(dataset, folder, segments=columns, **options, resize_mode=parts["resize_mode"])
     codes = CodeDataset(folder)
     _take_tokenizers(codes, parts, available, segments)
+    match_labels(parts, codes, segments)
     return codes
 
 
@@ -399,12 +400,13 @@ def names_of_labels(entries: Mapping[str, Mapping[str, Any]], labels: list[str])
 
 
 def match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
-    """Read the codes' labels as those of the pretrained pipeline, by name; new ones come after them."""
+    """Read the codes' labels as those of the pretrained transformer, by name; new ones come after them."""
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
-    for name in segments & set(known) & set(found):
+    sizes = {name: segment["vocab_size"] for name, segment in known_segments(parts).items()}
+    for name in segments & set(known) & set(found) & set(sizes):
         older = name in parts["segments"] and name not in codes.entries
         if older:
             codes.entries[name] = dict(parts["segments"][name])
-        if older or found[name][: len(known[name])] != known[name]:
-            new = [label for label in found[name] if label not in known[name]]
-            codes.rename_labels(name, found[name], [*known[name], *new])
+        new = [label for label in found[name] if label not in known[name]]
+        if older or found[name] != [*known[name], *new] or codes.segments[name]["vocab_size"] < sizes[name]:
+            codes.rename_labels(name, found[name], [*known[name], *new], sizes[name])

@@ -142,6 +142,8 @@ def _file_of(value: Any) -> Any:
     # A pipe would block.
     if not isinstance(path, str | os.PathLike) or not os.path.isfile(path):
         raise ValueError(f"{shown(value)} must be a sound: an array, the path of a file, or a dict as datasets has")
+    if os.fspath(path).lower().endswith(".raw"):
+        raise ValueError(f"{shown(value)} has no header, which would say its rate: give a WAV or FLAC file of it")
     return path
 
 

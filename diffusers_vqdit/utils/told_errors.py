@@ -1,6 +1,7 @@
 """How a script tells what went wrong."""
 
 import dis
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +11,22 @@ from diffusers.utils import logging
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
-LOADERS = ("diffusers", "transformers", "huggingface_hub")  # whose OSErrors say which file or repository isn't there
+# Libraries whose OSErrors say which file, repository or program isn't there.
+LOADERS = ("diffusers", "transformers", "huggingface_hub", "datasets", "subprocess")
+# Modules whose other errors do: of what is no Hub id, no model of transformers, and a program that has said itself why
+# it failed.
+CHECKS = ("huggingface_hub.utils._validators", "transformers.models.auto", "subprocess")
 
 
 @contextmanager
 def told_errors() -> Iterator[None]:
     """Tell what this package, or a script beside the one that runs, refuses by the error's sentence alone, as argparse
     tells those of flags, and exit with code 1: the sentence says all, and a launcher adds a traceback of its own. So
-    are libraries' errors of models that aren't there. Others, and with ``DIFFUSERS_VERBOSITY=debug`` all, keep their
-    traceback."""
+    are libraries' errors of models, files and programs that aren't there. Others, and with
+    ``DIFFUSERS_VERBOSITY=debug`` all, keep their traceback."""
     try:
         yield
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         if logging.get_verbosity() <= logging.DEBUG or not _is_told(error):
             raise
         script = Path(sys.argv[0])
@@ -38,7 +43,8 @@ def _is_told(error: Exception) -> bool:
         trace = trace.tb_next
     if trace is None or trace.tb_frame.f_code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return False
-    if isinstance(error, OSError) and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in LOADERS:
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    if module.startswith(CHECKS) or (isinstance(error, OSError) and module.partition(".")[0] in LOADERS):
         return True
     raised = Path(trace.tb_frame.f_code.co_filename).resolve()
     return raised.is_file() and (raised.is_relative_to(PACKAGE) or raised.parent == Path(sys.argv[0]).resolve().parent)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from datasets import load_dataset
 from diffusers.utils import logging
-from transformers import CLIPTextModel
+from transformers import AutoModel, CLIPTextModel
 
 from diffusers_vqdit import ImageVQModel, VQDiTPipeline
 from diffusers_vqdit.utils.checks import check_integer
@@ -80,6 +81,25 @@ def test_a_model_that_is_not_there_is_told_so_too(kind, tmp_path, monkeypatch, c
         kind.from_pretrained("mistyped")
     told = capsys.readouterr().err.splitlines()
     assert "mistyped" in told[-2] and "DIFFUSERS_VERBOSITY=debug" in told[-1]
+
+
+FAILURES = {
+    "a program that isn't there": lambda: subprocess.run(["a-program-of-no-name"]),
+    "one that fails": lambda: subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=True),
+    "a table that isn't there": lambda: load_dataset("parquet", data_files="nothing.parquet"),
+    "no Hub id": lambda: VQDiTPipeline.from_pretrained("my model"),
+    "no model of transformers": lambda: AutoModel.from_pretrained("other"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_libraries_say_of_what_is_not_there_is_told(failure, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit), told_errors():
+        FAILURES[failure]()
+    assert "DIFFUSERS_VERBOSITY=debug" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_all_have_one_while_debugging():
