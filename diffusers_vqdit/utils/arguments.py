@@ -95,9 +95,7 @@ def model_name(text: str) -> str:
     """The type of a flag that takes a model: a Hub id or a folder, but not the folder of a training checkpoint."""
     folder = Path(text)
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no folder, and no Hub id, OWNER/NAME")
-    if not os.path.exists(text) and (folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no folder that there is, and no Hub id, OWNER/NAME")
+        raise argparse.ArgumentTypeError(f"{shown(text)} names no model: give a folder or a Hub id")
     if not os.path.isdir(text) or any((folder / name).is_file() for name in ("config.json", "model_index.json")):
         return text
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or any(any(folder.glob(n)) for n in _CHECKPOINT_FILES):

@@ -13,9 +13,12 @@ from diffusers.utils import logging
 PACKAGE = Path(__file__).resolve().parents[1]
 # Libraries whose OSErrors say which file, repository or program isn't there.
 LOADERS = ("diffusers", "transformers", "huggingface_hub", "datasets", "subprocess")
-# Modules whose other errors do: of what is no Hub id, no model of transformers, and a program that has said itself why
-# it failed.
-CHECKS = ("huggingface_hub.utils._validators", "transformers.models.auto", "subprocess")
+# Modules whose other errors do: of what is no Hub id or pipeline, no model of transformers, and a program that has
+# said itself why it failed.
+CHECKS = (
+    *("diffusers.pipelines.pipeline_utils", "huggingface_hub.utils._validators", "transformers.models.auto"),
+    "subprocess",
+)
 
 
 @contextmanager

@@ -175,6 +175,42 @@ def test_labels_of_codes_and_of_the_data_itself_train_alike(run, tokenizers, pic
     assert "| `optimizer` | `muon` |" in used[0] and "| `optimizer` | `adamw` |" in used[1]
 
 
+def test_a_pipeline_has_names_of_the_labels_that_it_knows_alone(run, tokenizers, picture_folder, tmp_path):
+    """Labels that its data had, and no task, are none of its own."""
+    data = f"--train_data_dir {picture_folder} --label_column label"
+    run("encode_dataset", f"{data} {tokenizers} --output_dir {tmp_path / 'labelled'}")
+    first = f"--codes_dir {tmp_path / 'labelled'} {tokenizers} {TINY} --tasks text->image"
+    run("train_vqdit", f"{first} --output_dir {tmp_path / 'base'}")
+    assert VQDiTPipeline.from_pretrained(tmp_path / "base").config.labels == []
+    change_rows(picture_folder, lambda index, row: {"label": ["dot", "box"][index % 2]})
+    run("encode_dataset", f"{data} {tokenizers} --output_dir {tmp_path / 'codes'}")
+    tuned = f"--pretrained_model_name_or_path {tmp_path / 'base'} --tasks label->image {FINETUNE}"
+    run("train_vqdit", f"--codes_dir {tmp_path / 'codes'} {tuned} --output_dir {tmp_path / 'mine'}")
+    mine = VQDiTPipeline.from_pretrained(tmp_path / "mine")
+    assert (
+        sorted(mine.config.labels) == ["box", "dot"] and mine.transformer.config.segments["label"]["vocab_size"] == 2
+    )
+
+
+@pytest.mark.parametrize("source", ["data", "codes"])
+@pytest.mark.parametrize("labels", [["round", "square"], ["square", "round"], ["round", "square", "oval"]])
+def test_a_pipeline_with_fewer_names_than_codes_is_finetuned(
+    run, pipeline, tokenizers, picture_folder, tmp_path, source, labels
+):
+    names = VQDiTPipeline(**pipeline.components, id2label={0: "round", 1: "square"})
+    names.save_pretrained(tmp_path / "base")
+    change_rows(picture_folder, lambda index, row: {"label": labels[index % len(labels)]})
+    data = f"--train_data_dir {picture_folder} --label_column label"
+    if source == "codes":
+        run("encode_dataset", f"{data} {tokenizers} --output_dir {tmp_path / 'codes'}")
+        data = f"--codes_dir {tmp_path / 'codes'}"
+    tuned = f"--pretrained_model_name_or_path {tmp_path / 'base'} --tasks label->image {FINETUNE}"
+    run("train_vqdit", f"{data} {tuned} --output_dir {tmp_path / 'mine'}")
+    mine = VQDiTPipeline.from_pretrained(tmp_path / "mine")
+    assert mine.config.labels == ["round", "square", *labels[2:]]
+    assert mine.transformer.config.segments["label"]["vocab_size"] == 3
+
+
 @pytest.mark.parametrize("labels", [["square", "round"], ["round", "square", "oval"]])
 def test_codes_of_older_versions_take_the_pipelines_labels(run, tokenizers, picture_folder, tmp_path, labels):
     """Their index doesn't say what a segment is."""

@@ -1,5 +1,6 @@
 """Model cards of runs: complete, true, and without secrets."""
 
+import ast
 from pathlib import Path
 
 import huggingface_hub
@@ -79,6 +80,16 @@ def test_local_paths_are_nowhere_in_a_card(script, pipeline, tmp_path):
     assert "train_vqdit.py --image_vq vq --text_vq tv --train_data_dir=pictures --output_dir run" in card
     assert "--codes_dir=outputs/codes" in card  # inside the project
     assert "base_model" not in card  # `vq` is no name on the Hub
+
+
+@pytest.mark.parametrize("base", ["b{x}", "a{0}", "we{ird", 'quo"te', "back\\\\slash", "emoji 🍎"])
+def test_the_base_of_a_lora_may_have_any_name(client, script, pipeline, tmp_path, base):
+    arguments = ["--pretrained_model_name_or_path", base, "--codes_dir", "codes", "--rank", "2"]
+    card = training_card(script("train_vqdit").parse_args(arguments), pipeline, command=["x.py"])
+    code = card.content.split("```python\n")[1].split("```")[0]
+    calls = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Call)]
+    loaded = [one.args[0].value for one in calls if getattr(one.func, "attr", "") == "from_pretrained"]
+    assert loaded == [base]
 
 
 def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):

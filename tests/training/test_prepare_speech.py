@@ -178,6 +178,9 @@ def test_stamps_are_read_with_their_captions(prepare, tmp_path, capsys):
         assert splits[name] == {split}
     with pytest.raises(ValueError, match="has no recordings of captions"):
         prepare(f"--stamps_dir {tmp_path / 'stamps'} --languages tlh")
+    (folder / "cat.txt").write_text("")  # without a caption
+    soundfile.write(folder / "cat_desc_es.ogg", np.sin(np.arange(800) / 5), 8000)
+    assert prepare(f"{named} --max_captions 3")["text"] == rows["text"][:2]  # the first can't be read
 
 
 def test_other_languages_are_refused(prepare):

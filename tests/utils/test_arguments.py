@@ -100,20 +100,16 @@ def test_checkpoints_and_loras_are_no_models(tmp_path, folder, file):
     assert model_name("someone/checkpoint-10") == "someone/checkpoint-10"
 
 
-@pytest.mark.parametrize(
-    "text", ["/nothing/there", "./there", "../there", "~/there", "outputs/nothing/there", "", " ", "/" + 300 * "a"]
-)
-def test_a_folder_that_is_not_there_is_no_model(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(argparse.ArgumentTypeError, match="is no folder.*, and no Hub id"):
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_name_is_no_model(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="names no model"):
         model_name(text)
 
 
-def test_what_may_be_a_hub_id_or_is_a_file_is_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", ["someone/vqdit", "vqdit", "/nothing/there", "/" + 300 * "a", "."])
+def test_what_is_not_there_is_told_by_those_who_load_it(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    for text in ("someone/vqdit", "vqdit", "./model.safetensors", str(tmp_path / "model.safetensors"), "."):
-        assert model_name(text) == text
+    assert model_name(text) == text
 
 
 def test_the_help_tells_defaults_once(capsys):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type, save_generated
-from diffusers_vqdit.utils.sounds import read_sound, read_sounds, sound_bytes, sound_seconds
+from diffusers_vqdit.utils.sounds import read_part, read_sound, read_sounds, sound_bytes, sound_seconds
 
 
 RATE = 800
@@ -99,6 +99,15 @@ def test_a_file_is_read_by_its_path(tmp_path):
 def test_what_is_no_sound_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         read_sounds(value, RATE)
+
+
+@pytest.mark.parametrize("name", ["a.raw", "A.RAW"])
+@pytest.mark.parametrize("read", [lambda p: read_sounds(p, RATE), sound_seconds, lambda p: read_part(p, RATE, 0.5, 9)])
+def test_a_sound_without_a_header_is_refused(tmp_path, read, name):
+    (tmp_path / name).write_bytes(bytes(800))
+    for form in (str(tmp_path / name), {"path": str(tmp_path / name), "bytes": None}):
+        with pytest.raises(ValueError, match="has no header, which would say its rate"):
+            read(form)
 
 
 @pytest.mark.parametrize("composite", [False, True])

@@ -87,6 +87,7 @@ FAILURES = {
     "a program that isn't there": lambda: subprocess.run(["a-program-of-no-name"]),
     "one that fails": lambda: subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=True),
     "a table that isn't there": lambda: load_dataset("parquet", data_files="nothing.parquet"),
+    "a folder that isn't there": lambda: VQDiTPipeline.from_pretrained("outputs/nothing/there"),
     "no Hub id": lambda: VQDiTPipeline.from_pretrained("my model"),
     "no model of transformers": lambda: AutoModel.from_pretrained("other"),
 }
