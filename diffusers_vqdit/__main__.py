@@ -127,7 +127,11 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
         print(f"{path.resolve()}: {said}, {len(spoken.audios[0]) / spoken.sampling_rate:.1f} s")
     for heard in args.listen or []:
         audio, text = between("audios", "texts")
-        print(f"{heard}: {pipeline(inputs={audio: heard}, output=text, **options).segments[text][0]}")
+        try:
+            written = pipeline(inputs={audio: heard}, output=text, **options).segments[text][0]
+        except ValueError as error:
+            raise ValueError(f"--listen {heard!r}: {error}") from error
+        print(f"{heard}: {written}")
 
 
 def main(args: argparse.Namespace) -> None:

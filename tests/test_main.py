@@ -21,6 +21,9 @@ def test_texts_are_spoken_and_sounds_written_down(talking_pipeline, audio_codecs
         path = tmp_path / f"demo-{index}.wav"
         assert soundfile.info(path).samplerate == audio_codecs.RATE and digital_source_type(path) == GENERATED
     assert not (tmp_path / "demo.png").exists()
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    with pytest.raises(ValueError, match=r"--listen '.*broken\.wav': .* no sound that can be read"):
+        main(parse_args([*place, "--listen", files[0], str(tmp_path / "broken.wav")]))
 
 
 def test_segments_are_those_of_a_task_that_speaks_or_listens(talking_pipeline, audio_codecs, tmp_path, capsys):
