@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How soon a new transformer tells labels from codes, with embeddings that begin at the codes' vectors and without.
 
-    python training/encode_dataset.py --dataset_name digits.parquet --image_vq model_cards/vqdit-emoji-32 \
+    python training/encode_dataset.py --dataset_name outputs/digits.parquet --image_vq model_cards/vqdit-emoji-32 \
         --label_column label --output_dir outputs/codes
     python -m benchmarks.code_embeddings --codes_dir outputs/codes --image_vq model_cards/vqdit-emoji-32
 

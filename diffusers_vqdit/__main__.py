@@ -111,9 +111,7 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
         for task in tasks:
             if [fields[name] for name in task.given] == [given] and [fields[n] for n in task.generated] == [generated]:
                 return task.given[0], task.generated[0]
-        raise SystemExit(
-            f"The pipeline has no task that makes {generated} of {given}; it has {list(map(str, tasks))}."
-        )
+        raise ValueError(f"the pipeline has no task that makes {generated} of {given}; it has {list(map(str, tasks))}")
 
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     for index, said in enumerate(args.say or []):

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
         one for one in model.abilities if one.generates(IMAGES) and [each.kind for each in one.given] == [TEXTS]
     ]
     if not drawing:
-        raise SystemExit(f"The pipeline draws no pictures of texts; it knows {pipe.transformer.config.tasks}.")
+        raise ValueError(f"the pipeline draws no pictures of texts; it knows {pipe.transformer.config.tasks}")
     (given,), (drawn,) = drawing[0].given, drawing[0].generated
     frames: list[list[Image.Image]] = []
 

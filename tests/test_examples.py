@@ -79,7 +79,7 @@ def test_what_draws_nothing_is_not_animated(example, make_pipeline, tmp_path):
     pipe.transformer.register_to_config(tasks=["image->text"])
     pipe.save_pretrained(tmp_path / "pipe")
     animate = example("animate_sampling")
-    with pytest.raises(SystemExit, match="draws no pictures of texts; it knows"):
+    with pytest.raises(ValueError, match="draws no pictures of texts; it knows"):
         animate.main(animate.parse_args(["--pretrained_model_name_or_path", str(tmp_path / "pipe")]))
 
 

@@ -35,7 +35,7 @@ def test_segments_are_those_of_a_task_that_speaks_or_listens(talking_pipeline, a
     talking_pipeline.save_pretrained(tmp_path / "pipe")
     talking_pipeline.transformer.register_to_config(tasks=tasks)
     place = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--output_file", str(tmp_path / "demo.png")]
-    with pytest.raises(SystemExit, match="no task that makes audios of texts; it has .*'sound->text'"):
+    with pytest.raises(ValueError, match="no task that makes audios of texts; it has .*'sound->text'"):
         main(parse_args([*place, "--say", "a red apple"]))
     folder = audio_codecs.sound_folder(tmp_path / "sounds", count=1)
     main(parse_args([*place, "--listen", str(folder / "0.flac"), "--num_inference_steps", "2"]))
@@ -68,7 +68,7 @@ def test_without_a_pipelines_name_the_talking_starter_speaks_and_listens(root, t
     assert b": vqdit-talking-emoji" in said.read_bytes() and str(root).encode() not in said.read_bytes()
     monkeypatch.setattr("diffusers_vqdit.__main__.TALKING_STARTER", tmp_path / "gone")
     monkeypatch.setattr(starter, "TALKING_STARTER", tmp_path / "gone")
-    with pytest.raises(SystemExit, match=f"The starter checkpoint is not at {tmp_path / 'gone'}"):
+    with pytest.raises(ValueError, match=f"the starter checkpoint is not at {tmp_path / 'gone'}"):
         main(parse_args(["--say", "a red apple", *place]))
 
 

@@ -72,7 +72,7 @@ VOICES = {
 }  # fmt: skip
 CAPTIONS = {"en": "text", "zh": "text_zh"}
 HELD_OUT_PAIRS, HELD_OUT_STAMPS = 1 / 25, 1 / 10
-FLAC_RATES = 655_350  # the highest that a FLAC file has
+MAX_FLAC_RATE = 655_350  # the highest that a FLAC file has
 EFFECT = "effect"  # as a language, of sounds that say nothing
 COLUMNS = ("text", "language", "voice", "emoji", "label", "split", "held_out")
 
@@ -101,7 +101,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sound_effects", action="store_true", help="Of stamps, too, with the English captions.")
     parser.add_argument("--labels", nargs="+", help="Emoji of these groups, such as 'food & drink'; by default all.")
-    parser.add_argument("--sampling_rate", type=integer(1, FLAC_RATES), default=11025)
+    parser.add_argument("--sampling_rate", type=integer(1, MAX_FLAC_RATE), default=11025)
     parser.add_argument("--max_captions", type=positive_integer, help="The first so many; by default all.")
     parser.add_argument("--output_file", type=output_path, default=Path("outputs/speech.parquet"))
     args = parser.parse_args(input_args)

@@ -6,17 +6,17 @@
 Takes a minute or two and needs ``npm``, ``datasets`` and ``pillow``. The same versions give the same rows.
 
 Sources: the rows of ``prepare_emoji.py`` (Noto Emoji, flat drawings); the pictures of ``prepare_pairs.py`` (Fluent
-Emoji in 3D style); and the shortcodes of GitHub, Slack (iamcal), CLDR and emojibase in the npm package
-``emojibase-data`` 17.0.0 (MIT).
+Emoji in 3D style); and the tags and the shortcodes of GitHub, Slack (iamcal), CLDR, emojibase and
+JoyPixels in the npm package ``emojibase-data`` 17.0.0 (MIT).
 
 Each emoji has a row for each of its pictures. Columns: ``image``; ``source`` (the same emoji in the other style; where
 there is none, or training must not see it, the picture itself); ``style`` ("flat" or "3d"); ``text``, ``text_zh``,
 ``phrase`` and ``keywords`` as in the emoji dataset, those of 3D pictures followed by ", 3d" or "，立体"; ``wording_1``
 to ``wording_4`` (other wordings: shortcodes as words, without accents, commas or articles, in the plural, the skin
-tone before or after); ``words_1`` to ``words_16`` (words of its names, tags and wordings in any order, as few as mean
-this emoji alone, some with another ending or written together); ``unseen`` (a wording of JoyPixels whose words are
-those of none of these, of this emoji alone, or ""; to judge with, never trained on); ``label``, ``skin_tone``,
-``emoji``, ``split`` and ``held_out``.
+tone before or after); ``words_1`` to ``words_16`` (words of its names, tags and wordings in any order, one to six, so
+many that they mean this emoji alone where that can be, some with another ending or written together; the published
+starter had none of them); ``unseen`` (a wording of JoyPixels whose words are those of none of these, of this emoji
+alone, or ""; to judge with, never trained on); ``label``, ``skin_tone``, ``emoji``, ``split`` and ``held_out``.
 
 The split is that of the emoji dataset, and of the 3D pictures that are left 1 in 16 is held out too (``held_out =
 "style"``): training saw the emoji flat and the style on others.

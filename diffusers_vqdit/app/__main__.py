@@ -61,7 +61,7 @@ def load_pipeline(name: str) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
-        raise SystemExit('The page needs gradio: pip install "diffusers_vqdit[app]"')
+        raise ImportError('the page needs gradio: pip install "diffusers_vqdit[app]"')
     name = args.pretrained_model_name_or_path
     check_starter(name)
     from .page import launch, make_page  # which need gradio

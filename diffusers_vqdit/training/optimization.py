@@ -73,6 +73,6 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def transformer_learning_rate(hidden_size: int, *, pretrained: bool) -> float:
-    """Adam's learning rate for a transformer over codes: 1e-3 from scratch. A pretrained one learns a few new pictures
+    """The learning rate for a transformer over codes: 1e-3 from scratch. A pretrained one learns a few new pictures
     in as few steps as it can, so at 2e-3, and in inverse proportion to its width beyond 256."""
     return 2e-3 * min(1.0, 256 / hidden_size) if pretrained else 1e-3

@@ -400,7 +400,14 @@ def names_of_labels(entries: Mapping[str, Mapping[str, Any]], labels: list[str])
 
 
 def match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str]) -> None:
-    """Read the codes' labels as those of the pretrained transformer, by name; new ones come after them."""
+    """Read the codes' labels as those of the pretrained transformer, by name; new ones come after them.
+
+    Args:
+        parts: of the pretrained pipeline, its ``"transformer"``, and its ``"segments"`` and ``"labels"`` as its config
+            has them.
+        codes: of a folder of an older version, whose index doesn't say what a segment is, or a newer one.
+        segments: those that are trained on.
+    """
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
     sizes = {name: segment["vocab_size"] for name, segment in known_segments(parts).items()}
     for name in segments & set(known) & set(found) & set(sizes):

@@ -14,11 +14,11 @@ def is_starter(name: str) -> bool:
 
 
 def check_starter(name: str) -> None:
-    """Exit with a message if a pipeline's name is a starter's, and that isn't there."""
+    """Raise a ValueError if a pipeline's name is a starter's, and that isn't there."""
     if is_starter(name) and not Path(name).is_dir():
-        raise SystemExit(
-            f"The starter checkpoint is not at {name}: it comes with the source tree, not with the wheel. Run from "
-            "a clone, or give --pretrained_model_name_or_path."
+        raise ValueError(
+            f"the starter checkpoint is not at {name}: it comes with the source tree, not with the wheel. Run from "
+            "a clone, or give --pretrained_model_name_or_path"
         )
 
 

@@ -13,12 +13,8 @@ from diffusers.utils import logging
 PACKAGE = Path(__file__).resolve().parents[1]
 # Libraries whose OSErrors say which file, repository or program isn't there.
 LOADERS = ("diffusers", "transformers", "huggingface_hub", "datasets", "subprocess")
-# Modules whose other errors do: of what is no Hub id or pipeline, no model of transformers, and a program that has
-# said itself why it failed.
-CHECKS = (
-    *("diffusers.pipelines.pipeline_utils", "huggingface_hub.utils._validators", "transformers.models.auto"),
-    "subprocess",
-)
+# Modules whose other errors do: of what is no pipeline, Hub id or model of transformers.
+CHECKS = ("diffusers.pipelines.pipeline_utils", "huggingface_hub.utils._validators", "transformers.models.auto.")
 
 
 @contextmanager
@@ -39,8 +35,10 @@ def told_errors() -> Iterator[None]:
 
 
 def _is_told(error: Exception) -> bool:
-    """Whether a ``raise`` of ours made it, or a library's that looked for a model: Python's own functions raise in the
-    frame that calls them."""
+    """Whether a ``raise`` of ours made it, or a library's that looked for a model, or a program that has said itself
+    why it failed. Python's own functions raise in the frame that calls them."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -292,7 +292,7 @@ def test_a_pipeline_without_a_task_to_show_is_refused(page_pipeline, monkeypatch
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=re.escape('pip install "diffusers_vqdit[app]"')):
+    with pytest.raises(ImportError, match=re.escape('pip install "diffusers_vqdit[app]"')):
         command.main(command.parse_args([]))
 
 

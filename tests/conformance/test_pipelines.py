@@ -69,7 +69,7 @@ class Common(PipelineTesterMixin):
             **self.given,
         }
 
-    @unittest.skip("prompts become codes, there are no prompt_embeds to pass instead")
+    @unittest.skip("prompts are codes; prompt_embeds are those of a text encoder")
     def test_encode_prompt_works_in_isolation(self):
         pass
 
