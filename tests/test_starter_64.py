@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +43,52 @@ def test_its_card_shows_the_figures_that_were_measured(folder, script):
     table = script("evaluate").as_table(report)
     assert table == (folder / "evaluation.md").read_text().strip()
     assert table in (folder / "README.md").read_text()
+
+
+SEEN, UNSEEN, NEAREST = "training captions", "held-out compositions", "nearest picture is the one named"
+FIGURES = {
+    "text->image": [
+        f"{which}, {language}, {NEAREST}" for which in (UNSEEN, SEEN) for language in ("English", "Chinese")
+    ],
+    "label->image": ["all labels, nearest picture has the label"],
+    "image->text": [f"{which}, English, exact match" for which in (UNSEEN, "training pictures")],
+    "image->text_zh": [f"{which}, Chinese, exact match" for which in (UNSEEN, "training pictures")],
+    "inpainting": [
+        f"{UNSEEN}, central half, with caption, nearest picture is the right one",
+        "pixels outside of the mask bit-identical",
+    ],
+    "->text": ["samples that are captions of the dataset"],
+    "infilling": [f"{UNSEEN}, one token, exact match", f"{UNSEEN}, one token, picture given, exact match"],
+    "->image+text": [
+        f"{how}, nearest picture is of the caption's emoji" for how in ("both at once", "->text, then text->image")
+    ],
+    "text->text_zh": [f"{UNSEEN}, English to Chinese, exact match"],
+    "text_zh->text": [f"{UNSEEN}, Chinese to English, exact match"],
+    "keywords->text": [f"{UNSEEN}, keywords to caption, exact match"],
+    "image->label": [f"{which}, image->label, label is right" for which in (UNSEEN, "whole test split")],
+    "text->label": [f"{which}, text->label, label is right" for which in (UNSEEN, "whole test split")],
+    "zero-shot": [f"{UNSEEN}, picture, caption chosen among ten by likelihood"],
+}
+OF_TASKS = {
+    "image->text_zh": "image->text",
+    "text->text_zh": "text->text",
+    "text_zh->text": "text->text",
+    "keywords->text": "text->text",
+    "image->label": "classification",
+    "text->label": "classification",
+    "zero-shot": "classification",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_figures_of_the_tasks_table_are_the_cards(root, folder, page):
+    report = json.loads((folder / "evaluation.json").read_text())
+    rows = dict(re.findall(r"^\| (\S+) \|.*\| (.*) \|$", (root / page).read_text(), flags=re.MULTILINE))
+    assert len(rows.keys() & FIGURES.keys()) >= 10
+    for task in rows.keys() & FIGURES.keys():
+        values = [report[OF_TASKS.get(task, task)][measure]["value"] for measure in FIGURES[task]]
+        found = [float(one) for one in re.findall(r"(\d+(?:\.\d)?) %", rows[task])]
+        assert found == [pytest.approx(100 * value, abs=0.051) for value in values], task
 
 
 def test_it_captions_and_labels_pictures_of_training(starter, root):
