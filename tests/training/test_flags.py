@@ -103,7 +103,7 @@ SINGLE = {
     "training/evaluate_speech": [("num_samples", "0", "at least 1"), ("guidance_scale", "nan", "a finite number")],
     "training/prepare_speech": [
         *(("voices_per_caption", value, "in [1, 12]") for value in ("0", "13")),
-        ("sampling_rate", "-1", "at least 1"),
+        *(("sampling_rate", value, "in [1, 655350]") for value in ("-1", "655351")),
     ],
     "training/evaluate_tokenizer": [("batch_size", "0", "at least 1"), ("max_samples", "0", "at least 1")],
     "benchmarks/samplers": [("remask", "2", "in [0, 1]"), ("entropy_bounds", "-1", "at least 0")],
