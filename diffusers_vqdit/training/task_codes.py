@@ -409,11 +409,12 @@ def match_labels(parts: Mapping[str, Any], codes: CodeDataset, segments: set[str
         segments: those that are trained on.
     """
     known, found = names_of_labels(parts["segments"], parts["labels"]), names_of_labels(codes.entries, codes.labels)
-    sizes = {name: segment["vocab_size"] for name, segment in known_segments(parts).items()}
-    for name in segments & set(known) & set(found) & set(sizes):
+    own = known_segments(parts)
+    for name in segments & set(known) & set(found) & set(own):
+        size = own[name]["vocab_size"]
         older = name in parts["segments"] and name not in codes.entries
         if older:
             codes.entries[name] = dict(parts["segments"][name])
         new = [label for label in found[name] if label not in known[name]]
-        if older or found[name] != [*known[name], *new] or codes.segments[name]["vocab_size"] < sizes[name]:
-            codes.rename_labels(name, found[name], [*known[name], *new], sizes[name])
+        if older or found[name] != [*known[name], *new] or codes.segments[name]["vocab_size"] < size:
+            codes.rename_labels(name, found[name], [*known[name], *new], size)
