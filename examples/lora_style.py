@@ -31,6 +31,7 @@ from PIL import Image
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, output_path, positive_integer, positive_number
 from diffusers_vqdit.utils.decoding import to_pixels
 from diffusers_vqdit.utils.told_errors import told_errors
@@ -81,7 +82,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, list[dict]]]:
     folder = args.output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     download_dir = args.download_dir or args.output_dir
-    with emoji.fetch(PICTURES, download_dir) as archive:
+    with open_package(PICTURES, download_dir) as archive:
         prefix = "package/img/twitter/64/"
         files = {emoji.key(Path(m.name).stem): m for m in archive.getmembers() if m.name.startswith(prefix)}
         found = []

@@ -27,10 +27,8 @@ as well (``held_out = "picture"``): these measure tokenizers and classification,
 """
 
 import argparse
-import hashlib
 import io
 import json
-import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
@@ -38,7 +36,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from diffusers_vqdit.training.draws import fraction
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, output_path
 from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
@@ -57,15 +57,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fetch(package: str, folder: Path) -> tarfile.TarFile:
-    """Open the tarball of an npm package, fetching it into `folder` when it isn't there."""
-    name, version = package.rsplit("@", 1)
-    path = folder / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
-    if not path.exists():
-        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
-    return tarfile.open(path)
-
-
 def read_json(archive: tarfile.TarFile, name: str) -> list | dict:
     return json.load(archive.extractfile(f"package/{name}"))
 
@@ -73,11 +64,6 @@ def read_json(archive: tarfile.TarFile, name: str) -> list | dict:
 def key(hexcode: str) -> str:
     """Code points without the variation selector, which the two packages don't set alike."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def skin_tone(skin: dict) -> str:
@@ -169,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     check_output_file("output_file", args.output_file)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.download_dir or Path(temporary)
-        with fetch(PICTURES, folder) as pictures, fetch(NAMES, folder) as names:
+        with open_package(PICTURES, folder) as pictures, open_package(NAMES, folder) as names:
             table = rows(pictures, names)
     strings = ["text", "text_zh", "phrase", "keywords", "label", "skin_tone", "emoji", "split", "held_out"]
     features = Features({"image": Image(), **{name: Value("string") for name in strings}})

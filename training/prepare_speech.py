@@ -27,7 +27,6 @@ is held out (``"picture"``).
 """
 
 import argparse
-import hashlib
 import io
 import subprocess
 from collections import Counter
@@ -40,6 +39,7 @@ import pyarrow.parquet as pq
 import soundfile
 from datasets import Audio, Features, Image, Value, load_dataset
 
+from diffusers_vqdit.training.draws import fraction
 from diffusers_vqdit.training.files import check_output_file
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
@@ -115,11 +115,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def fraction(*texts: str) -> float:
-    """A number in [0, 1) that depends on texts alone."""
-    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "big") / 2**64
-
-
 def flac(value: Any, sampling_rate: int, name: str) -> dict[str, Any]:
     """A sound as `datasets` keeps it: a file of one channel, at this rate."""
     out = io.BytesIO()
@@ -130,7 +125,7 @@ def flac(value: Any, sampling_rate: int, name: str) -> dict[str, Any]:
 def speak(text: str, voice: str, speed: int, pitch: int) -> dict[str, Any]:
     """What espeak-ng says, at `speed` words a minute and a `pitch` of 0 to 99."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", "--", text]
-    spoken = subprocess.run(command, check=True, capture_output=True).stdout
+    spoken = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     # Written to a pipe, its header says that it is endless.
     samples, rate = soundfile.read(
         io.BytesIO(spoken[44:]), format="RAW", subtype="PCM_16", channels=1, samplerate=22050

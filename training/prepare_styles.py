@@ -34,10 +34,12 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
-from prepare_emoji import NAMES, fetch, fraction, key, read_json
+from prepare_emoji import NAMES, key, read_json
 from prepare_pairs import PICTURES, on_white, png, read_fluent
 
+from diffusers_vqdit.training.draws import fraction
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.npm_packages import open_package
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 from diffusers_vqdit.utils.told_errors import told_errors
 from diffusers_vqdit.utils.weight_files import replacing_file
@@ -192,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     emoji = load_dataset("parquet", data_files=args.emoji_file, split="train")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.download_dir or Path(temporary)
-        with fetch(PICTURES, folder) as pictures, fetch(NAMES, folder) as names:
+        with open_package(PICTURES, folder) as pictures, open_package(NAMES, folder) as names:
             table = rows(emoji, read_fluent(pictures, args.size), names, args.size)
     strings = {name: Value("string") for name in table[0] if name not in ("image", "source")}
     dataset = Dataset.from_list(table, features=Features({"image": Image(), "source": Image(), **strings}))

@@ -1,4 +1,6 @@
-"""Generators that depend on seed, step and row alone: a resumed run, or more processes, draw the same."""
+"""Draws that depend on what is drawn for alone: a resumed run, more processes or more data draw the same."""
+
+import hashlib
 
 import numpy as np
 import torch
@@ -20,3 +22,9 @@ def row_generators(seed: int, step: int, batch_size: int, *, rank: int = 0) -> l
     """
     # Counted from 1: trailing zeros don't change a SeedSequence.
     return [step_generator(seed, step, rank * batch_size + row + 1) for row in range(batch_size)]
+
+
+def fraction(*texts: str) -> float:
+    """A number, uniform in [0, 1), that depends on texts alone: whose are below a share is a split that more rows, or
+    others, leave as it is."""
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:8], "big") / 2**64

@@ -69,7 +69,7 @@ def test_evaluate(script, odd, tmp_path, monkeypatch):
 
 def test_prepare_emoji(script, odd, tmp_path, monkeypatch):
     prepare = script("prepare_emoji")
-    monkeypatch.setattr(prepare, "fetch", None)
+    monkeypatch.setattr(prepare, "open_package", None)
     for file in [*odd, tmp_path]:
         monkeypatch.setattr(sys, "argv", ["prepare_emoji.py", "--output_file", str(file)])
         with pytest.raises(ValueError, match="output_file='.*(can't be written|is no regular file)"):
