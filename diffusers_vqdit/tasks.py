@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 SEGMENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -77,6 +78,14 @@ def parse_tasks(text: str) -> list[tuple[Task, float]]:
             raise ValueError(f"tasks={text!r}: {str(task)!r} stands in it twice")
         tasks.append((task, weight))
     return tasks
+
+
+def canonical_task(task: Any) -> Any:
+    """A task's string in the one form that is compared, spaces gone and names sorted; what is none as it is."""
+    try:
+        return str(Task.parse(task))
+    except (ValueError, AttributeError):
+        return task
 
 
 def check_task(task: Task, known: Iterable[str]) -> None:

@@ -38,3 +38,13 @@ def test_errors_name_what_is_wrong(text, message):
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'image->text'; it knows text->image, ->image"):
         check_task(Task.parse("image->text"), ["text->image", "->image"])
+
+
+def test_a_model_keeps_tasks_in_the_form_that_is_compared(transformer):
+    """Wherever they come from."""
+    transformer.register_to_config(tasks=["text -> image", "->text+image", "->image+text"])
+    assert transformer.config.tasks == ["text->image", "->image+text", "->image+text"]
+    config = {**transformer.config, "tasks": ("label->text+image",)}
+    assert type(transformer).from_config(config).config.tasks == ["label->image+text"]
+    with pytest.raises(ValueError, match="tasks: task 'text' must have one '->'"):
+        type(transformer).from_config({**transformer.config, "tasks": ["text"]})

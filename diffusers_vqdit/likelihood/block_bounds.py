@@ -76,7 +76,8 @@ def negative_elbo_of_blocks(
         progress: called after each forward pass.
 
     Raises:
-        ValueError: if the masks have another shape, or the transformer's logits are not finite.
+        ValueError: if the masks have another shape, the prefix has other samples, or the transformer's logits are not
+            finite.
     """
     ((name, codes),) = generated.items()
     num_samples, num_blocks, length = masks.shape
@@ -92,9 +93,7 @@ def negative_elbo_of_blocks(
         rows = slice(start, min(start + batch_size, len(codes)))
         longest = int(lengths[rows].max())
         clean = codes[rows, :longest]
-        part = prefix
-        if prefix is not None:
-            part = prefix.expand(len(clean)) if len(prefix) == 1 else prefix.select(rows)
+        part = prefix if prefix is None else prefix.part(rows, len(codes))
         for index, mask in enumerate(masks.flatten(1)[:, :longest]):
             hidden = mask & own[rows, :longest]  # (b, longest)
             time = None if times is None else times[index, : longest // length].to(codes.device)

@@ -133,7 +133,8 @@ def negative_elbo(
         [`LikelihoodOutput`].
 
     Raises:
-        ValueError: if the masks have another shape, or the transformer's logits are not finite.
+        ValueError: if the masks have another shape, the prefix has other samples, or the transformer's logits are not
+            finite.
     """
     names = sorted(generated)
     flat = {name: generated[name].flatten(1) for name in names}
@@ -147,9 +148,7 @@ def negative_elbo(
     for start in range(0, size, batch_size):
         rows = slice(start, min(start + batch_size, size))
         count = rows.stop - rows.start
-        part = prefix
-        if prefix is not None:
-            part = prefix.expand(count) if len(prefix) == 1 else prefix.select(rows)
+        part = prefix if prefix is None else prefix.part(rows, size)
         for index, mask in enumerate(masks.to(device)):
             hidden = dict(zip(names, mask.split(lengths), strict=True))
             noised, masked = {}, {}

@@ -38,6 +38,11 @@ def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
     LoRAs that are active."""
     digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
     for name, value in sorted(transformer.state_dict().items()):
+        if value.is_meta:
+            raise ValueError(
+                "a gallery is told by the transformer's weights, which are offloaded layer by layer; index and search "
+                "without that, such as after pipe.enable_model_cpu_offload()"
+            )
         digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
     for name, module in transformer.named_modules():
         if isinstance(scales := getattr(module, "scaling", None), dict):  # a layer of peft's

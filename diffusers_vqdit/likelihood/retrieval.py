@@ -172,15 +172,16 @@ def _vectors(
         masks = None if mask is None else {segment: mask}
         return all_masked(transformer, generated, {segment: codes}, masks, shape)[0].flatten(1)
     shape = _at_once(transformer.config.segments[generated], shape)
-    head, places = _head(transformer, generated, shape)
-    return head.weight.detach().float()[(*places, codes.flatten(1)[:, : math.prod(shape)])].flatten(1)
+    head, places = _head(transformer, generated, shape, codes.device)
+    rows = head.weight.detach().to(codes.device, torch.float32)  # nothing has brought offloaded ones there
+    return rows[(*places, codes.flatten(1)[:, : math.prod(shape)])].flatten(1)
 
 
 def _head(
-    transformer: VQDiTTransformer2DModel, segment: str, shape: tuple[int, ...]
+    transformer: VQDiTTransformer2DModel, segment: str, shape: tuple[int, ...], device: torch.device
 ) -> tuple[torch.nn.Module, tuple[torch.LongTensor, ...]]:
     """A segment's head, and what it takes besides states: where the codebooks of a patch differ, which one (N,)."""
-    places = transformer._places(segment, shape, transformer.device)
+    places = transformer._places(segment, shape, device)
     return transformer.heads[transformer.config.segments[segment].get("shared_with", segment)], places
 
 
@@ -241,7 +242,7 @@ def build_index(
     values, axes = torch.linalg.eigh((sample @ sample.T).double())
     kept = (values > 1e-6 * values[-1].clamp_min(1e-12)).nonzero()[-NUM_FEATURES:, 0]
     basis = (sample.T @ (axes[:, kept] / values[kept].sqrt()).float()).half()  # (N D, R)
-    head, places = _head(transformer, way.generated[0], shapes[way])
+    head, places = _head(transformer, way.generated[0], shapes[way], codes.device)
     # What was computed for the fit is not computed again.
     rest = (vectors_of(part) - mean for part in others.split(batch_size) if len(part))
     features, bias = [], []
@@ -354,7 +355,7 @@ def _retrieve_part(
             "the gallery with this model"
         )
     shapes = _shapes(transformer, gallery)
-    width = _head(transformer, way.generated[0], shapes[way.generated[0]])[0].weight.shape[-1]
+    width = _head(transformer, way.generated[0], shapes[way.generated[0]], query.device)[0].weight.shape[-1]
     expected = math.prod(shapes[way.generated[0]]) * width
     if len(gallery.basis) != expected:
         raise ValueError(

@@ -46,6 +46,16 @@ class VQDiTPrefix:
         """The samples at `index`."""
         return self._map(lambda x: x[index])
 
+    def part(self, rows: slice, size: int) -> "VQDiTPrefix":
+        """The samples `rows` of `size`, or for each of them the only one there is.
+
+        Raises:
+            ValueError: if there are neither one nor `size`.
+        """
+        if len(self) not in (1, size):
+            raise ValueError(f"prefix must be of one sample or of {size}, got {len(self)}")
+        return self.select(rows) if len(self) == size else self.expand(rows.stop - rows.start)
+
     def _map(self, function) -> "VQDiTPrefix":
         mask = None if self.mask is None else function(self.mask)
         keys, values = [function(x) for x in self.keys], [function(x) for x in self.values]

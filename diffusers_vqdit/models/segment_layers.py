@@ -147,7 +147,8 @@ class SegmentLayers:
             if "block_length" in segments[name]:
                 start = (offsets or {}).get(name, 0)
                 own = slice(start, start + grid[0])
-                grid = trained = (max(own.stop, *trained),)  # one table for all blocks
+                # One table for all blocks, and for longer texts few: tables are kept.
+                grid = trained = trained if own.stop <= trained[0] else (1 << (own.stop - 1).bit_length(),)
             if self.config.use_rotary_positional_embeddings:
                 tables = rotary_positions(grid, self.config.attention_head_dim, embedded.device)
                 rotations.append(tables if own is None else tuple(table[own] for table in tables))

@@ -11,6 +11,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..tasks import canonical_task
 from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .block_causal import BlockCausal, equal_spans
 from .cache_mixin import DenoiserCacheMixin
@@ -149,6 +150,13 @@ class VQDiTTransformer2DModel(
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self._build_heads(segments, dim)
         self._initialize_weights()
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Put arguments into the config, tasks as [`Task`] writes them: they are compared as strings."""
+        tasks = kwargs.get("tasks")
+        if isinstance(tasks, list | tuple):
+            kwargs["tasks"] = [canonical_task(task) for task in tasks]
+        super().register_to_config(**kwargs)
 
     def _initialize_weights(self) -> None:
         """DiT's initialisation: Xavier matrices, zero modulation and heads; the first loss is log K exactly."""

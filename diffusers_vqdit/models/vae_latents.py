@@ -11,7 +11,9 @@ def downsample_factor(vae: torch.nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_statistics(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(
+    vae: torch.nn.Module, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of a VAE's latents, to broadcast to (B, D, h, w), as its config has them.
 
     The deviation is ``latents_std / scaling_factor`` and the mean ``latents_mean``, as in diffusers' pipelines; a
@@ -22,23 +24,22 @@ def latent_statistics(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]
         raise ValueError(f"latents_mean={mean} and latents_std={std}: the VAE's config must have both or neither")
     if mean is None:
         mean, std = [vae.config.get("shift_factor") or 0.0], [1.0]
-    options = {"dtype": torch.float32, "device": vae.device}
-    return (
-        torch.tensor(mean, **options).view(1, -1, 1, 1),
-        torch.tensor(std, **options).view(1, -1, 1, 1) / vae.config.scaling_factor,
-    )
+    mean, std = (torch.tensor(value, dtype=torch.float32, device=device).view(1, -1, 1, 1) for value in (mean, std))
+    return mean, std / vae.config.scaling_factor
 
 
 @torch.no_grad()
 def raw_latents(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents (B, D, h, w) of pictures (B, C, H, W) in [-1, 1]: before quantization, or a KL-VAE's most likely."""
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    """Latents (B, D, h, w) of pictures (B, C, H, W) in [-1, 1]: before quantization, or a KL-VAE's most likely.
+
+    The pictures are where the VAE computes, which isn't ``vae.device`` while its weights are offloaded."""
+    encoded = vae.encode(pixels.to(vae.dtype))
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
 
 
 def encode_latents(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Normalised latents (B, D, h, w), float32, of pictures (B, C, H, W) in [-1, 1]."""
-    mean, deviation = latent_statistics(vae)
+    mean, deviation = latent_statistics(vae, pixels.device)
     return (raw_latents(vae, pixels).float() - mean) / deviation
 
 
@@ -49,8 +50,8 @@ def decode_latents(vae: torch.nn.Module, latents: torch.Tensor, force_not_quanti
     Those of a VQ model pass through the codebook first, as in LDM-VQ (Rombach et al. 2022, section 3.1), unless
     `force_not_quantize`.
     """
-    mean, deviation = latent_statistics(vae)
-    raw = (latents.to(mean) * deviation + mean).to(vae.dtype)
+    mean, deviation = latent_statistics(vae, latents.device)
+    raw = (latents.float() * deviation + mean).to(vae.dtype)
     if isinstance(vae, VQModel):
         return vae.decode(raw, force_not_quantize=force_not_quantize).sample
     return vae.decode(raw).sample

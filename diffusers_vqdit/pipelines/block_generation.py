@@ -158,6 +158,8 @@ class BlockGenerationMixin(DenoisingMixin):
                     tensor_inputs=tensor_inputs,
                 )
                 found[rows[chosen], part], predicted[rows[chosen], part] = done[name], last[name]
+                if callback is not None:
+                    guidance_scale = self._guidance_scale
             places = torch.arange(part.start, part.stop, device=rows.device)
             over = wanted[rows] <= part.stop
             if options.eos_early_stop:

@@ -58,11 +58,7 @@ def callback_inputs(callback: Any, tensor_inputs: list[str] | None) -> list[str]
 
 def codes_of_callback(outputs: Any, codes: dict[str, torch.LongTensor]) -> dict[str, torch.LongTensor]:
     """The codes to go on with after a callback that had `codes`, by segment, and returned `outputs`."""
-    if not outputs:
-        return codes
-    if not isinstance(outputs, dict):
-        raise ValueError(f"callback_on_step_end returned {shown(outputs)}; it must be a dict with 'latents', or None")
-    value = outputs.get("latents", codes)
+    value = _returned_latents(outputs, codes)
     changed = value if len(codes) > 1 or value is codes else dict.fromkeys(codes, value)
     if not isinstance(changed, dict) or changed.keys() != codes.keys():
         raise ValueError(f"latents of callback_on_step_end={shown(value)} must be a dict of codes of {list(codes)}")
@@ -75,6 +71,23 @@ def codes_of_callback(outputs: Any, codes: dict[str, torch.LongTensor]) -> dict[
                 f"got {got}"
             )
     return {name: changed[name] for name in codes}
+
+
+def latents_of_callback(outputs: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents to go on with after a callback that had `latents` and returned `outputs`."""
+    new = _returned_latents(outputs, latents)
+    if not isinstance(new, torch.Tensor) or not new.is_floating_point() or new.shape != latents.shape:
+        got = f"{new.dtype} of shape {tuple(new.shape)}" if isinstance(new, torch.Tensor) else shown(new)
+        raise ValueError(
+            f"latents of callback_on_step_end must be floating-point of shape {tuple(latents.shape)}, got {got}"
+        )
+    return new
+
+
+def _returned_latents(outputs: Any, latents: Any) -> Any:
+    if outputs is not None and not isinstance(outputs, dict):
+        raise ValueError(f"callback_on_step_end returned {shown(outputs)}; it must be a dict with 'latents', or None")
+    return (outputs or {}).get("latents", latents)
 
 
 def check_generator(generator: Any, *, cpu_only: bool = False) -> None:

@@ -58,7 +58,7 @@ class DenoisingMixin:
             options["cache"] = cache
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
             for index, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
+                if self._interrupt and event is not None:  # after one step everything is predicted
                     continue
                 masked = torch.cat([(value == masks[name]).flatten(1) for name, value in codes.items()], 1)  # (B, N)
                 event = scheduler.next_event(timestep, masked, event, generator=generator)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from ..models.config_checks import MAX_CODES
 from ..models.text_vq import TextVQModel
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, shown
 from ..utils.components import find_beside, find_component, has_file
 from ..utils.texts import tokenize_to_length
 
@@ -123,8 +123,13 @@ def encode_texts_to_states(
     (B, S), the first of each row; and how many tokens each text has uncut.
 
     What is padding has no say: a text's states are those that it has alone.
+
+    Raises:
+        ValueError: if none of the texts has a token, as empty ones where the tokenizer adds none.
     """
     ids, mask, counts = tokenize_to_length(tokenizer, texts, length, "longest")
+    if not ids.shape[1]:
+        raise ValueError(f"the text {shown(texts[0])} has no tokens; this text encoder's tokenizer adds none to it")
     ids, mask = ids.to(device), mask.to(device)
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool(), counts
 

@@ -130,6 +130,8 @@ class InputsMixin(PromptMixin, SizesMixin):
         return task, passed, mask_image, total, shapes
 
     def _check_scheduler(self) -> None:
+        if self._execution_device.type == "mps":
+            raise ValueError("codes are drawn in float64, which the device 'mps' doesn't have: pipe.to('cpu')")
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "

@@ -35,10 +35,10 @@ class LatentPromptsMixin:
         ``prompt_attention_mask``.
 
         Raises:
-            ValueError: if a text is empty, or the pipeline has no text encoder.
+            ValueError: if a text is empty, and the encoder is a [`TextVQModel`]; or the pipeline has no text encoder.
         """
         self._check_encoder(max_sequence_length)
-        return self._encode_texts(check_texts("prompt", prompt), max_sequence_length)
+        return self._encode_texts(check_texts("prompt", prompt, self._takes_empty_texts), max_sequence_length)
 
     def _encode_texts(self, texts: list[str], length: int | None) -> tuple[torch.Tensor, torch.BoolTensor]:
         length = self.length_of_texts(length)
@@ -64,6 +64,11 @@ class LatentPromptsMixin:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt needs a text_encoder and a tokenizer, which this pipeline doesn't have")
         self.length_of_texts(max_sequence_length)
+
+    @property
+    def _takes_empty_texts(self) -> bool:
+        """An empty text, usual as a negative prompt, has the states of the tokens that a tokenizer adds."""
+        return not isinstance(self.text_encoder, TextVQModel)
 
     def length_of_texts(self, max_sequence_length: int | None) -> int:
         """Tokens of a text for the text encoder, at most."""
@@ -91,16 +96,15 @@ class LatentPromptsMixin:
                 raise ValueError(f"{name}_attention_mask needs {name}_embeds: it is the mask of these")
             if value is not None and text is not None:
                 raise ValueError(f"give {name} or {name}_embeds, not both: they say the same")
+            channels = self.transformer.config.get("caption_channels")
+            if channels is None and not (value is None and text is None):
+                argument = name if value is None else f"{name}_embeds"
+                raise ValueError(f"{argument} needs a transformer with caption_channels; this one has none")
             if value is not None:
-                channels = self.transformer.config.get("caption_channels")
-                if channels is None:
-                    raise ValueError(f"{name}_embeds needs a transformer with caption_channels, which has None")
                 found.append(check_states_of(f"{name}_embeds", value, channels, mask, f"{name}_attention_mask"))
             elif text is not None:
                 self._check_encoder(max_sequence_length)
-                # An empty negative prompt is usual: it has the states of the tokens that a tokenizer adds.
-                empty = name == "negative_prompt" and not isinstance(self.text_encoder, TextVQModel)
-                found.append(check_texts(name, text, empty))
+                found.append(check_texts(name, text, name == "negative_prompt" and self._takes_empty_texts))
             else:
                 found.append(None)
         prompt, negative = found

@@ -26,7 +26,7 @@ from .check_inputs import check_batch, check_generator
 from .guidance import encode_given
 from .inputs_mixin import InputsMixin
 from .label_segment import LabelSegment
-from .ready_codes import encode_value
+from .ready_codes import encode_one_each
 from .segment_base import LABEL, TEXT, SegmentProcessor, forget_positions
 from .sizes_mixin import in_order
 from .text_segment import TextSegment
@@ -127,9 +127,9 @@ class LikelihoodMixin(InputsMixin):
         """[`score`] of samples whose pictures are of one grid."""
         size = max(map(len, passed.values()))
         # What is the same for all is encoded once.
-        given = {name: encode_value(segments[name], passed[name]) for name in task.given}
+        given = {name: encode_one_each(segments[name], passed[name]) for name in task.given}
         prefix = encode_given(self.transformer, given) if given else None
-        codes = {name: encode_value(segments[name], passed[name]).codes for name in task.generated}
+        codes = {name: encode_one_each(segments[name], passed[name]).codes for name in task.generated}
         generated = {name: value.expand(size, *value.shape[1:]) for name, value in codes.items()}
         bound, num_samples = self._bound_of(generated, num_samples, generator)
         with self.progress_bar(total=num_samples * -(-size // batch_size)) as progress_bar:
@@ -220,7 +220,7 @@ class LikelihoodMixin(InputsMixin):
             check_batch({name: len(value) for name, value in passed.items()}, 1, None)
             places, found = [], []
             for own, values, segments in self._by_grid(passed, passed):
-                given = {name: encode_value(segments[name], value) for name, value in values.items()}
+                given = {name: encode_one_each(segments[name], value) for name, value in values.items()}
                 codes = {name: value.codes for name, value in given.items()}
                 masks = {name: value.mask for name, value in given.items() if value.mask is not None}
                 places.append(own)
@@ -264,7 +264,7 @@ class LikelihoodMixin(InputsMixin):
         bound, _ = self._bound_of({name: text}, num_samples, generator)
         places, found = [], []
         for own, values, segments in self._by_grid(passed, passed):
-            prefixes = encode_given(self.transformer, {n: encode_value(segments[n], v) for n, v in values.items()})
+            prefixes = encode_given(self.transformer, {n: encode_one_each(segments[n], v) for n, v in values.items()})
             # A sample's keys and values serve all texts.
             rows = [prefixes.select(slice(row, row + 1)) for row in range(len(prefixes))]
             places.append(own)

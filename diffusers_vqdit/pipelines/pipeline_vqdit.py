@@ -285,7 +285,8 @@ class VQDiTPipeline(
                 none. By default 3 for pictures where the checkpoint knows the task without anything given, else 1. Or
                 one a given segment, ``{"source": 1.5, "text": 3.0}``: l_u + 1.5 (l_s - l_u) + 3 (l_st - l_s) (Brooks
                 et al. 2023), pictures first, then the others, each as in the dict. That needs the tasks ``->image``
-                and ``source->image``, but for those that equal scales, or a first one of 1, leave out.
+                and ``source->image``, but for those that equal scales, or a first one of 1, leave out. 0 draws as if
+                nothing were given: what switches guidance off is 1.
             num_inference_steps: steps of the sampler. By default 16 for pictures and labels, and as many as there are
                 codes for texts alone, whose codes hang together more. ``"auto"`` takes as many as the `threshold` or
                 the `entropy_bound` of the scheduler's sampler asks for: [`MaskedDiffusionScheduler.set_timesteps`].
@@ -300,7 +301,8 @@ class VQDiTPipeline(
                 codes or sounds are generated, (images, texts, labels, segments, audios, sampling_rate).
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": codes})`` after each
                 step; may return other codes. Setting ``pipeline._interrupt`` ends the sampling of all calls that run;
-                codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output.
+                codes still masked are then decoded as last predicted, and stay masked in ``"latent"`` output. Of texts
+                by blocks `step` counts from 0 in each block, and the codes are the block's, of the texts that go on.
             callback_on_step_end_tensor_inputs: what it gets: ``["latents"]``, the default, or ``[]``.
             negative_prompt: text or texts that guidance leads away from, l_n + g (l_c - l_n): given in place of
                 `prompt`, with all else that is given, where else nothing is. No unconditional task is needed.

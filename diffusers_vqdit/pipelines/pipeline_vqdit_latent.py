@@ -22,7 +22,7 @@ from ..models.vae_latents import decode_latents, downsample_factor, encode_laten
 from ..utils.checks import check_choice, check_integer, shown
 from ..utils.fitting import RESIZE_MODES
 from ..utils.images import cut_out, fill_with_surroundings, resize_pixels, touched_patches
-from .check_inputs import FiniteChecks, callback_inputs, check_labels
+from .check_inputs import FiniteChecks, callback_inputs, check_labels, latents_of_callback
 from .guided_prefix import GuidedPrefix
 from .latent_inputs_mixin import LatentInputsMixin, labels_before_pictures
 from .latent_prompts_mixin import LatentPromptsMixin
@@ -237,7 +237,8 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         strength = strength if strength is not None else (0.8 if hole is None else 1.0)
         if source is None or (hole is not None and strength == 1):
             return noise * getattr(scheduler, "init_noise_sigma", 1.0), timesteps
-        skipped = min(int(count * (1 - strength)), count - 1) * scheduler.order
+        # As many steps as diffusers' pipelines take, one at least.
+        skipped = min(count - int(count * strength), count - 1) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         return self._noised(scheduler, source, noise, timesteps[skipped]), timesteps[skipped:]
@@ -276,8 +277,8 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
                     latents = torch.where(hole, latents, source)
                 if callback is not None:
                     inputs = {"latents": latents} if "latents" in tensor_inputs else {}
-                    outputs = callback(self, index, timestep, inputs) or {}
-                    latents, guidance_scale = outputs.pop("latents", latents), self._guidance_scale
+                    latents = latents_of_callback(callback(self, index, timestep, inputs), latents)
+                    guidance_scale = self._guidance_scale
                 progress_bar.update()
         checks.read()
         return latents
@@ -327,7 +328,8 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
             mask_image: one mask or one a picture, white where to repaint. Black pixels come out as they went in.
             strength: share of the noising that `image` goes through, in (0, 1]; by default 0.8, or 1 with a mask.
             height, width: in pixels; by default the trained size. With a mask the result has the size of `image`.
-            guidance_scale: g of classifier-free guidance e_u + g (e_c - e_u) (Ho & Salimans 2022); 1 is none.
+            guidance_scale: g of classifier-free guidance e_u + g (e_c - e_u) (Ho & Salimans 2022); 1 is none, 0 draws
+                as if nothing were given.
             num_inference_steps: steps of the scheduler, up to 100,000.
             num_images_per_prompt: samples for each given one, next to one another; 65,536 in all at the most.
             eta: eta of DDIM (Song et al. 2021, eq. 16); read by schedulers that have it.

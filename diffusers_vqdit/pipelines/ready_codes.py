@@ -90,6 +90,21 @@ def encode_value(segment: SegmentProcessor, values: list) -> EncodedValue:
     return segment.encode_given(values)
 
 
+def encode_one_each(segment: SegmentProcessor, values: list) -> EncodedValue:
+    """[`encode_value`] of values that are to be one sample each, as likelihoods are of samples.
+
+    Raises:
+        ValueError: for what is so large that it makes several.
+    """
+    found = encode_value(segment, values)
+    if found.tiles > 1:
+        raise ValueError(
+            f"{segment.argument} is so large that it makes {found.tiles} tiles, and what is scored, classified or "
+            "searched is one: give it at the size that training had, or a part of it"
+        )
+    return found
+
+
 def encode_partial_value(
     segment: SegmentProcessor, values: list, mask_image: torch.Tensor | None = None
 ) -> EncodedValue:

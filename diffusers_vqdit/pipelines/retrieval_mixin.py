@@ -11,7 +11,7 @@ from ..likelihood.retrieval import RetrievalOutput, build_index, retrieve
 from ..tasks import Task
 from ..utils.checks import check_integer, shown
 from .inputs_mixin import InputsMixin
-from .ready_codes import are_codes, check_codes_dtype, encode_value, read_value
+from .ready_codes import are_codes, check_codes_dtype, encode_one_each, read_value
 from .segment_base import IMAGE, TEXT, SegmentProcessor, bucket_shape
 from .sizes_mixin import in_order
 
@@ -120,13 +120,15 @@ class RetrievalMixin(InputsMixin):
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Codes of a gallery's items, which are encoded some at a time, and the lengths of texts by blocks."""
         if processor.block_length is not None:
-            found = encode_value(processor, values)
+            found = encode_one_each(processor, values)
             whole = torch.full((len(found.codes),), found.codes.shape[1])
             return found.codes, whole if found.mask is None else found.mask.sum(1)
-        if isinstance(values, list) and values:
-            parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
-        else:
-            parts = [values]
+        if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 4:
+            values = list(values)
+        values = values if isinstance(values, list) else [values]
+        parts = [values[start : start + batch_size] for start in range(0, len(values), batch_size)]
+        if processor.tiled:
+            return torch.cat([encode_one_each(processor, part).codes for part in parts]), None
         ready = are_codes(processor, values)
         return torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts]), None
 
@@ -215,7 +217,7 @@ class RetrievalMixin(InputsMixin):
                     f"gallery was indexed for queries of the grids {sorted(map(str, grids))}, and not for the "
                     f"{list(segment.shape)} of this pipeline's: index it with this one"
                 )
-            value, sizes = encode_value(segment, values[gallery.query]), {"top_k": top_k, "shortlist": shortlist}
+            value, sizes = encode_one_each(segment, values[gallery.query]), {"top_k": top_k, "shortlist": shortlist}
             places.append(own)
             found.append(
                 retrieve(self.transformer, value.codes, gallery, **sizes, batch_size=batch_size, query_mask=value.mask)

@@ -9,6 +9,9 @@ from diffusers.utils import logging
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.likelihood.block_bounds import negative_elbo_of_blocks
+from diffusers_vqdit.models import layers
+from diffusers_vqdit.pipelines import denoising_mixin
+from diffusers_vqdit.pipelines.guidance import predict_event
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 
 
@@ -202,6 +205,29 @@ def test_a_callback_sees_the_block_and_an_interrupt_ends_the_text(pipe, words):
 
     text = pipe(output="poem", num_inference_steps=4, callback_on_step_end=look, eos_early_stop=False).texts[0]
     assert shapes == [(1, 4)] * 5 and isinstance(text, str)
+
+
+def test_guidance_that_a_callback_switches_off_stays_off_in_all_blocks(pipe, monkeypatch):
+    scales = []
+
+    def spy(transformer, codes, event, prefix, prefixes, given, **options):
+        scales.append([float(scale[0]) for scale in given])
+        return predict_event(transformer, codes, event, prefix, prefixes, given, **options)
+
+    def cut(pipe, step, time, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    monkeypatch.setattr(denoising_mixin, "predict_event", spy)
+    options = {"num_inference_steps": 2, "eos_early_stop": False, "gen_length": 12}
+    pipe(inputs={"title": "king"}, output="poem", guidance_scale=3.0, callback_on_step_end=cut, **options)
+    assert scales == [[3.0], *[[]] * 5]
+
+
+def test_tables_of_positions_of_long_texts_are_few(pipe):
+    layers._kept_positions.cache_clear()
+    pipe(output="poem", gen_length=160, num_inference_steps=1, eos_early_stop=False)
+    assert layers._kept_positions.cache_info().currsize <= 6  # lengths are powers of two
 
 
 @pytest.mark.parametrize(

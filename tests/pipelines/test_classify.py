@@ -112,3 +112,68 @@ def test_wrong_galleries_and_queries_are_named(pipeline, pictures):
     pipeline.transformer.register_to_config(tasks=["label->image"])
     with pytest.raises(ValueError, match="it knows label->image"):
         pipeline.index(image=pictures)
+
+
+LOWRES = {"vocab_size": 32, "shape": [4, 4], "shared_with": "image"}
+
+
+@pytest.fixture
+def enlarging(pipeline):
+    """Knows small pictures, of half the size of others, in tiles."""
+    tasks = [f"{one}->{other}" for one in ("text", "image") for other in ("image_lowres",)]
+    tasks += [f"image_lowres->{other}" for other in ("text", "image", "label")]
+    tasks += ["->text", "->image", "->image_lowres"]
+    transformer = pipeline.transformer.with_segments({"image_lowres": LOWRES})
+    transformer.register_to_config(tasks=tasks)
+    parts = {**pipeline.components, "transformer": transformer.eval()}
+    pipe = type(pipeline)(**parts, labels=pipeline.config.labels, lowres_factor=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("how", ["score", "classify", "candidates", "index", "retrieve"])
+def test_pictures_of_several_tiles_are_refused_where_each_is_one_sample(enlarging, pictures, how):
+    """Else rows of one picture would stand for another's."""
+
+    def call(small):
+        given = {"image_lowres": small}
+        if how == "score":
+            return enlarging.score("image_lowres->image", image=pictures, inputs=given, num_samples=2)
+        if how in ("classify", "candidates"):
+            return enlarging.classify(inputs=given, labels=["a dot", "green"] if how == "candidates" else None)
+        if how == "index":
+            return enlarging.index(inputs=given, query="text")
+        return enlarging.retrieve(small, enlarging.index(["a dot", "green"], query="image_lowres"))
+
+    with pytest.raises(ValueError, match="makes 9 tiles"):
+        call(pictures)
+    assert call(torch.nn.functional.interpolate(pictures, (8, 8)))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_gallery_in_one_tensor_is_encoded_in_batches(pipeline, monkeypatch, as_array):
+    pictures, sizes = torch.rand(5, 3, 16, 16), []
+    encode = pipeline.image_vq.encode_codes
+    monkeypatch.setattr(pipeline.image_vq, "encode_codes", lambda x: sizes.append(len(x)) or encode(x))
+    gallery = pipeline.index(image=pictures.movedim(1, 3).numpy() if as_array else pictures, batch_size=2)
+    assert sizes == [2, 2, 1]
+    assert torch.equal(gallery.codes, pipeline.index(image=list(pictures)).codes)
+
+
+def test_the_head_of_an_index_is_where_the_codes_are(pipeline, pictures):
+    """Weights that are offloaded come with calls alone; without weights there is a sentence."""
+    expected = pipeline.index(image=pictures)
+    head = pipeline.transformer.heads["image"]
+    rows, taken = head.weight, []
+
+    class Offloaded(torch.nn.Parameter):
+        def to(self, *args, **options):
+            taken.append(args)
+            return rows.to(*args, **options)
+
+    head.weight = Offloaded(rows.detach())
+    found = pipeline.index(image=pictures)
+    assert torch.equal(found.features, expected.features)
+    pipeline.transformer.to("meta")
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        pipeline.index(image=pictures)

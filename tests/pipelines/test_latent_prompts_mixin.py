@@ -82,7 +82,10 @@ def test_a_negative_prompt_that_is_the_prompt_guides_nowhere(pipe, label):
 
 def test_an_empty_negative_prompt_and_another_length(encoders, image_vq):
     pipe = make(encoders.text_encoder("clip"), encoders.text_tokenizer(WORDS * 3), image_vq, 16)
-    assert draw(pipe, LONG, negative_prompt="").isfinite().all()
+    empty = draw(pipe, LONG, negative_prompt="")
+    states, mask = pipe.encode_prompt([""])
+    ready = {"negative_prompt_embeds": states, "negative_prompt_attention_mask": mask}
+    assert torch.equal(draw(pipe, LONG, **ready), empty) and empty.isfinite().all()
     some = draw(pipe, [LONG, SHORT], negative_prompt=["", "white"], count=2)  # beside another
     torch.testing.assert_close(some[:1], draw(pipe, LONG, negative_prompt=[""]), atol=1e-4, rtol=1e-4)
     short = draw(pipe, LONG, max_sequence_length=4)

@@ -132,6 +132,26 @@ def test_callbacks_see_and_change_codes_and_can_stop(pipeline):
     assert (left == 32).any() and (left < 32).any()
 
 
+def test_a_call_that_is_stopped_before_its_first_step_takes_that_one(pipeline, monkeypatch):
+    encode = type(pipeline)._encode_inputs
+
+    def stop(pipe, *args):
+        found = encode(pipe, *args)
+        pipe._interrupt = True
+        return found
+
+    monkeypatch.setattr(type(pipeline), "_encode_inputs", stop)
+    left = pipeline("a red apple", num_inference_steps=8, output_type="latent").images
+    assert (left == 32).any() and (left < 32).any()
+    assert pipeline("a red apple", num_inference_steps=8).images
+
+
+def test_a_device_without_float64_is_refused(pipeline, monkeypatch):
+    monkeypatch.setattr(type(pipeline), "_execution_device", torch.device("mps"))
+    with pytest.raises(ValueError, match="'mps'"):
+        pipeline("a red apple")
+
+
 def test_a_stopped_sampling_shows_the_last_prediction(pipeline, monkeypatch):
     predictions = []
     step = MaskedDiffusionScheduler.step

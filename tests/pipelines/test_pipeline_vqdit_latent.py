@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -336,6 +337,8 @@ def test_a_transformers_encoder_gives_the_captions(image_vq, tokenizer):
     pipe.set_progress_bar_config(disable=True)
     states, mask = pipe.encode_prompt(["a red apple", "green"])
     assert states.shape[2] == 8 and mask[1].sum() < mask.shape[1]
+    with pytest.raises(ValueError, match="the text '' has no tokens"):
+        draw(pipe, "green", negative_prompt="")
     batch = draw(
         pipe,
         ["a red apple", "green"],
@@ -388,6 +391,48 @@ def test_callbacks_see_and_change_the_latents_and_stop(pipe):
 
 
 @pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (True, "callback_on_step_end returned True"),
+        ({"latents": None}, r"floating-point of shape \(1, 4, 4, 4\), got None"),
+        ({"latents": torch.zeros(1, 4, 4, 2)}, r"got torch.float32 of shape \(1, 4, 4, 2\)"),
+        ({"latents": torch.zeros(1, 4, 4, 4).long()}, "got torch.int64"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(pipe, returned, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, callback_on_step_end=lambda *_: returned)
+
+
+def test_what_a_callback_returns_stays_its_own(pipe):
+    own = {}
+    draw(pipe, callback_on_step_end=lambda pipe, step, time, inputs: own.update(inputs) or own)
+    assert own.keys() == {"latents"}
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.3, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 10, 50])
+def test_a_strength_takes_as_many_steps_as_in_diffusers(pipe, strength, steps):
+    options = {"num_inference_steps": steps, "strength": strength, "output_type": "latent"}
+    draw(pipe, image=torch.rand(1, 3, 16, 16), guidance_scale=1.0, **options)
+    assert pipe.num_timesteps == max(1, int(steps * strength))
+
+
+@pytest.mark.parametrize("offload", ["layers", "model"])
+def test_offloaded_tokenizers_get_and_give_what_is_where_they_compute(pipe, offload):
+    """Their own device is another one meanwhile."""
+    picture, expected = torch.rand(1, 3, 16, 16), []
+    for hooked in (False, True):
+        if hooked and offload == "layers":
+            cpu_offload(pipe.vae, execution_device=torch.device("cpu"))
+        elif hooked:  # the weights stay; its device, as the pipeline sees it, is elsewhere
+            pipe.vae.__class__ = type("Elsewhere", (type(pipe.vae),), {"device": torch.device("meta")})
+        expected.append(draw(pipe, image=picture, strength=0.5, num_inference_steps=2))
+        expected.append(draw(pipe, num_inference_steps=2))
+    assert torch.equal(expected[0], expected[2]) and torch.equal(expected[1], expected[3])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"class_labels": 3}, r"class_labels=3 must be a number in \[0, 3\) or one of \['fruit', 'apple'"),
@@ -416,8 +461,11 @@ def test_what_the_pipeline_lacks_is_named(pipe, transformer, image_vq):
     with pytest.raises(ValueError, match="transformer has segments"):
         VQDiTLatentPipeline(transformer, image_vq, DDIMScheduler())
     bare = VQDiTLatentPipeline(make_transformer(caption_channels=None), image_vq, DDIMScheduler())
-    with pytest.raises(ValueError, match="needs a text_encoder"):
+    with pytest.raises(ValueError, match="prompt needs a transformer with caption_channels"):
         draw(bare, "a red apple")
+    without = VQDiTLatentPipeline(make_transformer(), image_vq, DDIMScheduler())
+    with pytest.raises(ValueError, match="needs a text_encoder"):
+        draw(without, "a red apple")
 
 
 def test_a_callback_may_change_the_guidance_of_its_call(pipe):

@@ -154,6 +154,9 @@ def test_a_negative_prompt_that_is_the_prompt_guides_nowhere(pipe, given):
         codes(pipe, SHORT, **given, guidance_scale=1.0),
     )
     assert pipe(LONG, **given, output="image", negative_prompt="", num_inference_steps=2).images
+    states, mask = pipe.encode_prompt([""])
+    ready = {"negative_prompt_embeds": states, "negative_prompt_attention_mask": mask}
+    assert torch.equal(codes(pipe, LONG, **given, **ready), codes(pipe, LONG, **given, negative_prompt=""))
     assert pipe.guidance_scale == 3.0  # as where the unconditional task is known
 
 
