@@ -94,6 +94,10 @@ def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, list[dict]]]:
             if len(found) == args.num_train_pictures + args.num_test_pictures:
                 break
     train, others = found[: args.num_train_pictures], found[args.num_train_pictures :]
+    if not others:
+        raise ValueError(
+            f"num_train_pictures={args.num_train_pictures} must be fewer than the {len(found)} pictures that there are"
+        )
     test = [*train[: args.num_test_pictures], *others]
     lines = []
     for entry in train:
@@ -105,7 +109,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, dict[str, list[dict]]]:
         picture = Image.open(io.BytesIO(entry["data"])).resize((32, 32), Image.Resampling.LANCZOS)
         pixels = torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         entry |= {"twemoji": to_pixels(pixels), "noto": to_pixels(original)}
-    return folder, {"seen": test[: -len(others)], "not seen": others}
+    return folder, {"seen": test[: len(test) - len(others)], "not seen": others}
 
 
 def train(args: argparse.Namespace, folder: Path) -> None:
@@ -163,7 +167,8 @@ def compare(args: argparse.Namespace, drawn: dict[str, list[dict]]) -> None:
             print(f"scale {scale:g}: {100 * part.mean():.1f} % of {len(part)} captions {name} are nearer to Twemoji")
             start += len(group)
 
-    shown = [*range(6), *range(len(drawn["seen"]), len(drawn["seen"]) + 6)]
+    seen, count = len(drawn["seen"]), min(6, *map(len, drawn.values()))
+    shown = [*range(count), *range(seen, seen + count)]
     tiles = []
     for pixels in (pictures[0.0], pictures[1.0], real("twemoji")):
         arrays = ((pixels[shown].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

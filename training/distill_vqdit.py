@@ -221,6 +221,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     student, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, student, len(codes), scale_lr=args.scale_lr
     )
+    rounds = int(math.log2(args.num_teacher_steps // args.num_student_steps))
+    if max_steps < rounds:
+        raise ValueError(
+            f"max_train_steps={max_steps} must be at least {rounds}: each round that halves the teacher's "
+            f"{args.num_teacher_steps} steps, down to {args.num_student_steps}, takes one"
+        )
     trained = list(student.parameters())
     ema = setup.make_ema(args, trained, accelerator.device)
 
@@ -241,7 +247,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     step, micro_step = run.step, run.step * args.gradient_accumulation_steps
     batches = setup.run_batches(args, accelerator, len(codes), step, codes.buckets)
     progress = setup.progress_bar(accelerator, max_steps, step)
-    this_round, rounds = measures.get("round", 0), int(math.log2(args.num_teacher_steps // args.num_student_steps))
+    this_round = measures.get("round", 0)
     task_losses: dict[str, float] = measures.get("task_losses", {})
     throughput, stop = Throughput(), False
     utilisation = Utilisation(args, accelerator)

@@ -151,6 +151,7 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         raise ValueError(f"{len(dataset)} pictures can't be shared by {accelerator.num_processes} processes")
     own = dataset.shard(accelerator.num_processes, accelerator.process_index)
     options = {"batch_size": args.batch_size, "resize_mode": "auto"}  # as training does
+    options["channels"] = model.config.in_channels
     batches = (pictures for pictures, _ in decoded_batches(own, args.image_column, resolution, **options))
     return measure_image_tokenizer(model, batches, features=features)
 

@@ -249,7 +249,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     # 1. Models, pictures
     model = build_model(args)
     check_resolution(args.resolution, model.downsample_factor)
-    pictures, held_out = load_images(args)
+    pictures, held_out = load_images(args, model.config.in_channels)
     ema = setup.make_ema(args, model.parameters(), accelerator.device)
     perceptual = perceptual_loss(args)
 

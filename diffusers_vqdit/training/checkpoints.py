@@ -312,6 +312,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
     if random_states not in manifest.files:
         logger.warning(f"{checkpoint} has no {random_states}: it was written by fewer processes")
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # whose next micro-batch is a step's first, however many a step had before
     for name, part in (states or {}).items():
         with safe_open(checkpoint / f"{name}.safetensors", "pt") as file:
             state, layout = json.loads(file.metadata()["state"]), part.state_dict()

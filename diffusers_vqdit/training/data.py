@@ -305,10 +305,11 @@ def decode_images(
     *,
     resize_mode: str = "crop",
     interpolation: str = "lanczos",
+    channels: int = 3,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Every picture of a dataset at once: those of [`decoded_batches`] as one tensor (N, 3, height, width) uint8, and
+    """Every picture of a dataset at once: those of [`decoded_batches`] as one tensor (N, C, height, width) uint8, and
     the row numbers it holds."""
-    options: dict[str, Any] = {"resize_mode": resize_mode, "interpolation": interpolation}
+    options: dict[str, Any] = {"resize_mode": resize_mode, "interpolation": interpolation, "channels": channels}
     pictures, rows = zip(*decoded_batches(dataset, image_column, resolution, **options), strict=True)
     return torch.cat(pictures), [row for own in rows for row in own]
 
@@ -321,6 +322,7 @@ def decoded_batches(
     batch_size: int = 64,
     resize_mode: str = "crop",
     interpolation: str = "lanczos",
+    channels: int = 3,
 ) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Decode every picture of a dataset once, leaving out the broken ones with warnings that name them.
 
@@ -329,10 +331,10 @@ def decoded_batches(
         image_column: the column's name.
         resolution: height and width of the pictures in pixels; one number for both.
         batch_size: pictures that are read at once.
-        resize_mode, interpolation: as in [`decode_image`].
+        resize_mode, interpolation, channels: as in [`decode_image`].
 
     Yields:
-        uint8 tensors (B, 3, height, width) and the row numbers they hold.
+        uint8 tensors (B, C, height, width) and the row numbers they hold.
 
     Raises:
         ValueError: if no picture could be read.
@@ -341,7 +343,7 @@ def decoded_batches(
 
     def read(row: int) -> torch.Tensor:
         value = column[row][image_column]
-        return to_bytes(decode_image(value, resolution, resize_mode, interpolation=interpolation))
+        return to_bytes(decode_image(value, resolution, resize_mode, channels, interpolation))
 
     skipped = 0
     for batch in torch.arange(len(dataset)).split(batch_size):

@@ -42,7 +42,7 @@ class ImageDataset(ImageReader):
     be read is left out of it.
 
     Attributes:
-        pictures (`torch.Tensor`, *optional*): all of them, (N, 3, resolution, resolution) uint8, where they are kept.
+        pictures (`torch.Tensor`, *optional*): all of them, (N, C, resolution, resolution) uint8, where they are kept.
         rows (`Sequence[int]`): those of the dataset that it has.
 
     Raises:
@@ -54,8 +54,9 @@ class ImageDataset(ImageReader):
         self.pictures: torch.Tensor | None = None
         self.rows: Sequence[int] = range(len(dataset))
         self._warn_of_crops()
-        if not self.random_crop and len(dataset) * 3 * self.resolution**2 <= CACHED_BYTES:
-            options = {"resize_mode": self.resize_mode, "interpolation": self.interpolation}
+        if not self.random_crop and len(dataset) * self.channels * self.resolution**2 <= CACHED_BYTES:
+            options: dict[str, Any] = {"resize_mode": self.resize_mode, "interpolation": self.interpolation}
+            options["channels"] = self.channels
             self.pictures, self.rows = decode_images(dataset, self.image_column, self.resolution, **options)
         else:
             self[0, 0]
@@ -78,7 +79,7 @@ class ImageDataset(ImageReader):
         return len(self.column if self.pictures is None else self.pictures)
 
     def decode(self, row: int, centering: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-        """A row's picture, (3, resolution, resolution) uint8. It raises what the picture makes Pillow raise."""
+        """A row's picture, (C, resolution, resolution) uint8. It raises what the picture makes Pillow raise."""
         if self.pictures is not None:
             return self.pictures[row]
         return self._decode(self.column[row][self.image_column], centering)
@@ -129,7 +130,7 @@ class ImageDataset(ImageReader):
 def load_batches(
     images: ImageDataset, batches: Iterator[torch.Tensor], *, first: int = 0, stride: int = 0, num_workers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Pictures (B, 3, resolution, resolution) uint8 of batches of rows (B,), decoded by `num_workers` processes ahead
+    """Pictures (B, C, resolution, resolution) uint8 of batches of rows (B,), decoded by `num_workers` processes ahead
     of time, or by this one. Those that can't be read are named in warnings, each once.
 
     Args:
@@ -172,8 +173,8 @@ def first_batches(count: int, batch_size: int) -> Iterator[torch.Tensor]:
     yield from torch.arange(count).split(batch_size)
 
 
-def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, ImageDataset]:
-    """The pictures of a script's training split, and the first of those that validation measures.
+def load_images(args: argparse.Namespace, channels: int) -> tuple[ImageDataset | ImageStream, ImageDataset]:
+    """The pictures of a script's training split, and the first of those that validation measures, of so many channels.
 
     ``args.validation_split`` is then the split's name, or ``"none"``.
     """
@@ -191,6 +192,7 @@ def load_images(args: argparse.Namespace) -> tuple[ImageDataset | ImageStream, I
     limit = VALIDATION_PICTURES[held_out == "train"]
     limit = min(limit, args.max_train_samples or limit)
     plain: dict[str, Any] = {"resize_mode": args.resize_mode, "interpolation": args.image_interpolation_mode}
+    plain["channels"] = channels
     own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}
     read, column = (args.image_column, args.resolution), args.image_column
     if args.streaming:

@@ -24,13 +24,14 @@ def crop_warning(cut: int, count: int, *, first: bool = False) -> str:
 
 
 class ImageReader(Dataset, ABC):
-    """Pictures (3, resolution, resolution) uint8 of an undecoded column.
+    """Pictures (C, resolution, resolution) uint8 of an undecoded column.
 
     Args:
         dataset: with that column.
         image_column: the column's name.
         resolution: side of the pictures in pixels.
         resize_mode, interpolation: as in [`~utils.fitting.resize_image`].
+        channels: C, 3 for RGB or 1 for grey.
         random_crop: cut another part out each time, in place of what `resize_mode` says.
         random_flip: mirror half of the pictures, other ones each time.
         seed: of these draws.
@@ -44,13 +45,15 @@ class ImageReader(Dataset, ABC):
         *,
         resize_mode: str = "crop",
         interpolation: str = "lanczos",
+        channels: int = 3,
         random_crop: bool = False,
         random_flip: bool = False,
         seed: int = 0,
     ) -> None:
         self.image_column, self.resolution, self.seed = image_column, resolution, seed
         self.resize_mode = "crop" if random_crop else resize_mode
-        self.interpolation, self.random_crop, self.random_flip = interpolation, random_crop, random_flip
+        self.interpolation, self.channels = interpolation, channels
+        self.random_crop, self.random_flip = random_crop, random_flip
         self._open(dataset)
 
     @abstractmethod
@@ -67,4 +70,4 @@ class ImageReader(Dataset, ABC):
     def _decode(self, value: Any, centering: tuple[float, float]) -> torch.Tensor:
         """An undecoded picture's pixels. It raises what the picture makes Pillow raise."""
         options: dict[str, Any] = {"interpolation": self.interpolation, "centering": centering}
-        return to_bytes(decode_image(value, self.resolution, self.resize_mode, **options))
+        return to_bytes(decode_image(value, self.resolution, self.resize_mode, self.channels, **options))

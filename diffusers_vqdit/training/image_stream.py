@@ -32,7 +32,7 @@ class ImageStream(SampleStream, ImageReader):
         return {**source, "resize_mode": self.resize_mode, "interpolation": self.interpolation}
 
     def read(self, value: Any, position: int) -> torch.Tensor:
-        """A picture, (3, resolution, resolution) uint8, with the crop and the flip of its position."""
+        """A picture, (C, resolution, resolution) uint8, with the crop and the flip of its position."""
         centering, mirrored = self._draw(position)
         picture = self._decode(value, centering)
         return picture.flip(-1) if mirrored else picture

@@ -69,6 +69,7 @@ def load_data(
         feature, values = dataset.features[args.label_column], dataset[args.label_column]
         labels, id2label = encode_labels(values, args.label_column, feature, id2label, size=known, comma_names=True)
     options = {"resize_mode": parts["resize_mode"], "interpolation": args.image_interpolation_mode}
+    options["channels"] = vae.config.in_channels
     reading = (dataset, args.image_column, resolution)
     images = ImageDataset(*reading, **options) if stream is None else StreamedImages(stream, *reading, **options)
     return images, captions, labels, id2label

@@ -62,7 +62,7 @@ def training_card(
             and of paths that leave the working directory only their last part is.
         model: what was trained: a pipeline with a ``transformer``, an [`ImageVQModel`] or a [`TextVQModel`].
         measures: what was measured at the end.
-        samples: pictures for the gallery: path in the repository, and what it shows, such as the prompt.
+        samples: pictures or sounds for the gallery: path in the repository, and what it shows, such as the prompt.
         command: the program's arguments; by default this process's.
 
     Returns:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from huggingface_hub import HfApi
 
 from ..pipelines.segment_base import ARGUMENTS, IMAGE
 from ..utils.arguments import hub_token as hub_token_type
@@ -42,6 +43,13 @@ def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--language", nargs="*", default=[], help="Languages of the captions, for the model card.")
 
 
+def create_repository(args: argparse.Namespace) -> None:
+    """Make the repository that a run with ``--push_to_hub`` publishes in, if it isn't there: a name or a token that
+    the Hub refuses is told before the work."""
+    if args.push_to_hub:
+        HfApi(token=args.hub_token).create_repo(published_name(args), exist_ok=True)
+
+
 def draw_gallery(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -60,21 +68,23 @@ def draw_gallery(
         options: other arguments of the pipeline's call.
 
     Returns:
-        the prompts by the path of their picture in the folder, for [`training_card`].
+        the prompts by the path of their picture or sound in the folder, for [`training_card`].
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     gallery: dict[str, str] = {}
     secrets = known_secrets(hub_token)
     if prompts:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-        images = pipeline(**passing(pipeline, argument, prompts), **options, generator=generators).images
-        if images is None:  # texts, which a gallery doesn't show
+        drawn = pipeline(**passing(pipeline, argument, prompts), **options, generator=generators)
+        suffix, rate = (".png", None) if drawn.images is not None else (".wav", drawn.get("sampling_rate"))
+        made = drawn.images if drawn.images is not None else drawn.get("audios")
+        if made is None:  # texts, which a gallery doesn't show
             return gallery
         named = [Path(prompt).name for prompt in prompts] if ARGUMENTS.get(argument) == IMAGE else prompts
-        for index, (image, prompt) in enumerate(zip(images, named, strict=True)):
-            path = f"samples/{index}.png"
+        for index, (one, prompt) in enumerate(zip(made, named, strict=True)):
+            path = f"samples/{index}{suffix}"
             shown_id, shown_prompt = (without_secrets(text, secrets) for text in (model_id, prompt))
-            save_generated(image, folder / path, model_id=shown_id, description=shown_prompt)
+            save_generated(one, folder / path, model_id=shown_id, description=shown_prompt, sampling_rate=rate)
             gallery[path] = prompt
     return gallery
 

@@ -162,8 +162,11 @@ class TrainingRun:
             check_identity(checkpoint, manifest, self.identity, self.settings)
             wanted = [[dict(group, params=None) for group in one.param_groups] for one in self.accelerator._optimizers]
             load_checkpoint(self.accelerator, checkpoint, self.states)
-            if any(manifest.settings.get(name) != self.settings.get(name) for name in OPTIMIZER_SETTINGS):
+            rates = ("processes", "gradient_accumulation_steps") if self.settings.get("scale_lr") else ()
+            if any(manifest.settings.get(name) != self.settings.get(name) for name in (*OPTIMIZER_SETTINGS, *rates)):
                 self._set_optimizers(wanted)
+            if (ema := self.states.get("ema")) is not None:
+                ema.decay = args.ema_decay  # not the one that its state brings back
             self.step, measures = manifest.step, manifest.measures
             self.skipped_steps = measures.get("skipped_steps", 0)
             if checkpoint.resolve().parent == self.output_dir.resolve():
@@ -211,7 +214,8 @@ class TrainingRun:
     ) -> tuple[float, bool]:
         """Clip the gradients and step, the learning rate too, unless they or the loss are not finite on any process.
 
-        fp16's own overflows, which lower its scale, are no fault and are not counted.
+        fp16's own overflows, which lower its scale, are no fault and are not counted, until the scale is 1: then the
+        gradients themselves are not finite.
 
         Args:
             max_grad_norm: 0 clips nothing; the norm is measured all the same.
@@ -220,17 +224,21 @@ class TrainingRun:
             the norm before clipping, and whether the optimizer stepped.
         """
         scaler = self.accelerator.scaler
-        norm = clip_gradients(self.accelerator, parameters, max_grad_norm or math.inf)
+        norm = clip_gradients(self.accelerator, optimizer, parameters, max_grad_norm or math.inf)
         finite = torch.isfinite(loss.detach()).all()
         if scaler is None:
             finite &= torch.isfinite(norm).to(finite.device)
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce(finite.float(), "mean") == 1.0
         if bool(finite):
+            scale = 0.0 if scaler is None else scaler.get_scale()
             optimizer.step()
-            if lr_scheduler is not None and not optimizer.step_was_skipped:
+            # A fused optimizer leaves the step out by itself, unseen by its wrapper; the scale falls.
+            stepped = not optimizer.step_was_skipped and (scaler is None or scaler.get_scale() >= scale)
+            if lr_scheduler is not None and stepped:
                 lr_scheduler.step()
-            return float(norm), not optimizer.step_was_skipped
+            self._skipped_now |= not stepped and scale <= 1.0
+            return float(norm), stepped
         self._skipped_now = True
         if scaler is not None:
             scaler.update()

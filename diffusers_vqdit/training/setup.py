@@ -4,7 +4,7 @@ import argparse
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from .image_stream import ImageStream
 from .launch import check_launch
 from .muon import MuonAdamW, block_matrices
 from .optimization import parameter_groups
+from .publish import create_repository
 from .run import TrainingRun, training_run
 from .sharding import prepare_sharding
 
@@ -68,6 +69,7 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
     return accelerator
 
 
+@contextmanager
 def open_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -75,20 +77,24 @@ def open_run(
     project: str,
     folders: Sequence[str],
     files: Sequence[str],
-) -> AbstractContextManager[TrainingRun]:
-    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]; with what every run writes.
+) -> Iterator[TrainingRun]:
+    """The run in ``args.output_dir``, for a ``with`` block, see [`training_run`]; with what every run writes, and the
+    repository that it is published in.
 
     Args:
         project: as in [`start_trackers`].
     """
     logs = [f"{args.logging_dir}/{project}"] if accelerator.log_with else []
-    return training_run(
+    with training_run(
         accelerator,
         args.output_dir,
         folders=[*folders, *logs, OLDER],
         files=files,
         max_skipped_steps=args.max_skipped_steps,
-    )
+    ) as run:
+        if accelerator.is_main_process:
+            create_repository(args)
+        yield run
 
 
 def set_default(args: argparse.Namespace, name: str, checkpoint: Path | None, default: float) -> None:
@@ -158,10 +164,11 @@ def prepare(
 def make_ema(
     args: argparse.Namespace, parameters: Iterable[torch.nn.Parameter], device: torch.device
 ) -> EMAModel | None:
-    """The parameters' moving averages, where ``--use_ema`` asks for them."""
+    """The parameters' moving averages, where ``--use_ema`` asks for them: in float32, as in half precision, which
+    DeepSpeed keeps them in, a step's part of an average is rounded away."""
     if not args.use_ema:
         return None
-    parameters = list(parameters)
+    parameters = [parameter.detach().float() for parameter in parameters]
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=not sharded)  # PyTorch copies no lists of shards
     ema.to(device)

@@ -135,9 +135,18 @@ def evaluated(
 
 
 def clip_gradients(
-    accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], max_norm: float
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[torch.nn.Parameter],
+    max_norm: float,
 ) -> torch.Tensor:
-    """Scale gradients to `max_norm` where they are longer; the norm before, of all processes' parts together."""
+    """Scale the gradients of an optimizer's parameters to `max_norm` where they are longer; the norm before, of all
+    processes' parts together."""
+    if accelerator.scaler is not None and accelerator.distributed_type is not DistributedType.FSDP:
+        # Accelerate's own clipping takes fp16's scale off the gradients of all optimizers, and so twice off those of
+        # one that steps after another and has gathered them over several batches.
+        accelerator.unscale_gradients(optimizer)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     # DeepSpeed clips by itself, and knows a number, or none before its first step.
     return whole(norm) if isinstance(norm, torch.Tensor) else torch.tensor(float(norm or 0.0))

@@ -1,4 +1,4 @@
-"""Samples of a run that is going on: as PNG files in its folder, and in the trackers that show pictures."""
+"""Samples of a run that is going on: as files in its folder, and pictures in the trackers that show them."""
 
 import argparse
 import math
@@ -16,6 +16,7 @@ from PIL import Image
 from ..pipelines.segment_base import ARGUMENTS, IMAGE, TEXT
 from ..tasks import Task
 from ..utils.images import to_rgb
+from ..utils.provenance import save_generated
 from ..utils.weight_files import replacing_file
 
 
@@ -95,7 +96,7 @@ def draw_validation(
 ) -> None:
     """Draw the validation prompts or labels with a fixed seed; keep them as a PNG and send them to the trackers.
 
-    Where texts or labels are generated, they are kept as a text file.
+    Where texts or labels are generated, they are kept as a text file, and sounds as WAV files.
 
     Args:
         argument: of the pipeline's call, that takes them: ``"prompt"``, ``"class_labels"`` or ``"image"``, which takes
@@ -105,13 +106,15 @@ def draw_validation(
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(wanted))]
     drawn = pipeline(**passing(pipeline, argument, wanted), **steps_of(args), generator=generators)
     images = drawn.images
-    written = drawn.get("texts") or drawn.get("labels")  # of the latent pipeline there are neither
-    if images is None and written is None:  # codes
+    if images is not None:
+        save_grid(images, min(columns_of_grid(images[0].width, 8), len(images)), args.output_dir, step)
+        log_images(accelerator, "validation", images, step)
         return
-    if images is None:
-        (args.output_dir / "samples").mkdir(parents=True, exist_ok=True)
+    folder = args.output_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    if written := drawn.get("texts") or drawn.get("labels"):
         lines = [f"{one}: {made}" for one, made in zip(wanted, written, strict=True)]
-        (args.output_dir / "samples" / f"step-{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return
-    save_grid(images, min(columns_of_grid(images[0].width, 8), len(images)), args.output_dir, step)
-    log_images(accelerator, "validation", images, step)
+        (folder / f"step-{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for index, (one, sound) in enumerate(zip(wanted, drawn.get("audios") or [], strict=False)):
+        file, rate = folder / f"step-{step:06d}-{index}.wav", drawn.sampling_rate
+        save_generated(sound, file, sampling_rate=rate, model_id=args.output_dir.name, description=str(one))

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
+from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.publish import draw_gallery, publish_run
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
@@ -222,7 +223,10 @@ def test_a_latent_pipeline_is_trained_and_pushed_with_every_checkpoint(
     assert pipe.labels == {"round": 0, "square": 1}
 
 
-def test_training_goes_on_where_a_checkpoint_cannot_be_published(run, hub, client, image_vq, picture_folder, tmp_path):
+def test_training_goes_on_where_a_checkpoint_cannot_be_published(
+    run, hub, client, image_vq, picture_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setup, "create_repository", lambda args: None)  # as if the right were lost since
     image_vq.save_pretrained(tmp_path / "vq")
     arguments = (
         f"{COMMON} --hub_strategy every_save --image_vq {tmp_path / 'vq'} --train_data_dir {picture_folder} "
@@ -232,3 +236,16 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_published(run, hub, clien
     with pytest.raises(HfHubHTTPError):  # alice's token has no right there
         run("train_latent_dit", arguments)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize("token, name", [("hf_nobody", "alice/early"), ("hf_alice", "bob/early")])
+def test_what_the_hub_refuses_is_told_before_the_work(
+    hub, client, script, pipeline, picture_folder, tmp_path, token, name
+):
+    pipeline.save_pretrained(tmp_path / "base")
+    module = script("train_vqdit")
+    arguments = f"{COMMON} --pretrained_model_name_or_path {tmp_path / 'base'} --train_data_dir {picture_folder} "
+    arguments += f"--output_dir {tmp_path / 'run'} --hub_model_id {name} --hub_token {token}"
+    with pytest.raises(HfHubHTTPError):
+        module.main(module.parse_args(arguments.split()))
+    assert not [*(tmp_path / "run").glob("checkpoint-*")] and name not in hub.repositories

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import load_dataset
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
-from diffusers_vqdit import VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import ImageVQModel, VQDiTLatentPipeline, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.training.codes import CodeDataset
 from diffusers_vqdit.training.segment_columns import load_tokenizers, segment_flag
 from diffusers_vqdit.training.tokenizers import load_codec, load_image_vq, load_text_vq
@@ -375,3 +376,25 @@ def test_a_resolution_between_codes_is_refused_before_the_work(run, tokenizers, 
     ):
         run(script_name, f"{data} {more[script_name]}")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name not in (".lock", "logs")]
+
+
+@pytest.mark.parametrize("streaming", ["", "--streaming"])
+def test_pictures_are_read_in_the_channels_of_the_tokenizer(run, picture_folder, tmp_path, streaming):
+    """A grey one is finetuned, measured, and gives the latents of a DiT."""
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    size = {"block_out_channels": (4, 8), "norm_num_groups": 2, "sample_size": 16, "num_vq_embeddings": 16}
+    grey = ImageVQModel(in_channels=1, out_channels=1, **kinds, **size)
+    grey.save_pretrained(tmp_path / "grey")
+    common = f"--train_batch_size 4 --max_train_steps 2 --resolution 16 --report_to none {streaming}"
+    pictures = load_dataset("imagefolder", data_dir=str(picture_folder), split="train", cache_dir=str(tmp_path / "c"))
+    pictures.to_parquet(str(tmp_path / "pictures.parquet"))
+    data = f"--dataset_name {tmp_path / 'pictures.parquet'}"
+    tuned = tmp_path / "tuned"
+    run("train_image_vq", f"{common} {data} --pretrained_model_name_or_path {tmp_path / 'grey'} --output_dir {tuned}")
+    assert ImageVQModel.from_pretrained(tuned).config.in_channels == 1
+    run("evaluate_tokenizer", f"--tokenizer {tuned} {data} --split train --output_file {tmp_path / 'figures.json'}")
+    latents = f"{common} {data} --image_vq {tuned} --num_layers 1 --num_attention_heads 2 --attention_head_dim 8"
+    run("train_latent_dit", f"{latents} --output_dir {tmp_path / 'latent'}")
+    pipe = VQDiTLatentPipeline.from_pretrained(tmp_path / "latent")
+    assert pipe(num_inference_steps=1, output_type="pt", guidance_scale=1.0).images.shape == (1, 1, 16, 16)

@@ -72,6 +72,7 @@ def test_guidance_of_one_is_not_distilled_in(distil, tmp_path):
         ("--tasks text->image,->image", "'text->image' has its guidance of 3 distilled in, but with '->image'"),
         ("--tasks text-image", "must have one '->'"),
         ("--validation_prompts dot --tasks image->text", "validation_prompts=.'dot'. can't be drawn"),
+        ("--num_teacher_steps 16 --num_student_steps 2 --max_train_steps 2", "max_train_steps=2 must be at least 3"),
     ],
 )
 def test_what_can_not_be_distilled_is_refused_before_the_first_step(distil, monkeypatch, more, message):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from diffusers_vqdit.training.checkpoints import find_checkpoint, read_manifest, save_checkpoint
 from diffusers_vqdit.training.files import SCRATCH_PREFIX, checkpoints
 from diffusers_vqdit.training.run import SETTINGS, check_drawable, due, prepare_output_dir, training_run
+from diffusers_vqdit.training.setup import make_ema
 
 
 ARGS = argparse.Namespace(**{name: 0 for name in SETTINGS})
@@ -249,6 +250,54 @@ def test_overflows_of_fp16_are_its_own_business(tmp_path, monkeypatch):
             assert (accelerator.scaler.get_scale() < scale) is not stepping
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflows_that_no_lower_scale_can_end_are_counted(tmp_path, monkeypatch, fused):
+    """Gradients that are not finite whatever the scale, of a loss that is; fused optimizers leave steps out unseen."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=8.0)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    with training_run(accelerator, tmp_path, max_skipped_steps=2) as run:
+        weight = model.weight.clone()
+        with pytest.raises(RuntimeError, match="2 steps in a row, up to step 5"):
+            for step in range(1, 9):
+                loss = model(torch.ones(1, 2)).sum()
+                accelerator.backward(loss)
+                model.weight.grad.fill_(math.inf)
+                assert not run.optimizer_step(optimizer, model.parameters(), loss, 1.0, schedule)[1]
+                optimizer.zero_grad()
+                run.end_step(step)
+        assert torch.equal(model.weight, weight) and schedule.scheduler.last_epoch == 0
+
+
+def test_the_scale_of_fp16_is_taken_once_off_gradients_that_wait_for_another_optimizer(tmp_path, monkeypatch):
+    """As a discriminator's over several micro-batches, whose step comes after the tokenizer's."""
+
+    def norms(scaled):
+        torch.manual_seed(0)
+        accelerator = Accelerator()
+        if scaled:
+            monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+            accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
+        models = [torch.nn.Linear(3, 3) for _ in range(2)]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
+        models, optimizers = ([accelerator.prepare(one) for one in every] for every in (models, optimizers))
+        found = []
+        with training_run(accelerator, tmp_path) as run:
+            for last, batch in enumerate(torch.randn(2, 5, 3)):
+                losses = [model(batch).square().mean() for model in models]
+                for model, optimizer, loss in zip(models, optimizers, losses, strict=True):
+                    accelerator.backward(loss)
+                    if last:
+                        found.append(run.optimizer_step(optimizer, model.parameters(), loss, 1.0)[0])
+        return found
+
+    torch.testing.assert_close(torch.tensor(norms(True)), torch.tensor(norms(False)), rtol=0.01, atol=0)
+
+
 def test_zero_is_never():
     assert [step for step in range(1, 7) if due(step, 3)] == [3, 6]
     assert not any(due(step, 0) for step in range(1, 7))
@@ -371,3 +420,53 @@ def test_a_resumed_run_takes_the_rates_it_is_given_and_else_the_checkpoints(tmp_
     assert (rate, beta) == (pytest.approx(1 / 5), 0.9)
     _, rate, beta = run_steps(0.1, 0.8, 1, path)
     assert (rate, beta) == (pytest.approx(0.1 / 6), 0.8)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (3, 2), (2, 2)])
+def test_a_resumed_run_begins_a_step_with_its_first_micro_batch(tmp_path, before, after):
+    """However many a step had before."""
+    path, counts = None, []
+    for accumulation, steps in ((before, 5), (after, 3)):
+        accelerator = Accelerator(gradient_accumulation_steps=accumulation)
+        model = accelerator.prepare(torch.nn.Linear(2, 2))
+        with training_run(accelerator, tmp_path) as run:
+            begin(run, path)
+            for _ in range(steps):
+                counts.append(0)
+                while not counts[-1] or not accelerator.sync_gradients:
+                    with accelerator.accumulate(model):
+                        counts[-1] += 1
+            path = save_checkpoint(accelerator, tmp_path, run.step + steps, **run.kept())
+    assert counts == [before] * 5 + [after] * 3
+
+
+def test_a_resumed_run_averages_as_it_is_told(tmp_path):
+    path = None
+    for decay in (0.5, 0.75):
+        accelerator = Accelerator()
+        model = accelerator.prepare(torch.nn.Linear(2, 2))
+        args = argparse.Namespace(**{**vars(ARGS), "ema_decay": decay, "use_ema": True})
+        ema = make_ema(args, model.parameters(), accelerator.device)
+        with training_run(accelerator, tmp_path) as run:
+            run.begin(path, identity={}, args=args, states={"ema": ema})
+            assert ema.decay == decay
+            ema.step(model.parameters())
+            path = save_checkpoint(accelerator, tmp_path, run.step + 1, **run.kept())
+    assert ema.optimization_step == 2
+
+
+def test_a_rate_that_follows_the_batch_follows_a_resumed_runs(tmp_path):
+    path, rates = None, []
+    for accumulation in (1, 4, 4):
+        accelerator = Accelerator(gradient_accumulation_steps=accumulation, step_scheduler_with_optimizer=False)
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * accumulation)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        own = {"scale_lr": True, "learning_rate": 0.1, "gradient_accumulation_steps": accumulation}
+        with training_run(accelerator, tmp_path) as run:
+            run.begin(path, identity={}, args=argparse.Namespace(**{**vars(ARGS), **own}), states={})
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+            path = save_checkpoint(accelerator, tmp_path, run.step + 1, **run.kept())
+    assert rates == pytest.approx([0.1, 0.4, 0.4])

@@ -204,3 +204,18 @@ def test_a_grid_holds_every_image(tmp_path: Path, count, size):
     assert Image.open(tmp_path / "samples" / "step-000007.png").tobytes() == grid.tobytes()
     found = [grid.getpixel((8 * (i % 3), 8 * (i // 3)))[0] for i in range(count)]
     assert found == [40 * i for i in range(count)]
+
+
+def test_averages_are_in_float32_of_weights_in_half_precision(tmp_path):
+    """There an update of a thousandth would be rounded away."""
+    weight = torch.nn.Parameter(torch.full((4,), 0.02, dtype=torch.bfloat16))
+    ema = make_ema(arguments(ema_decay=0.999), [weight], torch.device("cpu"))
+    expected = 0.02
+    for step in range(3000):
+        weight.data.fill_(0.02 * (1 + step / 3000))
+        ema.step([weight])
+        decay = ema.cur_decay_value
+        expected = decay * expected + (1 - decay) * float(weight[0])
+    assert float(ema.shadow_params[0][0]) == pytest.approx(expected, rel=1e-3) and expected > 0.03
+    ema.copy_to([weight])
+    assert weight.dtype == torch.bfloat16 and float(weight[0]) == pytest.approx(expected, rel=0.01)

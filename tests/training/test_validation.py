@@ -1,10 +1,15 @@
-"""Which segment the values of --validation_prompts and --validation_images are of."""
+"""Which segment the values of --validation_prompts and --validation_images are of, and what is kept of them."""
+
+import argparse
 
 import pytest
+import soundfile
+from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
-from diffusers_vqdit.training.validation import passing
+from diffusers_vqdit.training.publish import draw_gallery
+from diffusers_vqdit.training.validation import draw_validation, passing
 
 
 CODES, STATES, IMAGE = (
@@ -51,3 +56,16 @@ def test_values_of_several_segments_are_refused_and_labels_pass(tmp_path):
     for name, segment in ((f"{tmp_path / 'a.png'}", "source"), (f"reference={tmp_path / 'a.png'}", "reference")):
         (found,) = passing(pipe, "image", [name])["inputs"].items()
         assert found[0] == segment and found[1][0].size == (8, 8)
+
+
+def test_sounds_are_kept_and_shown(talking_pipeline, tmp_path):
+    talking_pipeline.transformer.register_to_config(tasks=["text->sound", "->sound"])
+    args = argparse.Namespace(output_dir=tmp_path, seed=0)
+    draw_validation(args, Accelerator(), talking_pipeline, ["a dot", "green"], 7)
+    kept = sorted(file.name for file in (tmp_path / "samples").iterdir())
+    assert kept == ["step-000007-0.wav", "step-000007-1.wav"]
+    gallery = draw_gallery(talking_pipeline, ["a dot", "green"], tmp_path, "alice/speaks")
+    assert gallery == {"samples/0.wav": "a dot", "samples/1.wav": "green"}
+    for file in (tmp_path / "samples").iterdir():
+        sound, rate = soundfile.read(file)
+        assert len(sound) and rate == talking_pipeline("a dot").sampling_rate
