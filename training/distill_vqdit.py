@@ -25,6 +25,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit.schedulers.samplers import check_device
 from diffusers_vqdit.tasks import Task, check_task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -181,6 +182,7 @@ def main(args: argparse.Namespace) -> None:
     files = ["README.md", "model_index.json", "pipeline.py"]
     # A step trains the embeddings and heads of its task's segments only.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
+    check_device(accelerator.device, "accelerate launch --cpu")
     with setup.open_run(args, accelerator, project=PROJECT, folders=folders, files=files) as run:
         train(args, accelerator, run)
 

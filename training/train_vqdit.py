@@ -27,6 +27,7 @@ from accelerate.logging import get_logger
 
 from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.segment_base import ENCODERS, LABEL, TEXT
+from diffusers_vqdit.schedulers.samplers import check_device
 from diffusers_vqdit.tasks import Task, parse_tasks
 from diffusers_vqdit.training import setup
 from diffusers_vqdit.training.arguments import (
@@ -248,6 +249,7 @@ def loss_measures(args: argparse.Namespace, task_losses: dict[str, float]) -> li
 def main(args: argparse.Namespace) -> None:
     # A step trains the embeddings and heads of its task's segments only.
     accelerator = setup.make_accelerator(args, find_unused_parameters=True)
+    check_device(accelerator.device, "accelerate launch --cpu")
     if args.optimizer == "muon":
         check_muon(accelerator)
     with setup.open_run(

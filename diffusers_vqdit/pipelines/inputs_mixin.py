@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils import deprecate
 
+from ..schedulers.samplers import check_device
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
 from ..utils.checks import shown
@@ -130,8 +131,7 @@ class InputsMixin(PromptMixin, SizesMixin):
         return task, passed, mask_image, total, shapes
 
     def _check_scheduler(self) -> None:
-        if self._execution_device.type == "mps":
-            raise ValueError("codes are drawn in float64, which the device 'mps' doesn't have: pipe.to('cpu')")
+        check_device(self._execution_device, "pipe.to('cpu')")
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "

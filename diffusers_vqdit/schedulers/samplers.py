@@ -30,6 +30,12 @@ class SharedGenerator:
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | SharedGenerator | None
 
 
+def check_device(device: torch.device, remedy: str) -> None:
+    """Raise a ValueError for a device without float64, in which codes and masks are drawn."""
+    if device.type == "mps":
+        raise ValueError(f"codes are drawn in float64, which the device 'mps' doesn't have: {remedy}")
+
+
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     """Uniform float64 numbers; row i from generator i where there is a list.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffusers_vqdit.schedulers.samplers import (
+    check_device,
     draw,
     draw_masked,
     entropies,
@@ -191,3 +192,9 @@ def test_codes_are_in_range_whatever_the_logits_are(value):
         for temperature in (0, 1e-6, 1.0, 1e6):
             codes, _, _ = draw(logits, noise, temperature)
             assert codes.min() >= 0 and codes.max() < size
+
+
+def test_devices_without_float64_are_refused_by_the_scripts_and_by_pipelines():
+    check_device(torch.device("cuda", 1), "")
+    with pytest.raises(ValueError, match="'mps' doesn't have: accelerate launch --cpu"):
+        check_device(torch.device("mps"), "accelerate launch --cpu")
