@@ -30,7 +30,14 @@ from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.models.segment_layers import segment_patch
-from diffusers_vqdit.training.evaluation import CAPTIONS, EmojiData, Roles, add_sampling_arguments, task_between
+from diffusers_vqdit.training.evaluation import (
+    CAPTIONS,
+    EmojiData,
+    Roles,
+    add_sampling_arguments,
+    check_colours,
+    task_between,
+)
 from diffusers_vqdit.training.evaluation_files import UNFINISHED_FILE, evaluation_identity, measure_tasks
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
@@ -172,6 +179,7 @@ def main(args: argparse.Namespace) -> None:
     for name in (*FILES, UNFINISHED_FILE):
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
+    check_colours(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     roles, segments = Roles.of(pipeline), pipeline.transformer.config.segments
     image = roles.image

@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
-from diffusers_vqdit.training.evaluation import add_sampling_arguments
+from diffusers_vqdit.training.evaluation import add_sampling_arguments, check_colours
 from diffusers_vqdit.training.evaluation_files import write_report
 from diffusers_vqdit.training.evaluation_report import draw_rows
 from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     for file in files.values():
         check_output_file("output_dir", file)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
+    check_colours(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     segments = pipeline._segments
     pictures = next((one for one in segments.values() if one.output_field == "images"), None)

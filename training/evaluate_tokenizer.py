@@ -147,6 +147,11 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         backbone = BackboneFeatures.from_pretrained(args.features, args.features_image_size)
         backbone.check_size(resolution)
         features = backbone.to(accelerator.device).pooled
+    if features is not None and model.config.in_channels != 3:
+        raise ValueError(
+            f"features={args.features!r} are of RGB pictures; the tokenizer's have in_channels="
+            f"{model.config.in_channels}"
+        )
     if len(dataset) < accelerator.num_processes:
         raise ValueError(f"{len(dataset)} pictures can't be shared by {accelerator.num_processes} processes")
     own = dataset.shard(accelerator.num_processes, accelerator.process_index)

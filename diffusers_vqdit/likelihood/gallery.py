@@ -35,15 +35,13 @@ _OPTIONAL = ("lengths", "places")
 
 def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
     """A digest of the segments, of the first weights of each layer, which any training changes, and of the scales of
-    LoRAs that are active."""
+    LoRAs that are active.
+
+    Raises:
+        ValueError: if weights are offloaded layer by layer: then they are not there.
+    """
     digest = hashlib.sha256(json.dumps(transformer.config.segments, sort_keys=True).encode())
-    for name, value in sorted(transformer.state_dict().items()):
-        if value.is_meta:
-            raise ValueError(
-                "a gallery is told by the transformer's weights, which are offloaded layer by layer; index and search "
-                "without that, such as after pipe.enable_model_cpu_offload()"
-            )
-        digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
+    _add_first_weights(digest, transformer)
     for name, module in transformer.named_modules():
         if isinstance(scales := getattr(module, "scaling", None), dict):  # a layer of peft's
             active = [] if module.disable_adapters else module.active_adapters
@@ -53,15 +51,28 @@ def transformer_digest(transformer: VQDiTTransformer2DModel) -> str:
 
 def tokenizers_digest(tokenizers: list[Any]) -> str:
     """A digest of the first weights of each layer of the tokenizers that a gallery's and its queries' codes are of, or
-    of what one without weights makes of a text."""
+    of what one without weights makes of a text.
+
+    Raises:
+        ValueError: as [`transformer_digest`].
+    """
     digest = hashlib.sha256()
     for tokenizer in tokenizers:
-        if not isinstance(tokenizer, torch.nn.Module):
+        if isinstance(tokenizer, torch.nn.Module):
+            _add_first_weights(digest, tokenizer)
+        else:
             digest.update(tokenizer_fingerprint(tokenizer).encode())
-            continue
-        for name, value in sorted(tokenizer.state_dict().items()):
-            digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _add_first_weights(digest: Any, model: torch.nn.Module) -> None:
+    for name, value in sorted(model.state_dict().items()):
+        if value.is_meta:
+            raise ValueError(
+                f"a gallery is told by the weights of its models, and those of {type(model).__name__} are offloaded "
+                "layer by layer: index and search without that, such as after pipe.enable_model_cpu_offload()"
+            )
+        digest.update(name.encode() + value.flatten()[:16].float().cpu().numpy().tobytes())
 
 
 @dataclass

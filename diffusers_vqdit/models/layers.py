@@ -50,7 +50,7 @@ class VQDiTPrefix:
         """The samples `rows` of `size`, or for each of them the only one there is.
 
         Raises:
-            ValueError: if there are neither one nor `size`.
+            ValueError: if this prefix is neither of one sample nor of `size`.
         """
         if len(self) not in (1, size):
             raise ValueError(f"prefix must be of one sample or of {size}, got {len(self)}")

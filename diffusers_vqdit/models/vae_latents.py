@@ -18,6 +18,9 @@ def latent_statistics(
 
     The deviation is ``latents_std / scaling_factor`` and the mean ``latents_mean``, as in diffusers' pipelines; a
     config with ``scaling_factor`` and ``shift_factor`` alone is read as it is there, too.
+
+    Args:
+        device: where they are to be; by default PyTorch's, the CPU unless that was changed.
     """
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if (mean is None) != (std is None):

@@ -32,8 +32,8 @@ class CodingMixin:
     ) -> torch.LongTensor | tuple[torch.Tensor, torch.Tensor]:
         """Codes (B, L) of texts; what is longer than the text tokenizer's length is cut off, with a warning. Of a
         text encoder its states (B, n, channels) and their mask (B, n), which are ``prompt_embeds`` and
-        ``prompt_attention_mask``, or those with ``negative_`` before them: it takes empty texts, too. By default for
-        the segment that ``prompt`` is of."""
+        ``prompt_attention_mask``, or those with ``negative_`` before them: an encoder takes empty texts, too. By
+        default for the segment that ``prompt`` is of."""
         one = self._segment(self._prompt_segment() if segment is None else segment)
         value = one.encode_given(one.read_negative(prompt))
         return value.codes if value.mask is None else (value.codes, value.mask)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..models.image_vq import ImageVQModel
 from ..models.segment_layers import segment_patch
@@ -190,7 +191,7 @@ class ImageSegment(SegmentProcessor):
         Raises:
             ValueError: if they have several nearest ones: a sample must not depend on what else is in its batch.
         """
-        sizes = [one.shape[-2:] if isinstance(one, torch.Tensor) else (one.height, one.width) for one in values]
+        sizes = [height_and_width(one) for one in values]
         found = [nearest_bucket(size, self.buckets) for size in sizes]
         if (other := next((index for index, one in enumerate(found) if one != found[0]), None)) is not None:
             first, second = (f"{sizes[i][0]} x {sizes[i][1]}" for i in (0, other))
@@ -284,10 +285,25 @@ class ImageSegment(SegmentProcessor):
         )
 
 
+def height_and_width(picture: Image.Image | torch.Tensor) -> tuple[int, int]:
+    """In pixels, of one of Pillow's or a tensor (C, H, W)."""
+    return tuple(picture.shape[-2:]) if isinstance(picture, torch.Tensor) else (picture.height, picture.width)
+
+
 class LowResolutionSegment(ImageSegment):
     """Pictures that are `factor` times smaller than another segment's, which are made from them, tile by tile."""
 
     tiled = True
+
+    def check_single(self, values: list) -> None:
+        factor = self.entry["factor"]
+        height, width = (side // factor for side in self.resolution)
+        for own_height, own_width in map(height_and_width, values):
+            if own_height > height or own_width > width:
+                raise ValueError(
+                    f"{self.argument} has a picture of {own_height} x {own_width} pixels (height x width), which "
+                    f"makes several tiles; what is scored, classified or searched is one of at most {height} x {width}"
+                )
 
     def encode(self, values: Any) -> torch.LongTensor:
         return self.encode_given(values).codes

@@ -111,6 +111,7 @@ class InputsMixin(PromptMixin, SizesMixin):
         )
         if temperature is not None:
             check_temperature("temperature", temperature)
+        self._check_device()
         self._check_scheduler()
         task, passed = self._plan(passed, output, mask_image, strength, output_type)
         check_scales_are_used(task, guidance_scale, image_guidance_scale, self._segments)
@@ -130,8 +131,10 @@ class InputsMixin(PromptMixin, SizesMixin):
             self.prepare_latents(task, total, latents, shapes)
         return task, passed, mask_image, total, shapes
 
-    def _check_scheduler(self) -> None:
+    def _check_device(self) -> None:
         check_device(self._execution_device, "pipe.to('cpu')")
+
+    def _check_scheduler(self) -> None:
         if not hasattr(self.scheduler, "next_event"):
             raise ValueError(
                 f"scheduler is {type(self.scheduler).__name__}, but this pipeline needs a MaskedDiffusionScheduler: "

@@ -35,7 +35,8 @@ class LatentPromptsMixin:
         ``prompt_attention_mask``.
 
         Raises:
-            ValueError: if a text is empty, and the encoder is a [`TextVQModel`]; or the pipeline has no text encoder.
+            ValueError: if a text is empty, and the encoder is a [`TextVQModel`] or its tokenizer adds no tokens; or if
+                the pipeline has no text encoder.
         """
         self._check_encoder(max_sequence_length)
         return self._encode_texts(check_texts("prompt", prompt, self._takes_empty_texts), max_sequence_length)

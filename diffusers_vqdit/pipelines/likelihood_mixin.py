@@ -93,6 +93,7 @@ class LikelihoodMixin(InputsMixin):
         check_num_samples(num_samples)
         check_integer("batch_size", batch_size, 1)
         check_generator(generator, cpu_only=True)
+        self._check_device()
         self._check_scheduler()
         arrow = Task.parse(task)
         passed = self._passed(prompt, image, class_labels, inputs, class_label)
@@ -253,6 +254,7 @@ class LikelihoodMixin(InputsMixin):
         generator: torch.Generator | None,
     ) -> torch.Tensor:
         """Bounds (B, L) on -log p(text | given), less those on -log p(text) where the checkpoint knows them."""
+        self._check_device()
         self._check_scheduler()
         name = segment.name
         task = Task(tuple(passed), (name,))

@@ -96,13 +96,9 @@ def encode_one_each(segment: SegmentProcessor, values: list) -> EncodedValue:
     Raises:
         ValueError: for what is so large that it makes several.
     """
-    found = encode_value(segment, values)
-    if found.tiles > 1:
-        raise ValueError(
-            f"{segment.argument} is so large that it makes {found.tiles} tiles, and what is scored, classified or "
-            "searched is one: give it at the size that training had, or a part of it"
-        )
-    return found
+    if not are_codes(segment, values):
+        segment.check_single(values)
+    return encode_value(segment, values)
 
 
 def encode_partial_value(

@@ -46,6 +46,7 @@ class RetrievalMixin(InputsMixin):
         Raises:
             ValueError: for an empty gallery, or a checkpoint that knows no task between items and queries.
         """
+        self._check_device()
         items = self._passed(prompt, image, None, inputs)
         if len(items) != 1:
             raise ValueError(
@@ -187,6 +188,7 @@ class RetrievalMixin(InputsMixin):
             >>> best = pipe.retrieve("a red apple", gallery, top_k=3).indices[0]
             ```
         """
+        self._check_device()
         if not isinstance(gallery, GalleryIndex):
             raise ValueError(f"gallery must be a GalleryIndex, which pipe.index makes, got {type(gallery).__name__}")
         if gallery.tokenizers and self._tokenizers_digest(gallery.segment) not in ("", gallery.tokenizers):

@@ -338,6 +338,9 @@ class SegmentProcessor(ABC):
         """One or several values to be guided away from, as [`read`] gives them."""
         return self.read(value)
 
+    def check_single(self, values: list) -> None:  # noqa: B027
+        """Raise a ValueError for values, as [`read`] gives them, that would be several samples each."""
+
     @abstractmethod
     def encode(self, values: Any) -> torch.Tensor:
         """Codes (B, *shape) of values."""

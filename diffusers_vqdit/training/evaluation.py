@@ -100,6 +100,13 @@ class Roles:
         return next(iter(self.columns(segment, data)), data.caption_column)
 
 
+def check_colours(pipeline: VQDiTPipeline) -> None:
+    """Raise a ValueError for a pipeline of grey pictures: those that are measured are RGB."""
+    channels = 3 if pipeline.image_vq is None else pipeline.image_vq.config.in_channels
+    if channels != 3:
+        raise ValueError(f"image_vq has in_channels={channels}; what is measured of pipelines is RGB pictures, of 3")
+
+
 def text_vq_of(pipeline: VQDiTPipeline) -> tuple[TextVQModel, Any] | None:
     """The model that makes the codes of captions, and its tokenizer; None for token ids, or where there are none."""
     segment = pipeline._segments.get(Roles.of(pipeline).caption)

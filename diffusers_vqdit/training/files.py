@@ -187,7 +187,7 @@ def _is_written(name: str) -> bool:
         name in TOKENIZER_FILES
         or name in ("config.json", "scheduler_config.json", "generation_config.json", "segments.json")
         or weight_file_of(name) is not None
-        or re.fullmatch(r"(step-)?\d+\.png|codes-\d+\.parquet", name) is not None
+        or re.fullmatch(r"(step-)?\d+(-\d+)?\.(png|wav|txt)|codes-\d+\.parquet", name) is not None
     )
 
 

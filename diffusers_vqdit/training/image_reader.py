@@ -52,6 +52,8 @@ class ImageReader(Dataset, ABC):
     ) -> None:
         self.image_column, self.resolution, self.seed = image_column, resolution, seed
         self.resize_mode = "crop" if random_crop else resize_mode
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels} of the image tokenizer: pictures are read as grey (1) or RGB (3)")
         self.interpolation, self.channels = interpolation, channels
         self.random_crop, self.random_flip = random_crop, random_flip
         self._open(dataset)

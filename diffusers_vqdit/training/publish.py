@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from ..pipelines.segment_base import ARGUMENTS, IMAGE
 from ..utils.arguments import hub_token as hub_token_type
 from ..utils.arguments import repository
-from ..utils.hub import push_folder, saved_files
+from ..utils.hub import is_transient, push_folder, saved_files
 from ..utils.provenance import save_generated
 from ..utils.redaction import known_secrets, without_secrets
 from .files import save_pretrained_atomically
@@ -44,10 +44,17 @@ def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def create_repository(args: argparse.Namespace) -> None:
-    """Make the repository that a run with ``--push_to_hub`` publishes in, if it isn't there: a name or a token that
-    the Hub refuses is told before the work."""
-    if args.push_to_hub:
+    """Make the repository that a run with ``--push_to_hub`` publishes in, if it isn't there: a name that the Hub
+    refuses, or a token that may not make it, is told before the work. Whether one that is there may be written to
+    shows when it is."""
+    if not args.push_to_hub:
+        return
+    try:
         HfApi(token=args.hub_token).create_repo(published_name(args), exist_ok=True)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        _run_logger.warning(f"the Hub was not reached, and is asked again when there is something to push: {error}")
 
 
 def draw_gallery(

@@ -214,8 +214,8 @@ class TrainingRun:
     ) -> tuple[float, bool]:
         """Clip the gradients and step, the learning rate too, unless they or the loss are not finite on any process.
 
-        fp16's own overflows, which lower its scale, are no fault and are not counted, until the scale is 1: then the
-        gradients themselves are not finite.
+        fp16's own overflows, which lower its scale, are no fault and are not counted, but those at a scale of 1 or
+        less are.
 
         Args:
             max_grad_norm: 0 clips nothing; the norm is measured all the same.

@@ -80,7 +80,8 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def like(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on all processes, as it is, or sharded as `other` is."""
+    """A whole tensor, the same on all processes, in the dtype of `other`, and sharded as that is."""
+    value = value.to(other.dtype)
     return distribute_tensor(value, other.device_mesh, other.placements) if isinstance(other, DTensor) else value
 
 
@@ -144,7 +145,8 @@ def clip_gradients(
     processes' parts together."""
     if accelerator.scaler is not None and accelerator.distributed_type is not DistributedType.FSDP:
         # Accelerate's own clipping takes fp16's scale off the gradients of all optimizers, and so twice off those of
-        # one that steps after another and has gathered them over several batches.
+        # one that steps after another and has gathered them over several batches. (In a step in which the first
+        # changes the scale, the second's earlier batches still count by the old one.)
         accelerator.unscale_gradients(optimizer)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = accelerator.clip_grad_norm_(parameters, max_norm)

@@ -29,7 +29,7 @@ def measure_image_tokenizer(
 
     Args:
         model: the tokenizer; it is left in evaluation mode.
-        batches: pictures (B, 3, H, W) uint8. Each process measures its own, and all return the figures of the whole.
+        batches: pictures (B, C, H, W) uint8. Each process measures its own, and all return the figures of the whole.
         features: see [`~training.frechet_distance.FrechetDistance`]; without it no Frechet distance is measured.
 
     Returns:

@@ -110,11 +110,14 @@ def draw_validation(
         save_grid(images, min(columns_of_grid(images[0].width, 8), len(images)), args.output_dir, step)
         log_images(accelerator, "validation", images, step)
         return
+    written, sounds = drawn.get("texts") or drawn.get("labels"), drawn.get("audios")
+    if not written and not sounds:  # codes
+        return
     folder = args.output_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    if written := drawn.get("texts") or drawn.get("labels"):
+    if written:
         lines = [f"{one}: {made}" for one, made in zip(wanted, written, strict=True)]
         (folder / f"step-{step:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for index, (one, sound) in enumerate(zip(wanted, drawn.get("audios") or [], strict=False)):
+    for index, (one, sound) in enumerate(zip(wanted, sounds, strict=True) if sounds else ()):
         file, rate = folder / f"step-{step:06d}-{index}.wav", drawn.sampling_rate
         save_generated(sound, file, sampling_rate=rate, model_id=args.output_dir.name, description=str(one))

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
 from diffusers_vqdit.training import setup
-from diffusers_vqdit.training.publish import draw_gallery, publish_run
+from diffusers_vqdit.training.publish import create_repository, draw_gallery, publish_run
 from diffusers_vqdit.utils.provenance import GENERATED, digital_source_type
 
 
@@ -249,3 +249,14 @@ def test_what_the_hub_refuses_is_told_before_the_work(
     with pytest.raises(HfHubHTTPError):
         module.main(module.parse_args(arguments.split()))
     assert not [*(tmp_path / "run").glob("checkpoint-*")] and name not in hub.repositories
+
+
+def test_a_hub_that_fails_when_a_run_begins_is_asked_again_at_its_end(hub, client, script, tmp_path, caplog):
+    arguments = f"--codes_dir x --image_vq x --push_to_hub --output_dir {tmp_path} --hub_model_id alice/late"
+    args = script("train_vqdit").parse_args([*arguments.split(), "--hub_token", "hf_alice"])
+    hub.fail_every = 1
+    create_repository(args)
+    assert "alice/late" not in hub.repositories and "the Hub was not reached" in caplog.text
+    hub.fail_every = 0
+    create_repository(args)
+    assert "alice/late" in hub.repositories

@@ -145,7 +145,7 @@ def test_pictures_of_several_tiles_are_refused_where_each_is_one_sample(enlargin
             return enlarging.index(inputs=given, query="text")
         return enlarging.retrieve(small, enlarging.index(["a dot", "green"], query="image_lowres"))
 
-    with pytest.raises(ValueError, match="makes 9 tiles"):
+    with pytest.raises(ValueError, match="16 x 16 pixels .* one of at most 8 x 8"):
         call(pictures)
     assert call(torch.nn.functional.interpolate(pictures, (8, 8)))
 
@@ -160,20 +160,19 @@ def test_a_gallery_in_one_tensor_is_encoded_in_batches(pipeline, monkeypatch, as
     assert torch.equal(gallery.codes, pipeline.index(image=list(pictures)).codes)
 
 
-def test_the_head_of_an_index_is_where_the_codes_are(pipeline, pictures):
-    """Weights that are offloaded come with calls alone; without weights there is a sentence."""
+def test_an_index_computes_where_the_codes_are(pipeline, pictures):
+    """Not on the transformer's device, which is another one while its weights are offloaded."""
     expected = pipeline.index(image=pictures)
-    head = pipeline.transformer.heads["image"]
-    rows, taken = head.weight, []
+    kind = type(pipeline.transformer)
+    pipeline.transformer.__class__ = type("Elsewhere", (kind,), {"device": torch.device("meta")})
+    assert torch.equal(pipeline.index(image=pictures).features, expected.features)
 
-    class Offloaded(torch.nn.Parameter):
-        def to(self, *args, **options):
-            taken.append(args)
-            return rows.to(*args, **options)
 
-    head.weight = Offloaded(rows.detach())
-    found = pipeline.index(image=pictures)
-    assert torch.equal(found.features, expected.features)
+def test_galleries_of_weights_that_are_not_there_are_refused_with_a_sentence(pipeline, pictures):
+    gallery = pipeline.index(image=pictures)
     pipeline.transformer.to("meta")
     with pytest.raises(ValueError, match="offloaded layer by layer"):
         pipeline.index(image=pictures)
+    pipeline.image_vq.to("meta")
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        pipeline.retrieve("a dot", gallery)

@@ -171,11 +171,12 @@ def test_a_disk_that_is_really_full(image_vq, tmp_path):
 
 
 def test_what_is_there_in_another_kind_is_named(tmp_path):
-    """Of 13 folders and 13 files that runs write: a file, a link to nothing or a pipe in their place, at any depth."""
+    """Of 8 folders and 16 files that runs write: a file, a link to nothing or a pipe in their place, at any depth."""
     folders = ["samples", "codes", "logs/vqdit", "logs", "older-checkpoints", "transformer", "tokenizer", "scheduler"]
     files = ["README.md", "model_index.json", "pipeline.py"]
     found = [*("config.json", "tokenizer.json", "segments.json", "scheduler_config.json", "codes-00003.parquet")]
     found += ["diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors", "step-000250.png", "7.png"]
+    found += ["step-000250-3.wav", "0.wav", "step-000250.txt"]
     kinds = {
         "file": lambda path: path.write_text(""),
         "link": lambda path: path.symlink_to(path.parent / "nothing"),

@@ -136,3 +136,9 @@ def test_what_a_crop_takes_off_is_said(tmp_path, caplog, mode, sides):
     caplog.clear()
     ImageDataset(pictures, "image", 16, random_crop=True)
     assert "resize_mode" not in caplog.text
+
+
+def test_channels_that_no_picture_has_are_refused(dataset):
+    with pytest.raises(ValueError, match="channels=4 of the image tokenizer: pictures are read as grey"):
+        ImageDataset(dataset, "image", 16, channels=4)
+    assert ImageDataset(dataset, "image", 16, channels=1).pictures.shape[1] == 1

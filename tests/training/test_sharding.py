@@ -87,5 +87,11 @@ def test_fsdp_that_does_not_engage_is_told(monkeypatch, caplog):
 @pytest.mark.parametrize(("norm", "expected"), [(torch.tensor(2.0), 2.0), (2.5, 2.5), (None, 0.0)])
 def test_norms_of_all_engines_are_tensors(norm, expected):
     """DeepSpeed's is a number, and none before its first step."""
-    engine = argparse.Namespace(clip_grad_norm_=lambda parameters, max_norm: norm)
-    assert clip_gradients(engine, [], 1.0).item() == expected
+    engine = argparse.Namespace(scaler=None, clip_grad_norm_=lambda parameters, max_norm: norm)
+    assert clip_gradients(engine, None, [], 1.0).item() == expected
+
+
+def test_what_a_checkpoint_holds_takes_the_dtype_that_it_has_now():
+    """Such as averages in float32 of a checkpoint from when they were in half precision."""
+    found = like(torch.ones(3, dtype=torch.bfloat16), torch.zeros(3))
+    assert found.dtype == torch.float32 and torch.equal(found, torch.ones(3))
