@@ -162,10 +162,17 @@ def test_a_gallery_in_one_tensor_is_encoded_in_batches(pipeline, monkeypatch, as
 
 def test_an_index_computes_where_the_codes_are(pipeline, pictures):
     """Not on the transformer's device, which is another one while its weights are offloaded."""
-    expected = pipeline.index(image=pictures)
+    expected, devices = pipeline.index(image=pictures), set()
     kind = type(pipeline.transformer)
-    pipeline.transformer.__class__ = type("Elsewhere", (kind,), {"device": torch.device("meta")})
+
+    def places(transformer, name, shape, device):
+        devices.add(torch.device(device))
+        return kind._places(transformer, name, shape, device)
+
+    elsewhere = {"device": torch.device("meta"), "_places": places}
+    pipeline.transformer.__class__ = type("Elsewhere", (kind,), elsewhere)
     assert torch.equal(pipeline.index(image=pictures).features, expected.features)
+    assert devices == {torch.device("cpu")}
 
 
 def test_galleries_of_weights_that_are_not_there_are_refused_with_a_sentence(pipeline, pictures):
