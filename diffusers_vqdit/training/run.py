@@ -231,7 +231,7 @@ class TrainingRun:
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce(finite.float(), "mean") == 1.0
         if bool(finite):
-            scale = 0.0 if scaler is None else scaler.get_scale()
+            scale = math.inf if scaler is None else scaler.get_scale()
             optimizer.step()
             # A fused optimizer leaves the step out by itself, unseen by its wrapper; the scale falls.
             stepped = not optimizer.step_was_skipped and (scaler is None or scaler.get_scale() >= scale)
