@@ -1,7 +1,9 @@
 """The data that pipelines are measured on, and how drawn pictures are judged."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
+from diffusers_vqdit.training.evaluation import check_colours
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.utils.decoding import decode_image, to_pixels
 
@@ -244,3 +247,10 @@ def test_sizes_and_their_task_are_given_together(script, capsys):
         with pytest.raises(SystemExit):
             script("evaluate").parse_args([*source, *given])
         assert told in capsys.readouterr().err
+
+
+def test_pipelines_of_grey_pictures_are_refused():
+    for channels, refused in ((1, True), (3, False)):
+        vq = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
+        with pytest.raises(ValueError, match="in_channels=1") if refused else nullcontext():
+            check_colours(SimpleNamespace(image_vq=vq))
