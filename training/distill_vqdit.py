@@ -201,6 +201,21 @@ def run_identity(
     }
 
 
+def num_rounds(args: argparse.Namespace, max_steps: int) -> int:
+    """How often the teacher's steps are halved.
+
+    Raises:
+        ValueError: if there are more rounds than steps.
+    """
+    rounds = int(math.log2(args.num_teacher_steps // args.num_student_steps))
+    if max_steps < rounds:
+        raise ValueError(
+            f"max_train_steps={max_steps} must be at least {rounds}: each round that halves the teacher's "
+            f"{args.num_teacher_steps} steps, down to {args.num_student_steps}, takes one"
+        )
+    return rounds
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Teacher, tasks, codes
     pipeline = VQDiTPipeline.from_pretrained(
@@ -223,12 +238,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     student, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, student, len(codes), scale_lr=args.scale_lr
     )
-    rounds = int(math.log2(args.num_teacher_steps // args.num_student_steps))
-    if max_steps < rounds:
-        raise ValueError(
-            f"max_train_steps={max_steps} must be at least {rounds}: each round that halves the teacher's "
-            f"{args.num_teacher_steps} steps, down to {args.num_student_steps}, takes one"
-        )
+    rounds = num_rounds(args, max_steps)
     trained = list(student.parameters())
     ema = setup.make_ema(args, trained, accelerator.device)
 
