@@ -81,10 +81,6 @@ EMOJI = "training/data/emoji.parquet"
 # What a page takes for done.
 TOKENIZER = f"python training/train_image_vq.py --dataset_name {EMOJI} --output_dir outputs/image_vq"
 BEFORE = {
-    "performance.md": [
-        f"python training/encode_dataset.py --dataset_name {EMOJI} --image_vq model_cards/vqdit-emoji-32 "
-        "--text_vq model_cards/vqdit-emoji-32 --output_dir outputs/codes"
-    ],
     "distributed.md": [TOKENIZER],
     "latent_diffusion.md": [TOKENIZER],
 }
