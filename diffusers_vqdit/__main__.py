@@ -7,6 +7,7 @@ and ``--listen`` the one that talks.
 
 import argparse
 import json
+import mimetypes
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from . import VQDiTPipeline
-from .pipelines.segment_base import TEXT
+from .pipelines.segment_base import IMAGE, TEXT
 from .tasks import Task
 from .training.files import check_output_file
 from .utils.arguments import (
@@ -101,9 +102,15 @@ def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int =
     return grid
 
 
+def spoken_files(args: argparse.Namespace) -> list[Path]:
+    """Where each text of ``--say`` goes: beside ``--output_file``, as a WAV file."""
+    file = args.output_file
+    return [file.with_name(f"{file.stem}-{index}.wav") for index in range(len(args.say or []))]
+
+
 def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
     """Write what ``--say`` asks for beside ``--output_file``, as WAV files, and print what ``--listen`` hears."""
-    fields = {name: one.output_field for name, one in pipeline._segments.items()}
+    fields = {name: one.kind for name, one in pipeline._segments.items()}
     tasks = [Task.parse(task) for task in pipeline.transformer.config.tasks or []]
 
     def between(given: str, generated: str) -> tuple[str, str]:
@@ -114,12 +121,11 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
         raise ValueError(f"the pipeline has no task that makes {generated} of {given}; it has {list(map(str, tasks))}")
 
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    for index, said in enumerate(args.say or []):
+    for index, (said, path) in enumerate(zip(args.say or [], spoken_files(args), strict=True)):
         text, audio = between("texts", "audios")
         passed: dict = {"prompt": said} if text == TEXT else {"inputs": {text: said}}
         generator = torch.Generator().manual_seed(args.seed + index)
         spoken = pipeline(**passed, **options, output=audio, generator=generator)
-        path = args.output_file.with_name(f"{args.output_file.stem}-{index}.wav")
         about = {"model_id": model_id(args.pretrained_model_name_or_path), "description": said}
         save_generated(spoken.audios[0], path, sampling_rate=spoken.sampling_rate, **about)
         print(f"{path.resolve()}: {said}, {len(spoken.audios[0]) / spoken.sampling_rate:.1f} s")
@@ -134,7 +140,10 @@ def speak_and_listen(pipeline: VQDiTPipeline, args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     started = time.time()
-    check_output_file("output_file", args.output_file, ".png")
+    for file in spoken_files(args):
+        check_output_file("output_file", file)
+    if not args.say and not args.listen:
+        check_output_file("output_file", args.output_file, ".png")
     path = args.pretrained_model_name_or_path
     check_starter(path)
     pipeline = VQDiTPipeline.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,8 +162,10 @@ def main(args: argparse.Namespace) -> None:
     labels = [prompt if meaning is None else f"zh: {meaning}" for prompt, meaning in pairs]
 
     examples = Path(path) / "examples" / "captions.json"
-    if not args.prompt and examples.is_file():
+    if not args.prompt and examples.is_file() and f"{IMAGE}->{TEXT}" in pipeline.transformer.config.tasks:
         captions = json.loads(examples.read_text(encoding="utf-8"))
+        kinds = {name: mimetypes.guess_type(name)[0] or "" for name in captions}
+        captions = {name: caption for name, caption in captions.items() if kinds[name].startswith("image/")}
         pictures = [Image.open(examples.parent / name) for name in captions]
         generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(pictures))]
         texts = pipeline(image=pictures, num_inference_steps=args.num_inference_steps, generator=generators).texts

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from diffusers_vqdit.__main__ import main, parse_args
 from diffusers_vqdit.utils import starter
@@ -81,3 +82,26 @@ def test_a_sound_is_found_by_its_text(talking_pipeline, audio_codecs):
     assert found.indices.sort().values.tolist() == [[0, 1, 2]]
     drawn = talking_pipeline("a red apple", inputs={"sound": sounds[0]}, output="sound", mask_image=np.array([0, 1]))
     assert np.array_equal(drawn.audios[0][: len(sounds[0]) // 2], sounds[0][: len(sounds[0]) // 2])
+
+
+def test_a_demo_shows_captions_of_the_pictures_alone_and_only_what_it_knows(make_pipeline, tmp_path, capsys):
+    pipe = make_pipeline(0)
+    place = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--output_file", str(tmp_path / "demo.png")]
+    (tmp_path / "pipe/examples").mkdir(parents=True)
+    (tmp_path / "pipe/examples/captions.json").write_text('{"0.wav": "a dog", "0.png": "a cat"}')
+    Image.new("RGB", (16, 16)).save(tmp_path / "pipe/examples/0.png")
+    for tasks, count in ((["text->image", "image->text"], 13), (["text->image"], 12)):
+        pipe.transformer.register_to_config(tasks=tasks)
+        pipe.save_pretrained(tmp_path / "pipe")
+        main(parse_args([*place, "--num_inference_steps", "1"]))
+        assert f": {count} pictures" in capsys.readouterr().out
+
+
+def test_where_sounds_are_written_their_files_are_checked_and_no_picture_s(talking_pipeline, tmp_path):
+    talking_pipeline.save_pretrained(tmp_path / "pipe")
+    place = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--say", "green", "--num_inference_steps", "1"]
+    main(parse_args([*place, "--output_file", str(tmp_path / "hi.wav")]))
+    assert (tmp_path / "hi-0.wav").is_file()
+    (tmp_path / "no-0.wav").mkdir()
+    with pytest.raises(ValueError, match="output_file=.*no-0.wav' is no regular file"):
+        main(parse_args([*place, "--output_file", str(tmp_path / "no.wav")]))

@@ -26,7 +26,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.models.segment_layers import segment_patch
@@ -38,7 +37,13 @@ from diffusers_vqdit.training.evaluation import (
     check_colours,
     task_between,
 )
-from diffusers_vqdit.training.evaluation_files import UNFINISHED_FILE, evaluation_identity, measure_tasks
+from diffusers_vqdit.training.evaluation_files import (
+    UNFINISHED_FILE,
+    add_report_arguments,
+    evaluation_identity,
+    measure_tasks,
+    report_folder,
+)
 from diffusers_vqdit.training.evaluation_images import (
     measure_image_to_image,
     measure_inpainting,
@@ -71,9 +76,7 @@ from diffusers_vqdit.training.segment_columns import picture_sizes
 from diffusers_vqdit.training.unused_arguments import refuse_unused_arguments
 from diffusers_vqdit.utils.arguments import (
     argument_parser,
-    font_file,
     model_name,
-    output_path,
     positive_integer,
 )
 from diffusers_vqdit.utils.told_errors import told_errors
@@ -164,8 +167,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--features_image_size", type=positive_integer, help="Side that pictures are resized to for it."
     )
-    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
-    parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
+    add_report_arguments(parser)
     args = parser.parse_args(input_args)
     if args.sizes is None and "sizes" in args.tasks and args.tasks != parser.get_default("tasks"):
         parser.error("--tasks sizes needs --sizes")
@@ -175,7 +177,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    output_dir = args.output_dir or Path(args.pretrained_model_name_or_path)
+    output_dir = report_folder(args)
     for name in (*FILES, UNFINISHED_FILE):
         check_output_file("output_dir", output_dir / name)
     pipeline = VQDiTPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)

@@ -17,15 +17,14 @@ is said of their captions; those of an earlier run are removed.
 
 import argparse
 import re
-from pathlib import Path
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.training.evaluation import add_sampling_arguments, check_colours
-from diffusers_vqdit.training.evaluation_files import write_report
+from diffusers_vqdit.training.evaluation_files import add_report_arguments, report_folder, write_report
 from diffusers_vqdit.training.evaluation_report import draw_rows
 from diffusers_vqdit.training.evaluation_speech import SpeechData, measure_speech
 from diffusers_vqdit.training.files import check_output_file
-from diffusers_vqdit.utils.arguments import argument_parser, font_file, model_name, output_path
+from diffusers_vqdit.utils.arguments import argument_parser, model_name
 from diffusers_vqdit.utils.provenance import save_generated
 from diffusers_vqdit.utils.told_errors import told_errors
 
@@ -46,13 +45,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Of the column of this name; the recogniser knows English alone.",
     )
     add_sampling_arguments(parser, num_samples=95)
-    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
-    parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's folder.")
+    add_report_arguments(parser)
     return parser.parse_args(input_args)
 
 
 def main(args: argparse.Namespace) -> None:
-    folder = args.output_dir or Path(args.pretrained_model_name_or_path)
+    folder = report_folder(args)
     files = {ending: folder / f"evaluation_speech.{ending}" for ending in ("json", "md", "png")}
     for file in files.values():
         check_output_file("output_dir", file)

@@ -94,7 +94,7 @@ class CodesModel:
         fields = {
             name: self._field(segment)
             for name, segment in self.segments.items()
-            if (segment.given_field or segment.output_field) and all(map(components.get, segment.needs))
+            if segment.kind and all(map(components.get, segment.needs))
         }
         self.abilities: list[Ability] = []
         for row in pipeline.tasks:
@@ -106,7 +106,7 @@ class CodesModel:
 
     @staticmethod
     def _field(segment: Any) -> Field:
-        kind = segment.given_field or segment.output_field
+        kind = segment.kind
         names = segment.decode(torch.arange(segment.vocab_size)[:, None]) if kind == LABELS else ()
         height, width = segment.resolution if segment.tiled else (0, 0)
         how = "The text goes on from here." if segment.continues else ""

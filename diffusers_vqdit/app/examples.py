@@ -4,7 +4,7 @@ import json
 import mimetypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import gradio as gr
@@ -51,6 +51,8 @@ class Examples:
             texts = {prompt: [one["text"] for one in widget if isinstance(one, dict) and "text" in one]}
         found: dict[str, dict[str, str]] = {}
         for file, caption in captions.items():
+            if PurePath(file).is_absolute() or ".." in PurePath(file).parts:  # what a page shows, everyone may read
+                continue
             kind = AUDIOS if (mimetypes.guess_type(file)[0] or "").startswith("audio/") else IMAGES
             found.setdefault(kind, {})[str(files[1].parent / file)] = caption
         return cls(prompt, texts, {kind: dict(list(some.items())[:MAX_EXAMPLES]) for kind, some in found.items()})

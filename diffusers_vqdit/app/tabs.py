@@ -141,7 +141,8 @@ class SamplingOptions:
             self.guidance = gr.Slider(
                 0, MAX_GUIDANCE, first.guidance_scale or 1.0, step=0.1, label="Guidance scale", visible=guided
             )
-            self.steps = gr.Slider(1, MAX_STEPS, first.num_inference_steps, step=1, label="Inference steps")
+            steps = min(first.num_inference_steps, MAX_STEPS)
+            self.steps = gr.Slider(1, MAX_STEPS, steps, step=1, label="Inference steps")
             self.seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
             self.new_seed = gr.Checkbox(True, label="A new seed each time")
         self.components = [one for one in (self.samples, self.guidance, self.steps, self.seed, self.new_seed) if one]
@@ -190,7 +191,12 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
             known = None
             if how and not draws:
                 known = gr.Textbox(
-                    "", label="What it says already (may be empty)", info=how, max_length=MAX_CHARACTERS, lines=1
+                    "",
+                    label="What it says already (may be empty)",
+                    info=how,
+                    max_length=MAX_CHARACTERS,
+                    lines=1,
+                    visible=bool(abilities[0].generated[0].how),
                 )
             options = SamplingOptions(abilities[0], 4 if several else None)
             button = gr.Button(VERBS.get(name, name), variant="primary")
@@ -200,7 +206,7 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
     def run(data: dict) -> Iterator[Any]:
         ability, values = picker.ability(data), picker.values(data)
         description = picker.description(values)
-        if known is not None and (data[known] or "").strip():
+        if known is not None and ability.generated[0].how and (data[known] or "").strip():
             values[ability.generated[0].name] = read_text("What it says already", data[known])
         arguments, seed = options.read(data, ability)
 
@@ -224,10 +230,11 @@ def task_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability],
             *picker.shown(task, picker.fields, "given"),
             *picker.shown(task, fields, "generated"),
             *options.defaults(ability),
+            *([gr.update(visible=bool(ability.generated[0].how))] if known else []),
         ]
 
     inputs = [picker.task, *picker.given.values(), *options.components, *([known] if known else [])]
-    changed = [*picker.given.values(), *outputs.values(), options.guidance, options.steps]
+    changed = [*picker.given.values(), *outputs.values(), options.guidance, options.steps, *([known] if known else [])]
     picker.task.change(picked, picker.task, changed, api_visibility="private")
     clicks = examples.show(picker)
     boxes = [one for field, one in zip(picker.fields, picker.given.values(), strict=True) if field.kind == TEXTS]
@@ -258,7 +265,7 @@ def finished(
 
 def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability], examples: Examples) -> None:
     """A tab that draws a part of a picture anew: with a brush, or the share that fits worst."""
-    brush, target = name == "Repaint", abilities[0].generated[0]
+    brush = name == "Repaint"
     with gr.Row():
         with gr.Column():
             original = gr.State()
@@ -282,18 +289,18 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
             options = SamplingOptions(abilities[0], 4)
             button = gr.Button(name, variant="primary")
         with gr.Column():
-            gallery = generated_component(target, True)
+            gallery = generated_component(abilities[0].generated[0], True)
 
     def run(data: dict) -> Iterator[Any]:
         ability, values = picker.ability(data), picker.values(data)
-        description = picker.description(values)
+        description, target = picker.description(values), ability.generated[0].name
         arguments, seed = options.read(data, ability)
         if brush:
             image, arguments["mask_image"] = painted(data[canvas], data[original])
         else:
             image = read_picture("Picture", data[picture])
             arguments["strength"] = check_number("Strength", data[strength], 0, 1, above=True)
-        values[target.name] = image
+        values[target] = image
 
         def call(callback: Any) -> dict[str, list]:
             return model(ability, values, callback_on_step_end=callback, **arguments)
@@ -301,7 +308,7 @@ def redraw_tab(model: Any, model_id: str, name: str, abilities: Sequence[Ability
         for done, made in steps_of(
             call, lambda latents: model.preview(ability, latents), arguments["num_inference_steps"]
         ):
-            images = made[target.name]
+            images = made[target]
             if done:
                 images = saved_files(images, gallery.GRADIO_CACHE, model_id, description=description, composite=True)
             yield {gallery: images, options.seed: seed if done else gr.skip()}

@@ -90,7 +90,8 @@ def state_dicts(content: Mapping) -> tuple[dict[str, torch.Tensor], dict[str, to
         # LitEma drops the dots of the names.
         named = {name.replace(".", ""): name for name in weights if not name.startswith(("model_ema.", "loss."))}
         stored = {name.removeprefix("model_ema."): value for name, value in weights.items() if "model_ema." in name}
-        averages = {**weights, **{named[name]: value for name, value in stored.items() if name in named}}
+        known = {named[name]: value for name, value in stored.items() if name in named}
+        averages = {**weights, **known} if known else None  # latent diffusion's are of its U-Net alone
     return _without_prefix(weights), None if averages is None else _without_prefix(averages)
 
 

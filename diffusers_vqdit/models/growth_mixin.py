@@ -21,6 +21,7 @@ class GrowthMixin:
     segment_embedding: nn.Embedding
     from_config: ClassVar[Callable[..., Any]]
     state_dict: Callable[[], dict[str, torch.Tensor]]
+    peft_config: dict[str, Any]  # where adapters are loaded
 
     def with_segments(self, segments: dict[str, dict[str, Any]]) -> Self:
         """A copy that has more segments, for training on more tasks. What the model knows it still does, exactly.
@@ -37,6 +38,7 @@ class GrowthMixin:
             raise ValueError("segments must be a dict, and the model one with segments")
         if known := sorted(set(segments) & set(self.config.segments)):
             raise ValueError(f"segments: the model has {known} already")
+        self._check_grows()
         config = dict(self.config)
         config["segments"] = {**self.config.segments, **segments}
         model = type(self).from_config(config)
@@ -51,6 +53,14 @@ class GrowthMixin:
                     state["segment_embedding.weight"][row + role * len(new)] = value.detach()
         model.load_state_dict(state)
         return self._placed_alike(model)
+
+    def _check_grows(self) -> None:
+        """Raise a ValueError if adapters are loaded, whose layers stand around those that grow."""
+        if any(".base_layer." in key for key in self.state_dict()):
+            raise ValueError(
+                f"the adapters {list(self.peft_config)} are loaded, and a model grows without any: unload them first "
+                "(pipe.unload_lora_weights()), after fusing them (pipe.fuse_lora()) to keep what they change"
+            )
 
     def _placed_alike(self, model: Any) -> Any:
         """A model on this one's device, in its dtype and mode."""
@@ -78,6 +88,7 @@ class GrowthMixin:
             raise ValueError(f"name={name!r} has codebooks of its own for the places in a patch, which don't grow")
         old = known["vocab_size"]
         size = check_integer("size", size, old + 1)
+        self._check_grows()
         config = dict(self.config)
         config["segments"] = {
             other: {**segment, "vocab_size": size} if name in (other, segment.get("shared_with")) else segment
@@ -106,6 +117,7 @@ class GrowthMixin:
         if self.config.segments is not None:
             raise ValueError("with_num_embeds_ada_norm needs segments=None; with segments, labels are codes of one")
         size = check_integer("size", size, old + 1)
+        self._check_grows()
         model = type(self).from_config({**self.config, "num_embeds_ada_norm": size})
         state = self.state_dict()
         fresh = model.state_dict()

@@ -371,7 +371,7 @@ class ImageVQModel(ModelCheckpointMixin, VQModel):
         """Apply `function` to overlapping tiles of side `tile` and blend the results, of side `tile_out` each."""
         # Tiles start at multiples of one code, in pixels and in codes alike.
         codes = min(tile, tile_out)
-        step = (codes - max(1, round(codes * self.tile_overlap_factor))) * (tile // codes)
+        step = max(1, codes - max(1, round(codes * self.tile_overlap_factor))) * (tile // codes)
 
         def starts(size: int) -> list[int]:
             last = max(size - tile, 0)

@@ -40,6 +40,9 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     """
 
     index_files = "tokenizers.*.json"  # one a variant
+    # As of the tokenizers that have codebooks, which are read outside of their modules' calls.
+    _skip_layerwise_casting_patterns = ["quantize", "norm"]
+    _supports_group_offloading = False
 
     def __init__(self, tokenizers: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
         super().__init__()

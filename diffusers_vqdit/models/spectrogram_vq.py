@@ -137,12 +137,11 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         """Samples of a frame of codes."""
         return self.config.hop_length * self.vq.downsample_factor
 
-    @property
-    def filters(self) -> torch.Tensor:
-        """The mel filters (M, F), float32 whatever the weights are."""
+    def filters(self, device: torch.device | str) -> torch.Tensor:
+        """The mel filters (M, F), float32 whatever the weights are; where values are, as weights may be offloaded."""
         c = self.config
         high = c.sampling_rate / 2 if c.max_frequency is None else c.max_frequency
-        return mel_filters(c.sampling_rate, c.n_fft, c.num_mel_bins, c.min_frequency, high).to(self.device)
+        return mel_filters(c.sampling_rate, c.n_fft, c.num_mel_bins, c.min_frequency, high).to(device)
 
     def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
         """Log-mel spectrograms (B, 1, M, n f), in [-1, 1], of waveforms (B, T), followed by silence up to n frames.
@@ -154,7 +153,7 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
             raise ValueError(f"waveform must be floats (B, T), got {waveform.dtype} of shape {tuple(waveform.shape)}")
         low, high = self.config.log_mel_range
         whole = pad_to_multiple(waveform, self.downsample_factor)
-        log_mel = log_mel_spectrogram(whole, self.filters, self.config.n_fft, self.config.hop_length)
+        log_mel = log_mel_spectrogram(whole, self.filters(whole.device), self.config.n_fft, self.config.hop_length)
         return (2 * (log_mel - low) / (high - low) - 1).clamp(-1, 1)[:, None].to(waveform.dtype)
 
     @apply_forward_hook
@@ -212,7 +211,7 @@ class SpectrogramVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
     def _griffin_lim(self, log_mel: torch.Tensor) -> torch.Tensor:
         c = self.config
-        return griffin_lim(log_mel.mT, self.filters, c.n_fft, c.hop_length, c.griffin_lim_iterations)
+        return griffin_lim(log_mel.mT, self.filters(log_mel.device), c.n_fft, c.hop_length, c.griffin_lim_iterations)
 
     def forward(self, waveform: torch.Tensor, return_dict: bool = True) -> SpectrogramVQOutput | tuple:
         """Encode, quantize and decode the spectrograms of waveforms (B, T)."""

@@ -13,7 +13,7 @@ from ..utils.checkpoint_mixin import ModelCheckpointMixin
 from .config_checks import check_text_vq
 from .outputs import CastableOutput
 from .quantizers.residual import ResidualVectorQuantizer
-from .quantizers.vector import VectorQuantizer
+from .quantizers.vector import RETIRED, VectorQuantizer
 
 
 SIF_SMOOTHING = 1e-3  # a of Arora et al. 2017, who found 1e-3 to 1e-4 best
@@ -341,10 +341,11 @@ class TextVQModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
 
 
 def _codes_apart(quantizer: VectorQuantizer, tolerance: float) -> torch.LongTensor:
-    """Numbers (K',) of the most used codes of which no two are nearer than `tolerance`, see [`merge_codes`]."""
+    """Numbers (K',) of the most used codes of which no two are nearer than `tolerance`, see [`merge_codes`]; those
+    that an earlier call has retired are none of them."""
     codebook = quantizer.codebook.double()  # (K, D)
-    radius = tolerance * codebook.square().sum(1).mean()
-    free = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
+    free = codebook.abs().amax(1) < RETIRED / 2
+    radius = tolerance * codebook[free].square().sum(1).mean()
     usage = getattr(quantizer, "cluster_size", free.float())
     for code in usage.argsort(descending=True, stable=True).tolist():
         if free[code]:

@@ -61,7 +61,7 @@ def check_scales(guidance_scale: Any, image_guidance_scale: Any) -> None:
 
 
 def _given_pictures(task: Task, segments: Mapping[str, SegmentProcessor]) -> list[str]:
-    return [n for n in task.given if "images" in (segments[n].given_field, segments[n].output_field)]
+    return [n for n in task.given if segments[n].kind == "images"]
 
 
 def check_scales_are_used(

@@ -328,7 +328,7 @@ class InputsMixin(PromptMixin, SizesMixin):
         return self._hub_task_of(self.transformer.config.tasks or [])
 
     def _hub_task_of(self, tasks: Iterable[str]) -> str:
-        kinds = {name: one.given_field or one.output_field for name, one in self._segments.items()}
+        kinds = {name: one.kind for name, one in self._segments.items()}
         return hub_task_of(tasks, kinds)
 
     def _check_task(self, task: Task, tokenized: tuple[str, ...] | None = None) -> None:

@@ -229,6 +229,12 @@ class SegmentProcessor(ABC):
     temperature: float | None = None  # where something is given; None: the scheduler's
     how_to_pass = "it is given or generated"  # where a segment is both passed and generated
 
+    @property
+    def kind(self) -> str:
+        """The field of a pipeline's output that its values are of, or would be if they weren't given only; "" of
+        codes."""
+        return self.given_field or self.output_field
+
     def __init__(
         self,
         name: str,

@@ -61,7 +61,7 @@ def example_calls(
     tasks: Iterable[str], segments: Mapping[str, SegmentProcessor], labels: Sequence[str] | None
 ) -> list[str]:
     """Calls for the first of these tasks that make one value of known ones, in Python."""
-    kinds = {name: one.given_field or one.output_field for name, one in segments.items()}
+    kinds = {name: one.kind for name, one in segments.items()}
     values = {name: _EXAMPLES[kind].format(name) for name, kind in kinds.items() if kind in _EXAMPLES}
     for label in list(labels or [])[:1]:
         named = (name for name, one in segments.items() if one.argument == "class_labels")

@@ -141,8 +141,7 @@ def image_tasks(pipeline: VQDiTPipeline, roles: Roles) -> dict[Task, list[str]]:
     segments, found = pipeline._segments, {}
     for task in map(Task.parse, pipeline.transformer.config.tasks):
         others = [name for name in task.given if name not in (*roles.texts, *roles.states)]
-        fields = [(segments[name].output_field, segments[name].given_field) for name in others]
-        pictures = all("images" in both for both in fields) and not any(segments[name].tiled for name in others)
+        pictures = all(segments[name].kind == "images" and not segments[name].tiled for name in others)
         made = [segments[name].output_field == "images" and not segments[name].tiled for name in task.generated]
         if others and pictures and made == [True]:
             found[task] = others

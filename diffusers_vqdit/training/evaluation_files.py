@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..pipelines.pipeline_vqdit import VQDiTPipeline
+from ..utils.arguments import font_file, output_path
 from ..utils.weight_files import replacing_file
 from ..version import __version__
 from .checkpoints import plain_config
@@ -22,6 +23,19 @@ logger = logging.getLogger(__name__)
 UNFINISHED_FILE = ".unfinished-evaluation.json"  # in the output folder, until the run has ended
 # Arguments that change no figure.
 _CONVENIENCES = ("tasks", "font", "output_dir")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how and where figures are shown."""
+    parser.add_argument("--font", type=font_file, help="Font file for the picture; Chinese needs one that has it.")
+    parser.add_argument("--output_dir", type=output_path, help="By default the pipeline's, in outputs for the Hub's.")
+
+
+def report_folder(args: argparse.Namespace) -> Path:
+    """``--output_dir``, by default the pipeline's folder; a folder in ``outputs`` for one of the Hub, as a folder of
+    its name would be taken for it from then on."""
+    name = args.pretrained_model_name_or_path
+    return args.output_dir or (Path(name) if Path(name).is_dir() else Path("outputs", Path(name).name))
 
 
 def write_report(folder: Path, name: str, report: dict[str, dict]) -> None:

@@ -247,7 +247,7 @@ class SpeechMeasures:
     def __init__(self, pipeline: VQDiTPipeline, data: SpeechData, args: argparse.Namespace) -> None:
         self.pipeline, self.data, self.args = pipeline, data, args
         segments = pipeline._segments
-        self.fields = {name: one.output_field for name, one in segments.items()}
+        self.fields = {name: one.kind for name, one in segments.items()}
         self.sounds = [name for name in sorted(segments) if self.fields[name] == "audios"]
         if not self.sounds:
             raise ValueError(f"the pipeline has no sounds, which the figures are of; it has {sorted(segments)}")

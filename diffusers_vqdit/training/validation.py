@@ -40,7 +40,7 @@ def passing(pipeline: DiffusionPipeline, argument: str, wanted: Sequence[str]) -
         return {argument: list(wanted)}
     segments = pipeline._segments
     usual = next((name for name, one in segments.items() if one.argument == argument), None)
-    own = {name for name, one in segments.items() if kind in (one.output_field, one.given_field)}
+    own = {name for name, one in segments.items() if kind == one.kind}
     given = {name for task in pipeline.transformer.config.tasks or [] for name in Task.parse(task).given} & own
     parts = [one.partition("=") for one in wanted]
     named = {name if equals and name in own else None for name, equals, _ in parts}
@@ -79,7 +79,7 @@ def log_images(accelerator: Accelerator, name: str, images: Sequence[Image.Image
     """Show images of one size in those trackers that can."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            pixels = np.stack([np.asarray(image) for image in images])
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
             tracker.writer.add_images(name, pixels, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({name: list(images)}, step=step)

@@ -35,7 +35,7 @@ from diffusers_vqdit.app.abilities import (  # noqa: E402
 )
 from diffusers_vqdit.app.examples import Examples  # noqa: E402
 from diffusers_vqdit.app.page import launch, make_page  # noqa: E402
-from diffusers_vqdit.app.tabs import TaskPicker  # noqa: E402
+from diffusers_vqdit.app.tabs import SamplingOptions, TaskPicker  # noqa: E402
 from diffusers_vqdit.utils.provenance import COMPOSITE, GENERATED, digital_source_type  # noqa: E402
 
 
@@ -141,6 +141,21 @@ def test_repainting_keeps_the_rest_bit_for_bit(person, picture_file, tmp_path):
     assert digital_source_type(repaired[0]["image"]) == COMPOSITE
 
 
+def test_each_segment_of_pictures_is_repainted(page_pipeline, picture_file, tmp_path):
+    tasks = page_pipeline.transformer.config.tasks
+    page_pipeline.transformer.register_to_config(tasks=["->image", "->sketch"])
+    page = make_page(page_pipeline, str(tmp_path))
+    try:
+        someone = Person(launch(page, prevent_thread_lock=True, quiet=True)[1], tmp_path)
+        picture = handle_file(picture_file(16, 16))
+        for task in ("->image", "->sketch"):
+            shown, _ = someone.use("repair", Picture=picture, Task=task, How_many=1, **FIXED)
+            assert pixels(shown[0]).shape == (16, 16, 3)
+    finally:
+        page_pipeline.transformer.register_to_config(tasks=tasks)
+        page.close()
+
+
 def test_labels_have_the_pipeline_s_probabilities(person, page_pipeline, picture_file):
     path = picture_file(16, 16)
     output = page_pipeline.classify(image=Image.open(path))
@@ -235,7 +250,8 @@ def test_examples_are_those_of_the_checkpoint(tmp_path):
     assert Examples.load(str(tmp_path), "poem").texts == {"poem": ["a red apple", "a dot"]}
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "prompts.json").write_text('{"poem": ["床前明月光"]}', encoding="utf-8")
-    captions = '{"0.png": "a cat", "0.wav": "a dog", "1.flac": "a bird", "1.jpg": "a fish"}'
+    captions = '{"0.png": "a cat", "0.wav": "a dog", "1.flac": "a bird", "1.jpg": "a fish", "../../a.png": "a secret"}'
+    captions = captions.replace("}", f', "{tmp_path}/b.png": "another"}}')  # what stands elsewhere is nobody's example
     (tmp_path / "examples" / "captions.json").write_text(captions, encoding="utf-8")
     loaded = Examples.load(str(tmp_path), "poem")
     assert loaded.texts == {"poem": ["床前明月光"]}
@@ -271,6 +287,14 @@ def test_the_page_of_a_shipped_pipeline_has_an_example_in_each_tab_and_of_each_t
     for ability in model.abilities:
         kinds = {one.kind for one in ability.given} & {IMAGES, AUDIOS}
         assert not ability.given or kinds <= set(examples.files) and (kinds or examples._rows(ability)), ability
+
+
+def test_a_slider_of_steps_begins_within_its_range():
+    """A text of 512 codes has as many steps by default."""
+    with gr.Blocks() as page:
+        SamplingOptions(Ability("->text", (), (Field("text", TEXTS),), 512, None), None)
+    steps = next(one for one in parts_of(page, gr.Slider) if one.label == "Inference steps")
+    assert steps.value == steps.maximum == 256
 
 
 def test_an_example_that_several_tasks_take_is_shown_once_and_keeps_the_chosen_one():

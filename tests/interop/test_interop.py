@@ -145,6 +145,9 @@ def test_weights_inside_a_latent_diffusion_checkpoint_and_as_torch_file(tmp_path
     content["model.diffusion_model.out.0.weight"] = torch.zeros(2)
     torch.save({"state_dict": content}, tmp_path / "model.ckpt")
     check(ImageVQModel.from_original(tmp_path / "model.ckpt", format="taming"), io, format)
+    content["model_ema.diffusion_modelout0weight"] = torch.ones(2)  # averages of the U-Net alone
+    with pytest.raises(ValueError, match="has no moving averages"):
+        ImageVQModel.from_original(content, format="taming", use_ema=True)
 
 
 def test_moving_averages_are_taken_as_the_original_does(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from diffusers_vqdit import VQDiTTransformer2DModel
 
@@ -53,3 +54,16 @@ def test_known_labels_give_the_same_latents_after_growing(shares):
 def test_what_can_not_grow_is_named(transformer, name, size):
     with pytest.raises(ValueError, match=f"{'size' if name == 'label' else 'name'}="):
         transformer.with_vocab_size(name, size)
+
+
+def test_with_adapters_loaded_nothing_grows(transformer):
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    latents = VQDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=4)
+    latents.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    for grow in (
+        lambda: transformer.with_vocab_size("label", 9),
+        lambda: transformer.with_segments({"kind": {"vocab_size": 3, "shape": [1]}}),
+        lambda: latents.with_num_embeds_ada_norm(2000),
+    ):
+        with pytest.raises(ValueError, match=r"the adapters \['mine'\] are loaded, .*unload_lora_weights"):
+            grow()

@@ -369,3 +369,10 @@ def test_a_tokenizer_takes_the_layout_that_its_user_chooses(image_vq):
     assert True in seen
     for one, expected in zip(found, plain, strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tile_of_one_code_overlaps_none():
+    model = ImageVQModel(**{**CONFIG, "sample_size": 2}).eval()
+    model.enable_tiling()
+    with torch.no_grad():
+        assert model.encode_codes(torch.rand(1, 3, 8, 6) * 2 - 1).shape == (1, 4, 3)

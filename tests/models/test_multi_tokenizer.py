@@ -97,3 +97,14 @@ def test_what_does_not_fit_is_named(several, tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(OSError, match=r"diffusion_pytorch_model.*sketch\.tokenizer"):
         MultiTokenizerModel.from_pretrained(tmp_path)
+
+
+def test_codebooks_are_kept_whole_as_by_the_tokenizers_alone(several):
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = several.tokenizers["sketch"].encode_codes(pixels)
+    several.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    codebooks = [value for name, value in several.named_parameters() if "quantize" in name]
+    assert codebooks and all(value.dtype == torch.float32 for value in codebooks)
+    assert several.tokenizers["sketch"].encode_codes(pixels).shape == codes.shape
+    with pytest.raises(ValueError, match="group offloading"):
+        several.enable_group_offload(torch.device("cpu"))

@@ -364,3 +364,8 @@ def make_entries(parts, entries):
     pipe = VQDiTPipeline(**parts, segments=entries)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_a_segment_that_is_given_only_is_of_the_kind_of_its_values(encoders, image_vq):
+    kinds = {name: one.kind for name, one in make(encoders, image_vq)._segments.items()}
+    assert kinds == {"image": "images", "label": "labels", "prompt": "texts", "reference": "images"}

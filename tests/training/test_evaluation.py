@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from diffusers_vqdit.training.evaluation import check_colours
+from diffusers_vqdit.training.evaluation_files import report_folder
 from diffusers_vqdit.training.image_losses import BackboneFeatures
 from diffusers_vqdit.utils.decoding import decode_image, to_pixels
 
@@ -254,3 +256,16 @@ def test_pipelines_of_grey_pictures_are_refused():
         vq = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
         with pytest.raises(ValueError, match="in_channels=1") if refused else nullcontext():
             check_colours(SimpleNamespace(image_vq=vq))
+
+
+def test_a_pipeline_of_the_hub_is_told_of_in_outputs(script, tmp_path, monkeypatch):
+    """A folder of its name would be taken for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/model").mkdir(parents=True)
+    for name in ("evaluate", "evaluate_speech"):
+        parsed = script(name).parse_args
+        places = {"you/model": "outputs/model", "mine/model": "mine/model", "mine/model/": "mine/model"}
+        for named, place in places.items():
+            assert report_folder(parsed(["--pretrained_model_name_or_path", named])) == Path(place)
+        args = parsed(["--pretrained_model_name_or_path", "you/model", "--output_dir", "there"])
+        assert report_folder(args) == Path("there")

@@ -7,7 +7,7 @@ import soundfile
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
+from diffusers_vqdit import ImageVQModel, MaskedDiffusionScheduler, VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.training.publish import draw_gallery
 from diffusers_vqdit.training.validation import draw_validation, passing
 
@@ -69,3 +69,15 @@ def test_sounds_are_kept_and_shown(talking_pipeline, tmp_path):
     for file in (tmp_path / "samples").iterdir():
         sound, rate = soundfile.read(file)
         assert len(sound) and rate == talking_pipeline("a dot").sampling_rate
+
+
+def test_grey_pictures_are_shown_too(make_pipeline, tmp_path):
+    pipe = make_pipeline(0)
+    grey = ImageVQModel.from_config({**pipe.image_vq.config, "in_channels": 1, "out_channels": 1}).eval()
+    parts = (pipe.transformer, pipe.scheduler, grey, pipe.text_vq, pipe.tokenizer)
+    pipe = VQDiTPipeline(*parts, labels=["fruit", "box", "dot"])
+    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("logs")
+    draw_validation(argparse.Namespace(output_dir=tmp_path, seed=0), accelerator, pipe, ["a dot", "green"], 7)
+    accelerator.end_training()
+    assert (tmp_path / "samples/step-000007.png").is_file()
