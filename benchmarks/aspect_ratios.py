@@ -20,8 +20,9 @@ import torch
 from diffusers_vqdit import VQDiTPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.codes import INDEX_FILE, CodeDataset
-from diffusers_vqdit.training.data import bucket_batches, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.data import load_training_dataset
 from diffusers_vqdit.training.encoding import encode_dataset
+from diffusers_vqdit.training.row_order import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.utils.arguments import argument_parser, output_path, positive_integer
 

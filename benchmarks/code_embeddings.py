@@ -18,10 +18,10 @@ from diffusers_vqdit import MaskedDiffusionScheduler, VQDiTTransformer2DModel
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.code_embeddings import start_embeddings
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.data import shuffled_batches
 from diffusers_vqdit.training.draws import step_generator
 from diffusers_vqdit.training.masked_loss import masked_diffusion_loss, stratified_timesteps
 from diffusers_vqdit.training.optimization import parameter_groups
+from diffusers_vqdit.training.row_order import shuffled_batches
 from diffusers_vqdit.training.tokenizers import load_image_vq
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, positive_integer, positive_number, random_seed
 

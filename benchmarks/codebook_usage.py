@@ -25,10 +25,10 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training.data import shuffled_batches
 from diffusers_vqdit.training.metrics import expected_usage
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate
 from diffusers_vqdit.training.quantizer_arguments import add_quantizer_arguments, quantizer_options
+from diffusers_vqdit.training.row_order import shuffled_batches
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import (
     argument_parser,

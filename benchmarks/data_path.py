@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from datasets import concatenate_datasets
 
 from diffusers_vqdit import ImageVQModel
-from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.image_dataset import ImageDataset, load_batches
+from diffusers_vqdit.training.row_order import shuffled_batches
 from diffusers_vqdit.utils.arguments import argument_parser, model_name, non_negative_integer, positive_integer
 from diffusers_vqdit.utils.decoding import to_pixels
 

@@ -26,7 +26,8 @@ from diffusers.utils import make_image_grid
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.models.quantizers.vector import Quantizer, QuantizerOutput, perplexity
-from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.data import decode_images, load_training_dataset
+from diffusers_vqdit.training.row_order import shuffled_batches
 from diffusers_vqdit.training.tokenizer_metrics import measure_image_tokenizer
 from diffusers_vqdit.utils.arguments import (
     argument_parser,

@@ -32,7 +32,7 @@ from diffusers_vqdit.training.segment_columns import (
     add_text_arguments,
     add_text_tokenizer_argument,
     audio_options,
-    files_of,
+    columns_of,
     has_captions,
     is_taken,
     load_encoders,
@@ -132,10 +132,10 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
     caption_column = args.caption_column if text and TEXT not in named else None
     source = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
     source |= {"train_data_dir": args.train_data_dir, "cache_dir": args.cache_dir, "output_dir": args.output_dir}
-    files, others = files_of(args.segment)
+    pictures, sounds, others = columns_of(args.segment)
     prompt_columns, text_columns = (args.prompt_columns, args.text_columns) if text else ([], [])
     others = [*others, *([args.label_column] if args.label_column else []), *prompt_columns, *text_columns]
-    wanted = [column for column in (*others, *files, caption_column, image_column) if column]
+    wanted = [column for column in (*others, *pictures, *sounds, caption_column, image_column) if column]
     splits = load_splits(**source, columns=wanted, streaming=args.streaming)
     if args.segment:
         # Where segments are named that take the tokenizers, the columns of these two names may be missing unless
@@ -150,7 +150,8 @@ def encode(args: argparse.Namespace, state: PartialState) -> None:
         splits,
         args.split,
         columns=[*others, *([caption_column] if caption_column else [])],
-        image_column=[*files, *([image_column] if image_column else [])],
+        image_column=[*pictures, *([image_column] if image_column else [])],
+        audio_column=sounds,
         max_samples=args.max_samples,
     )
     image_vq = load_image_vq(args.image_vq, cache_dir=args.cache_dir).to(args.device).eval() if args.image_vq else None

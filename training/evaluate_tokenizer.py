@@ -113,7 +113,8 @@ def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
         split=args.split,
-        columns=[args.audio_column, *captions, *languages],
+        columns=[*captions, *languages],
+        audio_column=args.audio_column,
     )
     rows = range(len(dataset))
     if args.language is not None:

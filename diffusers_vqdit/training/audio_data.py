@@ -16,7 +16,7 @@ from .data import MAX_NAMED, MAX_TRIED, choose_validation_split, load_splits, ta
 from .data_identity import rows_fingerprint
 from .draws import row_generators, step_generator
 from .image_dataset import CACHED_BYTES
-from .sample_stream import SampleStream, in_memory
+from .sample_stream import SampleStream, in_file
 from .table_files import stream_identity
 
 
@@ -62,6 +62,8 @@ class SoundDataset:
         self.sounds, _, problems = try_rows(self._decode, lambda row: f"in row {row}", range(len(self.column)))
         for problem in problems[:MAX_NAMED]:
             logger.warning(f"skipped sound {problem}")
+        if problems:
+            logger.warning(f"skipped {len(problems)} of {len(self.column)} sounds that could not be read")
         if not self.sounds:
             raise ValueError(f"column {audio_column!r}: none of the {len(self.column)} sounds could be read")
 
@@ -183,10 +185,10 @@ def load_sounds(
         read = args.audio_column, sampling_rate
         source = stream_identity(splits, "train", args.audio_column)
         sounds, first = (SoundStream.open_column(splits, name, args.audio_column) for name in ("train", held_out))
-        measured = SoundDataset(in_memory(first.take(limit)), *read)
+        measured = SoundDataset(in_file(first.take(limit), args.audio_column), *read)
         return SoundStream(sounds, *read, length, seed=args.seed, source=source), measured
     train, measured = (
-        take_split(splits, name, columns=[args.audio_column], max_samples=count)
+        take_split(splits, name, audio_column=args.audio_column, max_samples=count)
         for name, count in (("train", args.max_train_samples), (held_out, limit))
     )
     return (

@@ -1,4 +1,4 @@
-"""Datasets for training: where they come from, their pictures as tensors, and the order in which they are seen."""
+"""Datasets for training: where they come from, and their pictures as tensors."""
 
 import glob
 import hashlib
@@ -14,10 +14,10 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
-from .draws import step_generator
-from .image_folder import holds_pictures, read_image_folder
+from .folder_files import holds_files
+from .image_folder import PICTURES, read_image_folder
 from .row_stream import RowStream
-from .sound_folder import holds_sounds, read_sound_folder
+from .sound_folder import SOUNDS, read_sound_folder
 from .table_files import (
     LOADERS,
     SPLIT_COLUMN,
@@ -71,21 +71,22 @@ def load_splits(
     own, folder, builder = None if output_dir is None else Path(output_dir), None, None
     loaded: tuple[str | None, ...] = ()  # by `datasets`: its loader or the data's name, and the configuration
     place = Path(dataset_name or train_data_dir or "")
-    sounds = place.is_dir() and holds_sounds(place)
-    if streaming and (dataset_name is None or sounds or (place.is_dir() and holds_pictures(place))):
+    pictures = place.is_dir() and holds_files(place, PICTURES, SOUNDS, own)
+    sounds = place.is_dir() and not pictures and holds_files(place, SOUNDS, PICTURES, own)
+    if streaming and (dataset_name is None or sounds or pictures):
         raise ValueError(
             f"streaming needs dataset_name: a dataset of the Hub, or files of tables or tars; {shown(str(place))} has "
             "files of its own, which are read from where they are: leave streaming out"
         )
     table: dict
     if sounds:
-        table = read_sound_folder(place, columns, cache_dir)
+        table = read_sound_folder(place, columns, own, cache_dir)
     elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
         table = read_image_folder(train_data_dir, columns, own, cache_dir)
-    elif Path(dataset_name).is_dir() and holds_pictures(Path(dataset_name)):
+    elif pictures:
         table = read_image_folder(dataset_name, columns, own, cache_dir)
     elif files := find_table_files(dataset_name):
         kind = Path(files[0]).suffix.lower()
@@ -134,6 +135,7 @@ def load_training_dataset(
     split: str = "train",
     columns: Iterable[str] = (),
     image_column: str | Sequence[str] | None = None,
+    audio_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
     cache_dir: str | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -144,8 +146,8 @@ def load_training_dataset(
     Args:
         dataset_name: a Hub dataset; a folder of pictures, or one that `datasets` can load, of parquet files or of
             webdataset's tars; the path of a ``.parquet``, ``.arrow``, ``.tar``, ``.csv``, ``.json`` or ``.jsonl``
-            file, or a pattern of several, such as ``data/*.tar``. Paths of pictures in the last three are relative to
-            their folder.
+            file, or a pattern of several, such as ``data/*.tar``. Paths of pictures and sounds in the last three
+            are relative to their folder.
         dataset_config_name: the dataset's configuration, if it has several.
         train_data_dir: a folder of pictures, with metadata or class folders for captions and labels
             ([`~training.image_folder.read_image_folder`]).
@@ -154,6 +156,7 @@ def load_training_dataset(
         columns: the columns that must be there.
         image_column: the column that holds pictures, or several. It is read undecoded: decode it with
             [`decode_images`], which skips broken files.
+        audio_column: the column that holds sounds, or several, likewise.
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.
@@ -168,12 +171,13 @@ def load_training_dataset(
         dataset_name=dataset_name,
         dataset_config_name=dataset_config_name,
         train_data_dir=train_data_dir,
-        columns=[*columns, *_listed(image_column)],
+        columns=[*columns, *_listed(image_column), *_listed(audio_column)],
         cache_dir=cache_dir,
         output_dir=output_dir,
         streaming=streaming,
     )
-    return take_split(splits, split, columns=columns, image_column=image_column, max_samples=max_samples)
+    files: dict[str, Any] = {"image_column": image_column, "audio_column": audio_column}
+    return take_split(splits, split, columns=columns, **files, max_samples=max_samples)
 
 
 def take_split(
@@ -182,13 +186,14 @@ def take_split(
     *,
     columns: Iterable[str] = (),
     image_column: str | Sequence[str] | None = None,
+    audio_column: str | Sequence[str] | None = None,
     max_samples: int | None = None,
 ):
     """One of the splits that [`load_splits`] gives, with the columns that must be there checked."""
-    image_columns = _listed(image_column)
+    image_columns, audio_columns = _listed(image_column), _listed(audio_column)
     if getattr(splits, "builder", None) is not None:
         stream = RowStream(splits, split, max_samples)
-        stream.check([*columns, *image_columns])
+        stream.check([*columns, *image_columns, *audio_columns])
         for column in image_columns:
             as_picture_column(stream.blank(column), column)
         return stream
@@ -197,10 +202,11 @@ def take_split(
     dataset = splits[split]
     if not len(dataset):
         raise ValueError(f"split={split!r} has no rows")
-    _check_columns([*columns, *image_columns], dataset.column_names)
-    for column in image_columns:
-        if (folder := getattr(splits, "folder", None)) is not None:
+    _check_columns([*columns, *image_columns, *audio_columns], dataset.column_names)
+    if (folder := getattr(splits, "folder", None)) is not None:
+        for column in (*image_columns, *audio_columns):
             dataset = with_paths(dataset, column, folder)
+    for column in image_columns:
         dataset = as_picture_column(dataset, column)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
@@ -380,71 +386,3 @@ def _placed(placed: Callable[[int], str], row: int) -> str:
         return placed(row)
     except Exception:  # what can't be read may not tell its path either
         return f"in row {row}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Order
-
-
-def shuffled_batches(
-    size: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[torch.Tensor]:
-    """Endless index batches of a dataset held in memory: each epoch in an order of its own, drawn from (seed, epoch).
-
-    The batch at a given step is the same in a run that was never stopped and in one resumed at `start`. The batches of
-    the ranks are disjoint parts of one global batch. An epoch's remainder is carried into the next epoch, so that
-    small datasets work with any batch size.
-    """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    global_batch = batch_size * world_size
-    orders: dict[int, torch.Tensor] = {}
-
-    def order(epoch: int) -> torch.Tensor:
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        return orders[epoch]
-
-    step = start
-    while True:
-        first = step * global_batch + rank * batch_size
-        yield torch.tensor([int(order(i // size)[i % size]) for i in range(first, first + batch_size)])
-        step += 1
-
-
-def bucket_batches(
-    buckets: torch.Tensor, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[torch.Tensor]:
-    """Endless index batches of rows in buckets (N,), as [`shuffled_batches`]; all rows of a global batch are of one.
-
-    Each bucket's rows are passed through again and again, each time in an order of its own, and what doesn't fill a
-    batch is carried into the next pass: after e epochs a bucket of n rows has given floor(e n / B) batches of B. The
-    batches of an epoch come in an order drawn from (seed, epoch).
-    """
-    members = [rows for bucket in buckets.unique().tolist() if len(rows := (buckets == bucket).nonzero().flatten())]
-    global_batch = batch_size * world_size
-    orders: dict[int, tuple[int, torch.Tensor]] = {}  # by bucket: the pass, and its order
-
-    def row(bucket: int, position: int) -> int:
-        number, place = divmod(position, len(members[bucket]))
-        if bucket not in orders or orders[bucket][0] != number:
-            generator = step_generator(seed, number, bucket, 1)
-            orders[bucket] = number, torch.randperm(len(members[bucket]), generator=generator)
-        return int(members[bucket][orders[bucket][1][place]])
-
-    def given(epoch: int) -> list[int]:
-        return [epoch * len(rows) // global_batch for rows in members]
-
-    epoch = start * global_batch // len(buckets)
-    while sum(given(epoch + 1)) <= start:
-        epoch += 1
-    skipped = start - sum(given(epoch))
-    while True:
-        spans = enumerate(zip(given(epoch), given(epoch + 1), strict=True))
-        turns = [(bucket, turn) for bucket, span in spans for turn in range(*span)]
-        for index in torch.randperm(len(turns), generator=step_generator(seed, epoch, 0, 2))[skipped:].tolist():
-            bucket, turn = turns[index]
-            first = turn * global_batch + rank * batch_size
-            yield torch.tensor([row(bucket, position) for position in range(first, first + batch_size)])
-        epoch, skipped = epoch + 1, 0

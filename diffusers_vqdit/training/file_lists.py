@@ -9,7 +9,7 @@ import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,17 +65,29 @@ class FileList(Sequence[T]):
         return self._batch(batch)[place]
 
     def __iter__(self) -> Iterator[T]:
-        for number in range(len(self.starts) - 1):
-            yield from self._batch(number)
+        return self.part(0, self.length)
+
+    def part(self, first: int, end: int) -> Iterator[T]:
+        """The items from `first` to before `end`."""
+        for number in range(first // ROWS_TOGETHER, -(-end // ROWS_TOGETHER)):
+            before = number * ROWS_TOGETHER
+            yield from self._batch(number)[max(first - before, 0) : end - before]
 
 
 def sorted_texts(texts: Iterable[str], cache_dir: str | os.PathLike | None = None) -> Iterator[str]:
     """Texts in order, of which a few are in memory at a time. All are read before it returns."""
-    runs = [
-        run if len(run) < SORTED_TOGETHER else FileList(run, cache_dir)
-        for run in map(sorted, in_batches(texts, SORTED_TOGETHER))
-    ]
-    return heapq.merge(*runs)
+    runs, ends = map(sorted, in_batches(texts, SORTED_TOGETHER)), [0]
+    first = next(runs, [])
+    if len(first) < SORTED_TOGETHER:
+        return iter(first)
+
+    def one_after_the_other() -> Iterator[str]:
+        for run in chain([first], runs):
+            ends.append(ends[-1] + len(run))
+            yield from run
+
+    together = FileList(one_after_the_other(), cache_dir)  # a file for each would be more than may be open
+    return heapq.merge(*(together.part(*span) for span in pairwise(ends)))
 
 
 def sorted_paths(paths: Iterable[str], cache_dir: str | os.PathLike | None = None) -> Iterator[str]:

@@ -85,6 +85,7 @@ def _json_rows(lines: Iterable[str], skipped: FirstFew) -> Iterator[tuple[int, d
 
 
 def _csv_rows(lines: Iterable[str], skipped: FirstFew) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than 128 KB
     reader: csv.DictReader = csv.DictReader(lines, strict=True)
     while True:
         try:

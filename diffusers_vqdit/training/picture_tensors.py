@@ -108,7 +108,7 @@ def encode_pictures(
 def _encode_parts(
     images: ImageDataset, encode: Callable, path: Path, name: str, identity: Mapping[str, str], num_workers: int
 ) -> None:
-    folder = path.parent / f".unfinished-{name}"
+    folder = path.parent / f".unfinished-{path.name}"
     make = partial(_make_parts, images, encode, folder, name, num_workers)
     digest = hashlib.sha256(json.dumps([dict(identity), PART_ROWS]).encode()).hexdigest()
     parts = make_parts(folder, digest, -(-len(images) // PART_ROWS), make)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..utils.distributed import process_rank
 from .data import MAX_NAMED, MAX_TRIED
 from .draws import step_generator
+from .file_lists import mapped_table
 from .table_files import (
     SPLIT_COLUMN,
     MissingSplitError,
@@ -220,8 +222,22 @@ class SampleStream(Dataset, ABC):
         self.begun.clear()
 
 
-def in_memory(dataset: Any) -> Any:
-    """The samples of a `datasets.IterableDataset` that ends as a `datasets.Dataset`."""
+def in_file(dataset: Any, column: str) -> Any:
+    """The undecoded files in a column of a `datasets.IterableDataset` that ends, as a `datasets.Dataset` whose values
+    are in a file that has no name."""
     from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
 
-    return Dataset.from_list(list(dataset))  # without its features, which would encode sounds anew
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({column: kind})  # not its features, which would encode sounds anew
+    # A batch each, as one of Arrow's holds 2 GB.
+    arrays = (pa.array([_as_file(row[column])], kind) for row in dataset)
+    table = mapped_table((pa.record_batch([array], schema=schema) for array in arrays), schema)
+    return Dataset(table, fingerprint=generate_random_fingerprint())
+
+
+def _as_file(value: Any) -> dict[str, Any] | None:
+    """An undecoded file as `datasets` has it."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return {"bytes": None, "path": value} if isinstance(value, str) else value

@@ -237,8 +237,8 @@ def add_text_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
-def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
-    """The columns of flags that hold picture files, and the others.
+def columns_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str], list[str]]:
+    """The columns of flags that hold pictures, those that hold sounds, and the others.
 
     Raises:
         ValueError: for a segment that two flags make.
@@ -246,8 +246,9 @@ def files_of(flags: Sequence[SegmentFlag]) -> tuple[list[str], list[str]]:
     names = [flag.name for flag in flags]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--segment: {twice[0]!r} is given twice; each names one segment")
-    files = [flag.column for flag in flags if MODALITIES[flag.modality].reader.feature == "Image"]
-    return list(dict.fromkeys(files)), [flag.column for flag in flags if flag.column not in files]
+    features = {flag.column: MODALITIES[flag.modality].reader.feature for flag in flags}
+    pictures, sounds = ([name for name, kind in features.items() if kind == one] for one in ("Image", "Audio"))
+    return pictures, sounds, [name for name in features if name not in (*pictures, *sounds)]
 
 
 def load_tokenizers(

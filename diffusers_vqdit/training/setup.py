@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from .arguments import tracker_config
 from .audio_data import SoundDataset, SoundStream, load_crops
 from .checkpoints import OLDER, read_manifest
-from .data import bucket_batches, shuffled_batches
 from .image_dataset import ImageDataset, load_batches
 from .image_stream import ImageStream
 from .launch import check_launch
 from .muon import MuonAdamW, block_matrices
 from .optimization import parameter_groups
 from .publish import create_repository
+from .row_order import bucket_batches, shuffled_batches
 from .run import TrainingRun, training_run
 from .sharding import prepare_sharding
 

@@ -89,9 +89,16 @@ def csv_as_text(files: Sequence[str]) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for file in files:
         try:
-            names |= dict.fromkeys(pd.read_csv(file, nrows=0, index_col=False).columns)
+            columns = pd.read_csv(file, nrows=0, index_col=False).columns
+            first = pd.read_csv(file, nrows=1, dtype=str)
         except (OSError, ValueError):
             return {}  # no table: `datasets` says why
+        if not isinstance(first.index, pd.RangeIndex):  # it would take the first column for the rows' names
+            raise ValueError(
+                f"{shown(file)}: the first row has more fields than the header's {len(columns)}, "
+                f"{', '.join(map(repr, columns))}; a text with commas stands between quotes"
+            )
+        names |= dict.fromkeys(columns)
     features = Features({name: Value("string") for name in names})
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
@@ -108,8 +115,15 @@ def with_paths(dataset: Any, column: str, folder: Path) -> Any:
     if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string"):
         return dataset
 
+    def joined(name: str | None) -> str | None:
+        if name is None:
+            return None
+        path = os.path.join(folder, name)
+        # Tables made on Windows have backslashes.
+        return path if "\\" not in name or os.path.exists(path) else os.path.join(folder, name.replace("\\", "/"))
+
     def join(batch: dict[str, list]) -> dict[str, list]:
-        return {column: [name if name is None else os.path.join(folder, name) for name in batch[column]]}
+        return {column: [joined(name) for name in batch[column]]}
 
     return dataset.map(join, batched=True, desc="Paths")
 

@@ -30,7 +30,7 @@ from .segment_columns import (
     add_segment_argument,
     add_text_arguments,
     audio_options,
-    files_of,
+    columns_of,
     load_tokenizers,
 )
 from .streaming_arguments import add_streaming_argument, check_streaming
@@ -297,14 +297,15 @@ def _read_dataset(
     image_column = args.image_column if {IMAGE, LOWRES} & segments - set(columns) else None
     caption_column = args.caption_column if texts or TEXT in segments - set(columns) else None
     prompt_columns = args.prompt_columns if caption_column is not None else []
-    files, others = files_of([flag for flag in args.segment if flag.name in columns])
+    pictures, sounds, others = columns_of([flag for flag in args.segment if flag.name in columns])
     others += [args.label_column] if LABEL in columns and args.label_column is not None else []
     dataset = load_training_dataset(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
         columns=[name for name in (caption_column, *others, *prompt_columns, *texts) if name is not None],
-        image_column=[name for name in (image_column, *files) if name is not None],
+        image_column=[name for name in (image_column, *pictures) if name is not None],
+        audio_column=sounds,
         max_samples=args.max_train_samples,
         cache_dir=args.cache_dir,
         output_dir=args.output_dir,

@@ -75,7 +75,8 @@ def encode_labels(
         numbers = {part.strip(): number for number, name in id2label.items() for part in name.split(",")}
     numbers |= {name: number for number, name in id2label.items()}
     first = max([size - 1, *id2label]) + 1 if id2label else 0
-    for name in order if not id2label else [name for name in order if name in set(names)]:
+    there = set(names)
+    for name in order if not id2label else [name for name in order if name in there]:
         if name not in numbers:
             numbers[name], id2label[first] = first, name
             first += 1

@@ -158,3 +158,11 @@ def test_a_run_over_sounds_that_are_not_kept_is_the_same_and_resumes(run, audio_
     run("train_audio_vq", f"{arguments} {more}")
     kept, lazy = (load_file(tmp_path / n / "diffusion_pytorch_model.safetensors") for n in ("kept", "lazy"))
     assert all(torch.equal(value, lazy[name]) for name, value in kept.items())
+
+
+def test_of_many_broken_sounds_all_are_counted(audio_codecs, tmp_path, caplog):
+    table = audio_codecs.sound_table(tmp_path / "sounds.parquet", count=30, broken=range(25))
+    dataset = Dataset.from_parquet(str(table), cache_dir=str(tmp_path / "cache"))
+    assert len(SoundDataset(dataset, "audio", 1600)) == 5
+    assert caplog.text.count("skipped sound in row") == 20
+    assert "skipped 25 of 30 sounds that could not be read" in caplog.text

@@ -17,9 +17,9 @@ from PIL import Image
 from diffusers_vqdit import Task, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.data import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.finetuning import extend_entries, extend_transformer
+from diffusers_vqdit.training.row_order import bucket_batches, shuffled_batches
 from diffusers_vqdit.training.segment_columns import bucket_sizes
 from diffusers_vqdit.training.setup import run_batches
 from diffusers_vqdit.utils.fitting import resize_image

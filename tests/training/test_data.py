@@ -21,8 +21,8 @@ from diffusers_vqdit.training.data import (
     decode_images,
     load_splits,
     load_training_dataset,
-    shuffled_batches,
 )
+from diffusers_vqdit.training.row_order import shuffled_batches
 from diffusers_vqdit.utils.decoding import decode_image
 from diffusers_vqdit.utils.labels import encode_labels
 

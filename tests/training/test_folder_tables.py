@@ -1,6 +1,7 @@
 """Folders of many files: what is read of them lies in files, in the order and of the types that it always had."""
 
 import json
+import os
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from diffusers_vqdit.training import file_lists
 from diffusers_vqdit.training import folder_tables as module
 from diffusers_vqdit.training.data import load_training_dataset
-from diffusers_vqdit.training.file_lists import FileList, sorted_paths
+from diffusers_vqdit.training.file_lists import FileList, sorted_paths, sorted_texts
 from diffusers_vqdit.training.folder_tables import folder_tables
 
 
@@ -80,11 +81,23 @@ def test_paths_are_in_the_order_of_paths(tmp_path_factory, paths):
         ]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="nothing tells of open files")
+def test_texts_are_sorted_in_one_file(tmp_path, monkeypatch):
+    """As many files as there are parts would be more than may be open."""
+    monkeypatch.setattr(file_lists, "SORTED_TOGETHER", 3)
+    texts, before = [f"{number * 7919 % 5000:04d}" for number in range(5000)], len(os.listdir("/proc/self/fd"))
+    found = sorted_texts(texts, tmp_path)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert list(found) == sorted(texts)
+
+
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 2500])
 def test_a_list_in_a_file_is_a_list(tmp_path, count):
     found = FileList(({"number": number} for number in range(count)), tmp_path)
     assert len(found) == count and [one["number"] for one in found] == list(range(count))
     assert all(found[index]["number"] == index for index in range(0, count, 333))
+    for first, end in ((0, 0), (count // 3, count // 2), (count // 2, count), (0, count)):
+        assert [one["number"] for one in found.part(first, end)] == list(range(first, end))
     assert not list(tmp_path.iterdir())
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from diffusers_vqdit import ImageVQModel
 from diffusers_vqdit.training import image_dataset
-from diffusers_vqdit.training.data import decode_images, load_training_dataset, shuffled_batches
+from diffusers_vqdit.training.data import decode_images, load_training_dataset
 from diffusers_vqdit.training.image_dataset import ImageDataset, first_batches, load_batches
+from diffusers_vqdit.training.row_order import shuffled_batches
 
 
 COUNT, BROKEN = 12, (3, 4, 11)

@@ -370,3 +370,12 @@ def test_folders_without_pictures_are_refused(tmp_path):
         (tmp_path / f"metadata.{suffix}").write_text("")
     with pytest.raises(ValueError, match="keep one of them"):
         read(tmp_path)
+
+
+def test_a_text_of_metadata_may_be_long(picture_folder):
+    text = "a long one, with commas, " * 10_000
+    (picture_folder / "metadata.jsonl").unlink(missing_ok=True)
+    names = sorted(path.name for path in picture_folder.iterdir() if path.suffix == ".png")
+    (picture_folder / "metadata.csv").write_text(f'file_name,text\n{names[0]},"{text}"\n{names[1]},short\n')
+    dataset = load_training_dataset(train_data_dir=str(picture_folder), image_column="image", columns=["text"])
+    assert dataset["text"] == [text, "short"]

@@ -1,11 +1,17 @@
 """Folders of recordings as tables."""
 
+import json
 import os
 from collections import Counter
 
+import pytest
+from PIL import Image
+
 from diffusers_vqdit.training.audio_data import SoundDataset
-from diffusers_vqdit.training.data import load_splits
-from diffusers_vqdit.training.sound_folder import holds_sounds, list_sound_files
+from diffusers_vqdit.training.data import load_splits, load_training_dataset
+from diffusers_vqdit.training.folder_files import holds_files, list_files
+from diffusers_vqdit.training.image_folder import PICTURES
+from diffusers_vqdit.training.sound_folder import SOUNDS
 
 
 def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
@@ -20,9 +26,9 @@ def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
         assert table["text"] == ["two", "zero", "one"]
         assert [len(one) for one in SoundDataset(table, "audio", 1600)] == [144, 80, 112]
     assert "row 4 names '9.flac', which is no regular file there" in caplog.text
-    assert holds_sounds(tmp_path / "files")
+    assert holds_files(tmp_path / "files", SOUNDS, PICTURES)
     (tmp_path / "files" / "data.parquet").write_bytes(b"")
-    assert not holds_sounds(tmp_path / "files")
+    assert not holds_files(tmp_path / "files", SOUNDS, PICTURES)
     for name in ("train", "test"):
         audio_codecs.sound_folder(tmp_path / "splits" / name, count=2)
     assert {name: len(one) for name, one in load_splits(dataset_name=str(tmp_path / "splits")).items()} == {
@@ -56,7 +62,57 @@ def test_each_folder_is_read_once(tmp_path, monkeypatch):
         return real(place)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    sounds, metadata = list_sound_files(tmp_path / "files", tmp_path / "cache")
-    assert read == dict.fromkeys(map(str, places), 1)
+    sounds, metadata = list_files(tmp_path / "files", SOUNDS, cache_dir=tmp_path / "cache")
+    assert read == dict.fromkeys(map(str, places), 2)  # once for its files, once to know folders that runs wrote
     assert list(sounds) == sorted(str(place / name) for place in places for name in ("1.FLAC", "2.wav"))
     assert metadata == sorted(place / "metadata.csv" for place in places)
+
+
+def test_a_run_may_write_into_its_data(audio_codecs, tmp_path, caplog):
+    """What it wrote is no data, and the folder is one of recordings still."""
+    folder, out = tmp_path / "files", tmp_path / "files" / "out"
+    for name in ("low", "high"):
+        audio_codecs.sound_folder(folder / name, count=2)
+    audio_codecs.sound_folder(out / "samples", count=3)
+    (folder / ".vscode").mkdir()
+    (folder / ".vscode/settings.json").write_text("{}")
+    for name in ("segments.json", *(f"checkpoint-{step}/state.json" for step in range(9))):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    for source in ({"dataset_name": str(folder)}, {"train_data_dir": str(folder)}):
+        table = load_splits(**source, output_dir=out)["train"]
+        assert table["label"] == ["high", "high", "low", "low"]
+    assert "left out 1 folders" in caplog.text and "training runs wrote, with 3 sounds" in caplog.text
+
+
+def test_what_is_left_out_is_told_as_of_pictures(audio_codecs, tmp_path, caplog):
+    folder = audio_codecs.sound_folder(tmp_path / "files", count=3)
+    (folder / "0.flac").rename(folder / "0.xyz")
+    (folder / "metadata.csv").write_text("file_name,text\n1.flac,one\n")
+    assert load_splits(dataset_name=str(folder))["train"]["text"] == ["one"]
+    assert "left out 1 of 2 sounds" in caplog.text and "that no metadata row names: 2.flac" in caplog.text
+    assert "don't end as sounds' names do: " in caplog.text and "0.xyz" in caplog.text
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.flac", "text": "one"}))
+    with pytest.raises(ValueError, match="has both metadata.csv and metadata.jsonl; keep one of them"):
+        load_splits(dataset_name=str(folder))
+
+
+@pytest.mark.parametrize(("pictures", "named", "column"), [(1, "", "audio"), (4, "", "image"), (4, "0.flac", "audio")])
+def test_of_a_folder_with_both_there_are_the_more_or_what_its_metadata_name(
+    audio_codecs, tmp_path, pictures, named, column
+):
+    folder = audio_codecs.sound_folder(tmp_path / "files", count=3)
+    for number in range(pictures):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+    if named:
+        (folder / "metadata.csv").write_text(f"file_name,text\n{named},one\n")
+    assert load_splits(dataset_name=str(folder))["train"].column_names[0] == column
+
+
+@pytest.mark.parametrize("name", ["clips/0.flac", ".\\clips\\0.flac"])
+def test_paths_in_tables_are_relative_to_the_table(audio_codecs, tmp_path, monkeypatch, name):
+    audio_codecs.sound_folder(tmp_path / "clips", count=1)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"audio": name}))
+    monkeypatch.chdir("/")
+    table = load_training_dataset(dataset_name=str(tmp_path / "data.jsonl"), audio_column="audio")
+    assert len(SoundDataset(table, "audio", 1600)) == 1

@@ -153,3 +153,11 @@ def test_other_names_are_refused_with_what_was_found(sources, name, message):
 
 def test_names_of_the_hub_and_folders_are_no_files(tmp_path):
     assert find_table_files("user/data") == find_table_files(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("rows", ["1,a cat, sitting\n2,a dog", "1,a cat,\n2,a dog,"])
+def test_a_csv_with_more_fields_than_its_header_is_refused(tmp_path, rows):
+    """It would be read with its columns shifted."""
+    (tmp_path / "data.csv").write_text(f"id,text\n{rows}\n")
+    with pytest.raises(ValueError, match="the first row has more fields than the header's 2, 'id', 'text'"):
+        load_splits(dataset_name=str(tmp_path / "data.csv"))

@@ -13,10 +13,10 @@ from diffusers_vqdit.pipelines.segment_base import SegmentColumn
 from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.byte_pairs import train_text_tokenizer
 from diffusers_vqdit.training.codes import CodeDataset
-from diffusers_vqdit.training.data import bucket_batches
 from diffusers_vqdit.training.encoding import encode_dataset
 from diffusers_vqdit.training.finetuning import extend_transformer
 from diffusers_vqdit.training.masked_loss import block_timesteps, masked_diffusion_loss
+from diffusers_vqdit.training.row_order import bucket_batches
 from diffusers_vqdit.training.text_rows import one_text_a_row
 from diffusers_vqdit.training.tokenizers import load_text_tokenizer
 from diffusers_vqdit.utils.token_ids import END_TOKEN, in_blocks, token_ids
