@@ -7,7 +7,6 @@ and ``--listen`` the one that talks.
 
 import argparse
 import json
-import mimetypes
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from .utils.arguments import (
     refuse_unused,
 )
 from .utils.provenance import save_generated
+from .utils.sounds import is_sound_file
 from .utils.starter import STARTER, TALKING_STARTER, check_starter, model_id
 from .utils.told_errors import told_errors
 
@@ -161,11 +161,11 @@ def main(args: argparse.Namespace) -> None:
     ).images
     labels = [prompt if meaning is None else f"zh: {meaning}" for prompt, meaning in pairs]
 
-    examples = Path(path) / "examples" / "captions.json"
-    if not args.prompt and examples.is_file() and f"{IMAGE}->{TEXT}" in pipeline.transformer.config.tasks:
+    examples, captions, tasks = Path(path) / "examples" / "captions.json", {}, pipeline.transformer.config.tasks
+    if not args.prompt and examples.is_file() and (tasks is None or f"{IMAGE}->{TEXT}" in tasks):
         captions = json.loads(examples.read_text(encoding="utf-8"))
-        kinds = {name: mimetypes.guess_type(name)[0] or "" for name in captions}
-        captions = {name: caption for name, caption in captions.items() if kinds[name].startswith("image/")}
+        captions = {name: caption for name, caption in captions.items() if not is_sound_file(name)}
+    if captions:
         pictures = [Image.open(examples.parent / name) for name in captions]
         generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(pictures))]
         texts = pipeline(image=pictures, num_inference_steps=args.num_inference_steps, generator=generators).texts

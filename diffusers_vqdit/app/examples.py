@@ -1,7 +1,6 @@
 """What to try on the page: prompts, pictures and sounds that come with a checkpoint."""
 
 import json
-import mimetypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -12,6 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
 
+from ..utils.sounds import is_sound_file
 from .abilities import AUDIOS, IMAGES, LABELS, TEXTS, Ability, Field
 
 
@@ -53,7 +53,7 @@ class Examples:
         for file, caption in captions.items():
             if PurePath(file).is_absolute() or ".." in PurePath(file).parts:  # what a page shows, everyone may read
                 continue
-            kind = AUDIOS if (mimetypes.guess_type(file)[0] or "").startswith("audio/") else IMAGES
+            kind = AUDIOS if is_sound_file(file) else IMAGES
             found.setdefault(kind, {})[str(files[1].parent / file)] = caption
         return cls(prompt, texts, {kind: dict(list(some.items())[:MAX_EXAMPLES]) for kind, some in found.items()})
 

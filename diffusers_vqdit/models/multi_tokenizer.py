@@ -40,9 +40,7 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
     """
 
     index_files = "tokenizers.*.json"  # one a variant
-    # As of the tokenizers that have codebooks, which are read outside of their modules' calls.
-    _skip_layerwise_casting_patterns = ["quantize", "norm"]
-    _supports_group_offloading = False
+    _skip_layerwise_casting_patterns = ["quantize", "norm"]  # as of the tokenizers that have codebooks
 
     def __init__(self, tokenizers: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -64,6 +62,10 @@ class MultiTokenizerModel(ModelCheckpointMixin, ModelMixin, ConfigMixin):
         models = {name: one for name, one in tokenizers.items() if isinstance(one, nn.Module)}
         self.tokenizers, self.beside = nn.ModuleDict(models), beside
         self.alone = {name: one for name, one in tokenizers.items() if name not in models}  # of token ids
+        # Codebooks are read outside of their modules' calls.
+        self._supports_group_offloading = all(
+            getattr(one, "_supports_group_offloading", True) for one in models.values()
+        )
         # By which pipelines know a device where there is no model.
         self.register_buffer("place", torch.empty(0), persistent=False)
         # As in model_index.json.

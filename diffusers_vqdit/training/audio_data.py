@@ -16,7 +16,7 @@ from .data import MAX_NAMED, MAX_TRIED, choose_validation_split, load_splits, ta
 from .data_identity import rows_fingerprint
 from .draws import row_generators, step_generator
 from .image_dataset import CACHED_BYTES
-from .sample_stream import SampleStream, in_file
+from .sample_stream import SampleStream, as_dataset
 from .table_files import stream_identity
 
 
@@ -185,7 +185,7 @@ def load_sounds(
         read = args.audio_column, sampling_rate
         source = stream_identity(splits, "train", args.audio_column)
         sounds, first = (SoundStream.open_column(splits, name, args.audio_column) for name in ("train", held_out))
-        measured = SoundDataset(in_file(first.take(limit), args.audio_column), *read)
+        measured = SoundDataset(as_dataset(first.take(limit), args.audio_column, args.cache_dir), *read)
         return SoundStream(sounds, *read, length, seed=args.seed, source=source), measured
     train, measured = (
         take_split(splits, name, audio_column=args.audio_column, max_samples=count)

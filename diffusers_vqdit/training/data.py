@@ -14,7 +14,7 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 from ..utils.checks import shown
 from ..utils.decoding import as_picture_column, decode_image, place, to_bytes
-from .folder_files import holds_files
+from .folder_files import kind_of_folder
 from .image_folder import PICTURES, read_image_folder
 from .row_stream import RowStream
 from .sound_folder import SOUNDS, read_sound_folder
@@ -26,9 +26,9 @@ from .table_files import (
     Splits,
     csv_as_text,
     find_table_files,
+    folder_of_paths,
     kinds_of_tables,
     loading,
-    picture_folder,
     split_names,
     split_of,
     warn_of_unsaid,
@@ -71,31 +71,31 @@ def load_splits(
     own, folder, builder = None if output_dir is None else Path(output_dir), None, None
     loaded: tuple[str | None, ...] = ()  # by `datasets`: its loader or the data's name, and the configuration
     place = Path(dataset_name or train_data_dir or "")
-    pictures = place.is_dir() and holds_files(place, PICTURES, SOUNDS, own)
-    sounds = place.is_dir() and not pictures and holds_files(place, SOUNDS, PICTURES, own)
-    if streaming and (dataset_name is None or sounds or pictures):
+    columns = list(columns)
+    kind = kind_of_folder(place, (PICTURES, SOUNDS), columns, own) if place.is_dir() else None
+    if streaming and (dataset_name is None or kind is not None):
         raise ValueError(
             f"streaming needs dataset_name: a dataset of the Hub, or files of tables or tars; {shown(str(place))} has "
             "files of its own, which are read from where they are: leave streaming out"
         )
     table: dict
-    if sounds:
-        table = read_sound_folder(place, columns, own, cache_dir)
+    if kind is SOUNDS:
+        table = read_sound_folder(place, columns, output_dir=own, cache_dir=cache_dir)
     elif dataset_name is None:
         assert train_data_dir is not None
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"train_data_dir={train_data_dir!r} is not a folder")
-        table = read_image_folder(train_data_dir, columns, own, cache_dir)
-    elif pictures:
-        table = read_image_folder(dataset_name, columns, own, cache_dir)
+        table = read_image_folder(train_data_dir, columns, output_dir=own, cache_dir=cache_dir)
+    elif kind is PICTURES:
+        table = read_image_folder(dataset_name, columns, output_dir=own, cache_dir=cache_dir)
     elif files := find_table_files(dataset_name):
-        kind = Path(files[0]).suffix.lower()
-        features = check_parquet(files, columns) if kind == ".parquet" else None
+        suffix = Path(files[0]).suffix.lower()
+        features = check_parquet(files, columns) if suffix == ".parquet" else None
         options: dict[str, Any] = {} if features is None else {"features": features, "columns": list(features)}
-        options |= _PARQUET if kind == ".parquet" else csv_as_text(files) if kind == ".csv" else {}
+        options |= _PARQUET if suffix == ".parquet" else csv_as_text(files) if suffix == ".csv" else {}
         paths = [glob.escape(_without_magic(file, cache_dir)) for file in files]
-        options["data_files"], loaded = paths, ({**LOADERS, **TEXT_LOADERS}[kind],)
-        problem, folder = f"is no {kind} file that can be read", picture_folder(files)
+        options["data_files"], loaded = paths, ({**LOADERS, **TEXT_LOADERS}[suffix],)
+        problem, folder = f"is no {suffix} file that can be read", folder_of_paths(files)
     else:
         local = Path(dataset_name).is_dir()
         source = _without_magic(dataset_name, cache_dir) if local else dataset_name
@@ -156,7 +156,7 @@ def load_training_dataset(
         columns: the columns that must be there.
         image_column: the column that holds pictures, or several. It is read undecoded: decode it with
             [`decode_images`], which skips broken files.
-        audio_column: the column that holds sounds, or several, likewise.
+        audio_column: the column that holds sounds, or several.
         max_samples: keep the first so many rows.
         cache_dir: where `datasets` keeps its cache.
         output_dir: the folder that the run writes; pictures in it are not read.

@@ -35,7 +35,7 @@ def report_folder(args: argparse.Namespace) -> Path:
     """``--output_dir``, by default the pipeline's folder; a folder in ``outputs`` for one of the Hub, as a folder of
     its name would be taken for it from then on."""
     name = args.pretrained_model_name_or_path
-    return args.output_dir or (Path(name) if Path(name).is_dir() else Path("outputs", Path(name).name))
+    return args.output_dir or (Path(name) if Path(name).is_dir() else Path("outputs", name.replace("/", "--")))
 
 
 def write_report(folder: Path, name: str, report: dict[str, dict]) -> None:

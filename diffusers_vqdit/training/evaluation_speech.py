@@ -65,9 +65,10 @@ class SpeechData:
         from datasets import Audio, Image
 
         images = [] if resolution is None else [args.image_column]
-        wanted = [args.audio_column, args.caption_column]
-        dataset = load_measured_split(args.dataset_name, "test", columns=wanted, image_column=images)
+        wanted = {"columns": [args.caption_column], "audio_column": args.audio_column, "image_column": images}
+        dataset = load_measured_split(args.dataset_name, "test", **wanted)
         spoken_in = [name for name, kind in dataset.features.items() if isinstance(kind, Audio)]
+        spoken_in += [args.audio_column] * (args.audio_column not in spoken_in)
         for name in spoken_in:
             dataset = dataset.cast_column(name, Audio(decode=False))
         media = {name for name, kind in dataset.features.items() if isinstance(kind, Audio | Image)}

@@ -171,6 +171,6 @@ def _saying_where(cache_dir: str | os.PathLike | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"the list of a folder's files could not be written to {str(_cache(cache_dir))!r}, or to "
+            f"a temporary file of what is read could not be written to {str(_cache(cache_dir))!r}, or to "
             f"{tempfile.gettempdir()!r} where that can't be written ({error}); cache_dir and TMPDIR say where"
         ) from error

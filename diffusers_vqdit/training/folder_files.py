@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,35 +148,45 @@ def list_files(
 
 
 def files_below(folder: Path, leave_out: Callable[[str], bool] | None = None) -> Iterator[str]:
-    """The paths of what is below a folder and is no folder itself, one at a time; links to folders aren't followed,
-    nor folders entered that are to be left out or can't be read."""
-    folders = [str(folder)]
+    """The paths of what is below a folder and is no folder itself, one at a time; each folder is entered once, however
+    many links lead to it, but those that are to be left out or can't be read."""
+    folders, seen = [str(folder)], set[tuple[int, int]]()
     while folders:
+        here = folders.pop()
         try:
-            with os.scandir(folders.pop()) as entries:
+            identity = os.stat(here).st_dev, os.stat(here).st_ino
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(here) as entries:
                 for entry in entries:
                     if not _is_folder(entry):
                         yield entry.path
-                    elif not entry.is_symlink() and not (leave_out is not None and leave_out(entry.path)):
+                    elif leave_out is None or not leave_out(entry.path):
                         folders.append(entry.path)
         except OSError:
             continue
 
 
-def is_hidden(path: str) -> bool:
+def _is_hidden(path: str) -> bool:
     return os.path.basename(path).startswith(".")
 
 
-def holds_files(folder: Path, kind: FileKind, other: FileKind, output_dir: Path | None = None) -> bool:
-    """Whether a folder is one for [`read_folder`] of a kind: it has such files, neither tables with some in them nor
-    more tables of texts than files, but for their metadata and what scripts wrote, and no more files of the `other`
-    kind. Where it has both, the first row of its metadata says which they are of."""
+def kind_of_folder(
+    folder: Path, kinds: Sequence[FileKind], columns: Iterable[str] = (), output_dir: Path | None = None
+) -> FileKind | None:
+    """Of which kind the files of a folder are that [`read_folder`] can read: there are such, neither tables with some
+    in them nor more tables of texts than files, but for their metadata and what scripts wrote. None of other folders.
+
+    Of several kinds it is the one whose column alone is among `columns`; or that of the file which the metadata name
+    first; or that of which there are the most, of as many the first.
+    """
     output = None if output_dir is None else output_dir.resolve()
-    wanted, others, found, beside, texts = kind.extensions(), other.extensions(), 0, 0, 0
-    metadata: list[str] = []
+    endings = {kind: kind.extensions() for kind in kinds}
+    counts, texts, metadata = dict.fromkeys(kinds, 0), 0, list[str]()
 
     def left_out(path: str) -> bool:
-        return is_hidden(path) or _is_run(Path(path)) or Path(path).resolve() == output
+        return _is_hidden(path) or _is_run(Path(path)) or Path(path).resolve() == output
 
     for path in files_below(folder, left_out):
         place, name = os.path.split(path)
@@ -185,17 +195,19 @@ def holds_files(folder: Path, kind: FileKind, other: FileKind, output_dir: Path 
             continue
         suffix = ending(name)
         if suffix in _TABLES and not _is_run(Path(place)):
-            return False
-        found += suffix in wanted
-        beside += suffix in others
+            return None
+        for kind, its in endings.items():
+            counts[kind] += suffix in its
         texts += suffix in _TEXT_TABLES
-    if not found or found < texts:
-        return False
-    if beside and metadata:
-        _, row = next(read_metadata(Path(min(metadata)), FirstFew()), (0, {}))
-        if ending(str(row.get("file_name"))) in wanted | others:
-            return ending(str(row["file_name"])) in wanted
-    return found >= beside
+    there = [kind for kind in kinds if counts[kind]]
+    if not there or sum(counts.values()) < texts:
+        return None
+    asked = [kind for kind in there if kind.column in columns]
+    if len(there) > 1 and len(asked) != 1 and metadata:
+        own = min(metadata, key=lambda path: (path.count(os.sep), path))
+        _, row = next(read_metadata(Path(own), FirstFew()), (0, {}))
+        asked = [kind for kind in there if ending(str(row.get("file_name"))) in endings[kind]]
+    return asked[0] if len(asked) == 1 else max(there, key=lambda kind: counts[kind])
 
 
 def _is_run(folder: Path) -> bool:
@@ -224,9 +236,9 @@ def read_folder(
     kind: FileKind,
     feature: Any,
     columns: Iterable[str] = (),
+    *,
     output_dir: str | Path | None = None,
     cache_dir: str | os.PathLike | None = None,
-    *,
     class_labels: bool = False,
 ) -> dict[str, Any]:
     """The splits of a folder as datasets with a column of its files.

@@ -21,7 +21,7 @@ from .data import MAX_NAMED, MAX_TRIED, choose_validation_split, decode_images, 
 from .data_identity import rows_fingerprint
 from .image_reader import ImageReader, crop_warning
 from .image_stream import ImageStream
-from .sample_stream import in_file
+from .sample_stream import as_dataset
 from .table_files import stream_identity
 
 
@@ -197,7 +197,7 @@ def load_images(args: argparse.Namespace, channels: int) -> tuple[ImageDataset |
     read, column = (args.image_column, args.resolution), args.image_column
     if args.streaming:
         train, first = (ImageStream.open_column(splits, name, column) for name in ("train", held_out))
-        measured = in_file(first.take(limit), column)
+        measured = as_dataset(first.take(limit), column, args.cache_dir)
         pictures = ImageStream(train, *read, source=stream_identity(splits, "train", column), **own)
         return pictures, ImageDataset(as_picture_column(measured, column), *read, **plain)
     train, measured = (

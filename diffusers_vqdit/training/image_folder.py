@@ -20,6 +20,7 @@ PICTURES = FileKind("picture", "image", _extensions)  # the column as datasets' 
 def read_image_folder(
     folder: str | Path,
     columns: Iterable[str] = (),
+    *,
     output_dir: str | Path | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
@@ -27,4 +28,6 @@ def read_image_folder(
     [`~training.folder_files.read_folder`]."""
     from datasets import Image
 
-    return read_folder(folder, PICTURES, Image(decode=False), columns, output_dir, cache_dir, class_labels=True)
+    return read_folder(
+        folder, PICTURES, Image(decode=False), columns, output_dir=output_dir, cache_dir=cache_dir, class_labels=True
+    )

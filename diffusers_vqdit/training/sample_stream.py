@@ -222,9 +222,9 @@ class SampleStream(Dataset, ABC):
         self.begun.clear()
 
 
-def in_file(dataset: Any, column: str) -> Any:
+def as_dataset(dataset: Any, column: str, cache_dir: str | None = None) -> Any:
     """The undecoded files in a column of a `datasets.IterableDataset` that ends, as a `datasets.Dataset` whose values
-    are in a file that has no name."""
+    are in a file that has no name, in `cache_dir`."""
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
@@ -232,7 +232,7 @@ def in_file(dataset: Any, column: str) -> Any:
     schema = pa.schema({column: kind})  # not its features, which would encode sounds anew
     # A batch each, as one of Arrow's holds 2 GB.
     arrays = (pa.array([_as_file(row[column])], kind) for row in dataset)
-    table = mapped_table((pa.record_batch([array], schema=schema) for array in arrays), schema)
+    table = mapped_table((pa.record_batch([array], schema=schema) for array in arrays), schema, cache_dir)
     return Dataset(table, fingerprint=generate_random_fingerprint())
 
 

@@ -20,6 +20,7 @@ SOUNDS = FileKind("sound", "audio", _extensions)  # the column as datasets' own 
 def read_sound_folder(
     folder: str | Path,
     columns: Iterable[str] = (),
+    *,
     output_dir: str | Path | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
@@ -27,4 +28,4 @@ def read_sound_folder(
     [`~training.folder_files.read_folder`]."""
     from datasets import Audio
 
-    return read_folder(folder, SOUNDS, Audio(decode=False), columns, output_dir, cache_dir)
+    return read_folder(folder, SOUNDS, Audio(decode=False), columns, output_dir=output_dir, cache_dir=cache_dir)

@@ -22,7 +22,7 @@ from .data_identity import file_identity
 
 logger = logging.getLogger(__name__)
 
-# The loaders of `datasets` by the ending of a file. TEXT_LOADERS have paths of pictures, relative to their own folder.
+# The loaders of `datasets` by the ending of a file. TEXT_LOADERS have paths of files, relative to their own folder.
 LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 TEXT_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -36,7 +36,7 @@ class MissingSplitError(ValueError):
 
 
 class Splits(dict):
-    """The splits of a source by name, and the folder that paths of pictures in their columns are relative to; of
+    """The splits of a source by name, and the folder that paths of files in their columns are relative to; of
     streams the source's name, and the builder of `datasets` that they are from."""
 
     folder: Path | None = None
@@ -103,8 +103,8 @@ def csv_as_text(files: Sequence[str]) -> dict[str, Any]:
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
-def picture_folder(files: Sequence[str]) -> Path | None:
-    """The folder that paths of pictures in tables are relative to: that of the files, if they are texts in one."""
+def folder_of_paths(files: Sequence[str]) -> Path | None:
+    """The folder that paths of files in tables are relative to: that of the files, if they are texts in one."""
     folders = {Path(os.path.abspath(name)).parent for name in files}
     texts = all(Path(name).suffix.lower() in TEXT_LOADERS for name in files)
     return folders.pop() if texts and len(folders) == 1 else None

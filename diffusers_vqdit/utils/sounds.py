@@ -2,6 +2,7 @@
 
 import io
 import math
+import mimetypes
 import os
 from importlib import import_module
 from typing import Any
@@ -23,6 +24,11 @@ def audio_library(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} is needed to read sounds: pip install 'diffusers_vqdit[audio]'") from error
+
+
+def is_sound_file(name: str) -> bool:
+    """Whether a file is called as one of a sound."""
+    return (mimetypes.guess_type(name)[0] or "").startswith("audio/")
 
 
 def read_sound(value: Any, sampling_rate: int) -> np.ndarray:

@@ -142,6 +142,7 @@ def test_faiss_finds_what_matrix_products_find(transformer):
     index = build_index(transformer, items("text", 40), "text", "image")
     queries = torch.randn(5, index.features.shape[1], generator=torch.Generator().manual_seed(2))
     found = index.search(queries, 7)
+    assert index._faiss.ntotal == 40
     scores = queries @ index.features.float().T + index.bias
     torch.testing.assert_close(scores.gather(1, found), scores.topk(7).values, rtol=1e-4, atol=1e-3)
 

@@ -174,7 +174,7 @@ def test_a_bad_argument_is_named_before_anything_is_built(maker, name, monkeypat
         ("codes", {"segments": {"a": {"vocab_size": 4, "shape": [True]}}}, ["segments['a']", "shape"]),
         ("codes", {"segments": {"a": {"vocab_size": 4, "shape": [10**5, 10**5]}}}, ["segments['a']", "shape"]),
         ("codes", {"segments": {"a": {"vocab_size": 4, "shape": "44"}}}, ["segments['a']", "shape"]),
-        ("codes", {"segments": {"a": {"vocab_size": 4, "shape": [4], "size": 1}}}, ["segments['a']", "size"]),
+        ("codes", {"segments": {"a": {"vocab_size": 4, "shape": [4], "size": 1}}}, ["segments['a']", "'size'"]),
         *(
             ("codes", {"segments": {**SEGMENTS, "a": {"vocab_size": size, "shape": [4], "shared_with": other}}}, words)
             for size, other, words in [

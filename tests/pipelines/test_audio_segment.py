@@ -121,6 +121,7 @@ def test_a_sound_that_is_too_long_is_cut_with_a_warning(pipe, caplog):
     with caplog.at_level("WARNING"):
         codes = pipe._segments["sound"].encode(sound)
     assert codes.shape == (1, FRAMES, 3) and codes.max() < CODES
+    assert f"{FRAMES + 1} frames; {FRAMES} are used" in caplog.text
 
 
 @pytest.mark.parametrize("start", [0, 5, 9])

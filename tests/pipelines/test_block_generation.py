@@ -181,16 +181,21 @@ def test_blanks_are_filled_and_the_rest_stays(pipe, words):
     (found,) = pipe(inputs={"poem": text}, output="poem", output_type="latent").segments["poem"].tolist()
     parts = [words(piece).input_ids for piece in ("once", " a time there", " a king")]
     expected = [*parts[0], None, *parts[1], None, *parts[2], words.eos_token_id]
+    assert len(found) >= len(expected)
     assert all(
         code in (wanted, code if wanted is None else wanted) for code, wanted in zip(found, expected, strict=False)
     )
     assert all(code == words.eos_token_id for code in found[len(expected) :])
     filled = pipe(inputs={"poem": text}, output="poem").texts[0]
     assert filled.startswith("once") and filled.endswith(" a king") and "<mask>" not in filled
+    assert " a time there" in filled
 
 
 def test_labels_of_long_texts_and_texts_of_any_length_are_made(pipe):
-    assert pipe.classify(inputs={"poem": ["a king", "once upon a time there was a king"]}, output="kind").names
+    texts = ["a king", "once upon a time there was a king"]
+    found = pipe.classify(inputs={"poem": texts}, output="kind").probabilities
+    assert len(found) == 2 and (found >= 0).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
     assert len(pipe(inputs={"poem": TEXTS}, output="title").texts) == 3
 
 
@@ -227,7 +232,7 @@ def test_guidance_that_a_callback_switches_off_stays_off_in_all_blocks(pipe, mon
 def test_tables_of_positions_of_long_texts_are_few(pipe):
     layers._kept_positions.cache_clear()
     pipe(output="poem", gen_length=160, num_inference_steps=1, eos_early_stop=False)
-    assert layers._kept_positions.cache_info().currsize <= 6  # lengths are powers of two
+    assert layers._kept_positions.cache_info().currsize in range(1, 7)  # lengths are powers of two
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,11 @@ def test_an_interrupted_run_has_a_prediction_for_rows_that_left(pipeline):
         pipe._interrupt = index == 8
         return {}
 
-    codes = pipeline(
-        ["a red apple", "a blue box"], latents=latents, num_inference_steps=12, callback_on_step_end=stop
-    ).segments["image"]
-    assert len(codes) == 2
+    options = {"num_inference_steps": 12, "output_type": "latent"}
+    stopped = {"callback_on_step_end": stop, "generator": generators(1, 2), **options}
+    both = pipeline(["a red apple", "a blue box"], latents=latents, **stopped).images
+    alone = pipeline("a blue box", latents=latents[1:], generator=generators(2), **options).images
+    assert torch.equal(both[1], alone[0])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

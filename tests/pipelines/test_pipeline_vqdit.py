@@ -220,7 +220,7 @@ def test_joint_tasks_are_the_same_in_a_batch_and_keep_known_codes(pipeline):
     assert torch.equal(pipeline(latents={"text": known}, **options).texts, known)
     seen = []
     pipeline(callback_on_step_end=lambda pipe, index, timestep, inputs: seen.append(inputs["latents"]), **options)
-    assert all(set(codes) == {"image", "text"} for codes in seen)
+    assert len(seen) == pipeline.num_timesteps and all(set(codes) == {"image", "text"} for codes in seen)
 
 
 def test_images_may_come_in_any_form_and_size(pipeline):

@@ -264,7 +264,7 @@ def test_a_pipeline_of_the_hub_is_told_of_in_outputs(script, tmp_path, monkeypat
     (tmp_path / "mine/model").mkdir(parents=True)
     for name in ("evaluate", "evaluate_speech"):
         parsed = script(name).parse_args
-        places = {"you/model": "outputs/model", "mine/model": "mine/model", "mine/model/": "mine/model"}
+        places = {"you/model": "outputs/you--model", "mine/model": "mine/model", "mine/model/": "mine/model"}
         for named, place in places.items():
             assert report_folder(parsed(["--pretrained_model_name_or_path", named])) == Path(place)
         args = parsed(["--pretrained_model_name_or_path", "you/model", "--output_dir", "there"])

@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -230,6 +231,8 @@ def test_class_folders_are_labels_as_in_imagefolder(tmp_path):
     dataset, stock = read(tmp_path), load_dataset("imagefolder", data_dir=str(tmp_path))["train"]
     assert dataset.features["label"] == stock.features["label"]
     assert sorted(dataset["label"]) == sorted(stock["label"])
+    files = [Path(value["path"]) for value in dataset["image"]]
+    assert dataset.features["label"].int2str(dataset["label"]) == [file.parent.name for file in files]
     draw(tmp_path / "loose.png")  # now they are at several depths
     assert read(tmp_path).column_names == ["image"]
 

@@ -19,7 +19,7 @@ from diffusers_vqdit.training import image_dataset, sample_stream
 from diffusers_vqdit.training.data import load_splits, take_split
 from diffusers_vqdit.training.image_dataset import ImageDataset
 from diffusers_vqdit.training.image_stream import ImageStream
-from diffusers_vqdit.training.sample_stream import in_file
+from diffusers_vqdit.training.sample_stream import as_dataset
 from diffusers_vqdit.training.table_files import split_names, stream_identity
 
 
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_the_same_files_alone(run, shards, tmp_path, monkeypa
 def test_files_of_a_stream_in_a_file_are_those_of_the_stream():
     """Each in an Arrow batch of its own, which holds 2 GB."""
     values = [{"bytes": b"0", "path": "a"}, b"1", "b", None, {"bytes": b"2"}]
-    table = in_file([{"image": value} for value in values], "image")
+    table = as_dataset([{"image": value} for value in values], "image")
     files = [(None, None) if one is None else (one["bytes"], one["path"]) for one in table["image"]]
     assert files == [(b"0", "a"), (b"1", None), (None, "b"), (None, None), (b"2", None)]
     assert max(len(batch) for batch in table.data.to_batches()) == 1

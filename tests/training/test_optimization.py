@@ -11,6 +11,8 @@ def test_decay_is_for_matrices_only(transformer):
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     names = {id(p): name for name, p in transformer.named_parameters()}
     assert all(names[id(p)].endswith("weight") and "embedding" not in names[id(p)] for p in decayed["params"])
+    assert decayed["params"] and all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim < 2 or "embedding" in names[id(p)] for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 

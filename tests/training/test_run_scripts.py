@@ -287,7 +287,7 @@ def test_a_patch_of_a_pretrained_segment_is_refused_before_anything_is_encoded(s
 
 
 # How many moments of each script:
-# `KILLS=20 python -m pytest tests/training/test_run_scripts.py -k random_moment -n 0 -s`
+# `KILLS=20 python -m pytest -m slow tests/training/test_run_scripts.py -k random_moment -n 0 -s`
 KILLS = int(os.environ.get("KILLS", 1))
 
 

@@ -307,6 +307,8 @@ def test_bad_arguments_are_named(run, tokenizers, picture_folder, tmp_path, chan
 
 def test_flags_are_frozen(script, root):
     expected = json.loads((root / "tests/training/flags.json").read_text())
+    written = {path.stem for path in (root / "training").glob("*.py") if "def parse_args" in path.read_text()}
+    assert expected.keys() == {name for name in written if not name.startswith("prepare_")}
     for name, flags in expected.items():
         module = script(name)
         required = {
@@ -316,6 +318,9 @@ def test_flags_are_frozen(script, root):
             "distill_vqdit": "--codes_dir x --pretrained_model_name_or_path x",
             "evaluate_tokenizer": "--tokenizer x",
             "train_tokenizer": "--dataset_name x",
+            "evaluate": "--pretrained_model_name_or_path x",
+            "evaluate_speech": "--pretrained_model_name_or_path x",
+            "plot_run": "--output_dir x",
         }
         args = module.parse_args(required.get(name, "").split())
         assert sorted(vars(args)) == flags, name

@@ -3,13 +3,14 @@
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from diffusers_vqdit.training.audio_data import SoundDataset
 from diffusers_vqdit.training.data import load_splits, load_training_dataset
-from diffusers_vqdit.training.folder_files import holds_files, list_files
+from diffusers_vqdit.training.folder_files import kind_of_folder, list_files
 from diffusers_vqdit.training.image_folder import PICTURES
 from diffusers_vqdit.training.sound_folder import SOUNDS
 
@@ -26,9 +27,9 @@ def test_a_folder_of_recordings_is_a_table(audio_codecs, tmp_path, caplog):
         assert table["text"] == ["two", "zero", "one"]
         assert [len(one) for one in SoundDataset(table, "audio", 1600)] == [144, 80, 112]
     assert "row 4 names '9.flac', which is no regular file there" in caplog.text
-    assert holds_files(tmp_path / "files", SOUNDS, PICTURES)
+    assert kind_of_folder(tmp_path / "files", (PICTURES, SOUNDS)) is SOUNDS
     (tmp_path / "files" / "data.parquet").write_bytes(b"")
-    assert not holds_files(tmp_path / "files", SOUNDS, PICTURES)
+    assert kind_of_folder(tmp_path / "files", (PICTURES, SOUNDS)) is None
     for name in ("train", "test"):
         audio_codecs.sound_folder(tmp_path / "splits" / name, count=2)
     assert {name: len(one) for name, one in load_splits(dataset_name=str(tmp_path / "splits")).items()} == {
@@ -43,12 +44,14 @@ def test_class_folders_are_labels_as_those_of_pictures_are(audio_codecs, tmp_pat
         audio_codecs.sound_folder(tmp_path / "classes" / name, count=1)
     splits = load_splits(dataset_name=str(tmp_path / "both"))
     assert {name: one["label"] for name, one in splits.items()} == dict.fromkeys(splits, ["high"] * 2 + ["low"] * 2)
-    assert load_splits(dataset_name=str(tmp_path / "classes"))["train"]["label"] == ["high", "low"]
+    table = load_splits(dataset_name=str(tmp_path / "classes"))["train"]
+    assert table["label"] == ["high", "low"]
+    assert [Path(value["path"]).parent.name for value in table["audio"]] == table["label"][:]
     audio_codecs.sound_folder(tmp_path / "classes", count=1)  # not of one depth
     assert load_splits(dataset_name=str(tmp_path / "classes"))["train"].column_names == ["audio"]
 
 
-def test_each_folder_is_read_once(tmp_path, monkeypatch):
+def test_each_folder_is_listed_once(tmp_path, monkeypatch):
     places = [tmp_path / "files", tmp_path / "files" / "b", tmp_path / "files" / "b" / "c"]
     hidden = tmp_path / "files" / ".hidden"
     for place in (*places, hidden):
@@ -97,16 +100,42 @@ def test_what_is_left_out_is_told_as_of_pictures(audio_codecs, tmp_path, caplog)
         load_splits(dataset_name=str(folder))
 
 
-@pytest.mark.parametrize(("pictures", "named", "column"), [(1, "", "audio"), (4, "", "image"), (4, "0.flac", "audio")])
-def test_of_a_folder_with_both_there_are_the_more_or_what_its_metadata_name(
-    audio_codecs, tmp_path, pictures, named, column
+@pytest.mark.parametrize(
+    ("pictures", "named", "asked", "column"),
+    [
+        (1, "", "", "audio"),
+        (4, "", "", "image"),
+        (3, "", "", "image"),
+        (4, "0.flac", "", "audio"),
+        (1, "0.png", "", "image"),
+        (1, "", "image", "image"),
+        (4, "", "audio", "audio"),
+        (1, "0.flac", "image", None),
+    ],
+)
+def test_a_folder_with_both_is_of_what_is_asked_for_or_its_metadata_name_or_of_the_more(
+    audio_codecs, tmp_path, pictures, named, asked, column
 ):
     folder = audio_codecs.sound_folder(tmp_path / "files", count=3)
     for number in range(pictures):
         Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
     if named:
         (folder / "metadata.csv").write_text(f"file_name,text\n{named},one\n")
-    assert load_splits(dataset_name=str(folder))["train"].column_names[0] == column
+    audio_codecs.sound_folder(folder / "clips", count=1)
+    (folder / "clips/metadata.csv").write_text("file_name,text\n0.flac,one\n" if named else "file_name,text\n")
+    if not named:
+        (folder / "clips/metadata.csv").unlink()
+        (folder / "clips/0.flac").unlink()
+    splits = load_splits(dataset_name=str(folder), columns=[asked] * bool(asked))
+    assert splits["train"].column_names[0] == (column or "image")
+
+
+def test_recordings_may_lie_behind_links(audio_codecs, tmp_path):
+    audio_codecs.sound_folder(tmp_path / "elsewhere", count=2)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "files/again").symlink_to(tmp_path / "files")  # without an end
+    assert len(load_splits(dataset_name=str(tmp_path / "files"))["train"]) == 2
 
 
 @pytest.mark.parametrize("name", ["clips/0.flac", ".\\clips\\0.flac"])

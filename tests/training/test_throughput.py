@@ -14,7 +14,8 @@ def test_pauses_and_steps_long_past_do_not_count(monkeypatch):
             now += 0.5 if step > 8 else 5.0  # the first steps compile
             meter.add(3)
         speed = meter.end_step()
-        assert speed == pytest.approx(6.0 if step >= 12 else 0.6 if step <= 8 else speed)
+        fast = min(max(step - 8, 0), 4)  # of the last four steps, at most
+        assert speed == pytest.approx(6 * min(step, 4) / (fast * 1 + (min(step, 4) - fast) * 10))
         now += 60.0  # validation
         meter.go_on()
 

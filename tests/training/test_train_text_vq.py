@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 
 from diffusers_vqdit import TextVQModel
@@ -86,7 +87,7 @@ def test_validation_measures_a_few_rows(script, tmp_path, monkeypatch, asked, tr
 
 
 @pytest.mark.parametrize("options", [{}, {"downsample_factor": 2, "quantizer_type": "rvq", "num_quantizers": 2}])
-def test_figures_of_a_text_tokenizer_are_those_of_its_captions_in_any_batches(tokenizer, options):
+def test_figures_of_a_text_tokenizer_are_those_of_its_captions_in_any_batches(tokenizer, options, monkeypatch):
     model = TextVQModel(
         vocab_size=len(tokenizer),
         max_length=12,
@@ -100,6 +101,13 @@ def test_figures_of_a_text_tokenizer_are_those_of_its_captions_in_any_batches(to
     figures = measure_text_tokenizer(model, tokenizer, captions)
     assert figures == measure_text_tokenizer(model, tokenizer, captions, batch_size=2)
     assert figures["count"] == 4 and figures["exact_text"] == figures["exact_text_zh"] == 0  # it is untrained
+    written = [tokenizer(text, padding="max_length", max_length=12).input_ids for text in ("a red apple", "", "grey")]
+    written += [tokenizer("红苹果", padding="max_length", max_length=12).input_ids]
+    rows = iter(written)
+    monkeypatch.setattr(model, "decode_codes", lambda codes: F.one_hot(torch.tensor([next(rows)]), len(tokenizer)))
+    spelled = {"text": ["a  red apple ", "green box", "grey"], "text_zh": ["红苹果"]}  # as the normaliser doesn't
+    found = measure_text_tokenizer(model, tokenizer, spelled, batch_size=1)
+    assert found["exact_text"] == pytest.approx(2 / 3) and found["exact_text_zh"] == 1
     levels, codes = len(model.quantizers), []
     for text in [text for texts in captions.values() for text in texts]:
         batch = tokenizer(text, padding="max_length", max_length=12, return_tensors="pt")

@@ -204,7 +204,8 @@ def test_broken_pictures_of_every_format_are_read_or_refused_at_once(tmp_path):
             assert picture.shape == (3, 16, 16) and picture.abs().max() <= 1
             counts["read"] += 1
         except ValueError as error:
-            assert "picture" in str(error) or "image" in str(error)
+            said = str(error).replace(str(tmp_path), "")
+            assert "picture" in said or "image" in said
             counts["refused"] += 1
         slowest = max(slowest, time.process_time() - started)
     print(f"200 broken pictures of {len(whole)} formats: {counts}, slowest {slowest:.3f} s")
