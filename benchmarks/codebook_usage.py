@@ -104,7 +104,8 @@ def crops_of(files: list[Path], resolution: int, count: int, seed: int) -> torch
 
 
 def foreign_quantizer(options: dict) -> Foreign | None:
-    """vector-quantize-pytorch's quantizer with options like ours; None where it has none or isn't installed."""
+    """vector-quantize-pytorch's quantizer with options like ours, but for its own way to restart codes; None where it
+    has none or isn't installed."""
     try:
         import vector_quantize_pytorch as theirs
     except ImportError:
@@ -117,7 +118,7 @@ def foreign_quantizer(options: dict) -> Foreign | None:
         codes,
         commitment_weight=options["beta"],
         decay=0.99,
-        use_cosine_sim=True,
+        use_cosine_sim=options["codebook_norm"] == "l2",
         kmeans_init=True,
         threshold_ema_dead_code=2,
         rotation_trick=options["gradient_estimator"] == "rotation",

@@ -104,8 +104,10 @@ def schedulers(pipeline: DiffusionPipeline) -> dict[str, Any]:
         }
     # A learned variance is for ancestral sampling; the others don't take it.
     fixed = {"variance_type": "fixed_small"} if config.get("variance_type", "").startswith("learned") else {}
+    own_first = sorted(DIFFUSION, key=lambda name: DIFFUSION[name] is not type(pipeline.scheduler))
     return {
-        name: kind.from_config(config, **({} if kind is DDPMScheduler else fixed)) for name, kind in DIFFUSION.items()
+        name: DIFFUSION[name].from_config(config, **({} if DIFFUSION[name] is DDPMScheduler else fixed))
+        for name in own_first
     }
 
 
@@ -155,13 +157,13 @@ def measure(checkpoint: str, args: argparse.Namespace) -> list[dict]:
         return [one == label for one, label in zip(found, labels, strict=True)]
 
     fitting = schedulers(pipeline)
+    own = next(iter(fitting))
     names = list(pipeline.labels if latent else pipeline.config.labels)
     labels = [names[i % len(names)] for i in range(args.num_samples)]  # in turn, as in training/evaluate.py
     for scheduler in fitting:
         for steps in args.num_inference_steps:
             record(CAPTIONS, scheduler, steps, "prompt", data.texts(data.train), shows(data.train))
         record(LABELS, scheduler, most, "class_labels", labels, has_label)
-    own = next(iter(fitting))
     record(COMPOSITIONS, own, most, "prompt", data.texts(data.composition), shows(data.composition))
     return results
 

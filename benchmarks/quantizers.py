@@ -76,7 +76,8 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[dict, Callable[[], Q
     ours = {
         "vq": {**codebook, **ema},
         "vq, rotation trick": {**codebook, **ema, "gradient_estimator": "rotation"},
-        # Theirs restarts all codes below twice the uniform share; ours takes shares below 1, and by default a tenth.
+        # Theirs restarts all codes that fewer than two vectors a batch have on average, as its README advises: at
+        # batch 16 twice the uniform share; ours takes shares below 1, and by default a tenth.
         "rvq, two codes": {
             **{**codebook, **ema, "codebook_norm": "none", "restart_threshold": 0.5},
             **{"quantizer_type": "rvq", "num_quantizers": 2},

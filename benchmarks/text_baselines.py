@@ -129,6 +129,7 @@ def equal_gpt2(pipe: VQDiTPipeline, longest: int) -> GPT2LMHeadModel:
                 n_embd=transformer.inner_dim,
                 n_layer=layers,
                 n_head=transformer.config.num_attention_heads,
+                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), transformer.config.dropout),
                 bos_token_id=end,
                 eos_token_id=end,
             )

@@ -54,7 +54,7 @@ def sample_ours(transformer: VQDiTTransformer2DModel, text: torch.Tensor, device
         if once:
             logits = transformer({"image": codes}, prefix=prefix, with_unconditional=True, **options).sample["image"]
         else:
-            logits = two_passes(transformer, {"image": codes}, prefix)["image"]
+            logits = two_passes(transformer, {"image": codes}, prefix, **options)["image"]
         conditional, free = logits.chunk(2)
         logits = torch.lerp(free, conditional, GUIDANCE)
         codes = scheduler.step(logits, timestep, codes.flatten(1), generator=generator).prev_sample.view_as(codes)

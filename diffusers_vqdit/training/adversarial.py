@@ -92,7 +92,8 @@ class Adversary:
         unwrap(self.discriminator).requires_grad_(True)
         weight = self.args.adversarial_weight
         if last_layer is not None:
-            logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer)
+            scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+            logs["adaptive_weight"] = adaptive_weight(reconstruction, logs["generator"], last_layer, scale=scale)
             weight = weight * logs["adaptive_weight"]
         return weight * logs["generator"], logs
 

@@ -4,10 +4,12 @@ import argparse
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..pipelines.frozen_encoders import pixel_size
 from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
 from .image_dataset import ImageDataset
 from .latent_loss import AlignmentProjector, patch_features
@@ -36,16 +38,25 @@ def cache_features(
 
     def encode(pictures: torch.Tensor) -> torch.Tensor:
         both = [pictures, pictures.flip(-1)][: 2 if args.random_flip else 1]
-        inputs = [processor(images=list(one), return_tensors="pt").pixel_values.to(device) for one in both]
+        inputs = [encoder_inputs(encoder, processor, one).to(device) for one in both]
         return torch.stack([patch_features(encoder, one, (grid, grid)).half().cpu() for one in inputs], dim=1)
 
     if images.pictures is not None:
         return torch.cat([encode(part) for part in tqdm(images.pictures.split(64), desc="Features")])
     identity = {name: str(value) for name, value in images.identity().items()}
     identity |= {"resolution": str(images.resolution), "grid": str(grid), "random_flip": str(args.random_flip)}
-    identity |= {"encoder": model_fingerprint(encoder), "processor": tokenizer_fingerprint(processor)}
+    identity |= {"encoder": model_fingerprint(encoder), "processor": tokenizer_fingerprint(processor), "of": "whole"}
     path, workers = args.output_dir / FEATURES_FILE, args.dataloader_num_workers
     return encode_pictures(images, encode, path, "features", identity, num_workers=workers).tensor
+
+
+def encoder_inputs(encoder: Any, processor: Any, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W), uint8, as the encoder takes them, whole: the processors of many, DINOv2's among them,
+    would cut off the borders, and the features be of other places than the latents."""
+    size = pixel_size(encoder, processor)
+    pixels = F.interpolate(pictures.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+    ready = {"do_resize": False, "do_center_crop": False, "do_rescale": False}
+    return processor(images=list(pixels), return_tensors="pt", **ready).pixel_values
 
 
 class AlignedTransformer(torch.nn.Module):

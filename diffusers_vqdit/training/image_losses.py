@@ -253,15 +253,26 @@ def _check_kind(kind: str) -> str:
 
 
 def adaptive_weight(
-    reconstruction: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, maximum: float = 1e4
+    reconstruction: torch.Tensor,
+    adversarial: torch.Tensor,
+    last_layer: torch.Tensor,
+    maximum: float = 1e4,
+    *,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """|d reconstruction / d L| / (|d adversarial / d L| + 1e-4) for the decoder's last layer L, without a gradient
     (Esser et al. 2021, eq. 7): with it both losses pull that layer alike. The gradients are means over the processes,
-    so that all have the same weight."""
-    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    wanted, given = mean_over_processes(torch.stack([wanted.float(), given.float()])).unbind()
-    return (wanted.norm() / (given.norm() + 1e-4)).clamp(0, maximum).detach()
+    so that all have the same weight.
+
+    Args:
+        scale: of the losses while their gradients are taken, which in float16 would be rounded to 0 without. Where
+            they overflow, the weight is 0.
+    """
+    (wanted,) = torch.autograd.grad(reconstruction * scale, last_layer, retain_graph=True)
+    (given,) = torch.autograd.grad(adversarial * scale, last_layer, retain_graph=True)
+    wanted, given = mean_over_processes(torch.stack([wanted.float(), given.float()]) / scale).unbind()
+    weight = wanted.norm() / (given.norm() + 1e-4)
+    return torch.where(torch.isfinite(wanted.norm() + given.norm()), weight, 0.0).clamp(0, maximum).detach()
 
 
 class LeCam(nn.Module):

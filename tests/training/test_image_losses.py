@@ -123,6 +123,23 @@ def test_adaptive_weight_makes_both_gradients_alike():
     weight = adaptive_weight(reconstruction, adversarial, layer)
     torch.testing.assert_close(weight, (18 * layer).norm().detach() / (0.5 * 5**0.5 + 1e-4))
     assert not weight.requires_grad
+    torch.testing.assert_close(adaptive_weight(reconstruction, adversarial, layer, scale=2.0**16), weight)
+
+
+def test_adaptive_weight_is_that_of_float32_where_gradients_are_small():
+    """As those of a mean over many pixels, which float16 rounds to 0."""
+    torch.manual_seed(0)
+    layer, states, direction = torch.randn(4, 4), torch.randn(64, 4), torch.randn(4)
+
+    def weight(dtype, **options):
+        own = layer.to(dtype).requires_grad_()
+        made = (states.to(dtype) @ own).float()
+        return adaptive_weight(1e-9 * made.square().sum(), 1e-9 * (made @ direction).sum(), own, **options)
+
+    right = weight(torch.float32, scale=2.0**16)
+    assert weight(torch.float16) == 0  # the gradients are gone
+    assert weight(torch.float16, scale=2.0**30) == pytest.approx(float(right), rel=0.01)
+    assert weight(torch.float16, scale=2.0**60) == 0  # they overflow
 
 
 def test_lecam_is_zero_where_the_logits_do_not_part():

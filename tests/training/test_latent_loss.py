@@ -2,14 +2,17 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from torch.distributions import Normal, kl_divergence
+from transformers import BitImageProcessor
 
 from diffusers_vqdit import VQDiTTransformer2DModel
+from diffusers_vqdit.training.alignment import encoder_inputs
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.latent_loss import (
     alignment_loss,
@@ -209,3 +212,17 @@ def test_features_on_another_grid_are_interpolated():
 
     left, right = patch_features(encoder, torch.randn(1, 3, 16, 16), (2, 2))[0, :2, 0].tolist()
     assert left + right == pytest.approx(3) and 0 < left < 1 < 2 < right < 3
+
+
+def test_features_are_of_the_whole_picture():
+    """Not of the middle alone, which DINOv2's processor cuts out."""
+    processor = BitImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, do_center_crop=True
+    )
+    encoder = SimpleNamespace(config=SimpleNamespace(image_size=28))
+    pictures = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    pictures[:, :, :3], pictures[:, :, :, -3:] = 255, 255
+    found = encoder_inputs(encoder, processor, pictures)
+    assert found.shape == (2, 3, 28, 28)
+    assert (found[:, :, 0] > found.mean()).all() and (found[:, :, :, -1] > found.mean()).all()
+    assert (found[:, :, 14, 14] < found.mean()).all()

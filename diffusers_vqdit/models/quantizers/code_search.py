@@ -1,5 +1,8 @@
 """The search for the best code of each vector: exact, in float32, never all scores at once; and for rows apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -36,10 +39,10 @@ def search_rows(vectors: torch.Tensor, num_codes: int) -> int:
 def best_codes(vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tensor | None = None) -> torch.LongTensor:
     """Index (N,) of the row c of the codebook (K, D) with the largest z.c + offset for each vector z (N, D).
 
-    The search runs in float32 whatever the input (bfloat16 would flip some 3 % of the codes), a few rows at a time;
-    ties go to the lowest index.
+    The search runs in float32 whatever the input (bfloat16 would flip some 3 % of the codes) and whether or not TF32
+    is allowed, a few rows at a time; ties go to the lowest index.
     """
-    with torch.autocast(device_type=vectors.device.type, enabled=False):
+    with torch.autocast(device_type=vectors.device.type, enabled=False), _without_tf32():
         codebook = codebook.detach().float()
         offset = codebook.new_zeros(len(codebook)) if offset is None else offset.detach().float()
         rows = search_rows(vectors, len(codebook))
@@ -47,6 +50,19 @@ def best_codes(vectors: torch.Tensor, codebook: torch.Tensor, offset: torch.Tens
             first_largest(torch.addmm(offset, chunk, codebook.T)) for chunk in vectors.detach().float().split(rows)
         ]  # (rows, K) -> (rows,)
     return torch.cat(parts)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products of matrices in float32 as it is; a compiled model has what is allowed when it is compiled."""
+    allowed = not torch.compiler.is_compiling() and torch.backends.cuda.matmul.allow_tf32
+    if allowed:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.LongTensor:

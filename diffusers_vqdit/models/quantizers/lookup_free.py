@@ -54,7 +54,8 @@ class FiniteScalarQuantizer(Quantizer):
         half = (levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         bounded = half * torch.tanh(vectors.float() + torch.atanh(offset / half)) - offset
-        return bounded, bounded.detach().round()
+        rounded = bounded.detach().round()  # of a thousand levels or more the bound reaches one beyond the last
+        return bounded, torch.minimum(torch.maximum(rounded, -(levels // 2)), (levels - 1) // 2)
 
     def _codes(self, rounded: torch.Tensor) -> torch.LongTensor:
         levels, strides = self._constants(rounded.device)

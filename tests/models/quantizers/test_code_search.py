@@ -54,3 +54,22 @@ def test_scores_held_at_once_are_bounded():
             held = search_rows(torch.empty(1, dim), size) * size
             assert held <= 2**22
             assert dim > 32 or held <= max(2**18, 16 * size)
+
+
+def test_the_search_is_in_float32_where_tf32_is_allowed(monkeypatch):
+    allowed, addmm = [], torch.addmm
+
+    def spy(*args, **options):
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return addmm(*args, **options)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for outside in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = outside
+            nearest_codes(torch.randn(5, 3), torch.randn(7, 3))
+            assert torch.backends.cuda.matmul.allow_tf32 is outside
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert allowed == [False, False]

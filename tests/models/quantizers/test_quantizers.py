@@ -564,3 +564,13 @@ def test_bad_vectors_and_codes_are_named_by_all(name):
 def test_bad_levels_are_named(levels):
     with pytest.raises(ValueError, match="levels="):
         FiniteScalarQuantizer(levels)
+
+
+@pytest.mark.parametrize("levels", [(1003, 3), (4096,), (2**16, 3)])
+def test_fsq_of_many_levels_stays_within_them(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    far = torch.tensor([[9.0], [-9.0], [0.3]]).expand(3, len(levels)) * torch.tensor([1.0, -1.0][: len(levels)])
+    codes = quantizer.encode(far)
+    assert 0 <= codes.min() and codes.max() < math.prod(levels)
+    assert len(set(codes[:2].tolist())) == 2
+    torch.testing.assert_close(quantizer.lookup(codes), quantizer(far).quantized)
