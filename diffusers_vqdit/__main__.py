@@ -48,7 +48,7 @@ PROMPTS = [
     ("拇指向上，中等肤色", "thumbs up, medium skin tone"),
 ]
 
-CELL, LABEL = 128, 40  # pixels: side of a picture, height of its label
+CELL, LABEL = 128, 54  # pixels: side of a picture, height of its label
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help=f"Pipeline: a folder or a Hub id; by default {STARTER.name}, to talk {TALKING_STARTER.name}.",
     )
     parser.add_argument("--prompt", nargs="+", help="Prompts to draw in place of the default ones.")
-    parser.add_argument("--say", nargs="+", help="Texts to speak, each into a WAV file, in place of drawing.")
+    parser.add_argument(
+        "--say",
+        nargs="+",
+        help="Texts to speak, each into a WAV file, in place of drawing; the starter says names of food: 'red apple'.",
+    )
     parser.add_argument("--listen", nargs="+", help="Files of sounds to write down, in place of drawing.")
     parser.add_argument("--num_inference_steps", type=positive_integer, help="By default the pipeline's own.")
     parser.add_argument("--guidance_scale", type=number(), help="By default the pipeline's own.")
@@ -78,7 +82,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def wrapped(
     text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> str:
-    """The text in lines that fit the width, two at the most."""
+    """The text in lines that fit the width, three at the most."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -86,7 +90,7 @@ def wrapped(
             lines[-1] = longer
         else:
             lines.append(word)
-    return "\n".join(lines[:2])
+    return "\n".join(lines[:3])
 
 
 def labelled_grid(pictures: list[Image.Image], labels: list[str], columns: int = 6) -> Image.Image:
