@@ -73,7 +73,7 @@ def test_the_demo_is_drawn(commands, tmp_path, monkeypatch, capsys):
     __main__.main(__main__.parse_args(commands["diffusers_vqdit.__main__"]))
     assert "vqdit_demo.png: 18 pictures" in capsys.readouterr().out
     with Image.open(tmp_path / "vqdit_demo.png") as grid:
-        assert grid.size == (6 * 128, 3 * 168)
+        assert grid.size == (6 * 128, 3 * 182)
 
 
 @pytest.mark.slow

@@ -49,4 +49,4 @@ def test_what_is_pushed_is_drawn_with(root, blocks, environment, server, tmp_pat
     assert "alice/emoji" in done.stdout and "Drew: a red apple" in done.stdout
     assert (tmp_path / "hf" / "hub" / "models--alice--emoji").is_dir()  # where the second process has it from
     with Image.open(tmp_path / "outputs/apple.png") as picture:
-        assert picture.size == (128, 168)
+        assert picture.size == (128, 182)
