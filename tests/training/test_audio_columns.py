@@ -98,5 +98,5 @@ def test_paths_and_bytes_are_the_same_sounds(audio_codecs, sound_table, tmp_path
         codes = encode(dataset, tmp_path / "codes", codec, extractor)
         whole = encode(rows, tmp_path / "whole", codec, extractor)
         assert codes.codes["sound"].equal(whole.codes["sound"])
-    with pytest.raises(ValueError, match="column 'label' of .* can't be one of Audio|none of the 8"):
+    with pytest.raises(ValueError, match="column 'label': none of the 8 sounds could be read"):
         encode_dataset(rows, tmp_path / "x", segments={"sound": SegmentColumn("audio", "label", codec, extractor)})

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -158,10 +159,10 @@ def test_no_checkpoint_runs_code(folder, file, listed):
         with pytest.raises(ValueError, match=file):
             find_checkpoint(folder, "checkpoint-6")
         return
-    try:
+    ignored = file.startswith("random")  # by accelerate, which then goes on without
+    refused = pytest.raises(pickle.UnpicklingError, match="weights_only|Weights only")
+    with nullcontext() if ignored else refused:
         load_checkpoint(trained.accelerator, find_checkpoint(folder, "checkpoint-6"), trained.states)
-    except pickle.UnpicklingError as error:
-        assert "weights_only" in str(error) or "Weights only" in str(error)
 
 
 def test_nothing_whole_is_an_error_and_nothing_at_all_a_new_run(folder, tmp_path, caplog):

@@ -19,7 +19,7 @@ from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training import evaluation_speech, tokenizer_metrics
 from diffusers_vqdit.training.caption_recogniser import CaptionRecogniser, spoken_words
 from diffusers_vqdit.training.evaluation_report import as_table
-from diffusers_vqdit.training.evaluation_speech import with_bursts, with_silence
+from diffusers_vqdit.training.evaluation_speech import SpeechMeasures, with_bursts, with_silence
 from diffusers_vqdit.training.sound_levels import levels, middle_third
 from diffusers_vqdit.utils.sounds import read_sound
 
@@ -437,3 +437,21 @@ def test_a_codec_alone_is_measured(run, audio_codecs, table, tmp_path, monkeypat
         run("evaluate_tokenizer", f"{options} --language xx")
     run("evaluate_tokenizer", options)
     assert json.loads((tmp_path / "figures.json").read_text())["count"] == 15
+
+
+def test_what_is_right_is_what_is_said_of_the_own_row():
+    measures = SpeechMeasures.__new__(SpeechMeasures)
+    measures.fields = {"text": "texts", "label": "labels", "image": "images"}
+    measures.labels = {"label": ["round", "square"]}
+    pictures = torch.eye(4).view(4, 1, 2, 2)
+    measures.data = SimpleNamespace(pictures=pictures, picture_of=[3, 0, 1, 2])
+    measures.__dict__["real"] = (2 * pictures - 1).flatten(1)
+    some = SimpleNamespace(rows=[0, 2, 3], captions=["a", "b", "c"], of=lambda name: ["round", "square", "square"])
+    right = measures._figures("text", ["a", "c", "c"], some)["exact match"]
+    assert (right["value"], right["count"]) == (2 / 3, 3)
+    labels = measures._figures("label", ["square", "square", "square"], some)
+    assert labels["right"]["value"] == labels["rows of the most frequent label"]["value"] == 2 / 3
+    drawn = pictures[[3, 2, 2]]  # the second is another's
+    assert measures._figures("image", drawn, some)["nearest picture"]["value"] == 2 / 3
+    measures.data.pictures = None
+    assert measures._figures("image", drawn, some) == {}
