@@ -356,6 +356,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid username or password.")
         return 200, {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}}
 
+    def may_write(self, repo: str) -> tuple:
+        self.repository(repo, write=True)
+        return 200, {}
+
     def create_repository(self) -> tuple:
         wanted = self.json()
         owner = wanted.get("organization") or self.user
@@ -590,6 +594,7 @@ ROUTES = [
     ("POST", "/api/repos/create", Handler.create_repository),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("GET", API, Handler.info),
+    ("GET", f"{API}/auth-check/write", Handler.may_write),
     ("GET", f"{API}/revision/{REVISION}", Handler.info),
     ("GET", f"{API}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
     ("POST", f"{API}/paths-info/{REVISION}", Handler.paths_info),

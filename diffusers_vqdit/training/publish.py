@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..pipelines.segment_base import ARGUMENTS, IMAGE
 from ..utils.arguments import hub_token as hub_token_type
@@ -45,12 +46,17 @@ def add_publishing_arguments(group: argparse._ArgumentGroup) -> None:
 
 def create_repository(args: argparse.Namespace) -> None:
     """Make the repository that a run with ``--push_to_hub`` publishes in, if it isn't there: a name that the Hub
-    refuses, or a token that may not make it, is told before the work. Whether one that is there may be written to
-    shows when it is."""
+    refuses, or a token that may not make it or write to it, is told before the work."""
     if not args.push_to_hub:
         return
     try:
-        HfApi(token=args.hub_token).create_repo(published_name(args), exist_ok=True)
+        hub = HfApi(token=args.hub_token)
+        repo_id = hub.create_repo(published_name(args), exist_ok=True).repo_id
+        try:
+            hub.auth_check(repo_id, write=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:  # The repository is there: a mirror that can't be asked for rights.
+                raise
     except Exception as error:
         if not is_transient(error):
             raise

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffusers_vqdit import ImageVQModel, TextVQModel, VQDiTLatentPipeline, VQDiTPipeline
@@ -249,6 +249,22 @@ def test_what_the_hub_refuses_is_told_before_the_work(
     with pytest.raises(HfHubHTTPError):
         module.main(module.parse_args(arguments.split()))
     assert not [*(tmp_path / "run").glob("checkpoint-*")] and name not in hub.repositories
+
+
+def test_a_repository_of_others_is_refused_before_the_work(hub, client, script, tmp_path):
+    HfApi(token="hf_bob").create_repo("bob/theirs")
+    arguments = f"--codes_dir x --image_vq x --push_to_hub --output_dir {tmp_path} --hub_model_id bob/theirs"
+    module = script("train_vqdit")
+    with pytest.raises(HfHubHTTPError, match="no right to write to bob/theirs"):
+        create_repository(module.parse_args([*arguments.split(), "--hub_token", "hf_alice"]))
+    create_repository(module.parse_args([*arguments.split(), "--hub_token", "hf_bob"]))
+
+
+def test_a_mirror_that_knows_no_rights_is_pushed_to(hub_server, hub, client, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_server, "ROUTES", [one for one in hub_server.ROUTES if "auth-check" not in one[1]])
+    arguments = f"--codes_dir x --image_vq x --push_to_hub --output_dir {tmp_path} --hub_model_id alice/mirrored"
+    create_repository(script("train_vqdit").parse_args([*arguments.split(), "--hub_token", "hf_alice"]))
+    assert "alice/mirrored" in hub.repositories and hub.count("GET", "auth-check/write", 404) == 1
 
 
 def test_a_hub_that_fails_when_a_run_begins_is_asked_again_at_its_end(hub, client, script, tmp_path, caplog):
