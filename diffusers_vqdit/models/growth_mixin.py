@@ -81,8 +81,12 @@ class GrowthMixin:
             ValueError: for an unknown segment, a shared one, one of several codebooks, or a size that isn't larger.
         """
         known = self.config.segments.get(name) if self.config.segments else None
-        if known is None or "shared_with" in known:
-            own = [n for n, segment in (self.config.segments or {}).items() if "shared_with" not in segment]
+        if known is None or {"shared_with", "channels"} & set(known):
+            own = [
+                n
+                for n, segment in (self.config.segments or {}).items()
+                if not {"shared_with", "channels"} & set(segment)
+            ]
             raise ValueError(f"name={shown(name)} must be a segment with embeddings of its own, one of {own}")
         if known.get("separate_codebooks"):
             raise ValueError(f"name={name!r} has codebooks of its own for the places in a patch, which don't grow")

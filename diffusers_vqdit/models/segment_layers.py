@@ -64,7 +64,9 @@ class StatesProjection(nn.Module):
         self.projection = PixArtAlphaTextProjection(channels, dim)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.norm(states.to(self.projection.linear_1.weight.dtype)))
+        dtype = self.projection.linear_1.weight.dtype
+        # A quantized layer's weights are integers; it casts what it takes.
+        return self.projection(self.norm(states.to(dtype) if dtype.is_floating_point else states))
 
 
 class SegmentLayers:

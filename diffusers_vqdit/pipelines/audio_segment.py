@@ -218,6 +218,12 @@ class AudioSegment(SegmentProcessor):
         if mask_image is None:
             return EncodedValue(codes)
         hop, frames = samples_per_frame(self.vq, self.beside), self.shape[0]
+        if (late := mask_image[:, frames * hop :].any(0).nonzero()).numel():
+            rate = self.beside.sampling_rate
+            raise ValueError(
+                f"mask_image asks to fill in what is at {(frames * hop + int(late[0])) / rate:.2f} s, but sounds of "
+                f"{self.name!r} end at {frames * hop / rate:.2f} s: cut the sound, or mask what comes before"
+            )
         covered = F.pad(mask_image.float(), (0, -mask_image.shape[1] % hop))
         touched = covered.unflatten(1, (-1, hop)).amax(2)[:, :frames] > 0  # (B, n)
         touched = F.pad(touched, (0, frames - touched.shape[1])).to(codes.device)

@@ -20,11 +20,28 @@ class CodingMixin:
     @abstractmethod
     def _prompt_segment(self) -> str: ...
 
+    _tokenizing_components: Any
+
     def _segment(self, name: str) -> SegmentProcessor:
         segments = self._segments
         if name not in segments:
             raise ValueError(f"this checkpoint has no segment {name!r}; it has {sorted(segments)}")
         return segments[name]
+
+    def _check_components(self, name: str, what: str) -> None:
+        components = self._tokenizing_components
+        for component in self._segment(name).needs:
+            if components.get(component) is None:
+                raise ValueError(f"{what} needs the component {component}, which is None")
+
+    def _whole_segment(self, name: str) -> SegmentProcessor:
+        """A segment with all that it needs to encode and decode.
+
+        Raises:
+            ValueError: if a component is missing.
+        """
+        self._check_components(name, f"to encode or decode {name!r}")
+        return self._segment(name)
 
     @torch.no_grad()
     def encode_prompt(
@@ -34,9 +51,9 @@ class CodingMixin:
         text encoder its states (B, n, channels) and their mask (B, n), which are ``prompt_embeds`` and
         ``prompt_attention_mask``, or those with ``negative_`` before them: an encoder takes empty texts, too. By
         default for the segment that ``prompt`` is of."""
-        one = self._segment(self._prompt_segment() if segment is None else segment)
+        one = self._whole_segment(self._prompt_segment() if segment is None else segment)
         value = one.encode_given(one.read_negative(prompt))
-        return value.codes if value.mask is None else (value.codes, value.mask)
+        return value.codes if value.mask is None or not one.given_only else (value.codes, value.mask)
 
     def encode_image(self, image: PipelineImageInput, segment: str = IMAGE) -> torch.LongTensor:
         """Codes (B, h, w) of pictures, resized to the size that the model was trained for, without distortion; where
@@ -44,16 +61,16 @@ class CodingMixin:
 
         What isn't of their aspect ratio is cropped or padded as the training did, by ``resize_mode`` of the config.
         """
-        return self._segment(segment).encode(image)
+        return self._whole_segment(segment).encode(image)
 
     def encode_label(self, class_labels: list[int | str], segment: str = LABEL) -> torch.LongTensor:
         """Codes (B, 1) of labels, given by number or by name."""
-        return self._segment(segment).encode(class_labels)
+        return self._whole_segment(segment).encode(class_labels)
 
     @torch.no_grad()
     def decode_image(self, codes: torch.LongTensor, output_type: str = "pil", segment: str = IMAGE) -> Any:
         """Pictures of codes (B, h, w), as ``"pil"``, ``"np"`` or ``"pt"``."""
-        return self._segment(segment).decode(codes, output_type)
+        return self._whole_segment(segment).decode(codes, output_type)
 
     def decode_text(
         self,
@@ -63,9 +80,9 @@ class CodingMixin:
         segment: str = TEXT,
     ) -> list[str]:
         """Strings of codes (B, L); with `tokens` (B, T) in place of the decoded ones where they are `known` (B, T)."""
-        texts: Any = self._segment(segment)
+        texts: Any = self._whole_segment(segment)
         return texts.decode(codes, tokens=tokens, known=known)
 
     def decode_label(self, codes: torch.LongTensor, segment: str = LABEL) -> list[str]:
         """Names of label codes (B, 1); their numbers where the checkpoint has no names."""
-        return self._segment(segment).decode(codes)
+        return self._whole_segment(segment).decode(codes)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils import deprecate
 
+from ..models.segment_layers import segment_patch
 from ..schedulers.samplers import check_device
 from ..schedulers.scheduling_masked_diffusion import check_temperature
 from ..tasks import Task, check_task
@@ -273,6 +274,12 @@ class InputsMixin(PromptMixin, SizesMixin):
                     f"output={name!r}"
                 )
         task = Task(tuple(name for name in passed if name not in generated), tuple(generated))
+        known = self.transformer.config.tasks
+        if strength is not None and known and (finds := str(Task(task.given, tuple(repainted)))) not in known:
+            raise ValueError(
+                f"strength={strength} finds what to redraw by {finds!r}, which this checkpoint doesn't know; "
+                "mask_image says it instead"
+            )
         # What comes out as codes needs no tokenizer, unless it is partly known, and ready states or codes no encoder.
         latent = output_type == "latent"
         tokenized = self._tokenized(passed, passed if latent else task.segments)
@@ -337,12 +344,6 @@ class InputsMixin(PromptMixin, SizesMixin):
         for name in task.segments if tokenized is None else tokenized:
             self._check_components(name, f"the task {str(task)!r}")
 
-    def _check_components(self, name: str, what: str) -> None:
-        components = self._tokenizing_components
-        for component in self._segment(name).needs:
-            if components.get(component) is None:
-                raise ValueError(f"{what} needs the component {component}, which is None")
-
     def prepare_latents(
         self,
         task: Task,
@@ -376,6 +377,10 @@ class InputsMixin(PromptMixin, SizesMixin):
                 wanted = f"({batch_size}, n), n any length from 1 on"
                 shape = tuple(value.shape[1:]) if value.ndim == 2 else shape
             fits = value.ndim == 1 + len(shape) and len(value) == batch_size and value.numel() > 0
+            if fits and "block_length" not in segments[name]:
+                own, patch = value.shape[1:], segment_patch(segments, name)
+                fits = own == shape or self._segment(name).any_shape
+                fits = fits and all(n % p == 0 for n, p in zip(own, patch, strict=True))
             if value.dtype != torch.int64 or not fits:
                 raise ValueError(
                     f"latents of {name!r} must be int64 codes of shape {wanted}, {size} where unknown; got "

@@ -16,13 +16,19 @@ def names_by_code(names: Any) -> list[str]:
     """Names of labels in the order of their codes, from a list of them or, as they are saved, a dict by code.
 
     Raises:
-        ValueError: if they are something else.
+        ValueError: if they are something else, or leave out a code.
     """
     if isinstance(names, dict):
         try:
-            names = [names[code] for code in sorted(names, key=int)]
+            by_code = {int(code): name for code, name in names.items()}
         except (TypeError, ValueError):
             raise ValueError(f"the names of labels={shown(names)} must be a list, or a dict by code") from None
+        if sorted(by_code) != list(range(len(by_code))):
+            raise ValueError(
+                f"the names of labels={shown(names)} must be of all codes from 0 on, and are of "
+                f"{shown(sorted(by_code))}"
+            )
+        names = [by_code[code] for code in range(len(by_code))]
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"the names of labels={shown(names)} must be a list of strings, or a dict of them by code")
     return list(names)
@@ -78,6 +84,7 @@ class LabelSegment(SegmentProcessor):
     options = ("names",)
     ndims = (1,)
     reader = LabelReader
+    any_shape = False
     noun = "label"
     output_field = "labels"
     temperature = 0.0
@@ -103,7 +110,7 @@ class LabelSegment(SegmentProcessor):
         return names_by_code(self.entry.get("names", ()))
 
     def read(self, value: Any) -> list[int]:
-        numbers = {name: self.names.index(name) for name in self.names}  # of equal names the first
+        numbers = {name: code for code, name in reversed(list(enumerate(self.names)))}  # of equal names the first
         return check_labels(self.argument, value, numbers, self.vocab_size)
 
     def encode(self, values: Any) -> torch.LongTensor:

@@ -41,23 +41,25 @@ class LatentPromptsMixin:
         self._check_encoder(max_sequence_length)
         return self._encode_texts(check_texts("prompt", prompt, self._takes_empty_texts), max_sequence_length)
 
-    def _encode_texts(self, texts: list[str], length: int | None) -> tuple[torch.Tensor, torch.BoolTensor]:
+    def _encode_texts(
+        self, texts: list[str], length: int | None, argument: str = "prompt"
+    ) -> tuple[torch.Tensor, torch.BoolTensor]:
         length = self.length_of_texts(length)
         states, mask, counts = encode_captions(
             self.text_encoder, self.tokenizer, texts, length, self._execution_device
         )
-        if warning := check_counts("prompt", texts, counts, length):
+        if warning := check_counts(argument, texts, counts, length):
             logger.warning(warning)
         return states, mask
 
     def _encode_caption(
-        self, value: list[str] | PaddedStates | None, total: int, max_sequence_length: int | None
+        self, value: list[str] | PaddedStates | None, total: int, max_sequence_length: int | None, argument: str
     ) -> VQDiTPrefix | None:
         """Texts, or their states, as a prefix of `total` samples; None where there are none."""
         if value is None:
             return None
         if not isinstance(value, PaddedStates):
-            value = PaddedStates(*self._encode_texts(value, max_sequence_length))
+            value = PaddedStates(*self._encode_texts(value, max_sequence_length, argument))
         mask = None if value.mask is None else self._repeated(value.mask, total)
         return self.transformer.encode_caption(self._repeated(value.states, total), mask)
 

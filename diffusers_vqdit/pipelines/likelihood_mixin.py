@@ -212,6 +212,7 @@ class LikelihoodMixin(InputsMixin):
                     "whatever else they are to describe"
                 )
             names = _candidates(labels)
+            segment.argument = "labels"  # for messages; segments are made anew for each call
             segment.check_whole("labels", names)
             scores = -self._candidate_nll(passed, segment, names, num_samples, batch_size, generator)
         else:

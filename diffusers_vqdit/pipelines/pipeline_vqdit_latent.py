@@ -99,6 +99,9 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         ):
             raise ValueError(f"id2label={shown(id2label)} must be a dict of names by number, such as {{0: 'cat'}}")
         names = {str(number): name for number, name in named.items()}
+        size = transformer.config.num_embeds_ada_norm
+        if beyond := [number for number in names if size is not None and int(number) >= size]:
+            raise ValueError(f"id2label={shown(id2label)} names the label {beyond[0]}; the transformer has {size}")
         self.register_to_config(id2label=names, max_sequence_length=max_sequence_length, resize_mode=resize_mode)
         self.labels = {part.strip(): int(number) for number, name in names.items() for part in name.split(",")}
         self.labels |= {name: int(number) for number, name in names.items()}  # "cat, dog" may be one name
@@ -193,7 +196,10 @@ class VQDiTLatentPipeline(LatentPromptsMixin, LatentInputsMixin, PluginPipelineM
         Both may be states already."""
         free = [self.transformer.config.num_embeds_ada_norm]
         labels = self._repeated(torch.tensor(free if numbers is None else numbers), total)
-        prefix, other = (self._encode_caption(one, total, max_sequence_length) for one in (texts, negative))
+        prefix, other = (
+            self._encode_caption(one, total, max_sequence_length, argument)
+            for one, argument in ((texts, "prompt"), (negative, "negative_prompt"))
+        )
         return labels, prefix if prefix is None or other is None else GuidedPrefix(**vars(prefix), negative=other)
 
     def _finish(self, drawn: torch.Tensor, pixels: torch.Tensor | None, mask: torch.Tensor | None, kind: str) -> Any:

@@ -33,7 +33,6 @@ class PromptMixin(CodingMixin):
 
     # The pipeline's
     _encode_inputs: Any
-    _check_components: Any
 
     def _text_states(self) -> list[str]:
         return text_states_of(self._segments)

@@ -61,7 +61,7 @@ class RetrievalMixin(InputsMixin):
             self._check_components(segment, f"a gallery of {segment} codes")
         if processor.given_only:
             raise ValueError(f"{segment!r} has states of an encoder; a gallery holds codes, and is searched by states")
-        if not processor.takes_mask or are_codes(processor, values):  # pictures are read part by part: may be many
+        if not processor.has_size or are_codes(processor, values):  # pictures are read part by part: may be many
             values = read_value(processor, values, unknown=False)
         parts, model = [], transformer_digest(self.transformer)
         for places, own, grid in self._items_by_grid(processor, values):
@@ -131,7 +131,9 @@ class RetrievalMixin(InputsMixin):
         if processor.tiled:
             return torch.cat([encode_one_each(processor, part).codes for part in parts]), None
         ready = are_codes(processor, values)
-        return torch.cat([torch.stack(part) if ready else processor.encode(part) for part in parts]), None
+        return torch.cat(
+            [torch.stack(part).to(processor.device()) if ready else processor.encode(part) for part in parts]
+        ), None
 
     def _query_segment(self, segment: str) -> str:
         """The segment that a gallery is searched by where the call doesn't say it."""
@@ -200,6 +202,8 @@ class RetrievalMixin(InputsMixin):
         top_k = min(5, len(gallery)) if top_k is None else check_integer("top_k", top_k, 1, len(gallery))
         shortlist = max(20, 2 * top_k) if shortlist is None else check_integer("shortlist", shortlist, top_k)
         processor = self._segment(gallery.query)
+        if not are_codes(processor, query) or processor.has_length:
+            self._check_components(gallery.query, f"a query by {gallery.query!r}")
         check_codes_dtype(processor, "query", query)
         processor.check_whole("query", query)
         try:

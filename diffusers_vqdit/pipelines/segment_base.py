@@ -220,6 +220,7 @@ class SegmentProcessor(ABC):
     takes_mask = False  # whether a mask says what of a value is unknown
     continues = False  # whether a value that is generated, too, is its beginning
     tiled = False  # whether a value is made of several samples
+    any_shape = True  # whether codes of other shapes than the training's can be generated
     has_size = False  # whether a value has a height and a width, which may be chosen
     has_length = False  # whether a value has a length of its own
     takes_integers = False  # whether a value may be an array of integers that are no codes

@@ -65,6 +65,12 @@ class SizesMixin:
             self._check_components(name, shown_sizes)
             patch = segment_patch(self.transformer.config.segments, name)
             shapes[name] = segments[name].shape_of(height, width, patch)
+            known = passed.get(name, [])
+            if name in task.generated and are_codes(segments[name], known) and known[0].shape != shapes[name]:
+                raise ValueError(
+                    f"{segments[name].argument} has codes of shape {tuple(known[0].shape)}, but {shown_sizes} ask for "
+                    f"{shapes[name]} each; give one of the two"
+                )
         return shapes
 
     def _bucket_shapes(self, task: Task, passed: dict[str, list], latents: Codes | None) -> dict[str, tuple[int, ...]]:

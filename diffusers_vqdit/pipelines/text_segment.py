@@ -67,6 +67,7 @@ class TextSegment(SegmentProcessor):
     tokenizer_alone = "tokenizer"
     named_beside: str | None = "tokenizer"
     reader = TextReader
+    any_shape = False
     noun = "text"
     output_field = "texts"
     num_inference_steps = None  # its codes hang together more than a picture's
@@ -113,7 +114,7 @@ class TextSegment(SegmentProcessor):
 
     @property
     def blank(self) -> str | None:
-        return getattr(self.beside, "mask_token", None)
+        return getattr(self.components.get(self.needs[1]), "mask_token", None)
 
     def infill(self, texts: list[str]) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
         """What texts with blanks tell of a generated text.

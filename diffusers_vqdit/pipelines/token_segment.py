@@ -168,8 +168,9 @@ class TokenSegment(TextSegment):
         return end_token_id(self.vq)
 
     @property
-    def blank(self) -> str:
-        return blank_of(self.vq)
+    def blank(self) -> str | None:
+        tokenizer = self.components.get(self.needs[0])
+        return None if tokenizer is None else blank_of(tokenizer)
 
     def ids_of(self, values: Any) -> list[list[int]]:
         """The token ids of texts, without an end. Texts longer than those trained on are told of."""

@@ -112,6 +112,29 @@ def test_a_config_that_does_not_fit_is_named(segment, tasks, message):
         VQDiTTransformer2DModel(**{**CONFIG, "segments": {**SEGMENTS, "prompt": segment}, "tasks": tasks})
 
 
+def test_states_have_no_vocabulary_to_grow(model):
+    with pytest.raises(ValueError, match="name='prompt' must be a segment with embeddings of its own, one of"):
+        model.with_vocab_size("prompt", 99)
+
+
+def test_states_meet_a_quantized_projection_as_they_are(model, image):
+    """Its weights are integers, which states are not to become."""
+
+    class Quantized(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight = layer, torch.zeros(1, dtype=torch.uint8)
+
+        def forward(self, states):
+            return self.layer(states)
+
+    given = {"prompt": torch.randn(3, 5, 12)}
+    whole = model(image, given=given).sample["image"]
+    projection = model.proj_in["prompt"].projection
+    projection.linear_1 = Quantized(projection.linear_1)
+    assert torch.equal(model(image, given=given).sample["image"], whole)
+
+
 def test_states_are_never_generated(model):
     with pytest.raises(ValueError, match="never generated"):
         model({"prompt": torch.randn(3, 9, 12)})

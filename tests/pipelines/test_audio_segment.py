@@ -195,6 +195,22 @@ def test_what_is_no_mask_is_refused(pipe, mask, message):
         pipe(inputs={"sound": [np.zeros(50, np.float32)] * 2}, output="sound", mask_image=mask)
 
 
+def test_a_mask_beyond_the_longest_sound_is_refused(pipe):
+    hop = LENGTH // FRAMES
+    sound = np.random.default_rng(0).standard_normal(hop * (FRAMES + 4)).astype(np.float32) / 10
+    mask = np.zeros(len(sound))
+    mask[hop * (FRAMES + 1) :] = 1
+    message = f"at {hop * (FRAMES + 1) / RATE:.2f} s, but sounds of 'sound' end at {hop * FRAMES / RATE:.2f} s"
+    with pytest.raises(ValueError, match=message):
+        pipe(inputs={"sound": sound}, output="sound", mask_image=mask)
+
+
+def test_a_batch_of_sounds_is_a_gallery_of_as_many(pipe):
+    sounds = np.random.default_rng(0).standard_normal((3, 1, 40)).astype(np.float32)
+    gallery = pipe.index(inputs={"sound": sounds}, query="label")
+    assert len(gallery) == 3 and len(pipe.retrieve("cat", gallery, top_k=3).indices[0]) == 3
+
+
 def test_what_is_no_sound_is_refused_by_name(pipe):
     for value in (np.zeros((2, 3, 4, 5)), "gone.wav", np.array([np.nan]), 7):
         with pytest.raises(ValueError, match=r"inputs\['sound'\]: "):

@@ -325,6 +325,11 @@ def test_scores_and_candidates_of_texts_of_any_length(pipe):
     assert probabilities.shape == (1, 2) and float(probabilities.sum()) == pytest.approx(1)
 
 
+def test_codes_of_texts_of_several_lengths_are_one_tensor(pipe, words):
+    codes = pipe.encode_prompt(["once upon a time there was a king", "a"], segment="poem")
+    assert isinstance(codes, torch.Tensor) and len(codes) == 2 and codes[1, -1] == words.eos_token_id
+
+
 def test_codes_of_texts_stand_for_them_in_any_length(pipe, words):
     """A text's padding is no part of it, whichever way it comes; and what is drawn goes in again."""
     titles, poems = ["a king", "the end of a time and a king"], ["once upon a time there was", "a"]

@@ -404,6 +404,14 @@ def test_sequential_parts_run_where_the_hooks_put_them(pipeline):
         ({"output": "image+text", "latents": torch.zeros(1, 4, 4).long()}, "must be a dict with the segments"),
         ({"prompt": "x", "latents": torch.zeros(1, 16, dtype=torch.int64)}, "int64 codes of shape"),
         ({"prompt": "x", "latents": torch.zeros(1, 4, 4)}, "float32"),
+        (
+            {"image": torch.zeros(1, 3, 16, 16), "latents": torch.zeros(1, 7).long()},
+            r"latents of 'text' .* shape \(1, \d+\)",
+        ),
+        (
+            {"prompt": "x", "image": torch.full((1, 4, 4), 32), "output": "image", "height": 24, "width": 16},
+            r"image has codes of shape \(4, 4\), but height=24 and width=16 ask for \(6, 4\)",
+        ),
         ({"prompt": "x", "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
         ({"prompt": "x", "callback_on_step_end_tensor_inputs": "latents"}, "must be a list from"),
     ],

@@ -192,6 +192,21 @@ def draw(pipe, *args, **options):
     return pipe(*args, **{**defaults, **options}).images
 
 
+def test_names_of_labels_that_the_transformer_lacks_are_refused(pipe):
+    parts = (pipe.transformer, pipe.vae, pipe.scheduler)
+    with pytest.raises(ValueError, match=r"id2label=.* names the label 3; the transformer has 3"):
+        VQDiTLatentPipeline(*parts, id2label={2: "dot", 3: "line"})
+
+
+def test_what_is_cut_is_told_by_its_argument(pipe, caplog):
+    for options, argument in ((("a " * 40,), "prompt"), (("a", None, None), "negative_prompt")):
+        caplog.clear()
+        negative = {"negative_prompt": "a " * 40} if argument == "negative_prompt" else {}
+        with caplog.at_level("WARNING", "diffusers_vqdit"):
+            draw(pipe, options[0], guidance_scale=2.0, num_inference_steps=1, **negative)
+        assert f"1 texts of {argument} have" in caplog.text
+
+
 def test_each_condition_counts(pipe):
     free = draw(pipe, output_type="latent")
     drawn = {

@@ -223,6 +223,8 @@ def test_an_entry_may_tell_an_old_name_anew(image_vq, text_vq, tokenizer):
         ({"style": {"modality": "label", "names": ["a"] * 4}}, "are 4, but the transformer has 3 codes"),
         ({"style": {"modality": "label", "names": [1, 2]}}, r"names of labels=\[1, 2\] must be a list of strings"),
         ({"style": {"modality": "label", "names": {"a": "b"}}}, "must be a list, or a dict by code"),
+        ({"style": {"modality": "label", "names": {0: "a", 2: "b"}}}, r"of all codes from 0 on, and are of \[0, 2\]"),
+        ({"style": {"modality": "label", "names": {"1": "a"}}}, r"of all codes from 0 on, and are of \[1\]"),
     ],
 )
 def test_entries_that_do_not_fit_are_named(image_vq, text_vq, tokenizer, segments, message):
@@ -259,6 +261,45 @@ def test_a_container_that_is_left_out_is_missed_at_use_only(image_vq, text_vq, t
     assert pipe(output="sketch", num_inference_steps=1, output_type="latent").segments["sketch"].shape == (1, 4, 4)
     with pytest.raises(ValueError, match="needs the component own, which is None"):
         pipe(output="sketch", num_inference_steps=1)
+
+
+def test_a_text_without_its_tokenizer_is_missed_by_name(image_vq, text_vq, tokenizer):
+    several = MultiTokenizerModel({"own": text_vq}, {"own": tokenizer})
+    own = {"document": {"modality": "text", "tokenizer": "own"}, "summary": {"modality": "text"}}
+    pipe = make(image_vq, text_vq, tokenizer, segments=own, segment_tokenizers=several)
+    pipe.segment_tokenizers = None
+    for use in (lambda: pipe(inputs={"document": "a dot"}), lambda: pipe.encode_prompt(["a"], segment="document")):
+        with pytest.raises(ValueError, match="needs the component own, which is None"):
+            use()
+
+
+def test_pictures_without_their_tokenizer_are_missed_by_name(pipe):
+    gallery = pipe.index(inputs={"style": ["flat", "bold"]}, query="sketch")
+    pipe.image_vq = None
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    for use in (
+        lambda: pipe.retrieve(PICTURE, gallery),
+        lambda: pipe.encode_image(PICTURE, segment="sketch"),
+        lambda: pipe.decode_image(codes, segment="sketch"),
+    ):
+        with pytest.raises(ValueError, match="needs the component image_vq, which is None"):
+            use()
+    assert pipe.retrieve(codes, gallery).indices.shape == (1, 2)
+    assert pipe.encode_label(["bold"], segment="style").tolist() == [[2]]
+
+
+def test_a_strength_is_refused_where_the_task_that_ranks_codes_is_unknown(image_vq, text_vq, tokenizer):
+    pipe = make(image_vq, text_vq, tokenizer, tasks=["->sketch+style", "sketch->style"], segments=SEGMENTS)
+    call = {"inputs": {"sketch": PICTURE}, "output": "sketch+style", "num_inference_steps": 1}
+    assert pipe(**call, mask_image=MASK).segments["style"]
+    with pytest.raises(ValueError, match="strength=0.5 finds what to redraw by '->sketch', which .*mask_image"):
+        pipe(**call, strength=0.5)
+
+
+def test_long_candidates_are_told_by_their_argument(pipe, caplog):
+    with caplog.at_level("WARNING", "diffusers_vqdit"):
+        pipe.classify(inputs={"document": "a"}, labels=["a " * 40, "the " * 40], output="summary", num_samples=1)
+    assert "of labels have more than" in caplog.text
 
 
 def test_codes_that_are_none_are_not_decoded(pipe):
