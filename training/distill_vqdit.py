@@ -201,7 +201,7 @@ def run_identity(
     }
 
 
-def num_rounds(args: argparse.Namespace, max_steps: int) -> int:
+def num_rounds(args: argparse.Namespace, max_steps: float) -> int:
     """How often the teacher's steps are halved.
 
     Raises:
@@ -218,6 +218,8 @@ def num_rounds(args: argparse.Namespace, max_steps: int) -> int:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Teacher, tasks, codes
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    num_rounds(args, args.max_train_steps or math.inf)  # too few are told before the work
     pipeline = VQDiTPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
     )
@@ -251,7 +253,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             check_drawable(build_pipeline(whole), "prompt", "validation_prompts", args.validation_prompts)
 
     # 3. Resume
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     measures = run.begin(checkpoint, identity=identity, args=args, states={"ema": ema, "teacher": teacher})
     setup.start_trackers(args, accelerator, PROJECT)
 

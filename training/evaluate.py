@@ -29,6 +29,7 @@ from functools import partial
 
 from diffusers_vqdit import VQDiTPipeline
 from diffusers_vqdit.models.segment_layers import segment_patch
+from diffusers_vqdit.tasks import Task
 from diffusers_vqdit.training.evaluation import (
     CAPTIONS,
     EmojiData,
@@ -195,7 +196,13 @@ def main(args: argparse.Namespace) -> None:
     if args.features is not None:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
     resolution = side * pipeline.image_vq.downsample_factor
-    data = EmojiData.load(pipeline.image_vq, resolution, args, judge, pipeline.config.resize_mode, args.max_samples)
+    mode, known = pipeline.config.resize_mode, [Task.parse(task) for task in pipeline.transformer.config.tasks]
+    labels = [
+        name
+        for name, read in (("label->image", "given"), ("classification", "generated"))
+        if name in args.tasks and any(roles.label in getattr(task, read) for task in known)
+    ]
+    data = EmojiData.load(pipeline.image_vq, resolution, args, judge, mode, args.max_samples, labels)
     for size in args.sizes or ():
         counts = {"count": len(data.pictures), "drawn": max(len(data.train), len(data.composition))}
         check_room("sizes", size, pipeline.image_vq, **counts, batch_size=args.batch_size)

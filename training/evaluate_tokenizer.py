@@ -101,7 +101,7 @@ def measure_texts(args: argparse.Namespace, accelerator: Accelerator) -> dict[st
         max_samples=args.max_samples,
     )
     captions = {column: Texts([CaptionColumn(dataset, column)]) for column in args.caption_columns}
-    return measure_text_tokenizer(model, tokenizer, captions, args.batch_size)
+    return measure_text_tokenizer(model.to(accelerator.device), tokenizer, captions, args.batch_size)
 
 
 def measure_sounds(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
@@ -164,8 +164,8 @@ def measure_images(args: argparse.Namespace, accelerator: Accelerator) -> dict[s
 
 # The flags that have a say in what is measured of one kind of tokenizers alone.
 FLAGS = {
-    measure_images: ("image_column", "resolution", "features", "features_image_size"),
-    measure_texts: ("caption_columns",),
+    measure_images: ("image_column", "resolution", "features", "features_image_size", "batch_size"),
+    measure_texts: ("caption_columns", "batch_size"),
     measure_sounds: ("audio_column", "language", "recognise", "caption_columns"),
 }
 

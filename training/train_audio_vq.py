@@ -212,6 +212,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. The codec, the sounds
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, extractor = build_model(args)
     objective = audio_objective(model.to(accelerator.device), extractor, args)
     length = max(1, round(args.crop_length * objective.sampling_rate / objective.hop)) * objective.hop
@@ -232,7 +233,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "model": plain_config(unwrap(model)),
         **sounds.identity(),
     }
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     states = {"ema": ema, "lecam": adversary and adversary.lecam, "stream": sounds if args.streaming else None}
     measured = run.begin(checkpoint, identity=identity, args=args, states=states).get("validation", {})
     setup.start_trackers(args, accelerator, PROJECT)

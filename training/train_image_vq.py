@@ -21,6 +21,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -146,7 +147,8 @@ def perceptual_loss(args: argparse.Namespace) -> PerceptualLoss | None:
         return None
     if args.lpips_weights is not None:
         return PerceptualLoss.from_lpips(*args.lpips_weights)
-    return PerceptualLoss(BackboneFeatures.from_pretrained(args.perceptual_backbone, args.perceptual_image_size))
+    name, size = args.perceptual_backbone, args.perceptual_image_size
+    return PerceptualLoss(BackboneFeatures.from_pretrained(name, size, cache_dir=args.cache_dir))
 
 
 def build_model(args: argparse.Namespace) -> ImageVQModel:
@@ -175,6 +177,9 @@ def build_model(args: argparse.Namespace) -> ImageVQModel:
         # The quantizer, whose statistics and restarts break graphs, stays as it is.
         model.encoder.compile()
         model.decoder.compile()
+        if args.adaptive_weight:
+            # It takes gradients of the graph that the loss's are taken of later, which must not be freed by then.
+            torch._functorch.config.donated_buffer = False
     return model
 
 
@@ -247,6 +252,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Models, pictures
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model = build_model(args)
     check_resolution(args.resolution, model.downsample_factor)
     pictures, held_out = load_images(args, model.config.in_channels)
@@ -254,7 +260,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     perceptual = perceptual_loss(args)
 
     # 2. Optimizers and learning rates
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     default = tokenizer_learning_rate(model.config.block_out_channels, model.num_codes)
     setup.set_default(args, "learning_rate", checkpoint, default)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(

@@ -28,13 +28,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_vqdit import VQDiTLatentPipeline, VQDiTTransformer2DModel
 from diffusers_vqdit.pipelines.frozen_encoders import check_sequence_length, load_text_encoder
 from diffusers_vqdit.schedulers.samplers import uniform
 from diffusers_vqdit.training import setup
-from diffusers_vqdit.training.alignment import FEATURES_FILE, AlignedTransformer, cache_features
+from diffusers_vqdit.training.alignment import (
+    FEATURES_FILE,
+    AlignedTransformer,
+    cache_features,
+    load_alignment_encoder,
+)
 from diffusers_vqdit.training.arguments import (
     add_keeping_arguments,
     add_model_arguments,
@@ -45,6 +50,7 @@ from diffusers_vqdit.training.caption_states import caption_channels
 from diffusers_vqdit.training.checkpoints import find_checkpoint, fingerprint, plain_config, save_checkpoint
 from diffusers_vqdit.training.draws import row_generators
 from diffusers_vqdit.training.files import check_output_file
+from diffusers_vqdit.training.finetuning import as_trainable, check_layers
 from diffusers_vqdit.training.image_arguments import add_image_arguments
 from diffusers_vqdit.training.latent_data import (
     STATES_FILE,
@@ -215,15 +221,6 @@ def load_components(args: argparse.Namespace) -> dict:
     }
 
 
-def as_trainable(transformer: DiTTransformer2DModel) -> VQDiTTransformer2DModel:
-    """Our model with the weights of a stock one, as diffusers' `DiTPipeline` has it, and the same outputs."""
-    if isinstance(transformer, VQDiTTransformer2DModel):
-        return transformer
-    ours = VQDiTTransformer2DModel.from_config(transformer.config)
-    ours.load_state_dict(transformer.state_dict())
-    return ours.share_embedder() if ours._embedders_are_equal() else ours
-
-
 def make_scheduler(args: argparse.Namespace):
     """The pipeline's scheduler, for training from scratch: DiT's noise schedule, or flow matching."""
     if args.objective == "flow":
@@ -268,8 +265,6 @@ def build_transformer(
             logger.info(f"labels new to the pipeline: {[name for n, name in id2label.items() if n >= known]}")
             transformer = transformer.with_num_embeds_ada_norm(max(id2label) + 1)
         transformer.float()
-        if (transformer.config.out_channels == 2 * transformer.config.in_channels) != args.learn_sigma:
-            raise ValueError(f"learn_sigma={args.learn_sigma} is not what the pretrained transformer has")
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -324,7 +319,11 @@ def run_identity(
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Pictures, labels, captions
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     device, parts = accelerator.device, load_components(args)
+    scheduler = training_scheduler(args, parts["scheduler"])
+    check_layers(args, parts["transformer"])
+    alignment_encoder = load_alignment_encoder(args)
     vae = parts["vae"].eval().to(device)
     if parts["text_encoder"] is not None:
         parts["text_encoder"].eval().requires_grad_(False).to(device)
@@ -339,15 +338,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
 
     # 3. Transformer, optimizer, learning rate
     transformer = build_transformer(args, parts, id2label, latents)
-    scheduler = training_scheduler(args, parts["scheduler"])
-    features = cache_features(args, images, latents.shape[-1] // transformer.config.patch_size, device)
+    features = cache_features(
+        args, alignment_encoder, images, latents.shape[-1] // transformer.config.patch_size, device
+    )
     model = AlignedTransformer(transformer, args.alignment_layer, features.shape[-1] if features is not None else None)
     parts["id2label"] = id2label
 
     def build_pipeline(whole: AlignedTransformer) -> VQDiTLatentPipeline:
         return VQDiTLatentPipeline(**{**parts, "transformer": whole.transformer})
 
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     model, optimizer, lr_scheduler, max_steps = setup.prepare(
         args, accelerator, model, len(latents), checkpoint=checkpoint, scale_lr=args.scale_lr
     )
@@ -400,12 +399,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
                 alignment = alignment_loss(unwrap(model).projected, features[rows, variant].to(device))
                 logs["alignment"] = alignment.detach()
                 loss = loss + args.alignment_weight * alignment
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(optimizer, trained, loss, args.max_grad_norm, lr_scheduler)
-                if ema is not None and stepped:
-                    ema.step(averaged)
-            optimizer.zero_grad()
+            norm = run.descend(optimizer, trained, loss, args.max_grad_norm, lr_scheduler, ema, averaged)
         micro_step += 1
         throughput.add(len(rows) * accelerator.num_processes)
         logs = {name: accelerator.reduce(value, "mean").item() for name, value in logs.items()}

@@ -153,7 +153,9 @@ def load_captions(args: argparse.Namespace) -> tuple[Texts, Texts]:
         return Texts([CaptionColumn(dataset, column) for column in args.caption_columns])
 
     measured = "train" if args.validation_split == "none" else args.validation_split
-    rows = min(args.max_train_samples or VALIDATION_ROWS, VALIDATION_ROWS)
+    rows = VALIDATION_ROWS
+    if measured == "train":
+        rows = min(args.max_train_samples or rows, rows)
     return read("train", args.max_train_samples, "train"), read(measured, rows, "validation")
 
 
@@ -268,6 +270,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) -> None:
     # 1. Captions, tokenizer, model
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     captions, held_out = load_captions(args)
     model, tokenizer = build_model(args, captions)
     tokens = tokenize(tokenizer, captions, model.config.max_length)
@@ -288,7 +291,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "training data": fingerprint(tokens),
     }
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     run.begin(checkpoint, identity=identity, args=args, states={"ema": ema})
     setup.start_trackers(args, accelerator, PROJECT)
 
@@ -311,14 +313,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
             output = model(batch)
             cross_entropy = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch.flatten())
             loss = cross_entropy + output.commit_loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm, stepped = run.optimizer_step(
-                    optimizer, model.parameters(), loss, args.max_grad_norm, lr_scheduler
-                )
-                if ema is not None and stepped:
-                    ema.step(model.parameters())
-            optimizer.zero_grad()
+            norm = run.descend(optimizer, list(model.parameters()), loss, args.max_grad_norm, lr_scheduler, ema)
         throughput.add(captions_a_row * len(batch) * accelerator.num_processes)
         if not accelerator.sync_gradients:
             continue

@@ -57,11 +57,11 @@ from diffusers_vqdit.training.optimization import set_dropout, transformer_learn
 from diffusers_vqdit.training.publish import publish_pipeline, publishes_checkpoints
 from diffusers_vqdit.training.run import TrainingRun, check_drawable, due
 from diffusers_vqdit.training.segment_columns import (
-    OWN_FLAGS,
     add_encoder_arguments,
     add_text_tokenizer_argument,
     has_captions,
     load_encoders,
+    missing_segments,
 )
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.task_codes import add_codes_arguments, check_source, load_codes, names_of_labels
@@ -326,15 +326,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun) 
     names = {name for task, _ in tasks for name in task.segments}
     if args.rank is not None:
         check_lora_layers(parts["transformer"], args.lora_layers)
-    check_new_patches(parts["transformer"], args.patch)
+    check_new_patches(parts["transformer"], args.patch, names)
     codes = load_codes(args, parts, names, accelerator)
     missing = names - set(codes.segments)
     if missing:
-        flag = OWN_FLAGS.get(min(missing), f"--segment {min(missing)}=MODALITY:COLUMN")
-        raise ValueError(
-            f"tasks={args.tasks!r} need the segments {sorted(missing)}; the data has {sorted(codes.segments)}. Say "
-            f"what the others are made from: {flag}"
-        )
+        raise ValueError(missing_segments(args.tasks, missing, codes.segments))
     known_labels = parts.pop("labels")
     labels = codes.labels if LABEL in names else known_labels
 

@@ -205,7 +205,7 @@ class TokenSegment(TextSegment):
     def encode_partial(self, values: list, mask_image: torch.Tensor | None = None) -> EncodedValue:
         """Codes (B, n) of texts that begin so, or of whole ones with blanks: each ``<mask>`` is one token, and takes
         the place of the space before it."""
-        blank, end = self.blank, self.end
+        blank, end = blank_of(self.vq), self.end
         check_vocabulary(self.vq, self.vocab_size)
         rows, texts = [], self.read(values)
         beginnings = [text for text in texts if blank not in text]

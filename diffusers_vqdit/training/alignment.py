@@ -10,31 +10,47 @@ from transformers import AutoImageProcessor, AutoModel
 
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
 from ..pipelines.frozen_encoders import pixel_size
+from ..utils.checks import shown
 from ..utils.fingerprints import model_fingerprint, tokenizer_fingerprint
 from .image_dataset import ImageDataset
 from .latent_loss import AlignmentProjector, patch_features
 from .picture_tensors import encode_pictures
+from .table_files import loading
 
 
 FEATURES_FILE = "features.safetensors"  # in a run's folder, of pictures that are not kept in memory
 
 
+def load_alignment_encoder(args: argparse.Namespace) -> tuple[Any, Any] | None:
+    """The model of ``--alignment_encoder``, frozen, and its image processor; None where there is none."""
+    if args.alignment_encoder is None:
+        return None
+    with loading(f"alignment_encoder={shown(args.alignment_encoder)} can't be loaded"):
+        encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval()
+        processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
+    return getattr(encoder, "vision_model", encoder), processor
+
+
 @torch.no_grad()
 def cache_features(
-    args: argparse.Namespace, images: ImageDataset, grid: int, device: torch.device
+    args: argparse.Namespace,
+    alignment_encoder: tuple[Any, Any] | None,
+    images: ImageDataset,
+    grid: int,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """Features (N, variants, grid^2, F) of ``--alignment_encoder``, float16 on the CPU; None where there is none.
 
     Those of pictures that are not kept in memory are in a file of the run's folder, which all processes write.
 
     Args:
+        alignment_encoder: of [`load_alignment_encoder`].
         grid: positions of a side that the features are brought to.
     """
-    if args.alignment_encoder is None:
+    if alignment_encoder is None:
         return None
-    encoder = AutoModel.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir).eval().to(device)
-    encoder = getattr(encoder, "vision_model", encoder)
-    processor = AutoImageProcessor.from_pretrained(args.alignment_encoder, cache_dir=args.cache_dir)
+    encoder, processor = alignment_encoder
+    encoder.to(device)
 
     def encode(pictures: torch.Tensor) -> torch.Tensor:
         both = [pictures, pictures.flip(-1)][: 2 if args.random_flip else 1]
@@ -67,8 +83,6 @@ class AlignedTransformer(torch.nn.Module):
         self.transformer = transformer
         self.config = transformer.config
         if feature_dim is not None:
-            if not 1 <= layer <= len(transformer.transformer_blocks):
-                raise ValueError(f"alignment_layer={layer} must be in [1, {len(transformer.transformer_blocks)}]")
             self.projector = AlignmentProjector(transformer.inner_dim, feature_dim)
             transformer.transformer_blocks[layer - 1].register_forward_hook(self._keep)
 

@@ -58,6 +58,10 @@ def add_training_arguments(
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default=lr_scheduler)
     by_steps = None if lr_warmup_steps is not None else "By default a twentieth of the steps, at most 200."
     group.add_argument("--lr_warmup_steps", type=non_negative_integer, default=lr_warmup_steps, help=by_steps)
+    group.add_argument(
+        "--lr_num_cycles", type=positive_integer, default=1, help="How often cosine_with_restarts begins."
+    )
+    group.add_argument("--lr_power", type=positive_number, default=1.0, help="Of the polynomial schedule.")
     group.add_argument("--adam_beta1", type=decay, default=0.9)
     group.add_argument("--adam_beta2", type=decay, default=adam_beta2)
     group.add_argument("--adam_weight_decay", type=non_negative_number, default=adam_weight_decay)

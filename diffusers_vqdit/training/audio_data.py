@@ -180,7 +180,9 @@ def load_sounds(
     )
     args.validation_split = choose_validation_split(splits, args.validation_split)
     held_out = "train" if args.validation_split == "none" else args.validation_split
-    limit = min(VALIDATION_SOUNDS, args.max_train_samples or VALIDATION_SOUNDS)
+    limit = VALIDATION_SOUNDS
+    if held_out == "train":
+        limit = min(limit, args.max_train_samples or limit)
     if args.streaming:
         read = args.audio_column, sampling_rate
         source = stream_identity(splits, "train", args.audio_column)

@@ -311,7 +311,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, states: dict[str
     random_states = f"random_states_{accelerator.process_index}.pkl"
     if random_states not in manifest.files:
         logger.warning(f"{checkpoint} has no {random_states}: it was written by fewer processes")
-    accelerator.load_state(str(checkpoint))
+    scaler = accelerator.scaler
+    if "scaler.pt" not in manifest.files:  # of a run in another precision: fp16 finds its scale anew
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(checkpoint))
+    finally:
+        accelerator.scaler = scaler
     accelerator.step = 0  # whose next micro-batch is a step's first, however many a step had before
     for name, part in (states or {}).items():
         with safe_open(checkpoint / f"{name}.safetensors", "pt") as file:

@@ -5,7 +5,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -201,13 +201,15 @@ class EmojiData:
         judge: BackboneFeatures | None = None,
         resize_mode: str = "crop",
         max_samples: int | None = None,
+        labels: Sequence[str] = (),
     ) -> "EmojiData":
         """By ``dataset_name``, ``image_column``, ``caption_columns``, ``label_column``, ``num_samples``, ``seed`` and
         ``batch_size`` of `args`; pictures as [`~utils.fitting.resize_image`] reads them by `resize_mode`. Of each
         split the first `max_samples` rows; pictures, and what they decode to, are mapped from temporary files.
+        `labels` are the tasks that read the labels.
 
         Raises:
-            ValueError: if the judge doesn't take pictures of this size.
+            ValueError: if the judge doesn't take pictures of this size, or a column is missing.
         """
         if judge is not None:
             judge.check_size(resolution)
@@ -220,8 +222,13 @@ class EmojiData:
                 )
                 split = split.select(range(max_samples))
             found.append(split)
+        names = [name for name, feature in found[0].features.items() if not isinstance(feature, Audio | Image)]
+        there = sorted(names)
+        if args.label_column not in there and labels:
+            raise ValueError(f"label_column={args.label_column!r}: the data has {there}; of tasks leave out {labels}")
+        if args.caption_columns != CAPTIONS and not set(args.caption_columns) <= set(there):
+            raise ValueError(f"caption_columns={list(args.caption_columns)}: the data has {there}")
         pictures, (train, test) = read_pictures(found, args.image_column, resolution, resize_mode)
-        names = [name for name, feature in train.features.items() if not isinstance(feature, Audio | Image)]
         columns = {name: [*train[name], *test[name]] for name in names}
         test_rows = list(range(len(train), len(pictures)))
         held = columns.get("held_out", ["composition"] * len(pictures))
@@ -232,8 +239,6 @@ class EmojiData:
             random.Random(args.seed).shuffle(rows)
         chosen = random.Random(args.seed).sample(range(len(train)), min(args.num_samples, len(train)))
         captions = {name: title for name, title in args.caption_columns.items() if name in columns}
-        if captions != args.caption_columns and args.caption_columns != CAPTIONS:
-            raise ValueError(f"caption_columns={list(args.caption_columns)}: the data has {sorted(columns)}")
         emoji = columns.get("emoji", [])
         variants = Counter(emoji)
         plain = [row for row, one in enumerate(emoji[: len(train)]) if variants[one] == 1]

@@ -82,8 +82,9 @@ def embed_texts_minilm(captions: list[str]) -> torch.Tensor:
     return torch.cat(vectors)
 
 
-def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int]) -> dict:
-    """Share of the captions `queries` whose nearest other caption has the same base emoji, where there is one.
+def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int]) -> dict | None:
+    """Share of the captions `queries` whose nearest other caption has the same base emoji, of those that have such
+    another; None where there are none.
 
     Args:
         vectors: (N, D), unit length: of the queries and all captions that they are compared with.
@@ -96,7 +97,7 @@ def text_similarity(vectors: torch.Tensor, roles: list[str], queries: list[int])
     hits = [
         roles[near] == roles[row] for row, near in zip(queries, nearest, strict=True) if roles.count(roles[row]) > 1
     ]
-    return share(hits)
+    return share(hits) if hits else None
 
 
 def measure_classification(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.Namespace) -> dict:
@@ -168,5 +169,6 @@ def measure_similarity(pipeline: VQDiTPipeline, data: EmojiData, args: argparse.
         asked = [rows.index(row) for row in data.test]
         for model, vector in vectors.items():
             found = text_similarity(vector[rows], data.texts(rows, "emoji"), asked)
-            figures[f"test captions, nearest other {name} has the same emoji, {model}"] = found
+            if found is not None:
+                figures[f"test captions, nearest other {name} has the same emoji, {model}"] = found
     return figures

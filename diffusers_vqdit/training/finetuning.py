@@ -1,9 +1,14 @@
-"""A pretrained transformer over codes, made to fit the segments, labels and tasks of other data."""
+"""A pretrained transformer, made to fit the segments, labels and tasks of other data, and what is asked of it."""
 
-from collections.abc import Collection, Mapping, Sequence
+import argparse
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from diffusers import DiTTransformer2DModel
+
 from ..models.transformer_vqdit import VQDiTTransformer2DModel
+from ..pipelines.segment_base import IMAGE, TEXT
+from ..utils.checks import check_integer
 
 
 def extend_transformer(
@@ -77,15 +82,19 @@ def extend_entries(
 
 
 def check_new_patches(
-    transformer: VQDiTTransformer2DModel | None, patches: Sequence[tuple[str, Sequence[int]]]
+    transformer: VQDiTTransformer2DModel | None, patches: Sequence[tuple[str, Sequence[int]]], segments: Iterable[str]
 ) -> None:
-    """See, before anything is encoded, that ``--patch`` changes no segment of a pretrained transformer.
+    """See, before anything is encoded, that ``--patch`` is of one of the tasks' segments, or one whose embeddings they
+    may share, and changes none of a pretrained transformer.
 
     Raises:
         ValueError: that names the segment.
     """
     known = {} if transformer is None else transformer.config.segments
+    there = {*segments, *known, IMAGE, TEXT}
     for name, patch in patches:
+        if name not in there:
+            raise ValueError(f"patch: {name!r} must be one of {sorted(there)}")
         own = known.get(name, {}).get("patch")
         if name in known and list(patch) != own:
             raise ValueError(
@@ -110,3 +119,23 @@ def check_same_segments(transformer: VQDiTTransformer2DModel, segments: Mapping[
             raise ValueError(
                 f"segment {name!r} is {segment} in the data but {known[name]} in the pretrained transformer"
             )
+
+
+def as_trainable(transformer: DiTTransformer2DModel) -> VQDiTTransformer2DModel:
+    """Our model with the weights of a stock one, as diffusers' `DiTPipeline` has it, and the same outputs."""
+    if isinstance(transformer, VQDiTTransformer2DModel):
+        return transformer
+    ours = VQDiTTransformer2DModel.from_config(transformer.config)
+    ours.load_state_dict(transformer.state_dict())
+    return ours.share_embedder() if ours._embedders_are_equal() else ours
+
+
+def check_layers(args: argparse.Namespace, transformer: VQDiTTransformer2DModel | None) -> None:
+    """See, before the latents are made, that the flags fit the pretrained transformer, or the new one."""
+    layers = args.num_layers
+    if transformer is not None:
+        layers = len(transformer.transformer_blocks)
+        if (transformer.config.out_channels == 2 * transformer.config.in_channels) != args.learn_sigma:
+            raise ValueError(f"learn_sigma={args.learn_sigma} is not what the pretrained transformer has")
+    if args.alignment_encoder is not None:
+        check_integer("alignment_layer", args.alignment_layer, 1, layers)

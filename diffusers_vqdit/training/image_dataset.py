@@ -190,7 +190,8 @@ def load_images(args: argparse.Namespace, channels: int) -> tuple[ImageDataset |
     args.validation_split = choose_validation_split(splits, args.validation_split)
     held_out = "train" if args.validation_split == "none" else args.validation_split
     limit = VALIDATION_PICTURES[held_out == "train"]
-    limit = min(limit, args.max_train_samples or limit)
+    if held_out == "train":
+        limit = min(limit, args.max_train_samples or limit)
     plain: dict[str, Any] = {"resize_mode": args.resize_mode, "interpolation": args.image_interpolation_mode}
     plain["channels"] = channels
     own = {"random_crop": args.random_crop, "random_flip": args.random_flip, "seed": args.seed, **plain}

@@ -46,7 +46,9 @@ class BackboneFeatures(nn.Module):
         self.register_buffer("std", torch.tensor(image_std).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, image_size: int | None = None) -> "BackboneFeatures":
+    def from_pretrained(
+        cls, name_or_path: str, image_size: int | None = None, *, cache_dir: str | None = None
+    ) -> "BackboneFeatures":
         """A backbone of the Hub or a local folder, with the normalisation of its image processor if it has one.
 
         Raises:
@@ -56,10 +58,10 @@ class BackboneFeatures(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, cache_dir=cache_dir)
         except OSError:
             processor = {}
-        backbone = AutoModel.from_pretrained(name_or_path)
+        backbone = AutoModel.from_pretrained(name_or_path, cache_dir=cache_dir)
         backbone = getattr(backbone, "vision_model", backbone)  # CLIP's and SigLIP's half
         if getattr(backbone, "main_input_name", None) != "pixel_values":
             raise ValueError(f"{name_or_path!r} is a {type(backbone).__name__}; a vision model was expected")

@@ -156,7 +156,9 @@ def _describe(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     trained = _trained_tasks(args, model, base)
     if (rank := getattr(args, "rank", None)) is None:
         return {**kind, "summary": kind["summary"] + trained}
-    quoted = json.dumps(base, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+    said = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name, None) is not None}
+    words = [json.dumps(base, ensure_ascii=False), *(f"{name}={json.dumps(value)}" for name, value in said.items())]
+    quoted = ", ".join(words).replace("{", "{{").replace("}", "}}")
     return {
         **kind,
         "tags": ["lora", *kind["tags"]],

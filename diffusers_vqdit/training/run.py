@@ -39,9 +39,10 @@ logger = logging.getLogger(__name__)
 # What changes the course of a run that is resumed, but not what it trains: a difference is told.
 SETTINGS = (
     *("train_batch_size", "gradient_accumulation_steps", "seed", "learning_rate", "lr_scheduler", "lr_warmup_steps"),
+    *("lr_num_cycles", "lr_power"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay"),
     *("mixed_precision", "max_train_steps", "num_train_epochs", "scale_lr", "lora_dropout"),
-    *("discriminator_learning_rate", "max_skipped_steps"),
+    *("discriminator_learning_rate", "discriminator_max_grad_norm", "max_skipped_steps"),
 )
 # Those of them that the optimizers' state would bring back.
 OPTIMIZER_SETTINGS = (
@@ -252,11 +253,13 @@ class TrainingRun:
         max_grad_norm: float,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         ema: Any = None,
+        averaged: Sequence[torch.nn.Parameter] | None = None,
     ) -> float | None:
         """The gradients of a micro-batch's loss and, with a step's last one, [`optimizer_step`] and the averages'.
 
         Args:
-            ema: an `EMAModel` of the parameters, or None.
+            ema: an `EMAModel`, or None.
+            averaged: its parameters, where they aren't all that are trained.
 
         Returns:
             the norm of a step's gradients before clipping; None before its last micro-batch.
@@ -266,7 +269,7 @@ class TrainingRun:
         if self.accelerator.sync_gradients:
             norm, stepped = self.optimizer_step(optimizer, parameters, loss, max_grad_norm, lr_scheduler)
             if ema is not None and stepped:
-                ema.step(parameters)
+                ema.step(parameters if averaged is None else averaged)
         optimizer.zero_grad()
         return norm
 

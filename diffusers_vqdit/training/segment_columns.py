@@ -28,6 +28,16 @@ OWN_FLAGS = {IMAGE: "--image_vq", LOWRES: "--image_vq", TEXT: "--text_vq", LABEL
 RESERVED = tuple(OWN_FLAGS)
 
 
+def missing_segments(tasks: str, missing: Iterable[str], there: Iterable[str]) -> str:
+    """What is said of segments of ``--tasks`` that nothing makes, where there are others."""
+    missing = sorted(missing)
+    flag = OWN_FLAGS.get(missing[0], f"--segment {missing[0]}=MODALITY:COLUMN")
+    return (
+        f"tasks={tasks!r} need the segments {missing}; the data has {sorted(there)}. Say what the others are made "
+        f"from: {flag}"
+    )
+
+
 class SegmentFlag(NamedTuple):
     """What ``--segment NAME=MODALITY:COLUMN[:TOKENIZER]`` says."""
 

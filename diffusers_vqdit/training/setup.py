@@ -59,6 +59,11 @@ def make_accelerator(args: argparse.Namespace, *, find_unused_parameters: bool =
         ],
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, but the launcher's config says "
+            f"{accelerator.gradient_accumulation_steps}, which wins: give the same, or leave it out of the config"
+        )
     # Of other libraries only what may be wrong: they tell of each file of a checkpoint, and of each download.
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name in ("diffusers_vqdit", "__main__"):
@@ -152,7 +157,12 @@ def prepare(
     # Over a fifth of the steps
     set_default(args, "ema_decay", checkpoint, min(MAX_EMA_DECAY, max(0.0, 1 - 5 / max_steps)))
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     samples = num_samples or "streamed"

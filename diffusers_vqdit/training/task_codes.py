@@ -32,6 +32,7 @@ from .segment_columns import (
     audio_options,
     columns_of,
     load_tokenizers,
+    missing_segments,
 )
 from .streaming_arguments import add_streaming_argument, check_streaming
 
@@ -176,6 +177,8 @@ def load_codes(
     settle_reading(args, parts, None)
     folder = args.output_dir / "codes"
     columns = segment_columns(args, parts, segments, loaded)
+    if LABEL in segments and LABEL not in columns:
+        raise ValueError(missing_segments(args.tasks, [LABEL], segments - {LABEL}))
     buckets = _settle_buckets(args, parts, segments, columns)
     dataset, options = _read_dataset(args, parts, segments, columns)
     for model, _ in available.values():

@@ -99,6 +99,10 @@ def unused_arguments(args: argparse.Namespace) -> dict[str, str]:
     if "objective" in given:
         add({"learn_sigma"} if args.objective != "epsilon" else (), f"with --objective {args.objective}")
         add({"shift", "logit_normal"} if args.objective != "flow" else (), f"with --objective {args.objective}")
+    if "lr_scheduler" in given:
+        kind, why = args.lr_scheduler, f"with --lr_scheduler {args.lr_scheduler}"
+        add({"lr_num_cycles"} if kind != "cosine_with_restarts" else (), why)
+        add({"lr_power"} if kind != "polynomial" else (), why)
     if given.get("lr_scheduler") == "constant" and args.lr_warmup_steps != 0:  # which is what happens anyway
         add({"lr_warmup_steps"}, "with --lr_scheduler constant")
     if given.get("report_to") == "none":

@@ -88,6 +88,14 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+def test_a_run_goes_on_in_fp16_with_a_new_scale(folder, saved):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trained = Trained()
+    trained.accelerator.scaler = scaler
+    load_checkpoint(trained.accelerator, find_checkpoint(folder, "latest"), trained.states)
+    assert trained.accelerator.scaler is scaler and scaler.get_scale() == 8.0
+
+
 def test_what_goes_on_from_a_checkpoint_is_bit_identical(saved, folder):
     assert equal(go_on(folder), saved[1])
     manifest = read_manifest(folder / "checkpoint-6")

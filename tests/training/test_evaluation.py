@@ -191,11 +191,24 @@ def test_pictures_of_other_sizes_are_judged_beside_their_own(styles, pipeline, s
     monkeypatch.setattr(evaluate, "measure_tasks", None)
     for sizes, told in (("16,18", "width=18 must be a multiple of 4"), ("16,16;65536,65536", "65536] needs .* GiB")):
         with pytest.raises(ValueError, match=told):
-            evaluate.main(evaluate.parse_args([*source, "--sizes", sizes]))
+            evaluate.main(evaluate.parse_args([*source, "--tasks", "sizes", "--sizes", sizes]))
     pipeline.transformer.register_to_config(tasks=["->image"])
     pipeline.save_pretrained(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"sizes=\[\[16, 16\]\] needs a task from captions to pictures: .*'->image'"):
         evaluate.main(evaluate.parse_args([*source, "--sizes", "16,16"]))
+
+
+def test_a_column_that_is_missing_is_told_before_anything_is_drawn(styles, pipeline, script, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "pipe")
+    evaluate = script("evaluate")
+    source = ["--pretrained_model_name_or_path", str(tmp_path / "pipe"), "--dataset_name", str(styles)]
+    monkeypatch.setattr("diffusers_vqdit.training.evaluation.read_pictures", None)
+    with pytest.raises(ValueError, match=r"label_column='label': the data has \['held_out', .* out \['label->image',"):
+        evaluate.main(evaluate.parse_args(source))
+    with pytest.raises(ValueError, match=r"caption_columns=\['words'\]: the data has \['held_out',"):
+        evaluate.main(evaluate.parse_args([*source, "--tasks", "text->image", "--caption_columns", "words"]))
+    with pytest.raises(TypeError):  # goes on
+        evaluate.main(evaluate.parse_args([*source, "--tasks", "text->image", "--label_column", "kind"]))
 
 
 # Whether figures that a killed run has measured are taken after it.

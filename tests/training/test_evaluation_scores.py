@@ -21,6 +21,10 @@ def test_similarity_counts_only_captions_with_another_of_their_role():
     assert (measured["value"], measured["count"]) == (0.0, 2)
 
 
+def test_similarity_is_no_figure_where_no_emoji_occurs_twice():
+    assert text_similarity(torch.eye(2), ["a", "b"], [0, 1]) is None
+
+
 def test_classification_and_retrieval_are_measured_for_what_the_checkpoint_knows(pipeline):
     pictures = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     captions = ["a red apple", "a blue box", "green", "a dot"]

@@ -92,6 +92,12 @@ def test_the_base_of_a_lora_may_have_any_name(client, script, pipeline, tmp_path
     assert loaded == [base]
 
 
+def test_a_lora_is_loaded_over_the_revision_that_it_was_trained_on(script, pipeline):
+    arguments = "--pretrained_model_name_or_path a/b --revision v1.0 --variant fp16 --codes_dir codes --rank 2".split()
+    card = training_card(script("train_vqdit").parse_args(arguments), pipeline, command=["x.py"])
+    assert 'DiffusionPipeline.from_pretrained("a/b", revision="v1.0", variant="fp16")' in card.content
+
+
 def test_a_card_is_complete_and_valid(client, script, pipeline, tmp_path):
     arguments = (
         "--pretrained_model_name_or_path someone/base --dataset_name someone/pictures --hub_model_id alice/mine "

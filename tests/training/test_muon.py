@@ -28,6 +28,7 @@ MATRICES = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.
 def arguments(**changes):
     values = {"optimizer": "muon", "adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-8, "seed": 0}
     values |= {"adam_weight_decay": 0.01, "learning_rate": 1e-2, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
+    values |= {"lr_num_cycles": 1, "lr_power": 1.0}
     values |= {"train_batch_size": 4, "max_train_steps": 10, "gradient_accumulation_steps": 1, "ema_decay": 0.9}
     return argparse.Namespace(**values | changes)
 

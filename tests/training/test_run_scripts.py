@@ -275,13 +275,15 @@ def test_layers_of_a_lora_are_looked_for_before_anything_is_encoded(script, pipe
 def test_a_patch_of_a_pretrained_segment_is_refused_before_anything_is_encoded(script, pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipe")
     module, source = script("train_vqdit"), f"--train_data_dir {tmp_path} --output_dir {tmp_path / 'out'}"
-    start = f"{source} --pretrained_model_name_or_path {tmp_path / 'pipe'} --report_to none".split()
+    start = f"{source} --pretrained_model_name_or_path {tmp_path / 'pipe'} --report_to none --tasks new->image".split()
     module.load_codes = None
     for patch in ("image=2x2", "text=3", "new=1 --patch image=1x2"):
         with pytest.raises(
             ValueError, match=f"{patch.split()[-1]} is of a new transformer; the pretrained one has no pa"
         ):
             module.main(module.parse_args([*start, "--patch", *patch.split()]))
+    with pytest.raises(ValueError, match="patch: 'nwe' must be one of \\['image', 'label', 'new', 'text'\\]"):
+        module.main(module.parse_args([*start, "--patch", "nwe=1"]))
     with pytest.raises(TypeError):  # goes on
         module.main(module.parse_args([*start, "--patch", "new=1"]))
 

@@ -123,6 +123,21 @@ def test_tokenizer_training_resumes_to_the_same_weights(run, root, tmp_path, nam
 
 
 @pytest.mark.slow
+def test_the_adaptive_weight_of_a_compiled_decoder_may_come_after_steps_without(run, root, tmp_path, monkeypatch):
+    """A compiled backward would give away what the weight's gradients need."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
+    run(
+        "train_image_vq",
+        f"--dataset_name {root / 'training/data/emoji.parquet'} --max_train_samples 8 --validation_split none "
+        "--block_out_channels 8 8 --norm_num_groups 4 --latent_channels 8 --train_batch_size 4 --max_train_steps 4 "
+        "--adversarial_weight 0.5 --adversarial_start 2 --adaptive_weight --discriminator_channels 8 "
+        f"--discriminator_layers 2 --compile --report_to none --output_dir {tmp_path / 'out'}",
+    )
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adversarial_loss", ["hinge", "non_saturating"])
 def test_adversarial_training_resumes_to_the_same_weights(run, root, tmp_path, adversarial_loss):
     torch.manual_seed(0)

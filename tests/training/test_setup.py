@@ -14,7 +14,7 @@ from diffusers_vqdit.tasks import parse_tasks
 from diffusers_vqdit.training.checkpoints import save_checkpoint
 from diffusers_vqdit.training.optimization import tokenizer_learning_rate, transformer_learning_rate
 from diffusers_vqdit.training.run import SETTINGS, training_run
-from diffusers_vqdit.training.setup import make_ema, prepare, run_batches, set_default
+from diffusers_vqdit.training.setup import make_accelerator, make_ema, prepare, run_batches, set_default
 from diffusers_vqdit.training.sharding import evaluated
 from diffusers_vqdit.training.validation import columns_of_grid, save_grid
 
@@ -29,9 +29,39 @@ def arguments(**changes):
             "adam_weight_decay": 0.1,
         },
         **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "train_batch_size": 4, "max_train_steps": None},
+        **{"lr_num_cycles": 1, "lr_power": 1.0},
         **{"num_train_epochs": 3, "gradient_accumulation_steps": 2, "seed": 0, "use_ema": True, "ema_decay": 0.9},
     }
     return argparse.Namespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, [0.1, 0.05, 0.1, 0.05, 0.0]),
+        ({"lr_scheduler": "cosine_with_restarts"}, [0.1, 0.1 * (2 + 2**0.5) / 4, 0.05, 0.1 * (2 - 2**0.5) / 4, 0.0]),
+        ({"lr_scheduler": "polynomial", "lr_power": 2.0}, [0.1, 0.1 * 9 / 16, 0.1 / 4, 0.1 / 16, 1e-7]),
+    ],
+)
+def test_restarts_and_powers_of_the_schedule(changes, rates):
+    model = torch.nn.Linear(2, 2)
+    args = arguments(max_train_steps=4, gradient_accumulation_steps=1, **changes)
+    _, optimizer, schedule, _ = prepare(args, Accelerator(step_scheduler_with_optimizer=False), model, 16)
+    found = []
+    for _ in rates:
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(rates, abs=2e-7)
+
+
+def test_a_launchers_config_that_says_another_accumulation_is_refused(monkeypatch, tmp_path):
+    args = arguments(mixed_precision="no", report_to="none", output_dir=tmp_path, logging_dir="logs")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2, but the launcher.s config says 1"):
+        make_accelerator(args)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert make_accelerator(args).gradient_accumulation_steps == 2
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,25 @@ def test_alignment_to_a_frozen_encoder_and_finetuning(run, models, picture_folde
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--alignment_encoder not/there --alignment_layer 1", "alignment_encoder='not/there' can't be loaded: "),
+        ("--alignment_encoder not/there --alignment_layer 9", r"alignment_layer=9 must be an integer in \[1, 2\]"),
+        ("--resume_from_checkpoint checkpoint-7", "checkpoint-7"),
+    ],
+)
+def test_what_flags_alone_tell_is_told_before_latents_are_made(
+    script, image_vq, picture_folder, tmp_path, monkeypatch, flags, message
+):
+    image_vq.save_pretrained(tmp_path / "vq")
+    module = script("train_latent_dit")
+    monkeypatch.setattr(module, "load_data", None)
+    source = f"--train_data_dir {picture_folder} --image_vq {tmp_path / 'vq'} {TINY} --max_train_steps 1"
+    with pytest.raises(ValueError, match=message):
+        module.main(module.parse_args(f"{source} --output_dir {tmp_path / 'out'} {flags}".split()))
+
+
 def test_a_vq_with_statistics_keeps_them(run, image_vq, picture_folder, tmp_path):
     image_vq.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4, scaling_factor=1.0)
     image_vq.save_pretrained(tmp_path / "vq")

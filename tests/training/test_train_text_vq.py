@@ -71,7 +71,7 @@ def test_captions_stay_on_disk_and_are_tokenized_as_all_at_once(script, tokenize
 
 @pytest.mark.parametrize(
     ("asked", "trained", "measured"),
-    [("", 40, 10), ("--max_train_samples 30", 30, 10), ("--max_train_samples 4", 4, 4)],
+    [("", 40, 10), ("--max_train_samples 30", 30, 10), ("--max_train_samples 4", 4, {"none": 4, "test": 10})],
 )
 @pytest.mark.parametrize("split", ["none", "test"])
 def test_validation_measures_a_few_rows(script, tmp_path, monkeypatch, asked, trained, measured, split):
@@ -80,6 +80,7 @@ def test_validation_measures_a_few_rows(script, tmp_path, monkeypatch, asked, tr
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
     module = script("train_text_vq")
     monkeypatch.setattr(module, "VALIDATION_ROWS", 10)
+    measured = measured[split] if isinstance(measured, dict) else measured  # what is held out is not cut
     args = f"--dataset_name {tmp_path}/x.parquet --cache_dir {tmp_path}/cache --output_dir {tmp_path}/run"
     captions, held_out = module.load_captions(module.parse_args(f"{args} --validation_split {split} {asked}".split()))
     assert list(captions) == texts[::2][:trained]
