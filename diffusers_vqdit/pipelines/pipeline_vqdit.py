@@ -1,7 +1,7 @@
 """One pipeline for every task: what you pass is given, what you ask for is generated."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -171,11 +171,14 @@ class VQDiTPipeline(
         repeats: int,
         shapes: dict[str, tuple[int, ...]],
         guidance_scale: Scales = 1.0,
+        negative: Iterable[str] = (),
     ) -> tuple[VQDiTPrefix | None, dict[str, torch.LongTensor], dict[str, Callable], int]:
         """The prefix of what is given, with those of its parts that guidance needs, the codes of what is known of the
         generated side, what finishes its segments' values ([`EncodedValue`]), and the tiles of each sample; for each
-        sample `repeats` times."""
+        sample `repeats` times. Of `negative` the values are negative prompts."""
         segments, known = self._segments_of(shapes), {}
+        for name in negative:
+            segments[name].argument = "negative_prompt"  # for messages
         encoded: dict[str, EncodedValue] = {}
         for name, value in passed.items():
             segment = segments[name]

@@ -135,7 +135,7 @@ class PromptMixin(CodingMixin):
         if prefix is None or not negative:
             return prefix
         given = {name: passed[name] for name in task.given} | negative
-        other = self._encode_inputs(task, given, None, None, repeats, shapes)[0]
+        other = self._encode_inputs(task, given, None, None, repeats, shapes, negative=negative)[0]
         return GuidedPrefix(**vars(prefix), negative=other)
 
     def _sequence_shapes(

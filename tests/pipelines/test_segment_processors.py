@@ -302,6 +302,12 @@ def test_long_candidates_are_told_by_their_argument(pipe, caplog):
     assert "of labels have more than" in caplog.text
 
 
+def test_a_long_negative_prompt_is_told_by_its_argument(pipeline, caplog):
+    with caplog.at_level("WARNING", "diffusers_vqdit"):
+        pipeline("a dot", negative_prompt="a " * 40, num_inference_steps=1)
+    assert "texts of negative_prompt have more than" in caplog.text and "of prompt" not in caplog.text
+
+
 def test_codes_that_are_none_are_not_decoded(pipe):
     assert pipe.decode_image(torch.zeros(1, 4, 4, dtype=torch.int64), segment="sketch")[0].size == (16, 16)
     for decode, segment, size in ((pipe.decode_label, "style", 3), (pipe.decode_image, "sketch", 32)):
