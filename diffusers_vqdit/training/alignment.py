@@ -22,7 +22,7 @@ FEATURES_FILE = "features.safetensors"  # in a run's folder, of pictures that ar
 
 
 def load_alignment_encoder(args: argparse.Namespace) -> tuple[Any, Any] | None:
-    """The model of ``--alignment_encoder``, frozen, and its image processor; None where there is none."""
+    """The model of ``--alignment_encoder`` and its image processor; None where there is none."""
     if args.alignment_encoder is None:
         return None
     with loading(f"alignment_encoder={shown(args.alignment_encoder)} can't be loaded"):
