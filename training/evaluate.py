@@ -196,11 +196,11 @@ def main(args: argparse.Namespace) -> None:
     if args.features is not None:
         judge = BackboneFeatures.from_pretrained(args.features, args.features_image_size).to(args.device)
     resolution = side * pipeline.image_vq.downsample_factor
-    mode, known = pipeline.config.resize_mode, [Task.parse(task) for task in pipeline.transformer.config.tasks]
+    mode, known = pipeline.config.resize_mode, pipeline.transformer.config.tasks or []
     labels = [
         name
         for name, read in (("label->image", "given"), ("classification", "generated"))
-        if name in args.tasks and any(roles.label in getattr(task, read) for task in known)
+        if name in args.tasks and any(roles.label in getattr(Task.parse(task), read) for task in known)
     ]
     data = EmojiData.load(pipeline.image_vq, resolution, args, judge, mode, args.max_samples, labels)
     for size in args.sizes or ():
